@@ -1,0 +1,97 @@
+"""The layers that the graphs share, each written for one compute dtype.
+
+Shape suffixes: B batch, S sequence, D width, H heads, K head width, E half a head width.
+Norms accumulate in float32 (ONNX stash type), as the reference does.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from qie.compiler.graphs.graph import DTYPES, Parameter
+from qie.compiler.graphs.weight import DType, Layout
+
+__all__ = ["Linear", "RMSNorm", "attention", "cast", "rotate", "silu", "split"]
+
+
+class Linear(nn.Module):
+    """``x @ weight (+ bias)`` over the last axis; the checkpoint's [out, in] is stored as [in, out].
+
+    ``name`` is given where the checkpoint's differs from the attribute's, as in ``to_out.0``.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DType,
+        bias: bool = True,
+        layout: tuple[Layout, ...] = ("transpose",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.weight = Parameter([inputs, outputs], dtype, layout)
+        self.bias = Parameter([outputs], dtype) if bias else None
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        y = op.MatMul(x, self.weight)
+        return op.Add(y, self.bias) if self.bias is not None else y
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last axis."""
+
+    def __init__(self, width: int, *, dtype: DType, eps: float) -> None:
+        super().__init__()
+        self.weight = Parameter([width], dtype)
+        self.eps = eps
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+
+
+def attention(
+    op: Any,
+    q_BSD: ir.Value,
+    k_BSD: ir.Value,
+    v_BSD: ir.Value,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    mask: ir.Value | None = None,
+    causal: bool = False,
+) -> ir.Value:
+    """Scaled dot-product attention, scale 1/sqrt(K), on tensors with the heads folded into the last axis.
+
+    ``mask`` is bool, true where a query may look, broadcastable to [B, H, S, S].
+    """
+    return op.Attention(
+        q_BSD, k_BSD, v_BSD, mask, q_num_heads=heads, kv_num_heads=kv_heads or heads, is_causal=int(causal)
+    )
+
+
+def rotate(
+    op: Any, x_BSD: ir.Value, cos_BSE: ir.Value, sin_BSE: ir.Value, *, heads: int, dtype: DType, interleaved: bool
+) -> ir.Value:
+    """Rotary embedding in float32, as the reference computes it; pairs are adjacent if ``interleaved``, else halves."""
+    x = cast(op, x_BSD, dtype, "float32")
+    y = op.RotaryEmbedding(x, cos_BSE, sin_BSE, num_heads=heads, interleaved=int(interleaved))
+    return cast(op, y, "float32", dtype)
+
+
+def cast(op: Any, x: ir.Value, old: str, new: str) -> ir.Value:
+    """``x`` in dtype ``new``; nothing where it already is."""
+    return x if old == new else op.Cast(x, to=DTYPES[new])
+
+
+def silu(op: Any, x: ir.Value) -> ir.Value:
+    """x * sigmoid(x)."""
+    return op.Mul(x, op.Sigmoid(x))
+
+
+def split(op: Any, x: ir.Value, parts: int, *, axis: int) -> Sequence[ir.Value]:
+    """``x`` in equal parts along ``axis``."""
+    return op.Split(x, num_outputs=parts, axis=axis, _outputs=parts)

@@ -1,0 +1,65 @@
+"""The modulation weights of a checkpoint, as the file from which the runtime makes its tables."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qie.compiler.configs import TransformerConfig
+from qie.compiler.graphs.weight import DType, Part, Weight
+from qie.compiler.safetensor import TensorReader
+from qie.compiler.weights import write_weights
+from qie.engines.manifest import FileRecord, ModulationRecord, ModulationTensor
+from qie.engines.modulation import CHANNELS
+
+__all__ = ["MODULATION_FILE", "modulation_weights", "write_modulation"]
+
+MODULATION_FILE = "modulation.weights"
+
+
+def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
+    """Every tensor that depends on the timestep alone, in the checkpoint's own layout and names."""
+    d = config.width
+    linears = {
+        "time_text_embed.timestep_embedder.linear_1": (d, CHANNELS),
+        "time_text_embed.timestep_embedder.linear_2": (d, d),
+        "norm_out.linear": (2 * d, d),
+    }
+    for layer in range(config.layers):
+        for stream in ("img_mod", "txt_mod"):
+            linears[f"transformer_blocks.{layer}.{stream}.1"] = (6 * d, d)
+    return tuple(
+        Weight(name=f"{name}.{kind}", part="transformer", shape=shape if kind == "weight" else shape[:1], dtype=dtype)
+        for name, shape in linears.items()
+        for kind in ("weight", "bias")
+    )
+
+
+def write_modulation(
+    config: TransformerConfig,
+    readers: Mapping[Part, TensorReader],
+    folder: Path,
+    *,
+    tables: DType,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModulationRecord:
+    """Stream the modulation weights into ``folder``; bfloat16 stays so, every other dtype becomes float32.
+
+    ``tables`` is the dtype in which the transformer uses what is made from them.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+        BuildError: the disk is full.
+    """
+    stored = readers["transformer"].dtype("norm_out.linear.weight")
+    dtype: DType = "bfloat16" if stored == "bfloat16" else "float32"
+    weights = modulation_weights(config, dtype)
+    written = write_weights(weights, readers, folder / MODULATION_FILE, progress=progress)
+    offsets = {entry.name: entry.offset for entry in written.entries}
+    return ModulationRecord(
+        file=FileRecord(path=MODULATION_FILE, bytes=written.bytes, sha256=written.sha256),
+        dtype=dtype,
+        tables=tables,
+        tensors=tuple(ModulationTensor(name=w.name, shape=w.shape, offset=offsets[w.name]) for w in weights),
+        layers=config.layers,
+        width=config.width,
+        zero_cond_t=config.zero_cond_t,
+    )

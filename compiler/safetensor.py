@@ -1,0 +1,247 @@
+"""Reads safetensors: every header is checked when a file is opened, every tensor is a view of the mapped file.
+
+The format is 8 bytes of header length (little-endian), a JSON header that maps a tensor's name to its dtype, shape and
+byte range, and then the bytes of all tensors without gaps (safetensors, README.md, "Format").
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qie.engines.errors import CheckpointError
+
+__all__ = ["SafetensorsReader", "TensorReader", "open_component", "open_file", "read_json"]
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+_STEMS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers name a component's weights."""
+
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library itself (tensor.rs, MAX_HEADER_SIZE)."""
+
+
+class TensorReader(Protocol):
+    """Tensors by name. Every method but ``names`` raises CheckpointError for a name that is not there."""
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in no particular order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """The tensor's numpy dtype name, such as "bfloat16", without reading it."""
+        ...
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor, read-only where it is a view of a mapped file."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tensor:
+    file: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetensorsReader:
+    """The tensors of one component: of one file, or of all shards that an index names.
+
+    ``source`` is the file or index, ``files`` are all files that hold tensors, ``metadata`` is the text that a single
+    file carries beside its tensors.
+    """
+
+    source: Path
+    files: tuple[Path, ...]
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, _Tensor] = field(repr=False)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order of the files."""
+        return tuple(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The tensor's numpy dtype name, such as "bfloat16", without reading it."""
+        return self._find(name).dtype.name
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor as a read-only view of its mapped file; the mapping lives as long as the view."""
+        tensor = self._find(name)
+        if tensor.length == 0:
+            return np.empty(tensor.shape, tensor.dtype)
+        mapped = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        return mapped.view(np.ndarray).view(tensor.dtype).reshape(tensor.shape)
+
+    def _find(self, name: str) -> _Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.source} has no tensor {name!r}: download the checkpoint again")
+        return self.tensors[name]
+
+
+def open_component(folder: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:
+    """Open the weights of a component's folder, sharded with an index or in a single file, and check all headers.
+
+    ``canonical`` gives the name under which a stored tensor is known.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing or cut short, a header is broken, a tensor that the
+            index names is not in its shard, or two tensors get the same name.
+    """
+    for stem in _STEMS:
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            return _open_shards(index, canonical)
+        if single.is_file():
+            return open_file(single, canonical)
+    wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
+    raise CheckpointError(f"{folder} holds no weights: expected {wanted}; download the checkpoint again")
+
+
+def open_file(path: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:
+    """Open one safetensors file and check its header against its size.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or not a safetensors file.
+    """
+    stored, metadata = _read_header(path)
+    tensors = _rename(path, stored, canonical)
+    return SafetensorsReader(source=path, files=(path,), metadata=metadata, tensors=tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): download the checkpoint again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object: download it again")
+    return content
+
+
+def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsReader:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in places.values()
+    ):
+        raise CheckpointError(f"{index} has no usable weight_map (tensor to shard file): download it again")
+    headers: dict[str, dict[str, _Tensor]] = {}
+    for name, shard in places.items():
+        if shard in headers:
+            continue
+        path = index.with_name(shard)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing: {index.name} names it for {name!r} and others; download the checkpoint again"
+            )
+        headers[shard] = _read_header(path)[0]
+    for name, shard in places.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{index.with_name(shard)} has no tensor {name!r}, though {index.name} says so: "
+                "shards and index are of different downloads; download the checkpoint again"
+            )
+    stored = {name: headers[shard][name] for name, shard in places.items()}
+    tensors = _rename(index, stored, canonical)
+    files = tuple(index.with_name(shard) for shard in sorted(headers))
+    return SafetensorsReader(source=index, files=files, metadata={}, tensors=tensors)
+
+
+def _rename(source: Path, stored: dict[str, _Tensor], canonical: Callable[[str], str]) -> dict[str, _Tensor]:
+    tensors: dict[str, _Tensor] = {}
+    for name, tensor in stored.items():
+        if canonical(name) in tensors:
+            raise CheckpointError(f"{source} holds {canonical(name)!r} twice, under an old and a new prefix: keep one")
+        tensors[canonical(name)] = tensor
+    return tensors
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(_LENGTH_BYTES)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else -1
+            if not 2 <= length <= min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+                raise CheckpointError(
+                    f"{path} is cut short or no safetensors file ({size} bytes, header of {length}): download it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): check the path or download it again"
+        ) from error
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        base = _LENGTH_BYTES + length
+        tensors = {name: _parse_entry(path, name, entry, base) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a broken header ({error!r}): download it again") from error
+    end = base
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{path} has a gap or an overlap at tensor {name!r}: download it again")
+        end = tensor.offset + tensor.length
+        if end > size:
+            raise CheckpointError(
+                f"{path} is cut short: tensor {name!r} ends at byte {end}, the file at {size}; download it again"
+            )
+    if end != size:
+        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor: download it again")
+    return tensors, metadata
+
+
+def _parse_entry(path: Path, name: str, entry: dict[str, Any], base: int) -> _Tensor:
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}; "
+            "take the checkpoint's bfloat16 original"
+        )
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{name}: shape {shape}, offsets {begin}, {end}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name}: {end - begin} bytes for {dtype.name} {shape}")
+    return _Tensor(file=path, dtype=dtype, shape=shape, offset=base + begin, length=end - begin)

@@ -1,0 +1,152 @@
+"""Bundles on disk: where they lie, how one is found and opened, and which of its engines fit this machine."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
+from qie.engines.files import qie_home, sha256_of
+from qie.engines.manifest import COMPONENTS, MANIFEST, Component, EngineRecord, Manifest, read_manifest
+from qie.engines.sessions import BACKENDS, available
+
+__all__ = ["Bundle", "Refusal", "bundles", "choose_engines", "open_bundle", "refusal", "remove_bundle", "verify"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(record.bytes for record in self.manifest.files())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """An engine that this machine cannot run, and why."""
+
+    engine: EngineRecord
+    reason: str
+
+
+def bundles_folder() -> Path:
+    """Where bundles live by name."""
+    return qie_home() / "bundles"
+
+
+def bundles() -> tuple[Path, ...]:
+    """Folders of the bundles that have a name, newest first; whether they open is not checked."""
+    found = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
+    return tuple(sorted(found, key=lambda path: (-(path / MANIFEST).stat().st_mtime, path.name)))
+
+
+def open_bundle(which: str | None = None) -> Bundle:
+    """Open a bundle by name or folder; None is the newest one.
+
+    The manifest is read and every file's presence and size compared with it; ``verify`` reads contents.
+
+    Raises:
+        BundleError: there is no such bundle, its manifest is unreadable, or a file is missing or of another size.
+    """
+    path = _locate(which)
+    bundle = Bundle(path=path, manifest=read_manifest(path))
+    for record in bundle.manifest.files():
+        file = path / record.path
+        if not file.is_file():
+            raise BundleError(f"bundle {path} lacks {record.path}; build it again with `qie build`")
+        if file.stat().st_size != record.bytes:
+            raise BundleError(
+                f"{file} has {file.stat().st_size:,} bytes, the manifest says {record.bytes:,}; "
+                "build the bundle again with `qie build`"
+            )
+    return bundle
+
+
+def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None) -> None:
+    """Compare the content of every file with its digest; ``progress`` is called with (bytes done, bytes).
+
+    Raises:
+        BundleError: a file's content is not what was built.
+    """
+    done = 0
+    for record in bundle.manifest.files():
+        if sha256_of(bundle.path / record.path) != record.sha256:
+            raise BundleError(f"{bundle.path / record.path} is damaged; build the bundle again with `qie build`")
+        done += record.bytes
+        if progress is not None:
+            progress(done, bundle.bytes)
+
+
+def remove_bundle(which: str) -> Bundle:
+    """Delete a bundle by name or folder and return what it was.
+
+    Raises:
+        BundleError: there is no such bundle.
+    """
+    path = _locate(which)
+    bundle = Bundle(path=path, manifest=read_manifest(path))
+    (path / MANIFEST).unlink()  # first, so that what is half deleted does not open
+    shutil.rmtree(path)
+    return bundle
+
+
+def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
+    """The first engine of each component that fits this machine.
+
+    Raises:
+        EngineMismatchError: a component has engines, none of which fits.
+        BackendMissingError: the only thing in the way is a package that is not installed.
+        BundleError: a component has no engine at all.
+    """
+    chosen: dict[Component, EngineRecord] = {}
+    for component in COMPONENTS:
+        engines = [e for e in bundle.manifest.engines if e.component == component]
+        if not engines:
+            raise BundleError(f"bundle {bundle.path} has no engine for {component}; build it again with `qie build`")
+        reasons = {e: refusal(e) for e in engines}
+        fitting = [e for e, reason in reasons.items() if reason is None]
+        if not fitting:
+            missing = [e for e in engines if e.backend in BACKENDS and not available(e.backend)]
+            kind = BackendMissingError if len(missing) == len(engines) else EngineMismatchError
+            raise kind("; ".join(str(reason) for reason in dict.fromkeys(reasons.values())))
+        chosen[component] = fitting[0]
+    return chosen
+
+
+def refusal(engine: EngineRecord) -> str | None:
+    """Why this machine cannot run ``engine``, with what to do about it; None where it can."""
+    target = f"{engine.component} is built for {engine.backend}/{engine.compute_capability}"
+    if engine.backend not in BACKENDS:
+        return f"{target}, which this qie cannot execute; build for this machine with `qie build --gpu cpu`"
+    if not available(engine.backend):
+        return f"{target}, which is not installed here; run `{BACKENDS[engine.backend][1]}`"
+    if engine.compute_capability != "cpu":
+        return f"{target}, and this qie runs that backend on the processor; build with `qie build --gpu cpu`"
+    return None
+
+
+def _locate(which: str | None) -> Path:
+    if which is None:
+        found = bundles()
+        if not found:
+            raise BundleError(
+                f"there is no bundle in {bundles_folder()}; make one with `qie build CHECKPOINT --gpu cpu`, "
+                "or name one with --bundle"
+            )
+        return found[0]
+    named = bundles_folder() / which
+    for path in (named, Path(which)):
+        if (path / MANIFEST).is_file():
+            return path
+    known = ", ".join(path.name for path in bundles()) or "none"
+    raise BundleError(f"there is no bundle {which!r}, neither by name (known: {known}) nor as a folder; see `qie list`")

@@ -1,0 +1,396 @@
+"""The editor: from images and instructions to edited images, as one numbered loop over five engines.
+
+Shape suffixes: B images to make, V image tokens of the prompt, S prompt tokens, L = S - 64 text tokens,
+N noise tokens, R reference tokens, D width of the language model, C = 64 latent channels of a token.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qie.engines.bundle import Bundle, choose_engines
+from qie.engines.errors import EditError
+from qie.engines.files import qie_home
+from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
+from qie.engines.latents import noise_latents, rotary_tables
+from qie.engines.manifest import Component
+from qie.engines.modulation import Tables, modulation_tables
+from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, encode
+from qie.engines.schedule import sigmas
+from qie.engines.sessions import Session, load
+from qie.engines.shapes import Size, resolve_size
+from qie.engines.vision import vision_inputs
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Edit", "Editor", "Progress", "Request", "StepState"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, units done, units in all)."""
+
+PIXELS_A_TOKEN = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to edit and how. Everything that is None takes the bundle's default.
+
+    images: one to three, mode RGB, upright; the last one gives the size of the result
+    instructions: one or more, each applied to the same images
+    seeds: one or more; every instruction is edited with every seed. None draws one
+    negative: what guidance steers away from; the model's own default is a single space
+    guidance: scale of true classifier-free guidance; 1 or less turns it off and halves the work
+    size: width and height of the result in pixels, None for the model's area at the last image's aspect
+    match_input: bring the result to the last image's own pixel size
+    noise: start latents float32 [B, N, 64] in place of noise from the seeds
+    """
+
+    images: Sequence[Image.Image]
+    instructions: Sequence[str]
+    seeds: Sequence[int] | None = None
+    negative: str = DEFAULT_NEGATIVE
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    match_input: bool = False
+    noise: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edit:
+    """The result: one image for each instruction and seed, instructions outermost.
+
+    images: uint8 [H, W, 3] each
+    samples: (instruction, seed) of each image
+    size: what the model made, before match_input
+    notes: what differs from what was asked for, for a person to read
+    seconds: time of each stage
+    """
+
+    images: tuple[NDArray[np.uint8], ...]
+    samples: tuple[tuple[str, int], ...]
+    size: Size
+    steps: int
+    guidance: float
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepState:
+    """One step as an observer sees it: its number, its sigma, latents before it and both velocities [B, N, C]."""
+
+    step: int
+    sigma: float
+    latents: NDArray[np.float32]
+    velocity: NDArray[np.float32]
+    negative_velocity: NDArray[np.float32] | None
+
+
+class Editor:
+    """Runs edits with the engines of one bundle.
+
+    Engines are loaded when first needed; with residency "resident" they stay loaded, with "sequential" each is
+    released when its part of an edit is done.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Choose the engines of ``bundle`` for this machine.
+
+        Raises:
+            EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
+        """
+        from tokenizers import Tokenizer
+
+        self.bundle = bundle
+        self.model = bundle.manifest.model
+        self._engines = choose_engines(bundle)
+        self._sessions: dict[Component, Session] = {}
+        self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.path / bundle.manifest.tokenizer.path))
+
+    def edit(
+        self,
+        request: Request,
+        *,
+        progress: Progress = lambda what, done, total: None,
+        observer: Callable[[StepState], None] | None = None,
+    ) -> Edit:
+        """Edit ``request.images`` by every instruction with every seed.
+
+        ``observer`` sees every step, at the price of copying its tensors to the host.
+
+        Raises:
+            EditError: an image, instruction, seed or option cannot be used, or a backend failed.
+        """
+        manifest, limits = self.bundle.manifest, self.bundle.manifest.limits
+        stopwatch = Stopwatch()
+
+        # 1. Settle what is asked for: sizes, steps, guidance, seeds.
+        steps = manifest.defaults.steps if request.steps is None else request.steps
+        guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
+        size, notes = self._size(request)
+        self._check_counts(request)
+        seeds = [secrets.randbelow(2**32)] if request.seeds is None else list(request.seeds)
+        samples = [(i, seed) for i in range(len(request.instructions)) for seed in seeds]
+        negatives = [request.negative] if guidance > 1 else []
+        schedule = sigmas(self.model.scheduler, steps=steps, noise_tokens=size.area // PIXELS_A_TOKEN**2)
+
+        # 2. Images and words to prompt embeddings; the negative prompt sees the same images.
+        prepared = [prepare(image, self.model.areas) for image in request.images]
+        with stopwatch("vision"):
+            progress("vision", 0, 1)
+            seen = vision_inputs([p.vision for p in prepared], self.model.vision)
+            image_embeds_VD = self._vision(seen)
+        with stopwatch("language"):
+            progress("language", 0, 1)
+            spec = self.model.prompt
+            rows = [encode(self._tokenizer, [text], seen.grids, spec) for text in request.instructions]
+            rows += [encode(self._tokenizer, [text], seen.grids, spec, allow_blank=True) for text in negatives]
+            embeds = [self._language(row, image_embeds_VD) for row in rows]
+
+        # 3. References to latents.
+        with stopwatch("vae_encoder"):
+            progress("encode", 0, len(prepared))
+            latents = [self._encode(p.vae) for p in prepared]
+        reference_1RC = np.concatenate([tokens for tokens, _ in latents], axis=1)
+        grids = [(size.height // PIXELS_A_TOKEN, size.width // PIXELS_A_TOKEN), *(grid for _, grid in latents)]
+
+        # 4. Noise, and the modulation of every step.
+        noise_BNC = request.noise
+        if noise_BNC is None:
+            noise_BNC = noise_latents(
+                [seed for _, seed in samples],
+                size.height,
+                size.width,
+                self.model.latent_channels,
+                manifest.defaults.noise,
+            )
+        with stopwatch("modulation"):
+            tables = modulation_tables(
+                self.bundle.path,
+                self.model.modulation,
+                schedule,
+                cache=qie_home() / "modulation",
+                progress=lambda done, total: progress("modulation", done, total),
+            )
+
+        # 5. Denoise. Prompts of one length make a batch, so that nothing is ever padded and a result does not depend
+        #    on what else is in the batch.
+        results: dict[int, NDArray[np.uint8]] = {}
+        negative_1LD = embeds[-1] if negatives else None
+        batches = list(_batches([embeds[i].shape[1] for i, _ in samples], limits.batch_max))
+        for number, batch in enumerate(batches):
+            with stopwatch("transformer"):
+                latents_BNC = self._denoise(
+                    latents_BNC=noise_BNC[batch],
+                    reference_1RC=reference_1RC,
+                    prompt_BLD=np.concatenate([embeds[samples[b][0]] for b in batch]),
+                    negative_1LD=negative_1LD,
+                    grids=grids,
+                    schedule=schedule,
+                    tables=tables,
+                    guidance=guidance,
+                    progress=lambda done, total, n=number: progress("denoise", n * total + done, len(batches) * total),
+                    observer=observer,
+                )
+
+            # 6. Latents to pixels.
+            with stopwatch("vae_decoder"):
+                progress("decode", number, len(batches))
+                pixels = self._decode(latents_BNC.reshape(len(batch), *grids[0], -1))
+            results.update(zip(batch, pixels, strict=True))
+        images = tuple(self._finish(results[b], request) for b in range(len(samples)))
+        return Edit(
+            images=images,
+            samples=tuple((request.instructions[i], seed) for i, seed in samples),
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            notes=notes,
+            seconds=stopwatch.seconds,
+        )
+
+    def _size(self, request: Request) -> tuple[Size, tuple[str, ...]]:
+        if not request.images:
+            raise EditError("an edit needs at least one image; name one before the instruction")
+        wanted = request.size or output_size(request.images[-1].size, self.model.areas.vae_area)
+        size, note = resolve_size(self.bundle.manifest.limits, *wanted)
+        return size, (note,) if note else ()
+
+    def _check_counts(self, request: Request) -> None:
+        most = 1 if self.model.pipeline == "edit" else self.bundle.manifest.limits.references_max
+        if len(request.images) > most:
+            raise EditError(f"{len(request.images)} images were given, this bundle takes at most {most}; leave some out")
+        if not request.instructions:
+            raise EditError("an edit needs an instruction; say what to change, for example \"make it grayscale\"")
+        if request.seeds is not None and not request.seeds:
+            raise EditError("an edit needs at least one seed; leave seeds out to draw one")
+
+    @contextmanager
+    def _session(self, component: Component) -> Iterator[Session]:
+        """The session of ``component``, released afterwards where residency is sequential."""
+        if component not in self._sessions:
+            self._sessions[component] = load(self.bundle.path, self._engines[component])
+        try:
+            yield self._sessions[component]
+        finally:
+            if self.bundle.manifest.defaults.residency == "sequential":
+                del self._sessions[component]
+
+    def _run(self, component: Component, output: str, sizes: dict[str, int], **arrays: NDArray[Any]) -> Any:
+        """One engine once: host arrays in, the array of ``output`` out."""
+        with self._session(component) as session:
+            result = session.empty(output, sizes)
+            session.run({name: session.upload(a) for name, a in arrays.items()}, {output: result})
+            return session.download(result)
+
+    def _vision(self, seen: Any) -> NDArray[np.float32]:
+        embeds: NDArray[np.float32] = self._run(
+            "vision",
+            "image_embeds",
+            {"image_tokens": len(seen.raster_index)},
+            patches=seen.patches,
+            window_ids=seen.window_ids,
+            image_ids=seen.image_ids,
+            rotary_cos=seen.rotary_cos,
+            rotary_sin=seen.rotary_sin,
+            raster_index=seen.raster_index,
+        )
+        return embeds
+
+    def _language(self, tokens: Any, image_embeds_VD: NDArray[np.float32]) -> NDArray[np.float32]:
+        text_tokens = tokens.lengths[0] - PREFIX_TOKENS
+        most = self.bundle.manifest.limits.prompt_tokens_max
+        if text_tokens > most:
+            raise EditError(
+                f"the prompt is {text_tokens} tokens long with its images, this bundle takes at most {most}; "
+                "shorten the instruction or leave out an image"
+            )
+        embeds: NDArray[np.float32] = self._run(
+            "language",
+            "prompt_embeds",
+            {"batch": 1, "text_tokens": text_tokens},
+            input_ids=tokens.input_ids,
+            image_embeds=image_embeds_VD,
+            image_index=tokens.image_index,
+            position_ids=tokens.position_ids,
+        )
+        return embeds
+
+    def _encode(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        rows, columns = (side // PIXELS_A_TOKEN for side in image_HWC.shape[:2])
+        sizes = {"batch": 1, "rows": rows, "columns": columns}
+        latents = self._run("vae_encoder", "latents", sizes, image=image_HWC[None])
+        return latents.reshape(1, rows * columns, -1), (rows, columns)
+
+    def _decode(self, latents_BhwC: NDArray[np.float32]) -> NDArray[np.uint8]:
+        batch, rows, columns, _ = latents_BhwC.shape
+        sizes = {"batch": batch, "height": rows * PIXELS_A_TOKEN, "width": columns * PIXELS_A_TOKEN}
+        image: NDArray[np.uint8] = self._run("vae_decoder", "image", sizes, latents=latents_BhwC)
+        return image
+
+    def _denoise(
+        self,
+        *,
+        latents_BNC: NDArray[np.float32],
+        reference_1RC: NDArray[np.float32],
+        prompt_BLD: NDArray[np.float32],
+        negative_1LD: NDArray[np.float32] | None,
+        grids: Sequence[tuple[int, int]],
+        schedule: NDArray[np.float32],
+        tables: Tables,
+        guidance: float,
+        progress: Callable[[int, int], None],
+        observer: Callable[[StepState], None] | None,
+    ) -> NDArray[np.float32]:
+        """Latents after the last step. Everything is uploaded before the loop; in the loop only names are rebound."""
+        batch, noise_tokens, _ = latents_BNC.shape
+        sizes = {"batch": batch, "noise_tokens": noise_tokens}
+        steps = len(schedule) - 1
+        with self._session("transformer") as session:
+            shared = {"reference": session.upload(np.repeat(reference_1RC, batch, axis=0))}
+            positive = shared | self._text(session, prompt_BLD, grids)
+            no_velocity = session.upload(np.zeros_like(latents_BNC))
+            plain, guided = (session.upload(np.full(1, g, np.float32)) for g in (1.0, guidance))
+            moments = [
+                {
+                    "modulation": session.upload(tables.blocks[s]),
+                    "modulation_out": session.upload(tables.out[s]),
+                    "dsigma": session.upload(schedule[s + 1 : s + 2] - schedule[s : s + 1]),
+                }
+                for s in range(steps)
+            ]
+            latents, spare = session.upload(latents_BNC.copy()), session.empty("latents_next", sizes)
+            velocity = session.empty("velocity", sizes)
+            negative = None
+            if negative_1LD is not None:
+                negative = shared | self._text(session, np.repeat(negative_1LD, batch, axis=0), grids)
+                negative_velocity, unused = session.empty("velocity", sizes), session.empty("latents_next", sizes)
+            for s, moment in enumerate(moments):
+                progress(s, steps)
+                now = {"latents": latents, "guidance": plain, "negative_velocity": no_velocity, **moment}
+                if negative is not None:
+                    session.run(negative | now, {"velocity": negative_velocity, "latents_next": unused})
+                    now |= {"guidance": guided, "negative_velocity": negative_velocity}
+                session.run(positive | now, {"velocity": velocity, "latents_next": spare})
+                if observer is not None:
+                    observer(
+                        StepState(
+                            step=s,
+                            sigma=float(schedule[s]),
+                            latents=session.download(latents).astype(np.float32),
+                            velocity=session.download(velocity).astype(np.float32),
+                            negative_velocity=(
+                                None if negative is None else session.download(negative_velocity).astype(np.float32)
+                            ),
+                        )
+                    )
+                latents, spare = spare, latents
+            progress(steps, steps)
+            return session.download(latents).astype(np.float32)
+
+    def _text(
+        self, session: Session, prompt_BLD: NDArray[np.float32], grids: Sequence[tuple[int, int]]
+    ) -> dict[str, Any]:
+        """Prompt embeddings and the rotary tables that belong to their length."""
+        cos, sin = rotary_tables(self.model.rotary, text_tokens=prompt_BLD.shape[1], grids=grids)
+        arrays = {"prompt_embeds": prompt_BLD, "rotary_cos": cos, "rotary_sin": sin}
+        return {name: session.upload(array) for name, array in arrays.items()}
+
+    def _finish(self, image_HWC: NDArray[np.uint8], request: Request) -> NDArray[np.uint8]:
+        if not request.match_input or image_HWC.shape[1::-1] == request.images[-1].size:
+            return image_HWC
+        return to_uint8_HWC(resize(Image.fromarray(image_HWC), *request.images[-1].size))
+
+
+class Stopwatch:
+    """Adds up the time of each stage in ``seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of ``lengths`` in groups of one length, at most ``most`` in a group."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for _, group in groupby(order, key=lambda i: lengths[i]):
+        members = list(group)
+        for start in range(0, len(members), most):
+            yield members[start : start + most]

@@ -1,0 +1,213 @@
+"""The manifest of a bundle: all that the runtime knows of model, engines and limits, as one JSON file.
+
+The runtime reads this file and nothing else to decide what to load and how to feed it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qie.engines.errors import BundleError
+from qie.engines.image import Areas
+from qie.engines.latents import RotarySpec
+from qie.engines.prompt import PromptSpec
+from qie.engines.records import from_plain, to_plain
+from qie.engines.schedule import SchedulerSpec
+from qie.engines.shapes import ShapeLimits
+from qie.engines.vision import VisionSpec
+
+__all__ = [
+    "COMPONENTS",
+    "MANIFEST",
+    "SCHEMA",
+    "Component",
+    "Defaults",
+    "EngineRecord",
+    "FileRecord",
+    "LoraRecord",
+    "Manifest",
+    "ModelRecord",
+    "ModulationRecord",
+    "ModulationTensor",
+    "RecipeRecord",
+    "TensorSpec",
+    "read_manifest",
+    "write_manifest",
+]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
+COMPONENTS: tuple[Component, ...] = ("vision", "language", "vae_encoder", "transformer", "vae_decoder")
+"""Every component, in the order in which an edit uses them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One input or output of an engine. A dim that is a name is free at run time; equal names are equal sizes."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16", "int64", "uint8"]
+    dims: tuple[int | str, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape where ``sizes`` gives every free dim."""
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.dims)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """A file of the bundle: path relative to the bundle, size in bytes, sha256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRecord:
+    """One component built for one target.
+
+    ``path`` is the file that the backend opens, ``files`` everything it needs. ``key`` is the sha256 of all that
+    decided the engine: graph, weights, recipe section, versions; an equal key means an equal engine.
+    ``compute_capability`` is "cpu" for engines that run on the processor.
+    """
+
+    component: Component
+    backend: str
+    compute_capability: str
+    backend_version: str
+    precision: str
+    key: str
+    path: str
+    files: tuple[FileRecord, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int
+    build_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModulationTensor:
+    """A tensor of the modulation weights: its place in the file, [out, in] or [out] as in the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModulationRecord:
+    """The weights that turn a timestep into modulation, for schedules that were not precomputed.
+
+    ``dtype`` is that of the weights, ``tables`` that in which the transformer uses what comes out of them.
+    """
+
+    file: FileRecord
+    dtype: Literal["float32", "bfloat16"]
+    tables: Literal["float32", "bfloat16"]
+    tensors: tuple[ModulationTensor, ...]
+    layers: int
+    width: int
+    zero_cond_t: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecord:
+    """What the model is, and every constant of it that the runtime needs."""
+
+    name: str
+    revision: str | None
+    digest: str
+    pipeline: Literal["edit", "edit_plus"]
+    areas: Areas
+    scheduler: SchedulerSpec
+    vision: VisionSpec
+    prompt: PromptSpec
+    rotary: RotarySpec
+    latent_channels: int
+    modulation: ModulationRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraRecord:
+    """A LoRA fused into the weights."""
+
+    name: str
+    sha256: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeRecord:
+    """The resolved recipe, verbatim."""
+
+    name: str
+    sha256: str
+    toml: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What an edit uses where it is not told otherwise. ``noise`` is the dtype in which torch would draw it."""
+
+    steps: int
+    guidance: float
+    noise: Literal["float32", "bfloat16"]
+    residency: Literal["resident", "sequential"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A bundle's table of contents."""
+
+    schema: int
+    qie: str
+    model: ModelRecord
+    loras: tuple[LoraRecord, ...]
+    recipe: RecipeRecord
+    limits: ShapeLimits
+    defaults: Defaults
+    tokenizer: FileRecord
+    schedules: tuple[FileRecord, ...]
+    engines: tuple[EngineRecord, ...]
+
+    def files(self) -> tuple[FileRecord, ...]:
+        """Every file of the bundle but the manifest itself, each once."""
+        records = [self.tokenizer, self.model.modulation.file, *self.schedules]
+        for engine in self.engines:
+            records.extend(engine.files)
+        return tuple({r.path: r for r in records}.values())
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write ``manifest`` as the last file of a bundle under construction."""
+    text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of the bundle ``folder``.
+
+    Raises:
+        BundleError: there is none, it is not JSON, it was written by another schema, or a key is wrong.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; `qie list` shows the bundles") from None
+    except (ValueError, OSError) as problem:
+        raise BundleError(f"{path} cannot be read ({problem}); build the bundle again with `qie build`") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{path} has schema {schema!r}, this qie reads schema {SCHEMA}; build the bundle again with `qie build`"
+        )
+    try:
+        return from_plain(Manifest, data)
+    except ValueError as problem:
+        raise BundleError(f"{path}: {problem}; build the bundle again with `qie build`") from None

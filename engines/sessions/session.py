@@ -1,0 +1,36 @@
+"""What every backend offers: a loaded engine, and tensors that stay where the engine wants them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Session", "Tensor"]
+
+Tensor = Any
+"""A tensor in the backend's own memory. Opaque: only sessions of the same backend read it."""
+
+
+class Session(Protocol):
+    """One loaded engine: named tensors in, named tensors out.
+
+    The caller makes the output tensors, so that nothing is allocated inside a loop, and may pass one session's output
+    to another session of the same backend without a copy.
+    """
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """A tensor with the content of ``array``, which must not change while the tensor is in use."""
+
+    def empty(self, name: str, sizes: Mapping[str, int]) -> Tensor:
+        """A tensor for the output ``name`` where ``sizes`` gives the free dims."""
+
+    def download(self, tensor: Tensor) -> NDArray[np.generic]:
+        """The content of ``tensor`` as an array that the caller must not write to."""
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Compute ``outputs`` from ``inputs``.
+
+        Raises:
+            EditError: the backend refused the tensors or ran out of memory.
+        """
