@@ -215,7 +215,7 @@ def _blob_sha256(file: Path) -> str | None:
     """
     if not file.is_symlink():
         return None
-    blob = Path(os.path.normpath(file.parent / os.readlink(file)))
+    blob = Path(os.path.normpath(file.parent / file.readlink()))
     in_cache = blob.parent.name == "blobs" and blob.parent.with_name("snapshots") in file.parents
     return blob.name if in_cache and _SHA256.fullmatch(blob.name) else None
 

@@ -35,7 +35,7 @@ def graph_dtype(recipe: Recipe, component: Component) -> DType:
     precision = recipe.components[component].precision
     if precision == "float16":
         raise RecipeError(
-            f"components.{component}.precision is \"float16\"; the graphs are written in \"float32\" or \"bfloat16\""
+            f'components.{component}.precision is "float16"; the graphs are written in "float32" or "bfloat16"'
         )
     return precision
 

@@ -191,7 +191,7 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def _metadata_alpha(reader: SafetensorsReader) -> float | None:
-    """alpha of all layers from the PEFT configuration that diffusers stores in the file, if it does."""
+    """Alpha of all layers from the PEFT configuration that diffusers stores in the file, if it does."""
     if _METADATA not in reader.metadata:
         return None
     try:

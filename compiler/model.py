@@ -29,7 +29,8 @@ def areas(checkpoint: Checkpoint) -> Areas:
     for key, value in values.items():
         if key not in ("vae_area", "condition_area") or not isinstance(value, int) or value < 32 * 32:
             raise CheckpointError(
-                f"model_index.json: _qie.{key} = {value!r}; expected vae_area and condition_area in pixels, at least 1024"
+                f"model_index.json: _qie.{key} = {value!r}; expected vae_area and condition_area, both at least "
+                "1024 pixels"
             )
     return Areas(
         vae_area=values["vae_area"],

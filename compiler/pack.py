@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import qie
@@ -82,7 +83,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     checkpoint, recipe = plan.checkpoint, plan.recipe
     readers = checkpoint_readers(plan)
     digest = checkpoint.digest(
-        cache=qie_home() / "digests.json", progress=lambda done, total: progress("digest of the checkpoint", done, total)
+        cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
     )
     keys = component_keys(plan, digest)
     old = _earlier(plan.destination)
@@ -100,7 +101,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
                 readers,
                 folder,
                 key=keys[part.component],
-                progress=lambda done, total, name=part.component: progress(name, done, total),
+                progress=partial(progress, part.component),
             )
         )
     modulation = write_modulation(
@@ -108,7 +109,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         readers,
         folder,
         tables="bfloat16" if recipe.components.transformer.precision == "bfloat16" else "float32",
-        progress=lambda done, total: progress("modulation", done, total),
+        progress=partial(progress, "modulation"),
     )
     load_tokenizer(checkpoint).save(str(folder / TOKENIZER_FILE), pretty=False)
     default = recipe.schedules[0]

@@ -123,8 +123,8 @@ def check_buildable(plan: Plan) -> None:
             )
         if part.quantization != "none":
             raise RecipeError(
-                f"components.{part.component}.quantization is \"{part.quantization}\", which this qie does not make "
-                "yet; set it to \"none\" in a recipe of your own (see `qie recipes show`)"
+                f'components.{part.component}.quantization is "{part.quantization}", which this qie does not make '
+                'yet; set it to "none" in a recipe of your own (see `qie recipes show`)'
             )
     free = shutil.disk_usage(_existing(plan.destination)).free
     if plan.bytes > free:

@@ -104,8 +104,8 @@ _VOCABULARY_TEXT = (
     "Turn her left hand around, put glasses on his face, keep everything else unchanged and brighten those mountains."
     "<|im_end|>\n<|im_start|>assistant\n"
 )
-"""Every word of it becomes one token, so that ``PREFIX`` has 64 as with the published vocabulary. Other text is spelled in
-smaller pieces, down to bytes."""
+"""Every word of it becomes one token, so that ``PREFIX`` has 64 as with the published vocabulary. Other text is spelled
+in smaller pieces, down to bytes."""
 
 _GAINS = {
     "timestep_embedder.linear_1": 2.0,
@@ -118,7 +118,7 @@ _GAINS = {
     "post_quant_conv": 0.5,
     "decoder.conv_out": 0.4,
 }
-"""Standard deviation of a layer's output for inputs of standard deviation 1, where it is not 1: by the end of its name."""
+"""Standard deviation of a layer's output for inputs of standard deviation 1, where it is not 1, by its name's end."""
 
 
 def write_checkpoint(

@@ -1,12 +1,12 @@
 """The torch pipeline of diffusers as the judge: whatever qie builds is compared with what these functions return.
 
-It runs on the CPU, without torchvision, and corrects diffusers in one place: with transformers 5 the pipelines no longer
-tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become those of
+It runs on the CPU, without torchvision, and corrects diffusers in one place: with transformers 5 the pipelines no
+longer tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become those of
 plain text. Here they are as the model was trained. Needs ``qie[reference]``; nothing is imported before the first call.
 
 Shapes: B batch, N noise tokens, R reference tokens of one image, C = 64 channels a token, L prompt tokens, D prompt
-width, S tokens of the whole prompt, P vision patches, V = P / 4 image tokens, I images. A grid is the (height, width) of
-an image in tokens, which are 16 pixels wide. All arrays are float32 unless said otherwise.
+width, S tokens of the whole prompt, P vision patches, V = P / 4 image tokens, I images. A grid is the (height, width)
+of an image in tokens, which are 16 pixels wide. All arrays are float32 unless said otherwise.
 """
 
 import importlib
@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 
 _VAE_AREA = 1024 * 1024
 _CONDITION_AREA = 384 * 384
-"""Pixels the pipelines resize to (diffusers pipeline_qwenimage_edit_plus.py, VAE_IMAGE_SIZE and CONDITION_IMAGE_SIZE)."""
+"""Pixels that the pipelines resize to (pipeline_qwenimage_edit_plus.py, VAE_IMAGE_SIZE and CONDITION_IMAGE_SIZE)."""
 
 _PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
@@ -171,7 +171,8 @@ class Reference:
             EditError: not exactly one of ``seed`` and ``latents``, or several images for a model that takes one.
         """
         if (seed is None) == (latents is None):
-            raise EditError(f"seed is {seed} and latents are {'not ' * (latents is None)}given: give one of the two")
+            found = "neither seed nor latents are given" if seed is None else "both seed and latents are given"
+            raise EditError(f"{found}, but the noise comes from one of them: give one of the two")
         if not self._plus and len(images) != 1:
             raise EditError(
                 f"{len(images)} images for a model that takes one: give one, or use an Edit-Plus checkpoint"
@@ -210,7 +211,7 @@ class Reference:
         return self.pipeline.image_processor.resize(image, height, width)
 
     def _condition_images(self, images: Sequence[Image.Image]) -> list[Any]:
-        """The images as the vision tower's preprocessor gets them: Edit has one size for it and the VAE, Plus has two."""
+        """The images as the vision tower's preprocessor gets them: Edit has one size for it and the VAE, Plus two."""
         return [self._resize(image, self.condition_area if self._plus else self.vae_area) for image in images]
 
     @contextmanager

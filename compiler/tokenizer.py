@@ -21,6 +21,8 @@ _WORDS = (
 )
 """How Qwen splits text before byte-pair encoding (transformers, models/qwen2/tokenization_qwen2.py)."""
 
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer from tokenizer.json, or else from vocab.json and merges.txt, without truncation and padding.
@@ -93,7 +95,10 @@ def _added_tokens(folder: Path) -> Mapping[int, AddedToken]:
     described: Any = read_json(config).get("added_tokens_decoder") if config.is_file() else None
     try:
         if described:
-            return {int(token_id): AddedToken(**token) for token_id, token in described.items()}
+            return {
+                int(token_id): AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS if flag in token})
+                for token_id, token in described.items()
+            }
         plain = folder / "added_tokens.json"
         if not plain.is_file():
             return {}
@@ -101,5 +106,5 @@ def _added_tokens(folder: Path) -> Mapping[int, AddedToken]:
             int(token_id): AddedToken(token, special=True, normalized=False)
             for token, token_id in read_json(plain).items()
         }
-    except (TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} has added tokens that cannot be read ({error}): download it again") from error

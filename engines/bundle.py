@@ -10,7 +10,17 @@ from qie.engines.files import qie_home, sha256_of
 from qie.engines.manifest import COMPONENTS, MANIFEST, Component, EngineRecord, Manifest, read_manifest
 from qie.engines.sessions import BACKENDS, available
 
-__all__ = ["Bundle", "Refusal", "bundles", "choose_engines", "open_bundle", "refusal", "remove_bundle", "verify"]
+__all__ = [
+    "Bundle",
+    "bundles",
+    "bundles_folder",
+    "choose_engines",
+    "locate",
+    "open_bundle",
+    "refusal",
+    "remove_bundle",
+    "verify",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +39,6 @@ class Bundle:
     def bytes(self) -> int:
         """Size of all files."""
         return sum(record.bytes for record in self.manifest.files())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """An engine that this machine cannot run, and why."""
-
-    engine: EngineRecord
-    reason: str
 
 
 def bundles_folder() -> Path:
@@ -58,7 +60,7 @@ def open_bundle(which: str | None = None) -> Bundle:
     Raises:
         BundleError: there is no such bundle, its manifest is unreadable, or a file is missing or of another size.
     """
-    path = _locate(which)
+    path = locate(which)
     bundle = Bundle(path=path, manifest=read_manifest(path))
     for record in bundle.manifest.files():
         file = path / record.path
@@ -87,17 +89,10 @@ def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None
             progress(done, bundle.bytes)
 
 
-def remove_bundle(which: str) -> Bundle:
-    """Delete a bundle by name or folder and return what it was.
-
-    Raises:
-        BundleError: there is no such bundle.
-    """
-    path = _locate(which)
-    bundle = Bundle(path=path, manifest=read_manifest(path))
+def remove_bundle(path: Path) -> None:
+    """Delete the bundle in the folder ``path``."""
     (path / MANIFEST).unlink()  # first, so that what is half deleted does not open
     shutil.rmtree(path)
-    return bundle
 
 
 def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
@@ -135,7 +130,12 @@ def refusal(engine: EngineRecord) -> str | None:
     return None
 
 
-def _locate(which: str | None) -> Path:
+def locate(which: str | None) -> Path:
+    """The folder of a bundle by name or folder; None is the newest one.
+
+    Raises:
+        BundleError: there is no such bundle.
+    """
     if which is None:
         found = bundles()
         if not found:

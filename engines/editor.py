@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,14 @@ from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
 from qie.engines.latents import noise_latents, rotary_tables
 from qie.engines.manifest import Component
 from qie.engines.modulation import Tables, modulation_tables
-from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, encode
+from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens, encode
 from qie.engines.schedule import sigmas
 from qie.engines.sessions import Session, load
 from qie.engines.shapes import Size, resolve_size
-from qie.engines.vision import vision_inputs
+from qie.engines.vision import VisionInputs, vision_inputs
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    pass
 
 __all__ = ["Edit", "Editor", "Progress", "Request", "StepState"]
 
@@ -146,21 +147,29 @@ class Editor:
 
         # 2. Images and words to prompt embeddings; the negative prompt sees the same images.
         prepared = [prepare(image, self.model.areas) for image in request.images]
+        seen = vision_inputs([p.vision for p in prepared], self.model.vision)
+        words = partial(encode, self._tokenizer, grids=seen.grids, spec=self.model.prompt)
+        prompts = [words([text]) for text in request.instructions]
+        prompts += [words([text], allow_blank=True) for text in negatives]
+        self._check_lengths(prompts)
         with stopwatch("vision"):
             progress("vision", 0, 1)
-            seen = vision_inputs([p.vision for p in prepared], self.model.vision)
             image_embeds_VD = self._vision(seen)
+            progress("vision", 1, 1)
         with stopwatch("language"):
-            progress("language", 0, 1)
-            spec = self.model.prompt
-            rows = [encode(self._tokenizer, [text], seen.grids, spec) for text in request.instructions]
-            rows += [encode(self._tokenizer, [text], seen.grids, spec, allow_blank=True) for text in negatives]
-            embeds = [self._language(row, image_embeds_VD) for row in rows]
+            embeds = []
+            for number, prompt in enumerate(prompts):
+                progress("language", number, len(prompts))
+                embeds.append(self._language(prompt, image_embeds_VD))
+            progress("language", len(prompts), len(prompts))
 
         # 3. References to latents.
         with stopwatch("vae_encoder"):
-            progress("encode", 0, len(prepared))
-            latents = [self._encode(p.vae) for p in prepared]
+            latents = []
+            for number, copies in enumerate(prepared):
+                progress("encode", number, len(prepared))
+                latents.append(self._encode(copies.vae))
+            progress("encode", len(prepared), len(prepared))
         reference_1RC = np.concatenate([tokens for tokens, _ in latents], axis=1)
         grids = [(size.height // PIXELS_A_TOKEN, size.width // PIXELS_A_TOKEN), *(grid for _, grid in latents)]
 
@@ -180,7 +189,7 @@ class Editor:
                 self.model.modulation,
                 schedule,
                 cache=qie_home() / "modulation",
-                progress=lambda done, total: progress("modulation", done, total),
+                progress=partial(progress, "modulation"),
             )
 
         # 5. Denoise. Prompts of one length make a batch, so that nothing is ever padded and a result does not depend
@@ -199,7 +208,7 @@ class Editor:
                     schedule=schedule,
                     tables=tables,
                     guidance=guidance,
-                    progress=lambda done, total, n=number: progress("denoise", n * total + done, len(batches) * total),
+                    progress=partial(self._denoise_progress, progress, number, len(batches)),
                     observer=observer,
                 )
 
@@ -207,6 +216,7 @@ class Editor:
             with stopwatch("vae_decoder"):
                 progress("decode", number, len(batches))
                 pixels = self._decode(latents_BNC.reshape(len(batch), *grids[0], -1))
+                progress("decode", number + 1, len(batches))
             results.update(zip(batch, pixels, strict=True))
         images = tuple(self._finish(results[b], request) for b in range(len(samples)))
         return Edit(
@@ -229,11 +239,22 @@ class Editor:
     def _check_counts(self, request: Request) -> None:
         most = 1 if self.model.pipeline == "edit" else self.bundle.manifest.limits.references_max
         if len(request.images) > most:
-            raise EditError(f"{len(request.images)} images were given, this bundle takes at most {most}; leave some out")
+            raise EditError(
+                f"{len(request.images)} images were given, this bundle takes at most {most}; leave some out"
+            )
         if not request.instructions:
-            raise EditError("an edit needs an instruction; say what to change, for example \"make it grayscale\"")
+            raise EditError('an edit needs an instruction; say what to change, for example "make it grayscale"')
         if request.seeds is not None and not request.seeds:
             raise EditError("an edit needs at least one seed; leave seeds out to draw one")
+
+    def _check_lengths(self, prompts: Sequence[PromptTokens]) -> None:
+        most = self.bundle.manifest.limits.prompt_tokens_max
+        longest = max(prompt.lengths[0] for prompt in prompts) - PREFIX_TOKENS
+        if longest > most:
+            raise EditError(
+                f"a prompt is {longest} tokens long with its images, this bundle takes at most {most}; "
+                "shorten the instruction or leave out an image"
+            )
 
     @contextmanager
     def _session(self, component: Component) -> Iterator[Session]:
@@ -253,7 +274,7 @@ class Editor:
             session.run({name: session.upload(a) for name, a in arrays.items()}, {output: result})
             return session.download(result)
 
-    def _vision(self, seen: Any) -> NDArray[np.float32]:
+    def _vision(self, seen: VisionInputs) -> NDArray[np.float32]:
         embeds: NDArray[np.float32] = self._run(
             "vision",
             "image_embeds",
@@ -267,18 +288,11 @@ class Editor:
         )
         return embeds
 
-    def _language(self, tokens: Any, image_embeds_VD: NDArray[np.float32]) -> NDArray[np.float32]:
-        text_tokens = tokens.lengths[0] - PREFIX_TOKENS
-        most = self.bundle.manifest.limits.prompt_tokens_max
-        if text_tokens > most:
-            raise EditError(
-                f"the prompt is {text_tokens} tokens long with its images, this bundle takes at most {most}; "
-                "shorten the instruction or leave out an image"
-            )
+    def _language(self, tokens: PromptTokens, image_embeds_VD: NDArray[np.float32]) -> NDArray[np.float32]:
         embeds: NDArray[np.float32] = self._run(
             "language",
             "prompt_embeds",
-            {"batch": 1, "text_tokens": text_tokens},
+            {"batch": 1, "text_tokens": tokens.lengths[0] - PREFIX_TOKENS},
             input_ids=tokens.input_ids,
             image_embeds=image_embeds_VD,
             image_index=tokens.image_index,
@@ -365,6 +379,10 @@ class Editor:
         cos, sin = rotary_tables(self.model.rotary, text_tokens=prompt_BLD.shape[1], grids=grids)
         arrays = {"prompt_embeds": prompt_BLD, "rotary_cos": cos, "rotary_sin": sin}
         return {name: session.upload(array) for name, array in arrays.items()}
+
+    @staticmethod
+    def _denoise_progress(progress: Progress, batch: int, batches: int, done: int, total: int) -> None:
+        progress("denoise", batch * total + done, batches * total)
 
     def _finish(self, image_HWC: NDArray[np.uint8], request: Request) -> NDArray[np.uint8]:
         if not request.match_input or image_HWC.shape[1::-1] == request.images[-1].size:

@@ -26,7 +26,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; it becomes ``path`` when the block ends well, and is removed when it does not."""
+    """A temporary name beside ``path``; it becomes ``path`` when the block ends well, else it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

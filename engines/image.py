@@ -4,6 +4,7 @@ Shape suffixes: H W C height, width and the 3 channels of an image, uint8 in 0 .
 """
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -28,6 +29,7 @@ __all__ = [
     "Areas",
     "Prepared",
     "SourceImage",
+    "check_output",
     "load_image",
     "output_size",
     "prepare",
@@ -241,16 +243,27 @@ def prepare(image: Image.Image, areas: Areas) -> Prepared:
     return Prepared(vision=vision, vae=to_uint8_HWC(vae))
 
 
-def save_image(image_HWC: NDArray[np.uint8], path: Path) -> None:
-    """Write an image, uint8 [H, W, 3], in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
+def check_output(path: Path) -> None:
+    """See that an image can be written to `path` before work is spent on it.
 
-    The file appears whole or not at all; an existing one is replaced.
-    Raises EditError for another suffix, a missing folder, and when the file cannot be written.
+    Raises EditError for a suffix other than .png, .jpg, .jpeg and .webp, and for a folder that is missing or may not be
+    written to.
     """
     if path.suffix.lower() not in _WRITERS:
         raise EditError(f"{path} names no format that can be written; end it in one of {', '.join(_WRITERS)}.")
     if not path.parent.is_dir():
         raise EditError(f"There is no folder {path.parent} to write {path.name} into; make it or choose another.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise EditError(f"{path} cannot be written (it is a folder, or its folder is read-only); choose another place.")
+
+
+def save_image(image_HWC: NDArray[np.uint8], path: Path) -> None:
+    """Write an image, uint8 [H, W, 3], in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
+
+    The file appears whole or not at all; an existing one is replaced.
+    Raises EditError as `check_output` does, and when the file cannot be written.
+    """
+    check_output(path)
     format_name, options = _WRITERS[path.suffix.lower()]
     try:
         with replacing(path) as temporary:

@@ -9,6 +9,7 @@ Shape suffixes: S steps, D width, L layers, M rows a block.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,12 @@ class Tables:
 
 
 def modulation_tables(
-    folder: Path, record: ModulationRecord, sigmas: Array, *, cache: Path, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    record: ModulationRecord,
+    sigmas: Array,
+    *,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tables:
     """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
 
@@ -115,23 +121,26 @@ class Weights:
 
 
 def _conditioning(weights: Weights, timestep_S: Array) -> Array:
-    """silu of the timestep's embedding, float32 [S, D]: the input of every modulation layer."""
+    """Silu of the timestep's embedding, float32 [S, D]: the input of every modulation layer."""
     half = CHANNELS // 2
-    frequencies = np.exp(-np.log(10000) * np.arange(half, dtype=np.float32) / half).astype(np.float32)
+    frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = np.float32(1000) * (timestep_S[:, None] * frequencies)
     channels = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    hidden = _silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
+    hidden: Array = _silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
     return _silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
 
 
 def _load(path: Path, record: ModulationRecord) -> Tables:
     flat = _widen(np.load(path, mmap_mode="r", allow_pickle=False))
     blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
-    return Tables(blocks=np.ascontiguousarray(blocks).reshape(len(flat), record.layers, -1), out=np.ascontiguousarray(out))
+    return Tables(
+        blocks=np.ascontiguousarray(blocks).reshape(len(flat), record.layers, -1), out=np.ascontiguousarray(out)
+    )
 
 
 def _silu(x: Array) -> Array:
-    return x / (np.float32(1) + np.exp(-x))
+    with np.errstate(over="ignore"):  # exp overflows to infinity, and the quotient is the 0 that it should be
+        return np.asarray(x / (np.float32(1) + np.exp(-x)), np.float32)
 
 
 def _widen(raw: NDArray[np.generic]) -> Array:

@@ -153,7 +153,7 @@ def _polynomial(coefficients: Float32, x: Float32) -> Float32:
 
 
 def _fma(a: Float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
-    """a * b + c rounded to float32: a float64 holds the product exactly, and the sum with 29 bits to spare."""
+    """A * b + c rounded to float32: a float64 holds the product exactly, and the sum with 29 bits to spare."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 

@@ -27,7 +27,7 @@ CAPABILITIES = {
 MODEL_AREA = 1024 * 1024
 
 
-def schema_keys(table: type = Recipe, prefix: str = "") -> dict[str, str]:
+def schema_keys(table: Any = Recipe, prefix: str = "") -> dict[str, str]:
     """Return every key of the schema with its default as README writes it."""
     keys: dict[str, str] = {}
     kinds = get_type_hints(table)

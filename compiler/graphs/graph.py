@@ -40,6 +40,7 @@ class Parameter(nn.Parameter):
 
     def __init__(self, shape: Sequence[int], dtype: DType, layout: tuple[Layout, ...] = ()) -> None:
         super().__init__(shape, dtype=DTYPES[dtype])
+        self.dims = tuple(shape)
         self.weight_dtype: DType = dtype
         self.layout = layout
 
@@ -91,7 +92,7 @@ class Graph:
             Weight(
                 name=name,
                 part=part,
-                shape=tuple(int(d) for d in value.shape or ()),
+                shape=value.dims,
                 dtype=value.weight_dtype,
                 layout=value.layout,
             )

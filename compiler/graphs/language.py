@@ -133,7 +133,7 @@ class GatedMLP(nn.Module):
 
 
 def rotary_tables(op: Any, position_ids_3BS: ir.Value, config: LanguageConfig) -> Sequence[ir.Value]:
-    """cos and sin float32 [B, S, E]; frequency i turns with the position of its section (mrope_section).
+    """Cos and sin float32 [B, S, E]; frequency i turns with the position of its section (mrope_section).
 
     The sections lie one after the other over half a head: frame, height, width (Qwen2_5_VLRotaryEmbedding).
     """

@@ -88,7 +88,7 @@ def cast(op: Any, x: ir.Value, old: str, new: str) -> ir.Value:
 
 
 def silu(op: Any, x: ir.Value) -> ir.Value:
-    """x * sigmoid(x)."""
+    """X * sigmoid(x)."""
     return op.Mul(x, op.Sigmoid(x))
 
 

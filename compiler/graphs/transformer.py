@@ -59,7 +59,8 @@ def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
         TensorSpec(name="dsigma", dtype="float32", dims=(1,)),
     )
     outputs = tuple(
-        TensorSpec(name=name, dtype="float32", dims=("batch", "noise_tokens", c)) for name in ("velocity", "latents_next")
+        TensorSpec(name=name, dtype="float32", dims=("batch", "noise_tokens", c))
+        for name in ("velocity", "latents_next")
     )
     return Graph.trace("transformer", "transformer", dtype, Transformer(config, dtype), inputs=inputs, outputs=outputs)
 
@@ -101,9 +102,7 @@ class Transformer(nn.Module):
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
             row = op.Gather(rows, constant(op, i, "int64"), axis=0)
-            image_BTD, text_BLD = block(
-                op, image_BTD, text_BLD, row, rotary, tokens, last=i == config.layers - 1
-            )
+            image_BTD, text_BLD = block(op, image_BTD, text_BLD, row, rotary, tokens, last=i == config.layers - 1)
         scale, shift = split(op, out_shift_scale, 2, axis=0)
         noise_BND = modulated_norm(op, image_BTD, shift, scale, config.width, dtype)
         velocity_BNC = cast(op, self.proj_out(op, noise_BND), dtype, "float32")
@@ -231,7 +230,7 @@ class JointAttention(nn.Module):
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
-        """(image, text) after attention and output projection; in the last block the noise tokens alone, text unused."""
+        """(image, text) after attention and output projection; in the last block noise tokens alone, text unused."""
         key = op.Concat(
             self.heads(op, self.add_k_proj(op, text_BLD), self.norm_added_k),
             self.heads(op, self.to_k(op, image_BTD), self.norm_k),
@@ -285,7 +284,7 @@ def modulated_norm(op: Any, x: ir.Value, shift: ir.Value, scale: ir.Value, width
 def euler_step(
     op: Any, latents_BNC: ir.Value, velocity: ir.Value, negative: ir.Value, guidance: ir.Value, dsigma: ir.Value
 ) -> ir.Value:
-    """latents + dsigma * guided velocity, the guided velocity rescaled per token to the norm of the conditional one."""
+    """Latents + dsigma * guided velocity, the guided velocity rescaled per token to the norm of the conditional one."""
     guided = op.Add(negative, op.Mul(guidance, op.Sub(velocity, negative)))
     norms = [op.ReduceL2(v, [-1], keepdims=1) for v in (velocity, guided)]
     tiny = constant(op, 1e-30)

@@ -9,6 +9,7 @@ Shape suffixes: B batch, H W pixels or feature rows and columns, C channels, h w
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,9 @@ class DecoderGraph(nn.Module):
         self.decoder = Decoder(config, dtype)
 
     def forward(self, op: Any, latents_Bhw: ir.Value) -> Sequence[ir.Value]:
-        latents = op.Add(op.Mul(unpack(op, latents_Bhw, self.config.z_dim), std(op, self.config)), mean(op, self.config))
+        latents = op.Add(
+            op.Mul(unpack(op, latents_Bhw, self.config.z_dim), std(op, self.config)), mean(op, self.config)
+        )
         image = self.decoder(op, self.post_quant_conv(op, cast(op, latents, "float32", self.dtype)))
         clipped = op.Clip(cast(op, image, self.dtype, "float32"), constant(op, -1.0), constant(op, 1.0))
         unit = op.Add(op.Mul(clipped, constant(op, 0.5)), constant(op, 0.5))
@@ -84,7 +87,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_width * m for m in (1, *config.multipliers)]
         blocks: list[nn.Module] = []
-        for level, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (inputs, outputs) in enumerate(pairwise(widths)):
             for i in range(config.blocks):
                 blocks.append(Residual(inputs if i == 0 else outputs, outputs, dtype))
             if level < len(config.multipliers) - 1:
@@ -110,7 +113,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_width * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
         ups: list[nn.Module] = []
-        for level, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (inputs, outputs) in enumerate(pairwise(widths)):
             inputs = inputs if level == 0 else inputs // 2
             ups.append(Up(inputs, outputs, config.blocks + 1, level < len(config.multipliers) - 1, dtype))
         self.conv_in = Conv(config.z_dim, widths[0], 3, dtype=dtype, causal=True)

@@ -80,9 +80,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: DType) -> None:
         super().__init__()
-        self.proj = Linear(
-            config.patch_width, config.width, dtype=dtype, bias=False, layout=("flatten", "transpose")
-        )
+        self.proj = Linear(config.patch_width, config.width, dtype=dtype, bias=False, layout=("flatten", "transpose"))
 
     def forward(self, op: Any, patches: ir.Value) -> ir.Value:
         return self.proj(op, patches)
@@ -148,5 +146,5 @@ class Merger(nn.Module):
 
 
 def same(op: Any, ids_P: ir.Value) -> ir.Value:
-    """bool [P, P]: true where two patches carry the same id."""
+    """Bool [P, P]: true where two patches carry the same id."""
     return op.Equal(op.Unsqueeze(ids_P, [1]), op.Unsqueeze(ids_P, [0]))

@@ -39,9 +39,7 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
         try:
-            self._session = ort.InferenceSession(
-                str(folder / engine.path), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(str(folder / engine.path), options, providers=["CPUExecutionProvider"])
         except Exception as problem:
             raise BundleError(
                 f"onnxruntime {version()} cannot load {folder / engine.path} ({_first_line(problem)}); "

@@ -1,0 +1,293 @@
+"""The command line of qie: the compiler's commands, with the runtime's mounted beside them.
+
+Each command parses, prints the plan, calls one function, prints the outcome. Heavy imports are inside the commands.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qie.engines.cli import JsonOption, add_commands
+from qie.engines.errors import BackendMissingError, QieError
+from qie.engines.terminal import Bars, human_bytes, human_count, table
+
+if TYPE_CHECKING:
+    from qie.compiler.plan import Plan
+
+__all__ = ["app", "main"]
+
+DEFAULT_MODEL = "Qwen/Qwen-Image-Edit-2511"
+
+app = typer.Typer(
+    name="qie",
+    help="Compile Qwen-Image-Edit into engines for a named GPU, and edit images with them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List the recipes, or show one in full.", rich_markup_mode=None)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Checkpoint: a folder in diffusers format, or a hub id.")
+]
+GpuOption = Annotated[str, typer.Option("--gpu", help="Recipe: a name of `qie recipes`, or the path of a .toml file.")]
+LoraOption = Annotated[
+    list[str] | None, typer.Option("--lora", help="LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+
+def main() -> None:
+    """Run the command line; an error of qie's becomes one sentence on stderr and its exit code."""
+    try:
+        app()
+    except QieError as problem:
+        _stop(str(problem), problem.exit_code)
+    except MemoryError:
+        _stop("this machine has not enough memory for that; use a smaller --size or a smaller checkpoint", 2)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+
+
+def _stop(text: str, code: int) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import qie
+
+        typer.echo(f"qie {qie.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile Qwen-Image-Edit into engines for a named GPU, and edit images with them."""
+
+
+@app.command()
+def build(
+    model: ModelArgument = DEFAULT_MODEL,
+    gpu: GpuOption = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the bundle.", show_default="by name, where `qie list` looks")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
+    lora: LoraOption = None,
+    revision: RevisionOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs configs alone.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a bundle of engines for one GPU from a checkpoint."""
+    from qie.compiler.pack import build_bundle
+
+    plan = _plan(model, gpu, lora, revision, out, name, weights=not dry_run)
+    if dry_run or not as_json:
+        _print_plan(plan, as_json=as_json)
+    if dry_run:
+        return None
+    with Bars(enabled=not as_json) as bars:
+        bundle = build_bundle(plan, progress=bars)
+    if as_json:
+        return _print_json({"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes})
+    typer.echo(f"\n{bundle.path}: {human_bytes(bundle.bytes)}")
+    typer.echo(
+        f'edit with: qie run photo.png "make it grayscale" --bundle {bundle.name if out is None else bundle.path}'
+    )
+    return None
+
+
+@app.command()
+def export(
+    model: ModelArgument = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("graphs"),
+    gpu: GpuOption = "cpu",
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="With weights, or graphs alone.")] = True,
+    lora: LoraOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the graphs of a checkpoint as ONNX files, for other tools to read."""
+    from qie.compiler.export import export_graphs
+
+    plan = _plan(model, gpu, lora, revision, out, None, weights=weights)
+    with Bars(enabled=not as_json) as bars:
+        files = export_graphs(plan, weights=weights, progress=bars)
+    if as_json:
+        return _print_json({"files": [str(file) for file in files]})
+    for file in files:
+        typer.echo(str(file))
+    return None
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is not None:
+        return None
+    from qie.compiler.recipe import load_recipe, recipe_names
+
+    found = {name: load_recipe(name) for name in recipe_names()}
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "gpu": r.gpu,
+                "compute_capability": r.compute_capability,
+                "memory_gib": r.memory_gib,
+                "backends": list(r.backends),
+                "transformer": [r.components.transformer.precision, r.components.transformer.quantization],
+            }
+            for name, r in found.items()
+        ]
+        return _print_json({"recipes": rows})
+    lines = []
+    for name, r in found.items():
+        transformer = r.components.transformer
+        precision = transformer.precision if transformer.quantization == "none" else transformer.quantization
+        lines.append(
+            [name, r.gpu, r.compute_capability or "-", f"{r.memory_gib:g} GiB", precision, " > ".join(r.backends)]
+        )
+    header = ["recipe", "GPU", "capability", "memory", "transformer", "backends"]
+    typer.echo(table(lines, header=header, right=[3]))
+    return None
+
+
+@recipes_app.command("show", no_args_is_help=True)
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A name of `qie recipes`, or the path of a .toml file.")
+    ],
+) -> None:
+    """Print a recipe with everything that it inherits."""
+    from qie.compiler.recipe import load_recipe, to_toml
+
+    typer.echo(to_toml(load_recipe(name)), nl=False)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can build and run, and what to install for the rest."""
+    from qie.compiler.doctor import examine
+    from qie.engines.records import to_plain
+
+    report = examine()
+    if as_json:
+        return _print_json(to_plain(report))
+    machine = report.machine
+    gpus = [f"{g.name}, compute capability {g.compute_capability}, {g.memory_gib:g} GiB" for g in machine.gpus]
+    facts = [
+        ["qie", report.qie],
+        ["Python", report.python],
+        ["machine", f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
+        ["GPU", "; ".join(gpus) or "none found"],
+        ["home", f"{report.home} ({human_bytes(report.free_bytes)} free)"],
+    ]
+    typer.echo(table(facts) + "\n")
+    rows = [[c.what, "yes" if c.ready else "no", ", ".join(c.found) or "-", c.mend or ""] for c in report.abilities]
+    typer.echo(table(rows, header=["this machine can", "", "with", "to make it so"]))
+    if report.bundles:
+        typer.echo("\n" + table([[b.name, b.reason or "runs here"] for b in report.bundles], header=["bundle", ""]))
+    return None
+
+
+app.add_typer(recipes_app, name="recipes")
+add_commands(app)
+
+
+def _plan(
+    model: str,
+    gpu: str,
+    loras: list[str] | None,
+    revision: str | None,
+    out: Path | None,
+    name: str | None,
+    *,
+    weights: bool,
+) -> "Plan":
+    """Resolve a command's arguments."""
+    try:
+        from qie.compiler.checkpoint import open_checkpoint
+        from qie.compiler.lora import open_lora, parse_lora
+        from qie.compiler.plan import bundle_name, make_plan
+        from qie.compiler.recipe import load_recipe
+    except ModuleNotFoundError as problem:
+        raise BackendMissingError(
+            f"building needs {problem.name}, which is not installed; run `pip install 'qie[compile]'`"
+        ) from problem
+    from qie.engines.bundle import bundles_folder
+
+    recipe = load_recipe(gpu)
+    checkpoint = open_checkpoint(model, revision=revision, weights=weights)
+    destination = out or bundles_folder() / (name or bundle_name(checkpoint, gpu))
+    return make_plan(
+        checkpoint,
+        recipe_name=gpu,
+        recipe=recipe,
+        loras=[open_lora(*parse_lora(text)) for text in loras or []],
+        destination=destination,
+    )
+
+
+def _print_plan(plan: "Plan", *, as_json: bool) -> None:
+    if as_json:
+        return _print_json(
+            {
+                "model": plan.checkpoint.name,
+                "revision": plan.checkpoint.revision,
+                "pipeline": plan.checkpoint.pipeline,
+                "recipe": plan.recipe_name,
+                "destination": str(plan.destination),
+                "bytes": plan.bytes,
+                "modulation_bytes": plan.modulation_bytes,
+                "tables_bytes": plan.tables_bytes,
+                "components": [
+                    {
+                        "component": c.component,
+                        "backend": c.backend,
+                        "precision": c.precision,
+                        "quantization": c.quantization,
+                        "nodes": c.nodes,
+                        "parameters": c.parameters,
+                        "bytes": c.bytes,
+                    }
+                    for c in plan.components
+                ],
+            }
+        )
+    loras = ", ".join(f"{o.name}:{o.weight:g}" for o in plan.loras) or "none"
+    typer.echo(f"{plan.checkpoint.name} ({plan.checkpoint.pipeline}) by recipe {plan.recipe_name}, LoRAs: {loras}")
+    typer.echo(f"into {plan.destination}\n")
+    rows = [
+        [
+            c.component,
+            c.backend or "no builder",
+            c.precision if c.quantization == "none" else f"{c.precision}, {c.quantization}",
+            str(c.nodes),
+            human_count(c.parameters),
+            human_bytes(c.bytes),
+        ]
+        for c in plan.components
+    ]
+    parameters = sum(c.parameters for c in plan.components)
+    rows.append(["modulation", "", "", "", "", human_bytes(plan.modulation_bytes)])
+    rows.append([f"tables, {plan.table_steps} steps", "", "", "", "", human_bytes(plan.tables_bytes)])
+    rows.append(
+        ["all", "", "", str(sum(c.nodes for c in plan.components)), human_count(parameters), human_bytes(plan.bytes)]
+    )
+    header = ["component", "backend", "precision", "nodes", "parameters", "weights"]
+    typer.echo(table(rows, header=header, right=[3, 4, 5]))
+    return None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

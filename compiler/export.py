@@ -1,0 +1,40 @@
+"""Writes the graphs of a checkpoint into a folder, with or without their weights, for other tools to read."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.graphs.graph import write_graph
+from qie.compiler.pack import checkpoint_readers
+from qie.compiler.plan import Plan
+from qie.compiler.weights import write_weights
+from qie.engines.files import replacing_folder
+
+__all__ = ["export_graphs"]
+
+
+def export_graphs(
+    plan: Plan, *, weights: bool, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> tuple[Path, ...]:
+    """Write every graph of ``plan`` to its destination and return their files.
+
+    Without ``weights`` the graphs name their parameters and hold none: they can be read, counted and drawn, not run.
+
+    Raises:
+        CheckpointError: configs and weights do not belong together.
+        BuildError: the disk is full.
+    """
+    readers = checkpoint_readers(plan) if weights else {}
+    with replacing_folder(plan.destination) as folder:
+        for part in plan.components:
+            places, location = None, f"{part.component}.weights"
+            if weights:
+                written = write_weights(
+                    part.graph.weights,
+                    readers,
+                    folder / location,
+                    progress=partial(progress, part.component),
+                )
+                places = {entry.name: (entry.offset, entry.length) for entry in written.entries}
+            write_graph(part.graph, folder / f"{part.component}.onnx", location, places)
+    return tuple(plan.destination / f"{part.component}.onnx" for part in plan.components)

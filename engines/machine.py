@@ -1,0 +1,80 @@
+"""What this machine is: processor, memory, GPUs, and which packages it has. Nothing heavy is imported."""
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["Gpu", "Machine", "this_machine", "version_of"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU as its driver reports it; memory in GiB."""
+
+    name: str
+    compute_capability: str
+    memory_gib: float
+    driver: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Processor, cores that this process may use, memory in GiB, and GPUs."""
+
+    system: str
+    processor: str
+    cores: int
+    memory_gib: float
+    gpus: tuple[Gpu, ...]
+
+
+def this_machine() -> Machine:
+    """Look at the machine; no GPU is found where there is no driver."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        system=f"{platform.system()} {platform.release()}",
+        processor=_processor(),
+        cores=cores,
+        memory_gib=round(memory, 1),
+        gpus=_gpus(),
+    )
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run([command, *query], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 3]
+    return tuple(
+        Gpu(name=name, compute_capability=capability, memory_gib=round(float(mib) / 1024, 1), driver=driver)
+        for name, capability, mib, driver in rows
+    )
