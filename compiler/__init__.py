@@ -1,1 +1,1 @@
-"""Ahead of time: from a checkpoint to a bundle of engines. Needs ``qie[compile]``; never torch, except in reference.py."""
+"""Ahead of time: from a checkpoint to a bundle of engines. Needs ``qie[compile]``; torch in reference.py alone."""

@@ -110,7 +110,8 @@ in smaller pieces, down to bytes."""
 _GAINS = {
     "timestep_embedder.linear_1": 2.0,
     "timestep_embedder.linear_2": 2.0,
-    "_mod.1": 0.5,
+    "attn.to_out.0": 2.0,
+    "attn.to_add_out": 2.0,
     "norm_out.linear": 0.5,
     "self_attn.o_proj": 0.5,
     "mlp.down_proj": 0.5,

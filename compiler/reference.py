@@ -1,12 +1,13 @@
 """The torch pipeline of diffusers as the judge: whatever qie builds is compared with what these functions return.
 
 It runs on the CPU, without torchvision, and corrects diffusers in one place: with transformers 5 the pipelines no
-longer tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become those of
-plain text. Here they are as the model was trained. Needs ``qie[reference]``; nothing is imported before the first call.
+longer tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become
+those of plain text. Here they are as the model was trained. Needs ``qie[reference]``, imported by the first call.
 
-Shapes: B batch, N noise tokens, R reference tokens of one image, C = 64 channels a token, L prompt tokens, D prompt
-width, S tokens of the whole prompt, P vision patches, V = P / 4 image tokens, I images. A grid is the (height, width)
-of an image in tokens, which are 16 pixels wide. All arrays are float32 unless said otherwise.
+Shapes: B batch, N noise tokens, R reference tokens of one image, T = N + R of all images, C = 64 channels a token (or
+of a VAE latent or pixel), L prompt tokens, D prompt width, S tokens of the whole prompt, P vision patches, V = P / 4
+image tokens, I images, H W height and width. A grid is the (height, width) of an image in tokens, 16 pixels wide.
+All arrays are float32 unless said otherwise.
 """
 
 import importlib

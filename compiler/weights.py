@@ -82,7 +82,7 @@ def prepare(weight: Weight, raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
     with np.errstate(over="ignore", invalid="ignore"):
         tensor = raw.astype(_DTYPES[weight.dtype], copy=False)
     for step in weight.layout:
-        tensor = _STEPS[step](tensor, weight.head_dim)
+        tensor = _STEPS[step](tensor)
     tensor = np.ascontiguousarray(tensor).reshape(weight.shape)
     if not _is_finite(tensor):
         raise CheckpointError(
@@ -99,7 +99,7 @@ def write_weights(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightFile:
-    """Write all weights into one file, in their order; no more than one tensor is held in memory.
+    """Write all weights into one file, in their order and one at a time.
 
     Everything that can be known without reading tensors is checked before the first byte is written. The file appears
     under its name only when it is whole.
@@ -203,8 +203,6 @@ def _laid_out(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape that the steps of the layout make of a raw shape, or None where a step cannot be done."""
     for step in weight.layout:
         match step, shape:
-            case "rotary_halves", (rows, *_) if rows % weight.head_dim == 0:
-                pass
             case "last_frame", (out, inner, frames, height, width) if frames > 0:
                 shape = (out, inner, height, width)
             case "flatten", (out, *rest):
@@ -225,16 +223,10 @@ def _same_but_for_splits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool
     return math.prod(shape) == math.prod(other) and (ends <= other_ends or other_ends <= ends)
 
 
-def _rotary_halves(tensor: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
-    pairs = tensor.reshape(-1, head_dim // 2, 2, math.prod(tensor.shape[1:]))
-    return pairs.swapaxes(1, 2).reshape(tensor.shape)
-
-
-_STEPS: dict[Layout, Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]] = {
-    "rotary_halves": _rotary_halves,
-    "last_frame": lambda tensor, _: tensor[:, :, -1],
-    "flatten": lambda tensor, _: tensor.reshape(len(tensor), -1),
-    "transpose": lambda tensor, _: tensor.T,
+_STEPS: dict[Layout, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+    "last_frame": lambda tensor: tensor[:, :, -1],
+    "flatten": lambda tensor: tensor.reshape(len(tensor), -1),
+    "transpose": lambda tensor: tensor.T,
 }
 
 

@@ -60,9 +60,9 @@ def modulation_tables(
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
-    """File name of the tables of ``sigmas``: a digest of the weights and the schedule."""
-    key = hashlib.sha256(record.file.sha256.encode() + sigmas.astype("<f4").tobytes())
-    return f"{key.hexdigest()[:32]}.npy"
+    """File name of the tables of ``sigmas``: a digest of all that decides their content."""
+    decided_by = f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
+    return f"{hashlib.sha256(decided_by.encode()).hexdigest()[:32]}.npy"
 
 
 def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:

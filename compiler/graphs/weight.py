@@ -15,11 +15,9 @@ Part = Literal["transformer", "text_encoder", "vae"]
 DType = Literal["float32", "bfloat16"]
 """The element type in which a graph stores and computes."""
 
-Layout = Literal["rotary_halves", "last_frame", "flatten", "transpose"]
+Layout = Literal["last_frame", "flatten", "transpose"]
 """One step from the checkpoint's layout to the graph's:
 
-- ``rotary_halves``: rows (axis 0) of every head are reordered from rotary pairs (0, 1), (2, 3), … to halves: first
-  the even rows, then the odd ones. Queries and keys are reordered alike, so their products do not change.
 - ``last_frame``: a causal Conv3d kernel [out, in, t, h, w] becomes the Conv2d kernel of its last temporal slice,
   which is exact for a single frame because the frames before it are zeros.
 - ``flatten``: [out, …] becomes [out, product of the rest].
@@ -33,8 +31,7 @@ class Weight:
 
     ``name`` is both the ONNX initializer's name and the checkpoint's tensor name (prefixes of the text encoder made
     canonical). ``shape`` and ``dtype`` are the graph's; the steps of ``layout`` are applied in order to the
-    checkpoint's tensor, and the result is reshaped to ``shape`` (same number of elements). ``head_dim`` is the number
-    of rows a head, needed by ``rotary_halves`` only.
+    checkpoint's tensor, and the result is reshaped to ``shape`` (same number of elements).
     """
 
     name: str
@@ -42,4 +39,3 @@ class Weight:
     shape: tuple[int, ...]
     dtype: DType
     layout: tuple[Layout, ...] = ()
-    head_dim: int = 0

@@ -436,10 +436,11 @@ def test_a_hub_id_fetches_only_what_is_needed(hub: Path, monkeypatch: pytest.Mon
 def test_digest_takes_the_blob_names_of_the_hub(hub: Path, folder: Path) -> None:
     cached, plain = open_checkpoint("owner/name"), open_checkpoint(str(folder))
     assert cached.digest() == plain.digest()
-    shard = hub / "snapshots" / COMMIT / "text_encoder/model-00001-of-00002.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.resolve().write_bytes(content)
+    for name in ("text_encoder/model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        shard = hub / "snapshots" / COMMIT / name
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.resolve().write_bytes(content)
     assert cached.digest() == plain.digest(), "a blob was read although its name is its sha256"
 
 

@@ -1,4 +1,4 @@
-"""A random checkpoint is the real architecture: diffusers and transformers load it, and its bytes depend on the seed alone."""
+"""A random checkpoint is the real architecture: diffusers and transformers load it, and a seed decides its bytes."""
 
 import json
 import math

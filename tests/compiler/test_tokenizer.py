@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ TEXTS = (
     "Make the sky blue.",
     "  two  spaces, tabs\t\tand\r\n\r\nlines \n ",
     "I'll don't WE'RE it's",
+    "Stop!\n\nNow: {\n  x;\n}\n",
     "Ersetze die Straßenschilder durch größere; 1234567 Stück für 3,50 €",
     "把背景换成海边的日落,人物保持不变。",
     "日本語のテキストを「変更」してください",
@@ -56,9 +58,8 @@ TEXTS = (
 
 
 def checkpoint(path: Path) -> Checkpoint:
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("model_index", "transformer", "text_encoder", "vae", "scheduler", "preprocessor"), {}
-    )
+    configs = ("model_index", "transformer", "text_encoder", "vae", "scheduler", "preprocessor")
+    nothing: dict[str, Any] = {config: {} for config in configs}
     return Checkpoint(path=path, name="test", revision=None, pipeline="edit_plus", complete=False, **nothing)
 
 
@@ -202,7 +203,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     own = ranks[token]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, own) for left, right in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(left + right, own) for left, right in pairwise(parts)]
         best = min(pairs)
         assert best < own, token
         at = pairs.index(best)

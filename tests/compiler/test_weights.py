@@ -62,33 +62,6 @@ def test_layouts() -> None:
     assert flat.flags.c_contiguous
 
 
-def test_rotary_halves_put_even_rows_of_each_head_first() -> None:
-    bias = np.arange(12, dtype=np.float32)
-    halves = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-    assert prepare(weight("b", 12, layout=("rotary_halves",), head_dim=6), bias).tolist() == halves
-    matrix = draw(12, 5)
-    laid_out = prepare(weight("w", 5, 12, layout=("rotary_halves", "transpose"), head_dim=6), matrix)
-    assert np.array_equal(laid_out, matrix[halves].T)
-
-
-def test_rotary_halves_leave_the_products_of_rotated_heads_as_they_are() -> None:
-    d = 8
-    angles = np.arange(1, 1 + d // 2) * 0.3
-    query, key = draw(d), draw(d + 1)[:d]
-
-    def rotate_pairs(x: np.ndarray, by: float) -> np.ndarray:
-        turned = (x[0::2] + 1j * x[1::2]) * np.exp(1j * by * angles)
-        return np.stack([turned.real, turned.imag], axis=1).reshape(-1)
-
-    def rotate_halves(x: np.ndarray, by: float) -> np.ndarray:
-        turned = (x[: d // 2] + 1j * x[d // 2 :]) * np.exp(1j * by * angles)
-        return np.concatenate([turned.real, turned.imag])
-
-    wanted = rotate_pairs(query, 2) @ rotate_pairs(key, 5)
-    halves = [prepare(weight("b", d, layout=("rotary_halves",), head_dim=d), x) for x in (query, key)]
-    assert rotate_halves(halves[0], 2) @ rotate_halves(halves[1], 5) == pytest.approx(wanted, rel=1e-5)
-
-
 def nearest_even(x: np.ndarray) -> np.ndarray:
     """float32 to bfloat16, by the bits: half of the last kept place rounds to the even neighbour."""
     bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -158,7 +131,6 @@ def test_no_weights_make_an_empty_file(tmp_path: Path) -> None:
         ((2, 3, 4), {"shape": (4, 6), "layout": ("transpose",)}),
         ((5, 4, 2, 2), {"shape": (5, 4, 2, 2), "layout": ("last_frame",)}),
         ((4, 5, 3, 2, 2), {"shape": (5, 4, 2, 2), "layout": ("last_frame",)}),
-        ((10,), {"shape": (10,), "layout": ("rotary_halves",), "head_dim": 4}),
         ((6, 3, 4), {"shape": (6, 13), "layout": ("flatten",)}),
         ((), {"shape": (4,)}),
     ],

@@ -1,0 +1,24 @@
+import os
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from judge import Side, SideOf, make_side
+
+
+@pytest.fixture(scope="session")
+def side_of(tmp_path_factory: pytest.TempPathFactory) -> SideOf:
+    """The sides by the name of their case, each made once."""
+    folder = tmp_path_factory.mktemp("parity")
+    os.environ["QIE_HOME"] = str(folder / "home")
+    made: dict[str, Side] = {}
+
+    def find(name: str) -> Side:
+        if name not in made:
+            made[name] = make_side(name, folder)
+        return made[name]
+
+    return find
