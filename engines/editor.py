@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.engines.bundle import Bundle, choose_engines
+from qie.engines.denoise import StepState, denoise
 from qie.engines.errors import EditError
 from qie.engines.files import qie_home
 from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
 from qie.engines.latents import noise_latents, rotary_tables
 from qie.engines.manifest import Component
-from qie.engines.modulation import Tables, modulation_tables
+from qie.engines.modulation import modulation_tables
 from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens, encode
 from qie.engines.schedule import sigmas
 from qie.engines.sessions import Session, load
@@ -33,7 +34,7 @@ from qie.engines.vision import VisionInputs, vision_inputs
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Edit", "Editor", "Progress", "Request", "StepState"]
+__all__ = ["Edit", "Editor", "Progress", "Request"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
@@ -84,17 +85,6 @@ class Edit:
     guidance: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepState:
-    """One step as an observer sees it: its number, its sigma, latents before it and both velocities [B, N, C]."""
-
-    step: int
-    sigma: float
-    latents: NDArray[np.float32]
-    velocity: NDArray[np.float32]
-    negative_velocity: NDArray[np.float32] | None
 
 
 class Editor:
@@ -198,17 +188,18 @@ class Editor:
         negative_1LD = embeds[-1] if negatives else None
         batches = list(_batches([embeds[i].shape[1] for i, _ in samples], limits.batch_max))
         for number, batch in enumerate(batches):
-            with stopwatch("transformer"):
-                latents_BNC = self._denoise(
-                    latents_BNC=noise_BNC[batch],
+            with stopwatch("transformer"), self._session("transformer") as session:
+                latents_BNC = denoise(
+                    session,
+                    noise_BNC=noise_BNC[batch],
                     reference_1RC=reference_1RC,
                     prompt_BLD=np.concatenate([embeds[samples[b][0]] for b in batch]),
                     negative_1LD=negative_1LD,
-                    grids=grids,
+                    rotary=partial(rotary_tables, self.model.rotary, grids=grids),
                     schedule=schedule,
                     tables=tables,
                     guidance=guidance,
-                    progress=partial(self._denoise_progress, progress, number, len(batches)),
+                    progress=partial(_batch_progress, progress, number, len(batches)),
                     observer=observer,
                 )
 
@@ -312,78 +303,6 @@ class Editor:
         image: NDArray[np.uint8] = self._run("vae_decoder", "image", sizes, latents=latents_BhwC)
         return image
 
-    def _denoise(
-        self,
-        *,
-        latents_BNC: NDArray[np.float32],
-        reference_1RC: NDArray[np.float32],
-        prompt_BLD: NDArray[np.float32],
-        negative_1LD: NDArray[np.float32] | None,
-        grids: Sequence[tuple[int, int]],
-        schedule: NDArray[np.float32],
-        tables: Tables,
-        guidance: float,
-        progress: Callable[[int, int], None],
-        observer: Callable[[StepState], None] | None,
-    ) -> NDArray[np.float32]:
-        """Latents after the last step. Everything is uploaded before the loop; in the loop only names are rebound."""
-        batch, noise_tokens, _ = latents_BNC.shape
-        sizes = {"batch": batch, "noise_tokens": noise_tokens}
-        steps = len(schedule) - 1
-        with self._session("transformer") as session:
-            shared = {"reference": session.upload(np.repeat(reference_1RC, batch, axis=0))}
-            positive = shared | self._text(session, prompt_BLD, grids)
-            no_velocity = session.upload(np.zeros_like(latents_BNC))
-            plain, guided = (session.upload(np.full(1, g, np.float32)) for g in (1.0, guidance))
-            moments = [
-                {
-                    "modulation": session.upload(tables.blocks[s]),
-                    "modulation_out": session.upload(tables.out[s]),
-                    "dsigma": session.upload(schedule[s + 1 : s + 2] - schedule[s : s + 1]),
-                }
-                for s in range(steps)
-            ]
-            latents, spare = session.upload(latents_BNC.copy()), session.empty("latents_next", sizes)
-            velocity = session.empty("velocity", sizes)
-            negative = None
-            if negative_1LD is not None:
-                negative = shared | self._text(session, np.repeat(negative_1LD, batch, axis=0), grids)
-                negative_velocity, unused = session.empty("velocity", sizes), session.empty("latents_next", sizes)
-            for s, moment in enumerate(moments):
-                progress(s, steps)
-                now = {"latents": latents, "guidance": plain, "negative_velocity": no_velocity, **moment}
-                if negative is not None:
-                    session.run(negative | now, {"velocity": negative_velocity, "latents_next": unused})
-                    now |= {"guidance": guided, "negative_velocity": negative_velocity}
-                session.run(positive | now, {"velocity": velocity, "latents_next": spare})
-                if observer is not None:
-                    observer(
-                        StepState(
-                            step=s,
-                            sigma=float(schedule[s]),
-                            latents=session.download(latents).astype(np.float32),
-                            velocity=session.download(velocity).astype(np.float32),
-                            negative_velocity=(
-                                None if negative is None else session.download(negative_velocity).astype(np.float32)
-                            ),
-                        )
-                    )
-                latents, spare = spare, latents
-            progress(steps, steps)
-            return session.download(latents).astype(np.float32)
-
-    def _text(
-        self, session: Session, prompt_BLD: NDArray[np.float32], grids: Sequence[tuple[int, int]]
-    ) -> dict[str, Any]:
-        """Prompt embeddings and the rotary tables that belong to their length."""
-        cos, sin = rotary_tables(self.model.rotary, text_tokens=prompt_BLD.shape[1], grids=grids)
-        arrays = {"prompt_embeds": prompt_BLD, "rotary_cos": cos, "rotary_sin": sin}
-        return {name: session.upload(array) for name, array in arrays.items()}
-
-    @staticmethod
-    def _denoise_progress(progress: Progress, batch: int, batches: int, done: int, total: int) -> None:
-        progress("denoise", batch * total + done, batches * total)
-
     def _finish(self, image_HWC: NDArray[np.uint8], request: Request) -> NDArray[np.uint8]:
         if not request.match_input or image_HWC.shape[1::-1] == request.images[-1].size:
             return image_HWC
@@ -412,3 +331,7 @@ def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         members = list(group)
         for start in range(0, len(members), most):
             yield members[start : start + most]
+
+
+def _batch_progress(progress: Progress, batch: int, batches: int, done: int, total: int) -> None:
+    progress("denoise", batch * total + done, batches * total)

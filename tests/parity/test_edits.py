@@ -5,7 +5,8 @@ import pytest
 from judge import CASES, SideOf, picture, pictures, psnr, relative_l2
 from test_components import MANY
 
-from qie.engines.editor import Request, StepState
+from qie.engines.denoise import StepState
+from qie.engines.editor import Request
 
 BOUND_DB = 55.0
 INSTRUCTION = "paint the wall blue"

@@ -1,0 +1,51 @@
+# Two commands on a fresh machine, each doing all of its own set-up: make demo, make test.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+DEMO   := out
+export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
+
+# The versions that the checks ran with. Users are not bound to them.
+CONSTRAINTS := --constraint .ci/constraints.txt
+
+.PHONY: demo test check format mutants clean
+
+demo: $(VENV)/compile.stamp            ## Build a small checkpoint for the CPU and edit a photograph with it.
+	@test -f $(DEMO)/checkpoint/model_index.json || \
+	  $(BIN)/python -m qie.compiler.random_checkpoint $(DEMO)/checkpoint --architecture demo
+	$(BIN)/qie build $(DEMO)/checkpoint --gpu cpu --name demo
+	$(BIN)/qie run docs/images/cat.jpg "make it look like a watercolour" --bundle demo --steps 8 --seed 1 \
+	  --out $(DEMO)/cat-edited.png
+
+test: $(VENV)/dev.stamp                ## Install everything for development and run checks and tests.
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd src && ../$(BIN)/mypy --package qie
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp              ## Rewrite the code as ruff wants it.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:                                 ## Remove everything that the commands above made.
+	rm -rf $(VENV) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("qie needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	$(PIP) install $(CONSTRAINTS) --editable '.[compile]'
+	@touch $@
+
+# torch comes first and by its exact version, so that a CPU build is taken wherever one is offered.
+$(VENV)/dev.stamp: $(VENV)/compile.stamp
+	$(PIP) install torch==2.13.0
+	$(PIP) install $(CONSTRAINTS) --editable '.[dev,reference]' setuptools
+	@touch $@
