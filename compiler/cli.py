@@ -88,8 +88,6 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Build a bundle of engines for one GPU from a checkpoint."""
-    from qie.compiler.pack import build_bundle
-
     plan = _plan(model, gpu, lora, revision, out, name, weights=not dry_run)
     if dry_run or not as_json:
         _print_plan(plan, as_json=as_json)
@@ -117,9 +115,9 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the graphs of a checkpoint as ONNX files, for other tools to read."""
+    plan = _plan(model, gpu, lora, revision, out, None, weights=weights)
     from qie.compiler.export import export_graphs
 
-    plan = _plan(model, gpu, lora, revision, out, None, weights=weights)
     with Bars(enabled=not as_json) as bars:
         files = export_graphs(plan, weights=weights, progress=bars)
     if as_json:
