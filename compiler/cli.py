@@ -93,6 +93,8 @@ def build(
         _print_plan(plan, as_json=as_json)
     if dry_run:
         return None
+    from qie.compiler.pack import build_bundle
+
     with Bars(enabled=not as_json) as bars:
         bundle = build_bundle(plan, progress=bars)
     if as_json:
