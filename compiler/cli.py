@@ -4,6 +4,7 @@ Each command parses, prints the plan, calls one function, prints the outcome. He
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qie.engines.cli import JsonOption, add_commands
-from qie.engines.errors import BackendMissingError, QieError
+from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.terminal import Bars, human_bytes, human_count, table
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-Edit-2511"
+BUNDLE_NAME = re.compile(r"\w[\w.-]*")
 
 app = typer.Typer(
     name="qie",
@@ -46,8 +48,10 @@ def main() -> None:
         app()
     except QieError as problem:
         _stop(str(problem), problem.exit_code)
+    except OSError as problem:
+        _stop(f"{problem.filename or 'a file'} cannot be used ({problem.strerror}); check its name and permissions", 2)
     except MemoryError:
-        _stop("this machine has not enough memory for that; use a smaller --size or a smaller checkpoint", 2)
+        _stop("this machine has not enough memory for that; use a smaller --size, fewer --steps or a smaller model", 2)
     except KeyboardInterrupt:
         _stop("stopped", 130)
 
@@ -226,6 +230,8 @@ def _plan(
         ) from problem
     from qie.engines.bundle import bundles_folder
 
+    if name is not None and not BUNDLE_NAME.fullmatch(name):
+        raise BuildError(f"--name is {name!r}, expected letters, digits, dots and dashes; --out names a folder")
     recipe = load_recipe(gpu)
     checkpoint = open_checkpoint(model, revision=revision, weights=weights)
     destination = out or bundles_folder() / (name or bundle_name(checkpoint, gpu))

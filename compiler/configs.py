@@ -4,6 +4,7 @@ Sources: the configs of diffusers' QwenImageTransformer2DModel and AutoencoderKL
 Qwen2_5_VLForConditionalGeneration (both the flat form of 2025 and the nested one of transformers 5).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +47,13 @@ class TransformerConfig:
         """
         where = "transformer/config.json"
         _refuse(where, config, guidance_embeds=False, use_additional_t_cond=False, use_layer3d_rope=False)
-        axes = tuple(int(a) for a in _get(where, config, "axes_dims_rope"))
+        axes = _counts(where, config, "axes_dims_rope", 3)
         result = cls(
-            layers=_get(where, config, "num_layers"),
-            heads=_get(where, config, "num_attention_heads"),
-            head_dim=_get(where, config, "attention_head_dim"),
-            in_channels=_get(where, config, "in_channels"),
-            joint_width=_get(where, config, "joint_attention_dim"),
+            layers=_count(where, config, "num_layers"),
+            heads=_count(where, config, "num_attention_heads"),
+            head_dim=_count(where, config, "attention_head_dim"),
+            in_channels=_count(where, config, "in_channels"),
+            joint_width=_count(where, config, "joint_attention_dim"),
             axes_dims=(axes[0], axes[1], axes[2]),
             zero_cond_t=bool(config.get("zero_cond_t", False)),
         )
@@ -87,24 +88,26 @@ class VisionConfig:
         """Read the ``vision_config`` of text_encoder/config.json.
 
         Raises:
-            CheckpointError: a key is missing.
+            CheckpointError: a key is missing or inconsistent.
             ExportError: the model uses an option that the graph does not express.
         """
         where = "text_encoder/config.json vision_config"
-        config = _get("text_encoder/config.json", text_encoder, "vision_config")
+        config = _table("text_encoder/config.json", text_encoder, "vision_config")
         _refuse(where, config, hidden_act="silu")
-        channels = config.get("in_channels", config.get("in_chans", 3))
-        patch, frames = _get(where, config, "patch_size"), config.get("temporal_patch_size", 2)
-        return cls(
-            depth=_get(where, config, "depth"),
-            width=_get(where, config, "hidden_size"),
-            heads=_get(where, config, "num_heads"),
-            intermediate=_get(where, config, "intermediate_size"),
-            out_width=_get(where, config, "out_hidden_size"),
+        channels = _count(where, config, "in_channels" if "in_channels" in config else "in_chans", 3)
+        patch, frames = _count(where, config, "patch_size"), _count(where, config, "temporal_patch_size", 2)
+        result = cls(
+            depth=_count(where, config, "depth"),
+            width=_count(where, config, "hidden_size"),
+            heads=_count(where, config, "num_heads"),
+            intermediate=_count(where, config, "intermediate_size"),
+            out_width=_count(where, config, "out_hidden_size"),
             patch_width=channels * frames * patch * patch,
-            merge_size=config.get("spatial_merge_size", 2),
-            full_attention_blocks=tuple(_get(where, config, "fullatt_block_indexes")),
+            merge_size=_count(where, config, "spatial_merge_size", 2),
+            full_attention_blocks=_counts(where, config, "fullatt_block_indexes", least=0),
         )
+        _divides(where, "num_heads", result.heads, result.width)
+        return result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,22 +138,24 @@ class LanguageConfig:
             ExportError: the model uses an option that the graph does not express.
         """
         where = "text_encoder/config.json"
-        config = {**text_encoder, **text_encoder.get("text_config", {})}
+        config = {**text_encoder, **_table(where, text_encoder, "text_config")}
         _refuse(where, config, hidden_act="silu", use_sliding_window=False)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        section = tuple(int(s) for s in rope.get("mrope_section", (16, 24, 24)))
-        heads = _get(where, config, "num_attention_heads")
+        rope = _table(where, config, "rope_parameters") or _table(where, config, "rope_scaling")
+        section = _counts(where, {"mrope_section": (16, 24, 24), **rope}, "mrope_section", 3)
+        heads = _count(where, config, "num_attention_heads")
         result = cls(
-            layers=_get(where, config, "num_hidden_layers"),
-            width=_get(where, config, "hidden_size"),
+            layers=_count(where, config, "num_hidden_layers"),
+            width=_count(where, config, "hidden_size"),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            intermediate=_get(where, config, "intermediate_size"),
-            vocabulary=_get(where, config, "vocab_size"),
-            eps=_get(where, config, "rms_norm_eps"),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1_000_000.0))),
+            kv_heads=_count(where, config, "num_key_value_heads", heads),
+            intermediate=_count(where, config, "intermediate_size"),
+            vocabulary=_count(where, config, "vocab_size"),
+            eps=_number(where, config, "rms_norm_eps"),
+            rope_theta=_number(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta"),
             mrope_section=(section[0], section[1], section[2]),
         )
+        _divides(where, "num_attention_heads", result.heads, result.width)
+        _divides(where, "num_key_value_heads", result.kv_heads, result.heads)
         if 2 * sum(section) != result.head_dim:
             raise CheckpointError(
                 f"{where}: mrope_section {list(section)} adds up to {sum(section)}, expected half the head width "
@@ -181,12 +186,12 @@ class VaeConfig:
         where = "vae/config.json"
         _refuse(where, config, input_channels=3, attn_scales=[])
         result = cls(
-            base_width=_get(where, config, "base_dim"),
-            z_dim=_get(where, config, "z_dim"),
-            multipliers=tuple(_get(where, config, "dim_mult")),
-            blocks=_get(where, config, "num_res_blocks"),
-            latents_mean=tuple(_get(where, config, "latents_mean")),
-            latents_std=tuple(_get(where, config, "latents_std")),
+            base_width=_count(where, config, "base_dim"),
+            z_dim=_count(where, config, "z_dim"),
+            multipliers=_counts(where, config, "dim_mult"),
+            blocks=_count(where, config, "num_res_blocks"),
+            latents_mean=_numbers(where, config, "latents_mean"),
+            latents_std=_numbers(where, config, "latents_std"),
         )
         for key, values in (("latents_mean", result.latents_mean), ("latents_std", result.latents_std)):
             if len(values) != result.z_dim:
@@ -203,6 +208,58 @@ def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
     if key not in config:
         raise CheckpointError(f"{where} has no {key!r}; download the checkpoint again or restore its config")
     return config[key]
+
+
+def _wrong(where: str, key: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {key} = {found!r}, expected {expected}; restore the checkpoint's config")
+
+
+def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A nested object; absent or null is empty."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise _wrong(where, key, found, "an object")
+    return found
+
+
+def _count(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of at least 1; absent or null is the default, where there is one."""
+    found = config.get(key) or default if default is not None else _get(where, config, key)
+    if type(found) is not int or found < 1:
+        raise _wrong(where, key, found, "a whole number of at least 1")
+    return found
+
+
+def _counts(
+    where: str, config: Mapping[str, Any], key: str, length: int | None = None, *, least: int = 1
+) -> tuple[int, ...]:
+    found = _get(where, config, key)
+    if (
+        not isinstance(found, list | tuple)
+        or not all(type(count) is int and count >= least for count in found)
+        or len(found) != (length or len(found))
+    ):
+        raise _wrong(where, key, found, f"a list of {length or 'some'} whole numbers of at least {least}")
+    return tuple(found)
+
+
+def _number(where: str, config: Mapping[str, Any], key: str) -> float:
+    found = _get(where, config, key)
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise _wrong(where, key, found, "a number")
+    return float(found)
+
+
+def _numbers(where: str, config: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    found = _get(where, config, key)
+    if not isinstance(found, list | tuple):
+        raise _wrong(where, key, found, "a list of numbers")
+    return tuple(_number(where, {key: number}, key) for number in found)
+
+
+def _divides(where: str, key: str, part: int, whole: int) -> None:
+    if whole % part:
+        raise _wrong(where, key, part, f"a divisor of {whole}")
 
 
 def _refuse(where: str, config: Mapping[str, Any], **expected: Any) -> None:

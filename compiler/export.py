@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.pack import checkpoint_readers
+from qie.compiler.pack import checkpoint_readers, writing
 from qie.compiler.plan import Plan
 from qie.compiler.weights import write_weights
-from qie.engines.files import replacing_folder
+from qie.engines.errors import BuildError
+from qie.engines.manifest import COMPONENTS
 
 __all__ = ["export_graphs"]
 
@@ -22,10 +23,11 @@ def export_graphs(
 
     Raises:
         CheckpointError: configs and weights do not belong together.
-        BuildError: the disk is full.
+        BuildError: the destination holds something else than graphs, or the disk is full.
     """
+    _check_destination(plan.destination)
     readers = checkpoint_readers(plan) if weights else {}
-    with replacing_folder(plan.destination) as folder:
+    with writing(plan) as folder:
         for part in plan.components:
             places, location = None, f"{part.component}.weights"
             if weights:
@@ -38,3 +40,10 @@ def export_graphs(
                 places = {entry.name: (entry.offset, entry.length) for entry in written.entries}
             write_graph(part.graph, folder / f"{part.component}.onnx", location, places)
     return tuple(plan.destination / f"{part.component}.onnx" for part in plan.components)
+
+
+def _check_destination(path: Path) -> None:
+    """An export replaces its folder: nothing but an earlier export may be lost."""
+    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")}
+    if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= names):
+        raise BuildError(f"{path} holds something else than exported graphs; name another folder with --out")

@@ -11,7 +11,7 @@ from qie.engines.prompt import PREFIX_TOKENS, PromptSpec, check_prefix
 from qie.engines.schedule import SchedulerSpec
 from qie.engines.vision import VisionSpec
 
-__all__ = ["areas", "model_record", "scheduler_spec"]
+__all__ = ["areas", "check_parts", "model_record", "scheduler_spec"]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
@@ -25,6 +25,8 @@ def areas(checkpoint: Checkpoint) -> Areas:
         CheckpointError: "_qie" in model_index.json is malformed.
     """
     own = checkpoint.model_index.get("_qie", {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"model_index.json: _qie = {own!r}; expected vae_area and condition_area, or no _qie")
     values = {"vae_area": VAE_AREA, "condition_area": CONDITION_AREA} | own
     for key, value in values.items():
         if key not in ("vae_area", "condition_area") or not isinstance(value, int) or value < 32 * 32:
@@ -43,12 +45,12 @@ def scheduler_spec(checkpoint: Checkpoint) -> SchedulerSpec:
     return SchedulerSpec.from_config(checkpoint.scheduler)
 
 
-def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
-    """The model record of ``checkpoint``.
+def check_parts(checkpoint: Checkpoint) -> None:
+    """See that the parts of ``checkpoint`` belong together; configs and tokenizer alone are read.
 
     Raises:
-        CheckpointError: a config is incomplete, parts do not belong together, or the vocabulary splits the template
-            into another number of tokens than the pipeline drops.
+        CheckpointError: a config is incomplete, parts do not belong together, or the vocabulary is another one than
+            that for which the template and the pipeline were made.
     """
     vision = VisionConfig.from_config(checkpoint.text_encoder)
     transformer = TransformerConfig.from_config(checkpoint.transformer)
@@ -63,14 +65,29 @@ def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationR
             f"the transformer takes {transformer.in_channels} channels a token, the VAE makes {4 * vae.z_dim}; "
             "they are parts of different models"
         )
-    prefix = check_prefix(load_tokenizer(checkpoint))
+    VisionSpec.from_configs(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
+    tokenizer = load_tokenizer(checkpoint)
+    prefix = check_prefix(tokenizer)
     if prefix != PREFIX_TOKENS:
         raise CheckpointError(
             f"the tokenizer splits the template's prefix into {prefix} tokens, the pipeline drops {PREFIX_TOKENS}; "
             "restore the tokenizer of the checkpoint"
         )
-    if "image_token_id" not in checkpoint.text_encoder:
-        raise CheckpointError("text_encoder/config.json has no 'image_token_id'; restore the checkpoint's config")
+    found, expected = checkpoint.text_encoder.get("image_token_id"), tokenizer.token_to_id("<|image_pad|>")
+    if found != expected:
+        raise CheckpointError(
+            f"text_encoder/config.json: image_token_id = {found!r}, but <|image_pad|> is {expected} in the tokenizer; "
+            "take both from the same checkpoint"
+        )
+
+
+def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
+    """The model record of a ``checkpoint`` whose parts belong together (``check_parts``).
+
+    Raises:
+        CheckpointError: a config is incomplete.
+    """
+    vision = VisionConfig.from_config(checkpoint.text_encoder)
     return ModelRecord(
         name=checkpoint.name,
         revision=checkpoint.revision,
@@ -84,7 +101,7 @@ def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationR
             image_token_id=checkpoint.text_encoder["image_token_id"],
             merge_size=vision.merge_size,
         ),
-        rotary=RotarySpec(axes_dims=transformer.axes_dims),
-        latent_channels=vae.z_dim,
+        rotary=RotarySpec(axes_dims=TransformerConfig.from_config(checkpoint.transformer).axes_dims),
+        latent_channels=VaeConfig.from_config(checkpoint.vae).z_dim,
         modulation=modulation,
     )

@@ -10,9 +10,14 @@ from qie.compiler.weights import write_weights
 from qie.engines.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.modulation import CHANNELS
 
-__all__ = ["MODULATION_FILE", "modulation_weights", "write_modulation"]
+__all__ = ["MODULATION_FILE", "modulation_dtype", "modulation_weights", "write_modulation"]
 
 MODULATION_FILE = "modulation.weights"
+
+
+def modulation_dtype(reader: TensorReader) -> DType:
+    """The dtype in which the modulation weights are kept: bfloat16 where the checkpoint is, else float32."""
+    return "bfloat16" if reader.dtype("norm_out.linear.weight") == "bfloat16" else "float32"
 
 
 def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
@@ -49,8 +54,7 @@ def write_modulation(
         CheckpointError: a tensor is missing or of another shape.
         BuildError: the disk is full.
     """
-    stored = readers["transformer"].dtype("norm_out.linear.weight")
-    dtype: DType = "bfloat16" if stored == "bfloat16" else "float32"
+    dtype = modulation_dtype(readers["transformer"])
     weights = modulation_weights(config, dtype)
     written = write_weights(weights, readers, folder / MODULATION_FILE, progress=progress)
     offsets = {entry.name: entry.offset for entry in written.entries}

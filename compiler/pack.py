@@ -3,7 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from qie.engines.manifest import (
 )
 from qie.engines.modulation import SCHEDULES, compute_tables, store_tables, table_name
 
-__all__ = ["build_bundle", "checkpoint_readers"]
+__all__ = ["build_bundle", "checkpoint_readers", "writing"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,17 +53,28 @@ def build_bundle(plan: Plan, *, progress: Progress = lambda what, done, total: N
         QieError: see ``check_buildable``, ``write_weights`` and the builders; nothing half-written is left.
     """
     check_buildable(plan)
+    with writing(plan) as folder:
+        _fill(folder, plan, progress)
+    return open_bundle(str(plan.destination))
+
+
+@contextmanager
+def writing(plan: Plan) -> Iterator[Path]:
+    """A folder that takes the place of the plan's destination when the block ends well.
+
+    Raises:
+        BuildError: it cannot be written, or the disk is full.
+    """
     try:
         with replacing_folder(plan.destination) as folder:
-            _fill(folder, plan, progress)
+            yield folder
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BuildError(
-                f"the disk of {plan.destination} is full, the bundle needs {plan.bytes:,} bytes; make room, or choose "
+                f"the disk of {plan.destination} is full, {plan.bytes:,} bytes are needed; make room, or choose "
                 "another disk with --out"
             ) from problem
         raise BuildError(f"cannot write {plan.destination} ({problem}); choose another place with --out") from problem
-    return open_bundle(str(plan.destination))
 
 
 def checkpoint_readers(plan: Plan) -> Mapping[Part, TensorReader]:

@@ -24,11 +24,11 @@ from qie.compiler.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.configs import TransformerConfig
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.lora import Lora
-from qie.compiler.model import areas, scheduler_spec
-from qie.compiler.modulation import modulation_weights
+from qie.compiler.model import areas, check_parts, scheduler_spec
+from qie.compiler.modulation import modulation_dtype, modulation_weights
 from qie.compiler.recipe import Backend, Recipe
 from qie.compiler.weights import total_bytes
-from qie.engines.bundle import Bundle
+from qie.engines.bundle import Bundle, is_bundle
 from qie.engines.errors import BackendMissingError, BuildError, RecipeError
 from qie.engines.manifest import Component, EngineRecord
 from qie.engines.schedule import sigmas
@@ -52,7 +52,10 @@ class PlannedComponent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A build, resolved. ``table_steps`` are the rows of modulation that the recipe's schedules need."""
+    """A build, resolved. ``table_steps`` are the rows of modulation that the recipe's schedules need.
+
+    ``modulation_bytes`` supposes bfloat16, as published, where the checkpoint is configs alone.
+    """
 
     checkpoint: Checkpoint
     recipe_name: str
@@ -79,7 +82,8 @@ def make_plan(
         CheckpointError, ExportError, RecipeError: configs or recipe cannot be expressed.
     """
     config = TransformerConfig.from_config(checkpoint.transformer)
-    modulation = modulation_weights(config, graph_dtype(recipe, "transformer"))
+    stored = modulation_dtype(checkpoint.reader("transformer")) if checkpoint.complete else "bfloat16"
+    modulation = modulation_weights(config, stored)
     size = 4 if graph_dtype(recipe, "transformer") == "float32" else 2
     steps = sum(len(s) - 1 for s in recipe_schedules(checkpoint, recipe))
     return Plan(
@@ -111,8 +115,9 @@ def check_buildable(plan: Plan) -> None:
 
     Raises:
         BackendMissingError: no builder of this qie serves the recipe.
-        RecipeError: a component asks for a quantization that this qie does not make.
-        BuildError: the disk has not enough room.
+        RecipeError: a component asks for a quantization that this qie does not make, or a bucket is out of its limits.
+        CheckpointError: parts do not belong together.
+        BuildError: something that is no bundle is in the way, or the disk has not enough room.
     """
     for part in plan.components:
         if part.backend is None:
@@ -126,6 +131,11 @@ def check_buildable(plan: Plan) -> None:
                 f'components.{part.component}.quantization is "{part.quantization}", which this qie does not make '
                 'yet; set it to "none" in a recipe of your own (see `qie recipes show`)'
             )
+    check_parts(plan.checkpoint)
+    plan.recipe.shape_limits(areas(plan.checkpoint).vae_area)
+    path = plan.destination
+    if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")
     free = shutil.disk_usage(_existing(plan.destination)).free
     if plan.bytes > free:
         raise BuildError(
