@@ -1,5 +1,6 @@
 """Bundles on disk: where they lie, how one is found and opened, and which of its engines fit this machine."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ __all__ = [
     "bundles",
     "bundles_folder",
     "choose_engines",
+    "is_bundle",
     "locate",
     "open_bundle",
     "refusal",
@@ -50,6 +52,22 @@ def bundles() -> tuple[Path, ...]:
     """Folders of the bundles that have a name, newest first; whether they open is not checked."""
     found = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
     return tuple(sorted(found, key=lambda path: (-(path / MANIFEST).stat().st_mtime, path.name)))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the folder ``path`` is qie's to replace or delete: a manifest says so, or it lies where bundles live.
+
+    Other programs have a manifest.json too; a damaged bundle counts where it has a name.
+    """
+    if not (path / MANIFEST).is_file():
+        return False
+    if path.resolve().parent == bundles_folder().resolve():
+        return True
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(data, dict) and {"schema", "qie", "engines"} <= data.keys()
 
 
 def open_bundle(which: str | None = None) -> Bundle:
@@ -90,7 +108,13 @@ def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None
 
 
 def remove_bundle(path: Path) -> None:
-    """Delete the bundle in the folder ``path``."""
+    """Delete the bundle in the folder ``path``.
+
+    Raises:
+        BundleError: the folder is no bundle.
+    """
+    if not is_bundle(path):
+        raise BundleError(f"{path} was not built by qie, so it is not deleted; `qie list` shows the bundles")
     (path / MANIFEST).unlink()  # first, so that what is half deleted does not open
     shutil.rmtree(path)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qie.engines.errors import EditError
+from qie.engines.errors import BundleError, EditError
 from qie.engines.terminal import Bars, ago, human_bytes, human_count, table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ BundleOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-SIZE = re.compile(r"(\d+)x(\d+)")
+SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -64,8 +64,11 @@ def run(
 ) -> None:
     """Edit images by an instruction: qie run photo.png "make the sky pink"."""
     *paths, instruction = words
-    if not paths:
-        raise EditError(f"{instruction!r} alone is not enough: give an image and an instruction, see `qie run --help`")
+    if not paths or _is_file(instruction):
+        raise EditError(
+            f"{instruction!r} comes last and should be the instruction: give the images first, then what to change, "
+            "see `qie run --help`"
+        )
     outputs = _outputs(out, Path(paths[-1]), num_images)
     wanted = _parse_size(size)
 
@@ -179,10 +182,14 @@ def rm(
     """Delete a bundle."""
     from qie.engines.bundle import locate, remove_bundle
 
-    path = locate(bundle)
-    if not yes and not typer.confirm(f"delete {path}?"):
-        typer.echo("nothing deleted")
-        return
+    path = locate(bundle).resolve()
+    try:
+        if not yes and not typer.confirm(f"delete {path}?"):
+            typer.echo("nothing deleted")
+            return
+    except typer.Abort:
+        typer.echo()
+        raise BundleError(f"{path} is not deleted: nobody answered; run `qie rm {bundle} --yes`") from None
     remove_bundle(path)
     typer.echo(f"deleted {path}")
 
@@ -199,6 +206,13 @@ def _outputs(out: Path | None, source: Path, count: int) -> list[Path]:
             names.append(candidate)
         number += 1
     return names
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a file's name can be
+        return False
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:
@@ -281,12 +295,13 @@ def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
             human_count(e.parameters),
             human_bytes(sum(f.bytes for f in e.files)),
             f"{e.build_seconds:.1f} s",
+            human_bytes(e.build_peak_bytes),
             "yes" if reason is None else "no",
         ]
         for e, reason in zip(manifest.engines, reasons, strict=True)
     ]
-    header = ["component", "target", "version", "precision", "parameters", "size", "built in", "runs here"]
-    text = table(facts) + "\n\n" + table(engines, header=header, right=[4, 5, 6])
+    header = ["component", "target", "version", "precision", "parameters", "size", "built in", "peak memory", "runs here"]
+    text = table(facts) + "\n\n" + table(engines, header=header, right=[4, 5, 6, 7])
     told = dict.fromkeys(reason for reason in reasons if reason)
     return "\n".join([text, *(f"\n{reason}" for reason in told)])
 

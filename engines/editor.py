@@ -4,6 +4,7 @@ Shape suffixes: B images to make, V image tokens of the prompt, S prompt tokens,
 N noise tokens, R reference tokens, D width of the language model, C = 64 latent channels of a token.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer
 
 from qie.engines.bundle import Bundle, choose_engines
 from qie.engines.denoise import StepState, denoise
-from qie.engines.errors import EditError
+from qie.engines.errors import BundleError, EditError
 from qie.engines.files import qie_home
 from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
 from qie.engines.latents import noise_latents, rotary_tables
@@ -30,9 +32,6 @@ from qie.engines.schedule import sigmas
 from qie.engines.sessions import Session, load
 from qie.engines.shapes import Size, resolve_size
 from qie.engines.vision import VisionInputs, vision_inputs
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Edit", "Editor", "Progress", "Request"]
 
@@ -98,15 +97,17 @@ class Editor:
         """Choose the engines of ``bundle`` for this machine.
 
         Raises:
-            EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
+            EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``, or the tokenizer is damaged.
         """
-        from tokenizers import Tokenizer
-
         self.bundle = bundle
         self.model = bundle.manifest.model
         self._engines = choose_engines(bundle)
         self._sessions: dict[Component, Session] = {}
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.path / bundle.manifest.tokenizer.path))
+        tokenizer = bundle.path / bundle.manifest.tokenizer.path
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+        except Exception as problem:  # the library raises nothing more precise
+            raise BundleError(f"{tokenizer} is damaged ({problem}); build the bundle again with `qie build`") from None
 
     def edit(
         self,
@@ -125,15 +126,24 @@ class Editor:
         manifest, limits = self.bundle.manifest, self.bundle.manifest.limits
         stopwatch = Stopwatch()
 
-        # 1. Settle what is asked for: sizes, steps, guidance, seeds.
+        # 1. Settle what is asked for: sizes, steps, guidance, seeds and their noise.
         steps = manifest.defaults.steps if request.steps is None else request.steps
         guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
         size, notes = self._size(request)
-        self._check_counts(request)
+        self._check_request(request, guidance)
         seeds = [secrets.randbelow(2**32)] if request.seeds is None else list(request.seeds)
         samples = [(i, seed) for i in range(len(request.instructions)) for seed in seeds]
         negatives = [request.negative] if guidance > 1 else []
         schedule = sigmas(self.model.scheduler, steps=steps, noise_tokens=size.area // PIXELS_A_TOKEN**2)
+        noise_BNC = request.noise
+        if noise_BNC is None:
+            noise_BNC = noise_latents(
+                [seed for _, seed in samples],
+                size.height,
+                size.width,
+                self.model.latent_channels,
+                manifest.defaults.noise,
+            )
 
         # 2. Images and words to prompt embeddings; the negative prompt sees the same images.
         prepared = [prepare(image, self.model.areas) for image in request.images]
@@ -146,7 +156,7 @@ class Editor:
             progress("vision", 0, 1)
             image_embeds_VD = self._vision(seen)
             progress("vision", 1, 1)
-        with stopwatch("language"):
+        with stopwatch("language"), self._session("language"):
             embeds = []
             for number, prompt in enumerate(prompts):
                 progress("language", number, len(prompts))
@@ -154,25 +164,16 @@ class Editor:
             progress("language", len(prompts), len(prompts))
 
         # 3. References to latents.
-        with stopwatch("vae_encoder"):
-            latents = []
+        with stopwatch("vae_encoder"), self._session("vae_encoder"):
+            references = []
             for number, copies in enumerate(prepared):
                 progress("encode", number, len(prepared))
-                latents.append(self._encode(copies.vae))
+                references.append(self._encode(copies.vae))
             progress("encode", len(prepared), len(prepared))
-        reference_1RC = np.concatenate([tokens for tokens, _ in latents], axis=1)
-        grids = [(size.height // PIXELS_A_TOKEN, size.width // PIXELS_A_TOKEN), *(grid for _, grid in latents)]
+        reference_1RC = np.concatenate([tokens for tokens, _ in references], axis=1)
+        grids = [(size.height // PIXELS_A_TOKEN, size.width // PIXELS_A_TOKEN), *(grid for _, grid in references)]
 
-        # 4. Noise, and the modulation of every step.
-        noise_BNC = request.noise
-        if noise_BNC is None:
-            noise_BNC = noise_latents(
-                [seed for _, seed in samples],
-                size.height,
-                size.width,
-                self.model.latent_channels,
-                manifest.defaults.noise,
-            )
+        # 4. The modulation of every step.
         with stopwatch("modulation"):
             tables = modulation_tables(
                 self.bundle.path,
@@ -184,13 +185,13 @@ class Editor:
 
         # 5. Denoise. Prompts of one length make a batch, so that nothing is ever padded and a result does not depend
         #    on what else is in the batch.
-        results: dict[int, NDArray[np.uint8]] = {}
         negative_1LD = embeds[-1] if negatives else None
         batches = list(_batches([embeds[i].shape[1] for i, _ in samples], limits.batch_max))
-        for number, batch in enumerate(batches):
-            with stopwatch("transformer"), self._session("transformer") as session:
+        latents = []
+        with stopwatch("transformer"), self._session("transformer"):
+            for number, batch in enumerate(batches):
                 latents_BNC = denoise(
-                    session,
+                    self._sessions["transformer"],
                     noise_BNC=noise_BNC[batch],
                     reference_1RC=reference_1RC,
                     prompt_BLD=np.concatenate([embeds[samples[b][0]] for b in batch]),
@@ -202,13 +203,16 @@ class Editor:
                     progress=partial(_batch_progress, progress, number, len(batches)),
                     observer=observer,
                 )
+                latents.append(latents_BNC)
 
-            # 6. Latents to pixels.
-            with stopwatch("vae_decoder"):
+        # 6. Latents to pixels.
+        results: dict[int, NDArray[np.uint8]] = {}
+        with stopwatch("vae_decoder"), self._session("vae_decoder"):
+            for number, (batch, latents_BNC) in enumerate(zip(batches, latents, strict=True)):
                 progress("decode", number, len(batches))
                 pixels = self._decode(latents_BNC.reshape(len(batch), *grids[0], -1))
-                progress("decode", number + 1, len(batches))
-            results.update(zip(batch, pixels, strict=True))
+                results.update(zip(batch, pixels, strict=True))
+            progress("decode", len(batches), len(batches))
         images = tuple(self._finish(results[b], request) for b in range(len(samples)))
         return Edit(
             images=images,
@@ -227,7 +231,7 @@ class Editor:
         size, note = resolve_size(self.bundle.manifest.limits, *wanted)
         return size, (note,) if note else ()
 
-    def _check_counts(self, request: Request) -> None:
+    def _check_request(self, request: Request, guidance: float) -> None:
         most = 1 if self.model.pipeline == "edit" else self.bundle.manifest.limits.references_max
         if len(request.images) > most:
             raise EditError(
@@ -237,6 +241,11 @@ class Editor:
             raise EditError('an edit needs an instruction; say what to change, for example "make it grayscale"')
         if request.seeds is not None and not request.seeds:
             raise EditError("an edit needs at least one seed; leave seeds out to draw one")
+        if not math.isfinite(guidance):
+            raise EditError(f"the guidance scale is {guidance}, expected a number such as 4.0")
+        for text in (*request.instructions, request.negative):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise EditError(f"{text!r} is not UTF-8 text; write it again")
 
     def _check_lengths(self, prompts: Sequence[PromptTokens]) -> None:
         most = self.bundle.manifest.limits.prompt_tokens_max
@@ -249,13 +258,14 @@ class Editor:
 
     @contextmanager
     def _session(self, component: Component) -> Iterator[Session]:
-        """The session of ``component``, released afterwards where residency is sequential."""
-        if component not in self._sessions:
+        """The session of ``component``; where residency is sequential, the block that loaded it releases it."""
+        held = component in self._sessions
+        if not held:
             self._sessions[component] = load(self.bundle.path, self._engines[component])
         try:
             yield self._sessions[component]
         finally:
-            if self.bundle.manifest.defaults.residency == "sequential":
+            if not held and self.bundle.manifest.defaults.residency == "sequential":
                 del self._sessions[component]
 
     def _run(self, component: Component, output: str, sizes: dict[str, int], **arrays: NDArray[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: everything is written under a temporary name and renamed when done."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -41,8 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``; it takes the place of ``path`` when the block ends well, else it is removed.
 
-    What a killed process left of the same folder is cleared first.
+    What a killed process left of the same folder is cleared first. A link is followed.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,7 +64,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def _clear_leftovers(path: Path) -> None:
     """Put back or remove what processes that no longer run left beside ``path``."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         pid, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
         if kind not in ("tmp", "old") or not pid.isdigit() or _runs(int(pid)):
             continue

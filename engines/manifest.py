@@ -31,6 +31,7 @@ __all__ = [
     "ModelRecord",
     "ModulationRecord",
     "ModulationTensor",
+    "ProfileRecord",
     "RecipeRecord",
     "TensorSpec",
     "read_manifest",
@@ -68,12 +69,25 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileRecord:
+    """The smallest, tuned-for and largest shape of one input, for engines that are bound to them."""
+
+    input: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
     """One component built for one target.
 
     ``path`` is the file that the backend opens, ``files`` everything it needs. ``key`` is the sha256 of all that
     decided the engine: graph, weights, recipe section, versions; an equal key means an equal engine.
-    ``compute_capability`` is "cpu" for engines that run on the processor.
+    ``compute_capability`` is "cpu" for engines that run on the processor. ``build_peak_bytes`` is the most memory
+    that the building process held. ``activation_bytes`` is what a run of the largest shapes needs on the device beside
+    the weights, None where the backend does not say. ``structure`` lists the layers, their types and precisions, for
+    engines that cannot be opened without their device.
     """
 
     component: Component
@@ -88,6 +102,10 @@ class EngineRecord:
     outputs: tuple[TensorSpec, ...]
     parameters: int
     build_seconds: float
+    build_peak_bytes: int
+    profiles: tuple[ProfileRecord, ...] = ()
+    activation_bytes: int | None = None
+    structure: FileRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +198,8 @@ class Manifest:
         records = [self.tokenizer, self.model.modulation.file, *self.schedules]
         for engine in self.engines:
             records.extend(engine.files)
+            if engine.structure is not None:
+                records.append(engine.structure)
         return tuple({r.path: r for r in records}.values())
 
 

@@ -8,6 +8,7 @@ Formulas: diffusers ``models/embeddings.py`` (get_timestep_embedding, TimestepEm
 Shape suffixes: S steps, D width, L layers, M rows a block.
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
@@ -20,7 +21,15 @@ from numpy.typing import NDArray
 from qie.engines.files import replacing
 from qie.engines.manifest import ModulationRecord
 
-__all__ = ["SCHEDULES", "Tables", "compute_tables", "modulation_tables", "table_name", "timesteps"]
+__all__ = [
+    "SCHEDULES",
+    "Tables",
+    "compute_tables",
+    "modulation_tables",
+    "store_tables",
+    "table_name",
+    "timesteps",
+]
 
 SCHEDULES = "schedules"
 """Folder of precomputed tables in a bundle."""
@@ -49,14 +58,18 @@ def modulation_tables(
 ) -> Tables:
     """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
 
+    A file that is damaged counts as absent; where the cache cannot be written, the next call computes again.
     ``progress`` is called with (blocks done, blocks) while computing.
     """
     name = table_name(record, sigmas)
     for place in (folder / SCHEDULES / name, cache / name):
-        if place.is_file():
-            return _load(place, record)
-    store_tables(compute_tables(folder, record, sigmas, progress=progress), record, cache / name)
-    return _load(cache / name, record)
+        stored = _load(place, record, len(sigmas) - 1)
+        if stored is not None:
+            return _tables(stored, record)
+    flat = compute_tables(folder, record, sigmas, progress=progress)
+    with contextlib.suppress(OSError):
+        store_tables(flat, record, cache / name)
+    return _tables(_stored(flat, record), record)
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
@@ -69,7 +82,7 @@ def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
     """Write ``flat`` [S, everything] in the dtype in which the engine uses it, bfloat16 as its bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, _narrow(flat) if record.tables == "bfloat16" else flat, allow_pickle=False)
+        np.save(file, _stored(flat, record), allow_pickle=False)
 
 
 def compute_tables(
@@ -130,8 +143,24 @@ def _conditioning(weights: Weights, timestep_S: Array) -> Array:
     return _silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
 
 
-def _load(path: Path, record: ModulationRecord) -> Tables:
-    flat = _widen(np.load(path, mmap_mode="r", allow_pickle=False))
+def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generic] | None:
+    """The array in a file of tables; None where there is none, or another one than these steps' is expected."""
+    try:
+        stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    rows = 18 if record.zero_cond_t else 12
+    shape = (steps, (record.layers * rows + 2) * record.width)
+    dtype = np.uint16 if record.tables == "bfloat16" else np.float32
+    return stored if stored.shape == shape and stored.dtype == dtype else None
+
+
+def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:
+    return _narrow(flat) if record.tables == "bfloat16" else flat
+
+
+def _tables(stored: NDArray[np.generic], record: ModulationRecord) -> Tables:
+    flat = _widen(stored)
     blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
     return Tables(
         blocks=np.ascontiguousarray(blocks).reshape(len(flat), record.layers, -1), out=np.ascontiguousarray(out)

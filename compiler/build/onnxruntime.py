@@ -1,5 +1,6 @@
 """Builds engines for onnxruntime: the graph, its weights beside it, and the proof that onnxruntime loads them."""
 
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,6 +61,7 @@ def build(
         outputs=graph.outputs,
         parameters=graph.parameters(),
         build_seconds=round(time.perf_counter() - start, 3),
+        build_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
