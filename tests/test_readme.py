@@ -1,0 +1,58 @@
+"""What the documents say works: commands parse, links lead somewhere, the Python example runs."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from qie.compiler.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"(?:^ {4}|`)(qie [^`#\n…]*[^`#\n… ])", README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_these_options(command: str) -> None:
+    """Every command line of the README names a command of qie and options that it has."""
+    words = shlex.split(command)[1:]
+    group = typer.main.get_command(app)
+    while words and hasattr(group, "commands") and words[0] in group.commands:
+        group = group.commands[words.pop(0)]
+    assert group.name != app.info.name, f"no command in {command!r}"
+    known = {option for parameter in group.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} <= known | {"--help"}
+
+
+def test_readme_names_every_command() -> None:
+    named = {shlex.split(command)[1] for command in COMMANDS}
+    assert set(typer.main.get_command(app).commands) <= named
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^ {4}make ([a-z-]+)", README, re.MULTILINE))))
+def test_make_targets_exist(target: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed; run `apt-get install make`")
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_example_runs(bundle: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(example.replace('"demo"', repr(str(bundle))), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3)") == 2
