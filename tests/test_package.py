@@ -109,7 +109,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     sdist = build("sdist", tree, folder / "sdist")
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive)
-        archive.extractall(folder / "unpacked", filter="data")
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     return Distributions(
         wheel=read_wheel(build("wheel", tree, folder / "wheel")),
