@@ -4,6 +4,4 @@
 (numpy, pillow, tokenizers and one backend); ``qie.recipes`` is data: one TOML file a GPU.
 """
 
-from importlib.metadata import version
-
-__version__ = version("qie")
+__version__ = "0.1.0"
