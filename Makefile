@@ -10,7 +10,7 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
-.PHONY: demo test check format mutants clean
+.PHONY: demo test test-gpu check format mutants clean
 
 demo: $(VENV)/compile.stamp            ## Build a small checkpoint for the CPU and edit a photograph with it.
 	@test -f $(DEMO)/checkpoint/model_index.json || \
@@ -22,6 +22,9 @@ demo: $(VENV)/compile.stamp            ## Build a small checkpoint for the CPU a
 test: $(VENV)/dev.stamp                ## Install everything for development and run checks and tests.
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.
+	$(BIN)/python -m pytest tests/gpu
 
 check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
 	$(BIN)/ruff check .
@@ -48,4 +51,8 @@ $(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 $(VENV)/dev.stamp: $(VENV)/compile.stamp
 	$(PIP) install torch==2.13.0
 	$(PIP) install $(CONSTRAINTS) --editable '.[dev,reference]' setuptools
+	@touch $@
+
+$(VENV)/gpu.stamp: $(VENV)/dev.stamp
+	$(PIP) install $(CONSTRAINTS) --editable '.[rtx]'
 	@touch $@

@@ -16,7 +16,8 @@ from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.terminal import Bars, human_bytes, human_count, table
 
 if TYPE_CHECKING:
-    from qie.compiler.plan import Plan
+    from qie.compiler.plan import Plan, PlannedComponent
+    from qie.engines.bundle import Bundle
 
 __all__ = ["app", "main"]
 
@@ -88,10 +89,18 @@ def build(
     name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
     lora: LoraOption = None,
     revision: RevisionOption = None,
+    finish: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BUNDLE", help="Build what BUNDLE still lacks, on the machine with its GPU; takes no MODEL."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs configs alone.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build a bundle of engines for one GPU from a checkpoint."""
+    if finish is not None:
+        return _finish(finish, dry_run=dry_run, as_json=as_json)
     plan = _plan(model, gpu, lora, revision, out, name, weights=not dry_run)
     if dry_run or not as_json:
         _print_plan(plan, as_json=as_json)
@@ -101,13 +110,37 @@ def build(
 
     with Bars(enabled=not as_json) as bars:
         bundle = build_bundle(plan, progress=bars)
+    return _print_built(bundle, as_json=as_json)
+
+
+@app.command("plan")
+def show_estimate(
+    model: ModelArgument = DEFAULT_MODEL,
+    gpu: GpuOption = "cpu",
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Size of the edit in pixels.", show_default="the model's area")
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="Images that the edit takes.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the recipe's")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the recipe's")] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate a build and an edit from configs alone: memory, disk, time; refuse what cannot fit."""
+    plan = _plan(model, gpu, None, revision, None, None, weights=False)
+    from qie.compiler.cli_plan import describe, facts, parse_size
+    from qie.compiler.estimate import estimate, refusal
+    from qie.compiler.workload import workload
+
+    wanted = workload(plan, size=parse_size(size), references=references, steps=steps, guidance=cfg)
+    found = estimate(plan, wanted)
+    refused = refusal(found)
     if as_json:
-        return _print_json({"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes})
-    typer.echo(f"\n{bundle.path}: {human_bytes(bundle.bytes)}")
-    typer.echo(
-        f'edit with: qie run photo.png "make it grayscale" --bundle {bundle.name if out is None else bundle.path}'
-    )
-    return None
+        _print_json(facts(found, refused))
+    else:
+        typer.echo(describe(found))
+    if refused is not None:
+        raise refused
 
 
 @app.command()
@@ -188,7 +221,12 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         return _print_json(to_plain(report))
     machine = report.machine
-    gpus = [f"{g.name}, compute capability {g.compute_capability}, {g.memory_gib:g} GiB" for g in machine.gpus]
+    gpus = [
+        f"{g.name}, compute capability {g.compute_capability}, "
+        + (f"{g.memory_gib:g} GiB" if g.memory_gib else "memory shared with the processor")
+        + f", driver {g.driver}{f' (CUDA {machine.cuda})' if machine.cuda else ''}"
+        for g in machine.gpus
+    ]
     facts = [
         ["qie", report.qie],
         ["Python", report.python],
@@ -244,6 +282,43 @@ def _plan(
     )
 
 
+def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
+    """What ``qie build --finish`` does."""
+    from qie.compiler.finish import finish_bundle
+    from qie.engines.bundle import open_bundle
+
+    bundle = open_bundle(name)
+    lacking = [(graph.component, graph.backend) for graph in bundle.manifest.graphs]
+    if dry_run and as_json:
+        return _print_json({"components": [{"component": c, "backend": b} for c, b in lacking]})
+    if not as_json:
+        typer.echo(f"{bundle.path} lacks " + (", ".join(f"{c} for {b}" for c, b in lacking) or "nothing"))
+    if dry_run:
+        return None
+    with Bars(enabled=not as_json) as bars:
+        bundle = finish_bundle(bundle, progress=bars)
+    return _print_built(bundle, as_json=as_json)
+
+
+def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
+    from qie.engines.bundle import bundles_folder
+
+    lacking = sorted({graph.backend for graph in bundle.manifest.graphs})
+    if as_json:
+        return _print_json(
+            {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": lacking}
+        )
+    where = bundle.name if bundle.path.parent == bundles_folder() else bundle.path
+    typer.echo(f"\n{bundle.path}: {human_bytes(bundle.bytes)}")
+    if lacking:
+        typer.echo(
+            f"engines for {', '.join(lacking)} are yet to be built, on the GPU's machine: qie build --finish {where}"
+        )
+    if bundle.manifest.engines:
+        typer.echo(f'edit with: qie run photo.png "make it grayscale" --bundle {where}')
+    return None
+
+
 def _print_plan(plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         return _print_json(
@@ -260,6 +335,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
                     {
                         "component": c.component,
                         "backend": c.backend,
+                        "finish": c.finish,
                         "precision": c.precision,
                         "quantization": c.quantization,
                         "nodes": c.nodes,
@@ -276,7 +352,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
     rows = [
         [
             c.component,
-            c.backend or "no builder",
+            _backend(c),
             c.precision if c.quantization == "none" else f"{c.precision}, {c.quantization}",
             str(c.nodes),
             human_count(c.parameters),
@@ -292,7 +368,19 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
     )
     header = ["component", "backend", "precision", "nodes", "parameters", "weights"]
     typer.echo(table(rows, header=header, right=[3, 4, 5]))
+    kept = [c for c in plan.components if c.finish is not None]
+    if kept:
+        typer.echo(
+            f"\n{kept[0].finish} builds on the machine with the GPU only ({plan.recipe.gpu}): the graphs stay in the "
+            f"bundle, {human_bytes(sum(c.bytes for c in kept))}, for `qie build --finish` there"
+        )
     return None
+
+
+def _backend(part: "PlannedComponent") -> str:
+    if part.finish is None:
+        return part.backend or "no builder"
+    return f"{part.backend}, graph" if part.backend is not None else "graph"
 
 
 def _print_json(value: Any) -> None:

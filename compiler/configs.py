@@ -150,8 +150,8 @@ class LanguageConfig:
             kv_heads=_count(where, config, "num_key_value_heads", heads),
             intermediate=_count(where, config, "intermediate_size"),
             vocabulary=_count(where, config, "vocab_size"),
-            eps=_number(where, config, "rms_norm_eps"),
-            rope_theta=_number(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta"),
+            eps=_positive(where, config, "rms_norm_eps"),
+            rope_theta=_positive(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta"),
             mrope_section=(section[0], section[1], section[2]),
         )
         _divides(where, "num_attention_heads", result.heads, result.width)
@@ -248,6 +248,13 @@ def _number(where: str, config: Mapping[str, Any], key: str) -> float:
     if type(found) not in (int, float) or not math.isfinite(found):
         raise _wrong(where, key, found, "a number")
     return float(found)
+
+
+def _positive(where: str, config: Mapping[str, Any], key: str) -> float:
+    found = _number(where, config, key)
+    if found <= 0:
+        raise _wrong(where, key, found, "a positive number")
+    return found
 
 
 def _numbers(where: str, config: Mapping[str, Any], key: str) -> tuple[float, ...]:

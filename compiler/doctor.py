@@ -3,25 +3,39 @@
 import platform
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import qie
 from qie.engines.bundle import bundles, choose_engines, open_bundle
 from qie.engines.errors import QieError
 from qie.engines.files import qie_home
 from qie.engines.machine import Machine, this_machine, version_of
-from qie.engines.sessions import BACKENDS
+from qie.engines.sessions import BACKENDS, cuda_needed
 
 __all__ = ["Ability", "BundleReport", "Report", "examine"]
 
+RUN = "run engines of"
+ON_GPU = {
+    f"{RUN} onnxruntime on a GPU": "onnxruntime",
+    f"{RUN} tensorrt-rtx": "tensorrt-rtx",
+    f"{RUN} tensorrt": "tensorrt",
+}
+"""Abilities that take a GPU, and the backends that they are about."""
+
 NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "run engines of onnxruntime": (("onnxruntime",), BACKENDS["onnxruntime"][1]),
+    **{f"{RUN} {name}": (backend.modules, backend.install) for name, backend in BACKENDS.items()},
+    f"{RUN} onnxruntime on a GPU": (
+        ("onnxruntime-gpu",),
+        "pip uninstall --yes onnxruntime && pip install 'qie[cuda]'",
+    ),
     "build bundles for a CPU": (
         ("onnx", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
         "pip install 'qie[compile]'",
     ),
+    "build bundles for a GPU": (("tensorrt_rtx",), "pip install 'qie[compile]'"),
     "compare with the reference": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
 }
-"""Ability: the packages that it takes, and the command that brings them."""
+"""Ability: what it takes, and the command that brings it. Names with a hyphen are distributions, others modules."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,27 +74,54 @@ def examine() -> Report:
     """Look at the machine, the installed packages and the bundles; nothing heavy is imported."""
     home = qie_home()
     existing = next(p for p in (home, *home.parents) if p.exists())
+    machine = this_machine()
     return Report(
         qie=qie.__version__,
         python=platform.python_version(),
-        machine=this_machine(),
+        machine=machine,
         home=str(home),
         free_bytes=shutil.disk_usage(existing).free,
-        abilities=tuple(_ability(what, packages, mend) for what, (packages, mend) in NEEDS.items()),
+        abilities=tuple(_ability(what, packages, mend, machine) for what, (packages, mend) in NEEDS.items()),
         bundles=tuple(BundleReport(name=path.name, reason=_reason(str(path))) for path in bundles()),
     )
 
 
-def _ability(what: str, packages: tuple[str, ...], mend: str) -> Ability:
-    versions = {package: version_of(package) for package in packages}
-    missing = tuple(package for package, version in versions.items() if version is None)
+def _ability(what: str, packages: tuple[str, ...], mend: str, machine: Machine) -> Ability:
+    found = [package for package in packages if _installed(package)]
+    missing = tuple(package for package in packages if package not in found)
+    if not missing and what in ON_GPU:
+        missing, mend = _missing_of_gpu(ON_GPU[what], machine)
     return Ability(
         what=what,
         ready=not missing,
-        found=tuple(f"{package} {version}" for package, version in versions.items() if version is not None),
+        found=tuple(f"{package} {_version(package)}".rstrip() for package in found),
         missing=missing,
         mend=mend if missing else None,
     )
+
+
+def _missing_of_gpu(backend: str, machine: Machine) -> tuple[tuple[str, ...], str]:
+    """What of GPU and driver is missing for ``backend``, and what to do about it."""
+    if not machine.gpus:
+        return ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"
+    needed, served = cuda_needed(backend), machine.cuda
+    if served is not None and needed > int(served.partition(".")[0]):
+        return (f"a driver for CUDA {needed}",), f"update the driver, which serves CUDA {served}"
+    return (), ""
+
+
+def _installed(package: str) -> bool:
+    if "-" in package:
+        return version_of(package) is not None
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that should hold it
+        return False
+
+
+def _version(package: str) -> str:
+    names = [package, *(name for b in BACKENDS.values() if b.modules[0] == package for _, name in b.distributions)]
+    return next((version for name in names if (version := version_of(name))), "")
 
 
 def _reason(path: str) -> str | None:

@@ -27,7 +27,7 @@ def export_graphs(
     """
     _check_destination(plan.destination)
     readers = checkpoint_readers(plan) if weights else {}
-    with writing(plan) as folder:
+    with writing(plan.destination, sum(part.bytes for part in plan.components)) as folder:
         for part in plan.components:
             places, location = None, f"{part.component}.weights"
             if weights:

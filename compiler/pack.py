@@ -3,22 +3,36 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import qie
 from qie.compiler.build import BUILDERS
 from qie.compiler.configs import TransformerConfig
+from qie.compiler.estimate import check_fit
+from qie.compiler.graphs.graph import write_graph
 from qie.compiler.graphs.weight import Part
 from qie.compiler.lora import fused_reader
 from qie.compiler.model import areas, model_record
 from qie.compiler.modulation import write_modulation
-from qie.compiler.plan import Plan, check_buildable, component_keys, kept_engines, recipe_schedules
-from qie.compiler.recipe import to_toml
+from qie.compiler.plan import (
+    Plan,
+    PlannedComponent,
+    check_buildable,
+    engine_key,
+    graph_keys,
+    kept_engines,
+    recipe_schedules,
+)
+from qie.compiler.profiles import profiles
+from qie.compiler.recipe import Recipe, to_toml
 from qie.compiler.safetensor import TensorReader
 from qie.compiler.tokenizer import load_tokenizer
+from qie.compiler.weights import write_weights
 from qie.engines.bundle import Bundle, open_bundle
 from qie.engines.errors import BuildError, BundleError
 from qie.engines.files import qie_home, replacing_folder, sha256_of
@@ -28,6 +42,7 @@ from qie.engines.manifest import (
     Defaults,
     EngineRecord,
     FileRecord,
+    GraphRecord,
     LoraRecord,
     Manifest,
     ModulationRecord,
@@ -36,7 +51,16 @@ from qie.engines.manifest import (
 )
 from qie.engines.modulation import SCHEDULES, compute_tables, store_tables, table_name
 
-__all__ = ["build_bundle", "checkpoint_readers", "writing"]
+__all__ = [
+    "Progress",
+    "build_bundle",
+    "build_engine",
+    "checkpoint_readers",
+    "drop_graph",
+    "finish_folder",
+    "take_over",
+    "writing",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,31 +74,33 @@ def build_bundle(plan: Plan, *, progress: Progress = lambda what, done, total: N
     (what is being done, bytes or units done, bytes or units in all).
 
     Raises:
-        QieError: see ``check_buildable``, ``write_weights`` and the builders; nothing half-written is left.
+        QieError: see ``check_buildable``, ``check_fit``, ``write_weights`` and the builders; nothing half-written is
+            left.
     """
     check_buildable(plan)
-    with writing(plan) as folder:
+    check_fit(plan)
+    with writing(plan.destination, plan.disk_bytes) as folder:
         _fill(folder, plan, progress)
     return open_bundle(str(plan.destination))
 
 
 @contextmanager
-def writing(plan: Plan) -> Iterator[Path]:
-    """A folder that takes the place of the plan's destination when the block ends well.
+def writing(destination: Path, needed: int) -> Iterator[Path]:
+    """A folder that takes the place of ``destination`` when the block ends well; it needs about so many bytes.
 
     Raises:
         BuildError: it cannot be written, or the disk is full.
     """
     try:
-        with replacing_folder(plan.destination) as folder:
+        with replacing_folder(destination) as folder:
             yield folder
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BuildError(
-                f"the disk of {plan.destination} is full, {plan.bytes:,} bytes are needed; make room, or choose "
-                "another disk with --out"
+                f"the disk of {destination} is full, {needed:,} bytes are needed; make room, or choose another disk "
+                "with --out"
             ) from problem
-        raise BuildError(f"cannot write {plan.destination} ({problem}); choose another place with --out") from problem
+        raise BuildError(f"cannot write {destination} ({problem}); choose another place with --out") from problem
 
 
 def checkpoint_readers(plan: Plan) -> Mapping[Part, TensorReader]:
@@ -97,25 +123,27 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     digest = checkpoint.digest(
         cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
     )
-    keys = component_keys(plan, digest)
+    keys = graph_keys(plan, digest)
     old = _earlier(plan.destination)
     kept = kept_engines(plan, keys, old)
-    engines = []
+    engines: list[EngineRecord] = []
+    graphs: list[GraphRecord] = []
     for part in plan.components:
-        record = kept.get(part.component)
-        if old is not None and record is not None and _take_over(record, old.path, folder):
-            engines.append(record)
-            continue
-        assert part.backend is not None
-        engines.append(
-            BUILDERS[part.backend].build(
-                part.graph,
-                readers,
-                folder,
-                key=keys[part.component],
-                progress=partial(progress, part.component),
-            )
-        )
+        start = time.perf_counter()
+        engine = kept.get(part.component)
+        if engine is not None and not (old is not None and take_over(engine_files(engine), old.path, folder)):
+            engine = None
+        if engine is None or part.finish is not None:
+            graph = _graph(part, plan, keys[part.component], readers, old, folder, progress)
+            if engine is None and part.backend is not None:
+                engine = build_engine(part.backend, graph, folder, recipe, progress)
+                engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+            if part.finish is not None:
+                graphs.append(graph)
+            elif engine is not None and engine.files != graph.files:
+                drop_graph(graph, folder)
+        if engine is not None:
+            engines.append(engine)
     modulation = write_modulation(
         TransformerConfig.from_config(checkpoint.transformer),
         readers,
@@ -138,10 +166,93 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         tokenizer=_record(folder, TOKENIZER_FILE),
         schedules=_write_schedules(folder, plan, modulation, progress),
         engines=tuple(engines),
+        graphs=tuple(graphs),
     )
+    finish_folder(manifest, folder)
+
+
+def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress) -> EngineRecord:
+    """Build an engine of ``graph``, whose files lie in ``folder``, into the same folder.
+
+    Raises:
+        RecipeError, BuildError: see the backend's builder.
+    """
+    return BUILDERS[backend].build(
+        graph,
+        folder,
+        key=engine_key(graph.key, backend, recipe, graph.profiles),
+        recipe=recipe,
+        progress=partial(progress, f"compile {graph.component}"),
+    )
+
+
+def drop_graph(graph: GraphRecord, folder: Path) -> None:
+    """Delete the files of ``graph``."""
+    for record in graph.files:
+        (folder / record.path).unlink()
+
+
+def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
+    """Everything of ``engine`` in its bundle."""
+    return engine.files if engine.structure is None else (*engine.files, engine.structure)
+
+
+def take_over(records: Sequence[FileRecord], old: Path, folder: Path) -> bool:
+    """Link files from the bundle ``old``; False, and none, where one is not what was built."""
+    if any(sha256_of(old / record.path) != record.sha256 for record in records):
+        return False
+    for record in records:
+        (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(old / record.path, folder / record.path)
+        except OSError:
+            shutil.copyfile(old / record.path, folder / record.path)
+    return True
+
+
+def finish_folder(manifest: Manifest, folder: Path) -> None:
+    """Write the manifest last, everything on the disk."""
     _sync(folder)
     write_manifest(manifest, folder)
     _sync(folder / MANIFEST)
+
+
+def _graph(
+    part: PlannedComponent,
+    plan: Plan,
+    key: str,
+    readers: Mapping[Part, TensorReader],
+    old: Bundle | None,
+    folder: Path,
+    progress: Progress,
+) -> GraphRecord:
+    """The graph of ``part`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
+    backend = part.finish or part.backend
+    assert backend is not None
+    shapes = profiles(part.graph, plan.recipe, plan.checkpoint)
+    if old is not None:
+        for graph in old.manifest.graphs:
+            if graph.key == key and take_over(graph.files, old.path, folder):
+                return replace(graph, backend=backend, profiles=shapes)
+    graph_name, weights_name = f"{part.component}.onnx", f"{part.component}.weights"
+    written = write_weights(
+        part.graph.weights, readers, folder / weights_name, progress=partial(progress, part.component)
+    )
+    places = {entry.name: (entry.offset, entry.length) for entry in written.entries}
+    write_graph(part.graph, folder / graph_name, weights_name, places)
+    weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
+    return GraphRecord(
+        component=part.component,
+        backend=backend,
+        dtype=part.graph.dtype,
+        key=key,
+        path=graph_name,
+        files=(_record(folder, graph_name), weights),
+        inputs=part.graph.inputs,
+        outputs=part.graph.outputs,
+        parameters=part.graph.parameters(),
+        profiles=shapes,
+    )
 
 
 def _earlier(destination: Path) -> Bundle | None:
@@ -152,18 +263,6 @@ def _earlier(destination: Path) -> Bundle | None:
         return open_bundle(str(destination))
     except BundleError:
         return None
-
-
-def _take_over(engine: EngineRecord, old: Path, folder: Path) -> bool:
-    """Link the files of ``engine`` from the earlier bundle; False where one is not what was built."""
-    if any(sha256_of(old / record.path) != record.sha256 for record in engine.files):
-        return False
-    for record in engine.files:
-        try:
-            os.link(old / record.path, folder / record.path)
-        except OSError:
-            shutil.copyfile(old / record.path, folder / record.path)
-    return True
 
 
 def _write_schedules(

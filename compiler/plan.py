@@ -8,9 +8,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,28 +27,47 @@ from qie.compiler.graphs.graph import Graph
 from qie.compiler.lora import Lora
 from qie.compiler.model import areas, check_parts, scheduler_spec
 from qie.compiler.modulation import modulation_dtype, modulation_weights
+from qie.compiler.profiles import profiles
 from qie.compiler.recipe import Backend, Recipe
 from qie.compiler.weights import total_bytes
 from qie.engines.bundle import Bundle, is_bundle
 from qie.engines.errors import BackendMissingError, BuildError, RecipeError
-from qie.engines.manifest import Component, EngineRecord
+from qie.engines.manifest import Component, EngineRecord, ProfileRecord
+from qie.engines.records import to_plain
 from qie.engines.schedule import sigmas
 
-__all__ = ["Plan", "PlannedComponent", "bundle_name", "check_buildable", "make_plan"]
+__all__ = ["Plan", "PlannedComponent", "bundle_name", "check_buildable", "engine_key", "graph_keys", "make_plan"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedComponent:
-    """One engine to be made: its graph, its backend (None: no builder of this qie serves the recipe), its bytes."""
+    """One engine to be made of ``graph``; ``bytes`` are those of its weights.
+
+    ``backend`` is the one that this machine builds for, None where it can build for none of the recipe's. Where the
+    recipe prefers one that must be built for on the GPU's machine, ``finish`` names it, and the graph stays in the
+    bundle for ``qie build --finish``.
+    """
 
     component: Component
     backend: Backend | None
+    finish: Backend | None
     precision: str
     quantization: str
     graph: Graph
     nodes: int
     parameters: int
     bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it takes in the bundle: the engine, and the graph where that stays beside it."""
+        return self.bytes * (2 if self.backend is not None and self.finish is not None else 1)
+
+    @property
+    def passing_bytes(self) -> int:
+        """What the graph takes while an engine is compiled of it, where it does not stay."""
+        compiled = self.backend is not None and BUILDERS[self.backend].compiles
+        return self.bytes if compiled and self.finish is None else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +90,12 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the bundle, to within the graphs and the tokenizer."""
-        return sum(c.bytes for c in self.components) + self.modulation_bytes + self.tables_bytes
+        return sum(c.kept_bytes for c in self.components) + self.modulation_bytes + self.tables_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most that building takes on the disk."""
+        return self.bytes + max(c.passing_bytes for c in self.components)
 
 
 def make_plan(
@@ -114,17 +139,19 @@ def check_buildable(plan: Plan) -> None:
     """Refuse, before anything heavy, a plan that cannot be carried out here.
 
     Raises:
-        BackendMissingError: no builder of this qie serves the recipe.
+        BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
         RecipeError: a component asks for a quantization that this qie does not make, or a bucket is out of its limits.
         CheckpointError: parts do not belong together.
         BuildError: something that is no bundle is in the way, or the disk has not enough room.
     """
     for part in plan.components:
-        if part.backend is None:
-            wanted = " or ".join(plan.recipe.backends_of(part.component))
+        if part.backend is None and part.finish is None:
+            wanted = plan.recipe.backends_of(part.component)
+            reasons = [BUILDERS[b].unavailable(plan.recipe) for b in wanted if b in BUILDERS]
+            why = "; ".join(str(r) for r in reasons) or f"this qie builds for {', '.join(BUILDERS)}"
             raise BackendMissingError(
-                f"the recipe {plan.recipe_name} builds {part.component} for {wanted}; this qie builds for "
-                f"{', '.join(BUILDERS)}: use --gpu cpu, or --dry-run to see the plan alone"
+                f"the recipe {plan.recipe_name} builds {part.component} for {' or '.join(wanted)}: {why}. Or use "
+                "--gpu cpu, or --dry-run to see the plan alone"
             )
         if part.quantization != "none":
             raise RecipeError(
@@ -137,35 +164,55 @@ def check_buildable(plan: Plan) -> None:
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
         raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")
     free = shutil.disk_usage(_existing(plan.destination)).free
-    if plan.bytes > free:
+    if plan.disk_bytes > free:
         raise BuildError(
-            f"the bundle needs {plan.bytes:,} bytes, {_existing(plan.destination)} has {free:,} free; make room, or "
-            "choose another disk with --out"
+            f"building the bundle needs {plan.disk_bytes:,} bytes, {_existing(plan.destination)} has {free:,} free; "
+            "make room, or choose another disk with --out"
         )
 
 
-def component_keys(plan: Plan, digest: str) -> dict[Component, str]:
-    """The cache key of every component; ``digest`` is the checkpoint's."""
+def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
+    """What decides each component's graph and weights, as one sha256; ``digest`` is the checkpoint's."""
     loras = [[lora.digest(), lora.weight] for lora in plan.loras]
     versions = {"qie": qie.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
-    keys: dict[Component, str] = {}
-    for part in plan.components:
-        assert part.backend is not None
-        decided_by = {
-            "graph": part.graph.digest(),
-            "checkpoint": digest,
-            "loras": loras if part.component == "transformer" else [],
-            "section": [part.backend, part.precision, part.quantization, plan.recipe.compute_capability],
-            "versions": versions | {part.backend: BUILDERS[part.backend].version()},
-        }
-        keys[part.component] = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
-    return keys
+    return {
+        part.component: _sha256(
+            {
+                "graph": part.graph.digest(),
+                "checkpoint": digest,
+                "loras": loras if part.component == "transformer" else [],
+                "section": [part.precision, part.quantization],
+                "versions": versions,
+            }
+        )
+        for part in plan.components
+    }
 
 
-def kept_engines(plan: Plan, keys: dict[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
-    """The engines of an earlier bundle at the destination that are what this plan would make."""
+def engine_key(graph: str, backend: str, recipe: Recipe, shapes: tuple[ProfileRecord, ...]) -> str:
+    """What decides an engine, as one sha256: the key of its graph, its target and, on a GPU, its shapes and limits."""
+    version = BUILDERS[backend].version()
+    decided_by: dict[str, Any] = {"graph": graph, "target": [backend, recipe.compute_capability, version]}
+    if recipe.compute_capability is not None:
+        decided_by["shapes"] = to_plain(shapes)
+        decided_by["limits"] = [recipe.memory_gib, recipe.limits.build_workspace_gib]
+    return _sha256(decided_by)
+
+
+def kept_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
+    """The engines of an earlier bundle at the destination that are what this plan would make.
+
+    ``graphs`` are the keys of the plan's graphs.
+    """
     if old is None:
         return {}
+    keys = {
+        p.component: engine_key(
+            graphs[p.component], p.backend, plan.recipe, profiles(p.graph, plan.recipe, plan.checkpoint)
+        )
+        for p in plan.components
+        if p.backend is not None
+    }
     return {e.component: e for e in old.manifest.engines if keys.get(e.component) == e.key}
 
 
@@ -173,15 +220,19 @@ def bundle_name(checkpoint: Checkpoint, recipe_name: str) -> str:
     """The default name of a bundle: the checkpoint's last name and the recipe's."""
     stem = checkpoint.name.rsplit("/", 1)[-1]
     recipe = Path(recipe_name).stem.lower()
-    return re.sub(r"[^a-z0-9.-]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
+    return re.sub(r"[^a-z0-9.]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
 
 
 def _planned(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> PlannedComponent:
     graph = write_graph_of(component, checkpoint, recipe)
     section = recipe.components[component]
+    known = [b for b in recipe.backends_of(component) if b in BUILDERS]
+    backend = next((b for b in known if BUILDERS[b].unavailable(recipe) is None), None)
+    elsewhere = bool(known) and backend != known[0] and BUILDERS[known[0]].needs_gpu
     return PlannedComponent(
         component=component,
-        backend=next((b for b in recipe.backends_of(component) if b in BUILDERS), None),
+        backend=backend,
+        finish=known[0] if elsewhere else None,
         precision=section.precision,
         quantization=section.quantization,
         graph=graph,
@@ -189,6 +240,10 @@ def _planned(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> Pl
         parameters=graph.parameters(),
         bytes=total_bytes(graph.weights),
     )
+
+
+def _sha256(decided_by: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
 
 
 def _existing(path: Path) -> Path:

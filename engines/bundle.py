@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
+from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
 from qie.engines.files import qie_home, sha256_of
+from qie.engines.machine import Machine, this_machine
 from qie.engines.manifest import COMPONENTS, MANIFEST, Component, EngineRecord, Manifest, read_manifest
-from qie.engines.sessions import BACKENDS, available
+from qie.engines.sessions import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
 
 __all__ = [
     "Bundle",
@@ -127,30 +128,96 @@ def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
         BackendMissingError: the only thing in the way is a package that is not installed.
         BundleError: a component has no engine at all.
     """
+    machine = this_machine() if any(e.compute_capability != "cpu" for e in bundle.manifest.engines) else None
     chosen: dict[Component, EngineRecord] = {}
     for component in COMPONENTS:
         engines = [e for e in bundle.manifest.engines if e.component == component]
+        if not engines and any(graph.component == component for graph in bundle.manifest.graphs):
+            raise BundleError(
+                f"bundle {bundle.path} has the graph of {component} and no engine yet; run `qie build --finish "
+                f"{bundle.path}` on the machine with its GPU"
+            )
         if not engines:
             raise BundleError(f"bundle {bundle.path} has no engine for {component}; build it again with `qie build`")
-        reasons = {e: refusal(e) for e in engines}
-        fitting = [e for e, reason in reasons.items() if reason is None]
+        obstacles = [_obstacle(engine, machine) for engine in engines]
+        fitting = [engine for engine, obstacle in zip(engines, obstacles, strict=True) if obstacle is None]
         if not fitting:
-            missing = [e for e in engines if e.backend in BACKENDS and not available(e.backend)]
-            kind = BackendMissingError if len(missing) == len(engines) else EngineMismatchError
-            raise kind("; ".join(str(reason) for reason in dict.fromkeys(reasons.values())))
+            missing = all(isinstance(obstacle, BackendMissingError) for obstacle in obstacles)
+            kind = BackendMissingError if missing else EngineMismatchError
+            raise kind("; ".join(dict.fromkeys(str(obstacle) for obstacle in obstacles)))
         chosen[component] = fitting[0]
     return chosen
 
 
-def refusal(engine: EngineRecord) -> str | None:
-    """Why this machine cannot run ``engine``, with what to do about it; None where it can."""
+def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
+    """Why ``machine`` (None: this one) cannot run ``engine``, with what to do about it; None where it can."""
+    obstacle = _obstacle(engine, machine)
+    return None if obstacle is None else str(obstacle)
+
+
+def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
+    """What keeps ``machine`` from running ``engine``: the first of GPU, backend, driver and version."""
     target = f"{engine.component} is built for {engine.backend}/{engine.compute_capability}"
-    if engine.backend not in BACKENDS:
-        return f"{target}, which this qie cannot execute; build for this machine with `qie build --gpu cpu`"
+    backend = BACKENDS.get(engine.backend)
+    if backend is None:
+        return EngineMismatchError(
+            f"{target}, which this qie cannot execute; build for this machine with `qie build --gpu cpu`"
+        )
+    on_gpu = engine.compute_capability != "cpu"
+    if on_gpu:
+        machine = machine or this_machine()
+        if obstacle := _gpu_obstacle(target, engine, machine):
+            return obstacle
     if not available(engine.backend):
-        return f"{target}, which is not installed here; run `{BACKENDS[engine.backend][1]}`"
-    if engine.compute_capability != "cpu":
-        return f"{target}, and this qie runs that backend on the processor; build with `qie build --gpu cpu`"
+        return BackendMissingError(f"{target}, which is not installed here; run `{backend.install}`")
+    if on_gpu and engine.backend == "onnxruntime" and not serves_gpu():
+        return BackendMissingError(
+            f"{target}, and the onnxruntime that is installed here uses the processor alone; run "
+            "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
+        )
+    return _version_obstacle(target, engine, machine)
+
+
+def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
+    if not machine.gpus:
+        return EngineMismatchError(
+            f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this machine with "
+            "`qie build --gpu cpu`"
+        )
+    if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
+        found = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
+        return EngineMismatchError(
+            f"{target}, and this machine has {found}; build for that GPU with `qie build --gpu NAME`, "
+            "`qie recipes` lists the names"
+        )
+    return None
+
+
+def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
+    """Engines of TensorRT need a driver that serves its CUDA, and the version that built them."""
+    backend = BACKENDS[engine.backend]
+    if not backend.bound or machine is None:
+        return None
+    packages = dict(backend.distributions)
+    needed = cuda_needed(engine.backend)
+    served = None if machine.cuda is None else int(machine.cuda.partition(".")[0])
+    if served is not None and needed > served:
+        older = f"'cuda-python<{served + 1}' {packages[served]}" if served in packages else ""
+        mend = f"update the driver, or run `pip install {older}`" if older else "update the driver"
+        return EngineMismatchError(
+            f"{target}, whose packages here need a driver for CUDA {needed}, and driver {machine.gpus[0].driver} "
+            f"serves CUDA {machine.cuda}; {mend}"
+        )
+    try:
+        installed = version(engine.backend)
+    except BackendMissingError as problem:
+        return problem
+    if installed != engine.backend_version:
+        return EngineMismatchError(
+            f"{target} by version {engine.backend_version}, and version {installed} is installed, which cannot load "
+            f"it; build the bundle again with `qie build`, or run `pip install {distribution(engine.backend)}=="
+            f"{engine.backend_version}`"
+        )
     return None
 
 

@@ -16,6 +16,7 @@ from qie.engines.terminal import Bars, ago, human_bytes, human_count, table
 if TYPE_CHECKING:
     from qie.engines.bundle import Bundle
     from qie.engines.editor import Edit, Editor
+    from qie.engines.manifest import EngineRecord
 
 __all__ = ["add_commands"]
 
@@ -294,16 +295,54 @@ def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
             e.precision,
             human_count(e.parameters),
             human_bytes(sum(f.bytes for f in e.files)),
+            "-" if e.activation_bytes is None else human_bytes(e.activation_bytes),
             f"{e.build_seconds:.1f} s",
             human_bytes(e.build_peak_bytes),
             "yes" if reason is None else "no",
         ]
         for e, reason in zip(manifest.engines, reasons, strict=True)
     ]
-    header = ["component", "target", "version", "precision", "parameters", "size", "built in", "peak memory", "runs here"]
-    text = table(facts) + "\n\n" + table(engines, header=header, right=[4, 5, 6, 7])
+    header = ["component", "target", "version", "precision", "parameters", "size", "activations", "built in",
+              "peak memory", "runs here"]  # fmt: skip
+    parts = [table(facts), table(engines, header=header, right=[4, 5, 6, 7, 8])]
+    shapes = [
+        [e.component if number == 0 else "", p.input, *(" x ".join(map(str, dims)) for dims in (p.min, p.opt, p.max))]
+        for e in manifest.engines
+        for number, p in enumerate(e.profiles)
+    ]
+    if shapes:
+        parts.append(table(shapes, header=["shapes of", "input", "smallest", "tuned for", "largest"]))
+    structures = [_structure(bundle, e) for e in manifest.engines if e.structure is not None]
+    if structures:
+        header = ["structure of", "layers", "kernels", "attention", "fused", "largest buffer", "allocated in a run"]
+        parts.append(table(structures, header=header, right=[1, 2, 3, 4, 5, 6]))
+    waiting = [
+        [g.component, g.backend, g.dtype, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
+        for g in manifest.graphs
+    ]
+    if waiting:
+        header = ["graph of", "to be built for", "precision", "parameters", "size"]
+        parts.append(table(waiting, header=header, right=[3, 4]))
+        parts.append(f"on the machine with the GPU: qie build --finish {bundle.path}")
+    text = "\n\n".join(parts)
     told = dict.fromkeys(reason for reason in reasons if reason)
     return "\n".join([text, *(f"\n{reason}" for reason in told)])
+
+
+def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
+    """A row about what an engine is made of; "-" where it does not say."""
+    assert engine.structure is not None
+    found = json.loads((bundle.path / engine.structure.path).read_text(encoding="utf-8"))
+    kernels, buffer = found["kernels"], found["largest_buffer_bytes"]
+    counts = [
+        len(found["layers"]),
+        None if kernels is None else len(kernels),
+        found["attention"]["layers"],
+        found["attention"]["fused"],
+        None if buffer is None else human_bytes(buffer),
+        found["allocations"],
+    ]
+    return [engine.component, *("-" if count is None else str(count) for count in counts)]
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qie.engines.modulation import Tables
 from qie.engines.sessions import Session, Tensor
 
-__all__ = ["StepState", "denoise"]
+__all__ = ["Moments", "StepState", "denoise", "upload_moments"]
 
 Array = NDArray[np.float32]
 
@@ -36,10 +36,35 @@ class StepState:
     negative_velocity: Array | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Moments:
+    """The steps of a schedule in the engine's memory: the sigma of each, and what each brings to the engine.
+
+    ``now`` are the tensors that the engine reads; every step is copied into them.
+    """
+
+    sigmas: tuple[float, ...]
+    steps: tuple[dict[str, Tensor], ...]
+    now: dict[str, Tensor]
+
+
 class Rotary(Protocol):
     """Makes the rotary tables (cos, sin) of a prompt of so many text tokens."""
 
     def __call__(self, *, text_tokens: int) -> tuple[Array, Array]: ...
+
+
+def upload_moments(session: Session, schedule: Array, tables: Tables) -> Moments:
+    """The steps of ``schedule`` [S + 1] with the modulation of each, uploaded once for all batches of an edit."""
+    steps = [
+        {"modulation": tables.blocks[s], "modulation_out": tables.out[s], "dsigma": np.diff(schedule[s : s + 2])}
+        for s in range(len(schedule) - 1)
+    ]
+    return Moments(
+        sigmas=tuple(float(sigma) for sigma in schedule[:-1]),
+        steps=tuple({name: session.upload(array) for name, array in step.items()} for step in steps),
+        now={name: session.upload(array.copy()) for name, array in steps[0].items()},
+    )
 
 
 def denoise(
@@ -50,16 +75,16 @@ def denoise(
     prompt_BLD: Array,
     negative_1LD: Array | None,
     rotary: Rotary,
-    schedule: Array,
-    tables: Tables,
+    moments: Moments,
     guidance: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
     observer: Callable[[StepState], None] | None = None,
 ) -> Array:
-    """Latents float32 [B, N, C] after the last step of ``schedule`` [S + 1].
+    """Latents float32 [B, N, C] after the last step of ``moments``.
 
-    Everything is uploaded before the loop. In the loop the engine reads and writes tensors that are already in its
-    memory: nothing is copied, allocated or brought to the host, unless there is an ``observer``.
+    Everything is uploaded before the loop. In the loop every run has the same tensors, already in the engine's memory;
+    what a step brings is copied into them there. Nothing is allocated or brought to the host, and nothing waits for
+    the result of a step, unless there is an ``observer``.
 
     Raises:
         EditError: the backend failed.
@@ -67,49 +92,44 @@ def denoise(
     batch, noise_tokens, _ = noise_BNC.shape
     sizes = {"batch": batch, "noise_tokens": noise_tokens}
 
-    # 1. What stays the same in every step.
-    shared = {"reference": session.upload(np.repeat(reference_1RC, batch, axis=0))}
-    positive = shared | _text(session, prompt_BLD, rotary)
+    # 1. What both passes read: the latents, what the step brings, the references.
+    latents, following = session.upload(noise_BNC.copy()), session.empty("latents_next", sizes)
+    reference = session.upload(np.repeat(reference_1RC, batch, axis=0))
+    shared = {"latents": latents, **moments.now, "reference": reference}
+
+    # 2. The passes. The negative one runs first and alone; its velocity then guides the other.
+    velocity = session.empty("velocity", sizes)
     zeros, one = session.upload(np.zeros_like(noise_BNC)), session.upload(np.ones(1, np.float32))
-    guided = alone = {"negative_velocity": zeros, "guidance": one}
-    negative = None
+    positive = shared | _text(session, prompt_BLD, rotary) | {"negative_velocity": zeros, "guidance": one}
+    passes = [(positive, {"velocity": velocity, "latents_next": following})]
+    negative_velocity = None
     if negative_1LD is not None:
         negative = shared | _text(session, np.repeat(negative_1LD, batch, axis=0), rotary)
         negative_velocity, unused = session.empty("velocity", sizes), session.empty("latents_next", sizes)
         scale = session.upload(np.full(1, guidance, np.float32))
-        guided = {"negative_velocity": negative_velocity, "guidance": scale}
+        positive |= {"negative_velocity": negative_velocity, "guidance": scale}
+        alone = {"negative_velocity": zeros, "guidance": one}
+        passes.insert(0, (negative | alone, {"velocity": negative_velocity, "latents_next": unused}))
 
-    # 2. What a step brings: modulation of its timestep, and how far it goes.
-    moments = [
-        {
-            "modulation": session.upload(tables.blocks[s]),
-            "modulation_out": session.upload(tables.out[s]),
-            "dsigma": session.upload(schedule[s + 1 : s + 2] - schedule[s : s + 1]),
-        }
-        for s in range(len(schedule) - 1)
-    ]
-
-    # 3. The loop; latents and next latents change places.
-    latents, following = session.upload(noise_BNC.copy()), session.empty("latents_next", sizes)
-    velocity = session.empty("velocity", sizes)
-    for s, moment in enumerate(moments):
-        progress(s, len(moments))
-        now = {"latents": latents, **moment}
-        if negative is not None:
-            session.run(negative | now | alone, {"velocity": negative_velocity, "latents_next": unused})
-        session.run(positive | now | guided, {"velocity": velocity, "latents_next": following})
+    # 3. The loop.
+    for step, brought in enumerate(moments.steps):
+        progress(step, len(moments.steps))
+        for name, tensor in brought.items():
+            session.copy(tensor, moments.now[name])
+        for inputs, outputs in passes:
+            session.run(inputs, outputs)
         if observer is not None:
             observer(
                 StepState(
-                    step=s,
-                    sigma=float(schedule[s]),
+                    step=step,
+                    sigma=moments.sigmas[step],
                     latents=_copy(session, latents),
                     velocity=_copy(session, velocity),
-                    negative_velocity=None if negative is None else _copy(session, negative_velocity),
+                    negative_velocity=None if negative_velocity is None else _copy(session, negative_velocity),
                 )
             )
-        latents, following = following, latents
-    progress(len(moments), len(moments))
+        session.copy(following, latents)
+    progress(len(moments.steps), len(moments.steps))
     return _copy(session, latents)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from qie.engines.bundle import Bundle, choose_engines
-from qie.engines.denoise import StepState, denoise
+from qie.engines.denoise import StepState, denoise, upload_moments
 from qie.engines.errors import BundleError, EditError
 from qie.engines.files import qie_home
 from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
@@ -29,9 +29,12 @@ from qie.engines.manifest import Component
 from qie.engines.modulation import modulation_tables
 from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens, encode
 from qie.engines.schedule import sigmas
-from qie.engines.sessions import Session, load
+from qie.engines.sessions import Session, Tensor, load, open_device
 from qie.engines.shapes import Size, resolve_size
 from qie.engines.vision import VisionInputs, vision_inputs
+
+if TYPE_CHECKING:
+    from qie.engines.sessions.device import Device
 
 __all__ = ["Edit", "Editor", "Progress", "Request"]
 
@@ -93,8 +96,8 @@ class Editor:
     released when its part of an edit is done.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Choose the engines of ``bundle`` for this machine.
+    def __init__(self, bundle: Bundle, *, graphs: bool = True) -> None:
+        """Choose the engines of ``bundle`` for this machine; ``graphs`` allows CUDA graphs on a GPU.
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``, or the tokenizer is damaged.
@@ -103,6 +106,8 @@ class Editor:
         self.model = bundle.manifest.model
         self._engines = choose_engines(bundle)
         self._sessions: dict[Component, Session] = {}
+        self._device: Device | None = None
+        self._graphs = graphs
         tokenizer = bundle.path / bundle.manifest.tokenizer.path
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
@@ -130,7 +135,7 @@ class Editor:
         steps = manifest.defaults.steps if request.steps is None else request.steps
         guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
         size, notes = self._size(request)
-        self._check_request(request, guidance)
+        self._check_request(request, steps, guidance)
         seeds = [secrets.randbelow(2**32)] if request.seeds is None else list(request.seeds)
         samples = [(i, seed) for i in range(len(request.instructions)) for seed in seeds]
         negatives = [request.negative] if guidance > 1 else []
@@ -156,11 +161,12 @@ class Editor:
             progress("vision", 0, 1)
             image_embeds_VD = self._vision(seen)
             progress("vision", 1, 1)
-        with stopwatch("language"), self._session("language"):
+        with stopwatch("language"), self._session("language") as session:
+            image_embeds = session.upload(image_embeds_VD)
             embeds = []
             for number, prompt in enumerate(prompts):
                 progress("language", number, len(prompts))
-                embeds.append(self._language(prompt, image_embeds_VD))
+                embeds.append(self._language(prompt, image_embeds))
             progress("language", len(prompts), len(prompts))
 
         # 3. References to latents.
@@ -188,17 +194,17 @@ class Editor:
         negative_1LD = embeds[-1] if negatives else None
         batches = list(_batches([embeds[i].shape[1] for i, _ in samples], limits.batch_max))
         latents = []
-        with stopwatch("transformer"), self._session("transformer"):
+        with stopwatch("transformer"), self._session("transformer") as session:
+            moments = upload_moments(session, schedule, tables)
             for number, batch in enumerate(batches):
                 latents_BNC = denoise(
-                    self._sessions["transformer"],
+                    session,
                     noise_BNC=noise_BNC[batch],
                     reference_1RC=reference_1RC,
                     prompt_BLD=np.concatenate([embeds[samples[b][0]] for b in batch]),
                     negative_1LD=negative_1LD,
                     rotary=partial(rotary_tables, self.model.rotary, grids=grids),
-                    schedule=schedule,
-                    tables=tables,
+                    moments=moments,
                     guidance=guidance,
                     progress=partial(_batch_progress, progress, number, len(batches)),
                     observer=observer,
@@ -224,6 +230,14 @@ class Editor:
             seconds=stopwatch.seconds,
         )
 
+    def close(self) -> None:
+        """Release all engines and the GPU; the next edit would load them again."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+        if self._device is not None:
+            self._device.close()
+        self._device = None
+
     def _size(self, request: Request) -> tuple[Size, tuple[str, ...]]:
         if not request.images:
             raise EditError("an edit needs at least one image; name one before the instruction")
@@ -231,7 +245,7 @@ class Editor:
         size, note = resolve_size(self.bundle.manifest.limits, *wanted)
         return size, (note,) if note else ()
 
-    def _check_request(self, request: Request, guidance: float) -> None:
+    def _check_request(self, request: Request, steps: int, guidance: float) -> None:
         most = 1 if self.model.pipeline == "edit" else self.bundle.manifest.limits.references_max
         if len(request.images) > most:
             raise EditError(
@@ -241,6 +255,9 @@ class Editor:
             raise EditError('an edit needs an instruction; say what to change, for example "make it grayscale"')
         if request.seeds is not None and not request.seeds:
             raise EditError("an edit needs at least one seed; leave seeds out to draw one")
+        most = self.model.scheduler.num_train_timesteps
+        if steps > most:
+            raise EditError(f"{steps} steps were asked for, expected at most {most}; lower --steps")
         if not math.isfinite(guidance):
             raise EditError(f"the guidance scale is {guidance}, expected a number such as 4.0")
         for text in (*request.instructions, request.negative):
@@ -261,18 +278,20 @@ class Editor:
         """The session of ``component``; where residency is sequential, the block that loaded it releases it."""
         held = component in self._sessions
         if not held:
-            self._sessions[component] = load(self.bundle.path, self._engines[component])
+            self._device = self._device or open_device(self._engines.values(), graphs=self._graphs)
+            self._sessions[component] = load(self.bundle.path, self._engines[component], self._device)
         try:
             yield self._sessions[component]
         finally:
             if not held and self.bundle.manifest.defaults.residency == "sequential":
-                del self._sessions[component]
+                self._sessions.pop(component).close()
 
-    def _run(self, component: Component, output: str, sizes: dict[str, int], **arrays: NDArray[Any]) -> Any:
-        """One engine once: host arrays in, the array of ``output`` out."""
+    def _run(self, component: Component, output: str, sizes: dict[str, int], **inputs: NDArray[Any] | Tensor) -> Any:
+        """One engine once: host arrays or tensors of its session in, the array of ``output`` out."""
         with self._session(component) as session:
             result = session.empty(output, sizes)
-            session.run({name: session.upload(a) for name, a in arrays.items()}, {output: result})
+            tensors = {name: session.upload(i) if isinstance(i, np.ndarray) else i for name, i in inputs.items()}
+            session.run(tensors, {output: result})
             return session.download(result)
 
     def _vision(self, seen: VisionInputs) -> NDArray[np.float32]:
@@ -289,7 +308,7 @@ class Editor:
         )
         return embeds
 
-    def _language(self, tokens: PromptTokens, image_embeds_VD: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _language(self, tokens: PromptTokens, image_embeds_VD: Tensor) -> NDArray[np.float32]:
         embeds: NDArray[np.float32] = self._run(
             "language",
             "prompt_embeds",

@@ -1,5 +1,6 @@
 """What this machine is: processor, memory, GPUs, and which packages it has. Nothing heavy is imported."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -13,23 +14,24 @@ __all__ = ["Gpu", "Machine", "this_machine", "version_of"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as its driver reports it; memory in GiB."""
+    """One NVIDIA GPU as its driver reports it; memory in GiB, None where it shares the processor's."""
 
     name: str
     compute_capability: str
-    memory_gib: float
+    memory_gib: float | None
     driver: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Processor, cores that this process may use, memory in GiB, and GPUs."""
+    """Processor, cores that this process may use, memory in GiB, GPUs, and the latest CUDA that their driver serves."""
 
     system: str
     processor: str
     cores: int
     memory_gib: float
     gpus: tuple[Gpu, ...]
+    cuda: str | None = None
 
 
 def this_machine() -> Machine:
@@ -42,6 +44,7 @@ def this_machine() -> Machine:
         cores=cores,
         memory_gib=round(memory, 1),
         gpus=_gpus(),
+        cuda=_cuda(),
     )
 
 
@@ -75,6 +78,21 @@ def _gpus() -> tuple[Gpu, ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 3]
     return tuple(
-        Gpu(name=name, compute_capability=capability, memory_gib=round(float(mib) / 1024, 1), driver=driver)
+        Gpu(
+            name=name,
+            compute_capability=capability,
+            memory_gib=round(int(mib) / 1024, 1) if mib.isdigit() else None,
+            driver=driver,
+        )
         for name, capability, mib, driver in rows
     )
+
+
+def _cuda() -> str | None:
+    """The latest CUDA that the driver serves, for example "12.8"; None without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if code else f"{version.value // 1000}.{version.value % 1000 // 10}"

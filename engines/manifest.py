@@ -26,6 +26,7 @@ __all__ = [
     "Defaults",
     "EngineRecord",
     "FileRecord",
+    "GraphRecord",
     "LoraRecord",
     "Manifest",
     "ModelRecord",
@@ -109,6 +110,26 @@ class EngineRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GraphRecord:
+    """One component as ONNX: what a builder makes an engine for ``backend`` of, here or on another machine.
+
+    ``path`` is the .onnx file, ``files`` are that and its weights. ``dtype`` is what it computes in. ``key`` is the
+    sha256 of all that decided the graph and its weights. ``profiles`` are the shapes that the engine shall take.
+    """
+
+    component: Component
+    backend: str
+    dtype: Literal["float32", "bfloat16"]
+    key: str
+    path: str
+    files: tuple[FileRecord, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int
+    profiles: tuple[ProfileRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModulationTensor:
     """A tensor of the modulation weights: its place in the file, [out, in] or [out] as in the checkpoint."""
 
@@ -180,7 +201,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A bundle's table of contents."""
+    """A bundle's table of contents. ``graphs`` are those of which engines are yet to be built, on the GPU's machine."""
 
     schema: int
     qie: str
@@ -192,6 +213,7 @@ class Manifest:
     tokenizer: FileRecord
     schedules: tuple[FileRecord, ...]
     engines: tuple[EngineRecord, ...]
+    graphs: tuple[GraphRecord, ...] = ()
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself, each once."""
@@ -200,6 +222,8 @@ class Manifest:
             records.extend(engine.files)
             if engine.structure is not None:
                 records.append(engine.structure)
+        for graph in self.graphs:
+            records.extend(graph.files)
         return tuple({r.path: r for r in records}.values())
 
 

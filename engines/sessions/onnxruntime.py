@@ -1,6 +1,9 @@
-"""Engines that onnxruntime executes: ONNX graphs with their weights beside them, on the processor."""
+"""Engines that onnxruntime executes: ONNX graphs with their weights beside them, on the processor or a GPU."""
 
+import contextlib
+import io
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qie.engines.errors import BundleError, EditError
+from qie.engines.errors import BundleError, EditError, EngineMismatchError
+from qie.engines.files import qie_home
 from qie.engines.manifest import EngineRecord
 from qie.engines.sessions.session import Tensor
 
 __all__ = ["OnnxRuntimeSession", "version"]
 
 DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+
+Provider = tuple[str, dict[str, str]]
 
 
 def version() -> str:
@@ -25,8 +31,8 @@ def version() -> str:
 class OnnxRuntimeSession:
     """One ONNX graph loaded by onnxruntime.
 
-    Inputs and outputs are bound by address (IO binding): a run reads and writes the caller's memory and copies
-    nothing. Weights are mapped from the bundle, not read into it.
+    Inputs and outputs are bound by address (IO binding): on the processor a run reads and writes the caller's memory
+    and copies nothing, on a GPU tensors are in its memory. Weights are mapped from the bundle, not read into it.
     """
 
     def __init__(self, folder: Path, engine: EngineRecord, *, threads: int = 0) -> None:
@@ -34,28 +40,40 @@ class OnnxRuntimeSession:
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
+            EngineMismatchError: the engine is for a GPU, and onnxruntime can only use the processor.
         """
+        self._engine = engine
+        self._outputs = {spec.name: spec for spec in engine.outputs}
+        self._place = "cpu" if engine.compute_capability == "cpu" else "cuda"
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        providers = [("CPUExecutionProvider", {})] if self._place == "cpu" else _gpu_providers(engine)
         try:
-            self._session = ort.InferenceSession(str(folder / engine.path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)
         except Exception as problem:
             raise BundleError(
                 f"onnxruntime {version()} cannot load {folder / engine.path} ({_first_line(problem)}); "
                 "build the bundle again with `qie build`"
             ) from problem
-        self._engine = engine
-        self._outputs = {spec.name: spec for spec in engine.outputs}
+        if self._session.get_providers()[0] not in [name for name, _ in providers]:
+            raise EngineMismatchError(
+                f"onnxruntime {version()} cannot use the GPU for {engine.component} and would fall back to the "
+                "processor; install CUDA and cuDNN beside it with `pip install 'onnxruntime-gpu[cuda,cudnn]'`"
+            )
 
     def upload(self, array: NDArray[Any]) -> Tensor:
-        """A tensor over the memory of ``array``: nothing is copied where it is contiguous."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        """A tensor over the memory of ``array`` where that is the processor's and contiguous, else a copy."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._place, 0)
 
     def empty(self, name: str, sizes: Mapping[str, int]) -> Tensor:
         """A tensor for the output ``name`` where ``sizes`` gives the free dims."""
         spec = self._outputs[name]
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape(sizes)), DTYPES[spec.dtype], "cpu", 0)
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape(sizes)), DTYPES[spec.dtype], self._place, 0)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy within the memory of the processor or of the GPU."""
+        target.update_inplace(source.numpy() if self._place == "cpu" else source)
 
     def download(self, tensor: Tensor) -> NDArray[np.generic]:
         """The content of ``tensor``."""
@@ -80,6 +98,35 @@ class OnnxRuntimeSession:
                 f"onnxruntime failed in {self._engine.component} ({_first_line(problem)}); "
                 "try a smaller --size or fewer images"
             ) from problem
+
+    def close(self) -> None:
+        """Release the graph and its weights."""
+        del self._session
+
+
+def _gpu_providers(engine: EngineRecord) -> list[Provider]:
+    """The providers of onnxruntime-gpu for ``engine``, the preferred one first.
+
+    TensorRT takes part where it is installed and the engine has profiles: without them it would compile anew for every
+    size. What it compiles is kept in qie's cache.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
+            ort.preload_dlls()
+    providers: list[Provider] = [("CUDAExecutionProvider", {"device_id": "0"})]
+    if engine.profiles and find_spec("tensorrt") is not None:
+        folder = qie_home() / "cache" / "onnxruntime" / engine.key[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        ranges = {
+            f"trt_profile_{kind}_shapes": ",".join(
+                f"{p.input}:{'x'.join(str(dim) for dim in getattr(p, kind))}" for p in engine.profiles
+            )
+            for kind in ("min", "opt", "max")
+        }
+        cached = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
+        bf16 = {"trt_bf16_enable": "1"} if engine.precision == "bfloat16" else {}
+        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": "0", **ranges, **cached, **bf16}))
+    return providers
 
 
 def _first_line(problem: Exception) -> str:

@@ -16,7 +16,9 @@ class Session(Protocol):
     """One loaded engine: named tensors in, named tensors out.
 
     The caller makes the output tensors, so that nothing is allocated inside a loop, and may pass one session's output
-    to another session of the same backend without a copy.
+    to another session of the same backend without a copy. Work is done in the order of the calls, on a GPU without
+    waiting for it: ``download`` waits. A backend may keep what it prepared for a set of tensors, so a loop that passes
+    the same tensors every time, and brings in what changes with ``copy``, is the fastest.
     """
 
     def upload(self, array: NDArray[Any]) -> Tensor:
@@ -24,6 +26,12 @@ class Session(Protocol):
 
     def empty(self, name: str, sizes: Mapping[str, int]) -> Tensor:
         """A tensor for the output ``name`` where ``sizes`` gives the free dims."""
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Give ``target`` the content of ``source``, of the same shape and dtype; nothing passes through the host.
+
+        An array that ``target`` was uploaded from may change with it.
+        """
 
     def download(self, tensor: Tensor) -> NDArray[np.generic]:
         """The content of ``tensor`` as an array that the caller must not write to."""
@@ -34,3 +42,6 @@ class Session(Protocol):
         Raises:
             EditError: the backend refused the tensors or ran out of memory.
         """
+
+    def close(self) -> None:
+        """Release the engine and its memory; tensors stay. The session is not used again."""

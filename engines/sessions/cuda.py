@@ -1,0 +1,250 @@
+"""CUDA's runtime API as far as the sessions need it: every call checked, every failure named as CUDA names it.
+
+A call of ``cuda.bindings.runtime`` (cuda-python, imported at the first call) returns an error code and its results;
+here the code is judged and the results are handed on. Addresses are integers, sizes are bytes. Everything but
+``cards`` and ``driver_version`` works on the GPU that ``use`` chose in this thread.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qie.engines.errors import EditError, EngineMismatchError, QieError
+
+__all__ = [
+    "Card",
+    "Event",
+    "Graph",
+    "Stream",
+    "allocate",
+    "capture",
+    "cards",
+    "copy_on_device",
+    "copy_to_device",
+    "copy_to_host",
+    "driver_version",
+    "free",
+    "memory",
+    "use",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A GPU as CUDA counts it; CUDA_VISIBLE_DEVICES hides and orders them."""
+
+    index: int
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+def cards() -> tuple[Card, ...]:
+    """The GPUs that this process may use, at least one.
+
+    Raises:
+        EngineMismatchError: there is none, or the driver is too old for the installed cuda-python.
+    """
+    count = _call("cudaGetDeviceCount", kind=EngineMismatchError)
+    found = [_call("cudaGetDeviceProperties", index, kind=EngineMismatchError) for index in range(count)]
+    return tuple(
+        Card(
+            index=index,
+            name=card.name.decode(),
+            compute_capability=f"{card.major}.{card.minor}",
+            memory_bytes=card.totalGlobalMem,
+        )
+        for index, card in enumerate(found)
+    )
+
+
+def driver_version() -> str:
+    """The latest CUDA that the driver serves, for example "12.8"; "0.0" without a driver."""
+    version = _call("cudaDriverGetVersion", kind=EngineMismatchError)
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def use(card: int) -> None:
+    """Choose the GPU of this thread by its index.
+
+    Raises:
+        EngineMismatchError: it cannot be used.
+    """
+    _call("cudaSetDevice", card, kind=EngineMismatchError)
+
+
+def memory() -> tuple[int, int]:
+    """Free memory and all memory of the GPU."""
+    free_bytes, total_bytes = _call("cudaMemGetInfo")
+    return free_bytes, total_bytes
+
+
+def allocate(size: int) -> int:
+    """The address of new memory of ``size`` bytes (at least 1), aligned for every use; its content is undefined.
+
+    Raises:
+        EditError: the GPU has not as much left.
+    """
+    results, problem = _attempt("cudaMalloc", size)
+    if problem is None:
+        return int(results[0])
+    _forget()
+    if problem != "cudaErrorMemoryAllocation":
+        raise EditError(_sentence("cudaMalloc", problem))
+    free_bytes, total_bytes = memory()
+    raise EditError(
+        f"the GPU is out of memory ({problem}): {size:,} bytes were asked for, {free_bytes:,} of {total_bytes:,} are "
+        'free; try a smaller --size or fewer images, or build with residency = "sequential"'
+    )
+
+
+def free(address: int) -> None:
+    """Give back memory of ``allocate``; no work that uses it may be under way."""
+    _call("cudaFree", address)
+
+
+class Stream:
+    """A queue of work on the GPU, done in order beside what other streams do."""
+
+    def __init__(self) -> None:
+        self._handle = _call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking)
+
+    def __int__(self) -> int:
+        return int(self._handle)
+
+    @property
+    def handle(self) -> Any:
+        """What CUDA's own calls take."""
+        return self._handle
+
+    def synchronize(self) -> None:
+        """Wait until all work is done.
+
+        Raises:
+            EditError: some of it failed.
+        """
+        _call("cudaStreamSynchronize", self._handle)
+
+    def close(self) -> None:
+        """Give the stream back."""
+        _call("cudaStreamDestroy", self._handle)
+
+
+class Event:
+    """A mark in a stream that the host can wait for; waiting lets the processor sleep."""
+
+    def __init__(self) -> None:
+        runtime = _runtime()
+        self._handle = _call("cudaEventCreateWithFlags", runtime.cudaEventDisableTiming | runtime.cudaEventBlockingSync)
+
+    def record(self, stream: Stream) -> None:
+        """Set the mark behind the work that ``stream`` has now."""
+        _call("cudaEventRecord", self._handle, stream.handle)
+
+    def wait(self) -> None:
+        """Wait until the work before the mark is done; at once where no mark was set.
+
+        Raises:
+            EditError: some work failed.
+        """
+        _call("cudaEventSynchronize", self._handle)
+
+    def close(self) -> None:
+        """Give the event back."""
+        _call("cudaEventDestroy", self._handle)
+
+
+class Graph:
+    """Work that was captured from a stream, to be launched again and again as one piece."""
+
+    def __init__(self, captured: Any) -> None:
+        self._handle = _call("cudaGraphInstantiate", captured, 0)
+
+    def launch(self, stream: Stream) -> None:
+        """Enqueue the work: the same kernels at the same addresses."""
+        _call("cudaGraphLaunch", self._handle, stream.handle)
+
+    def close(self) -> None:
+        """Give the graph back; it may not be under way."""
+        _call("cudaGraphExecDestroy", self._handle)
+
+
+def capture(stream: Stream, enqueue: Callable[[], bool]) -> Graph | None:
+    """The work that ``enqueue`` puts into ``stream``, not done but captured; None where it cannot be captured.
+
+    ``enqueue`` returns False where it failed. The stream is as before in any case.
+    """
+    mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    _call("cudaStreamBeginCapture", stream.handle, mode)
+    done = False
+    try:
+        done = enqueue()
+    finally:
+        results, problem = _attempt("cudaStreamEndCapture", stream.handle)
+    if problem is not None:
+        _forget()
+        return None
+    (captured,) = results
+    try:
+        return Graph(captured) if done else None
+    except EditError:
+        _forget()
+        return None
+    finally:
+        _call("cudaGraphDestroy", captured)
+
+
+def copy_to_device(address: int, array: NDArray[Any], stream: Stream) -> None:
+    """Enqueue a copy of a contiguous ``array``, which must stay as it is until the stream has done it."""
+    kind = _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
+    _call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream.handle)
+
+
+def copy_to_host(array: NDArray[Any], address: int, stream: Stream) -> None:
+    """Enqueue a copy into a contiguous ``array``, which holds it once the stream has done it."""
+    kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
+    _call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream.handle)
+
+
+def copy_on_device(target: int, source: int, size: int, stream: Stream) -> None:
+    """Enqueue a copy of ``size`` bytes from address to address."""
+    kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    _call("cudaMemcpyAsync", target, source, size, kind, stream.handle)
+
+
+def _runtime() -> Any:
+    return import_module("cuda.bindings.runtime")
+
+
+def _call(name: str, *arguments: Any, kind: type[QieError] = EditError) -> Any:
+    """The result of a call: None, a value, or a list of values."""
+    results, problem = _attempt(name, *arguments)
+    if problem is not None:
+        raise kind(_sentence(name, problem))
+    if len(results) == 1:
+        return results[0]
+    return results or None
+
+
+def _attempt(name: str, *arguments: Any) -> tuple[list[Any], str | None]:
+    """The results of a call, and CUDA's name of its error."""
+    code, *results = getattr(_runtime(), name)(*arguments)
+    problem = None if code == _runtime().cudaError_t.cudaSuccess else str(code.name)
+    return results, problem
+
+
+def _forget() -> None:
+    """Take back the error that CUDA remembers of a call that was allowed to fail."""
+    _attempt("cudaGetLastError")
+
+
+def _sentence(name: str, problem: str) -> str:
+    if problem in ("cudaErrorNoDevice", "cudaErrorInsufficientDriver"):
+        return (
+            f"CUDA finds no GPU that it can use ({problem} from {name}); see whether `nvidia-smi` lists one and "
+            "`qie doctor` has a word on its driver"
+        )
+    return f"the GPU failed ({problem} from {name}); run the command again, and look at `nvidia-smi` if it fails again"

@@ -1,0 +1,173 @@
+"""What the sessions of an edit share on a GPU: one stream, one arena, and the memory of all tensors."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from qie.engines.errors import EngineMismatchError
+from qie.engines.sessions import cuda
+
+__all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceTensor"]
+
+RUNS_AHEAD = 2
+"""Runs that may be under way when the next one is enqueued: enough that the GPU never waits for the host, few enough
+that progress means something and an interrupt is heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A piece of the GPU's memory: its address and its size in bytes."""
+
+    address: int
+    size: int
+
+
+class DeviceTensor:
+    """A tensor in the GPU's memory, contiguous; the memory goes back to the device with the tensor."""
+
+    __slots__ = ("_device", "address", "dtype", "shape")
+
+    def __init__(self, device: "Device", address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._device = device
+        self.address = address
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __del__(self) -> None:
+        self._device.release(self.address)
+
+
+class Device:
+    """One GPU with a stream, in which all work is done in order, and an arena for activations.
+
+    As one engine works at a time, the arena is as large as the largest need, not as the sum. Memory that is let go is
+    given back when memory is next asked for, since giving back waits for the GPU.
+    """
+
+    def __init__(self, compute_capability: str, *, graphs: bool = True) -> None:
+        """Open the first GPU of ``compute_capability``; ``graphs`` allows sessions to work with CUDA graphs.
+
+        Raises:
+            EngineMismatchError: there is no such GPU.
+        """
+        self.card = _card(compute_capability)
+        self.graphs = graphs
+        cuda.use(self.card.index)
+        self.stream = cuda.Stream()
+        self.arena = Block(0, 0)
+        self._marks = deque(cuda.Event() for _ in range(RUNS_AHEAD))
+        self._released: list[int] = []
+        self._read: list[NDArray[Any]] = []
+        self._working = False
+
+    def upload(self, array: NDArray[Any]) -> DeviceTensor:
+        """A tensor with the content of ``array``, which must not change before the next ``synchronize``."""
+        contiguous = np.ascontiguousarray(array).reshape(array.shape)
+        tensor = self.empty(array.shape, array.dtype)
+        self._working = True
+        self._read.append(contiguous)
+        cuda.copy_to_device(tensor.address, contiguous, self.stream)
+        return tensor
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceTensor:
+        """A tensor without content."""
+        self.use()
+        self._give_back()
+        kind = np.dtype(dtype)
+        address = cuda.allocate(max(1, math.prod(shape) * kind.itemsize))
+        return DeviceTensor(self, address, shape, kind)
+
+    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        """Enqueue a copy; shapes and dtypes are equal."""
+        assert (source.shape, source.dtype) == (target.shape, target.dtype)
+        self._working = True
+        cuda.copy_on_device(target.address, source.address, source.nbytes, self.stream)
+
+    def download(self, tensor: DeviceTensor) -> NDArray[np.generic]:
+        """The content of ``tensor`` after all work so far."""
+        self.use()
+        array: NDArray[np.generic] = np.empty(tensor.shape, tensor.dtype)
+        cuda.copy_to_host(array, tensor.address, self.stream)
+        self.synchronize()
+        return array
+
+    def queue(self, enqueue: Callable[[], None]) -> None:
+        """Let ``enqueue`` put a run into the stream, once fewer than ``RUNS_AHEAD`` earlier ones are under way."""
+        mark = self._marks[0]
+        mark.wait()
+        self._working = True
+        enqueue()
+        mark.record(self.stream)
+        self._marks.rotate(-1)
+
+    def reserve(self, size: int) -> Block:
+        """The arena, grown to at least ``size`` bytes where it is smaller; then its address changes.
+
+        Raises:
+            EditError: the GPU has not as much memory left.
+        """
+        if size > self.arena.size:
+            self.synchronize()
+            old, self.arena = self.arena, Block(0, 0)
+            if old.size:
+                cuda.free(old.address)
+            self._give_back()
+            self.arena = Block(cuda.allocate(size), size)
+        return self.arena
+
+    def synchronize(self) -> None:
+        """Wait until all work is done.
+
+        Raises:
+            EditError: some of it failed.
+        """
+        self.stream.synchronize()
+        self._working = False
+        self._read.clear()
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's."""
+        cuda.use(self.card.index)
+
+    def release(self, address: int) -> None:
+        """Take note that the memory at ``address`` is free once the work so far is done."""
+        self._released.append(address)
+
+    def close(self) -> None:
+        """Give everything back. Sessions are closed before, tensors are not used again."""
+        self.use()
+        self.synchronize()
+        self._give_back()
+        if self.arena.size:
+            cuda.free(self.arena.address)
+        for mark in self._marks:
+            mark.close()
+        self.stream.close()
+
+    def _give_back(self) -> None:
+        if self._released and self._working:
+            self.synchronize()
+        while self._released:
+            cuda.free(self._released.pop())
+
+
+def _card(compute_capability: str) -> cuda.Card:
+    cards = cuda.cards()
+    for card in cards:
+        if card.compute_capability == compute_capability:
+            return card
+    found = ", ".join(f"{card.name} ({card.compute_capability})" for card in cards) or "none"
+    raise EngineMismatchError(
+        f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {found}; "
+        "build for one of them with `qie build --gpu NAME`, or look at CUDA_VISIBLE_DEVICES"
+    )

@@ -1,0 +1,88 @@
+"""The doctor: abilities with what makes them, what is missing with what mends it, bundles with why they do not run."""
+
+import json
+import platform
+import shutil
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+import qie
+from qie.compiler import doctor as module
+from qie.compiler.doctor import Ability, Report, examine
+from qie.engines.machine import this_machine
+
+RUN, BUILD, COMPARE = "run engines of onnxruntime", "build bundles for a CPU", "compare with the reference"
+
+
+def abilities(report: Report) -> dict[str, Ability]:
+    return {ability.what: ability for ability in report.abilities}
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let packages look as if they were not installed, and all others as if they were."""
+
+    def find_spec(name: str) -> ModuleSpec | None:
+        return None if name in packages else ModuleSpec(name, None)
+
+    monkeypatch.setattr(module, "find_spec", find_spec)
+
+
+def test_this_machine(qie_home: Path) -> None:
+    report = examine()
+    assert report.qie == qie.__version__
+    assert report.python == platform.python_version()
+    assert report.machine == this_machine()
+    assert report.home == str(qie_home)
+    assert report.free_bytes == pytest.approx(shutil.disk_usage(qie_home).free, abs=1e9)
+    assert report.bundles == ()
+    assert {RUN, BUILD, COMPARE} <= set(abilities(report))
+    assert abilities(report)[RUN].ready
+    assert abilities(report)[BUILD].found[0].startswith("onnx ")
+    assert abilities(report)[BUILD].mend is None
+
+
+def test_what_is_missing_is_named_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "ml_dtypes", "torch")
+    found = abilities(examine())
+    assert found[RUN].ready
+    assert not found[BUILD].ready
+    assert found[BUILD].missing == ("ml_dtypes",)
+    assert found[BUILD].mend == "pip install 'qie[compile]'"
+    assert [words.split()[0] for words in found[BUILD].found][:2] == ["onnx", "onnxscript"]
+    assert (found[COMPARE].missing, found[COMPARE].mend) == (("torch",), "pip install 'qie[reference]'")
+
+
+def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onnxruntime")
+    assert abilities(examine())[RUN].mend == "pip install qie"
+
+
+def test_a_module_of_another_distribution_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu brings the module onnxruntime, and no distribution of that name."""
+    monkeypatch.setattr(module, "version_of", lambda package: None)
+    run = abilities(examine())[RUN]
+    assert run.ready
+    assert run.found == ("onnxruntime",)
+
+
+def test_bundles(bundle: Path, qie_home: Path) -> None:
+    for name in ("good", "foreign", "damaged"):
+        shutil.copytree(bundle, qie_home / "bundles" / name)
+    manifest = qie_home / "bundles" / "foreign" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["engines"] = [engine | {"backend": "abacus", "compute_capability": "8.0"} for engine in data["engines"]]
+    manifest.write_text(json.dumps(data))
+    (qie_home / "bundles" / "damaged" / "vision.weights").unlink()
+    reasons = {report.name: report.reason for report in examine().bundles}
+    assert reasons["good"] is None
+    assert "vision is built for abacus/8.0, which this qie cannot execute" in str(reasons["foreign"])
+    assert "lacks vision.weights; build it again with `qie build`" in str(reasons["damaged"])
+
+
+def test_a_home_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QIE_HOME", str(tmp_path / "a" / "b"))
+    report = examine()
+    assert report.free_bytes > 0
+    assert not (tmp_path / "a").exists()

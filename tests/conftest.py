@@ -1,0 +1,114 @@
+"""What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess, run
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qie.compiler.checkpoint import open_checkpoint
+from qie.compiler.cli import main
+from qie.compiler.pack import build_bundle
+from qie.compiler.plan import make_plan
+from qie.compiler.random_checkpoint import ARCHITECTURES, write_checkpoint
+from qie.compiler.recipe import load_recipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of the user's is read or written, not even by what is made once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QIE_HOME", str(tmp_path_factory.mktemp("session-home")))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def qie_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home for every test."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("QIE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of the architecture of 2511; not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", ARCHITECTURES["tiny"], seed=1)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``checkpoint`` for the CPU; not to be changed."""
+    return build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu")
+
+
+@pytest.fixture(scope="session")
+def edit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the first generation, which takes one image; not to be changed."""
+    folder = tmp_path_factory.mktemp("edit")
+    return build(write_checkpoint(folder / "tiny-edit", ARCHITECTURES["tiny-edit"], seed=1), folder / "edit-cpu")
+
+
+def build(checkpoint: Path, destination: Path) -> Path:
+    plan = make_plan(
+        open_checkpoint(str(checkpoint)),
+        recipe_name="cpu",
+        recipe=load_recipe("cpu"),
+        loras=[],
+        destination=destination,
+    )
+    return build_bundle(plan).path
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a photograph in it: photo.png, 150 x 90 pixels of smooth noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 15, 3), np.uint8)
+    Image.fromarray(pixels).resize((150, 90), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def qie(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., CompletedProcess[str]]:
+    """The command line in this process: ``qie("run", photo, "make it red")``."""
+
+    def call(*words: str | Path) -> CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["qie", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return CompletedProcess(sys.argv, stopped.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., CompletedProcess[str]]:
+    """The command line in a process of its own; ``before`` are the words of a command that starts it."""
+
+    def call(*words: str | Path, before: tuple[str, ...] = ()) -> CompletedProcess[str]:
+        command = [*before, sys.executable, "-c", "from qie.compiler.cli import main; main()", *map(str, words)]
+        return run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[[CompletedProcess[str]], str]:
+    """The one sentence that a refused command says: exit code 2, a line on stderr, no traceback."""
+
+    def read(done: CompletedProcess[str]) -> str:
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.endswith("\n") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr.removeprefix("error: ").rstrip("\n")
+
+    return read

@@ -1,0 +1,204 @@
+"""Every name of CUDA's and TensorRT's that the sessions use is in the installed bindings and takes what it is given.
+
+The names are read from the sources: calls by name in cuda.py, and in tensorrt.py the attributes of the variables that
+hold TensorRT's objects. A variable holds the class that ``HOLDS`` says, so ``tensorrt.py`` names them alike throughout.
+The fake, on which the other tests rest, must have the same names.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from qie.engines import sessions
+from sessions.fake import Context, Engine, Gpu, RtxEngine, Runtime, RuntimeCache, RuntimeConfig, runtime, tensorrt
+
+FOLDER = Path(sessions.__file__).parent
+HOLDS = {
+    "trt": "",
+    "self._trt": "",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "self._engine": "ICudaEngine",
+    "config": "IRuntimeConfig",
+    "self._config": "IRuntimeConfig",
+    "cache": "IRuntimeCache",
+    "context": "IExecutionContext",
+}
+"""Variable of tensorrt.py to the class that it holds; "" is the module."""
+
+FAKES: dict[str, tuple[type, ...]] = {
+    "Runtime": (Runtime,),
+    "ICudaEngine": (RtxEngine, Engine),
+    "IRuntimeConfig": (RuntimeConfig,),
+    "IRuntimeCache": (RuntimeCache,),
+    "IExecutionContext": (Context,),
+}
+RTX_ONLY = {"CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "create_runtime_config"}
+"""Names before whose use tensorrt.py looks whether they exist."""
+
+
+class Use(NamedTuple):
+    """A name as it is used: its owner's, and the number of arguments where it is called."""
+
+    owner: str
+    name: str
+    arguments: int | None
+
+
+def cuda_uses(source: str) -> Iterator[Use]:
+    """The calls by name, and the names that ``_runtime()`` is asked for."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id="_call" | "_attempt"), args=[ast.Constant(value=str(name)), *arguments]):
+                yield Use("", name, len(arguments))
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="_runtime")), attr=name):
+                yield Use("", name, None)
+            case ast.Attribute(
+                value=ast.Attribute(value=ast.Call(func=ast.Name(id="_runtime")), attr=owner), attr=name
+            ):
+                yield Use(owner, name, None)
+            case ast.Attribute(value=ast.Name(id="runtime"), attr=name):
+                yield Use("", name, None)
+
+
+def tensorrt_uses(source: str) -> Iterator[Use]:
+    """The attributes and calls of the variables in ``HOLDS``, and of the module's classes."""
+    tree = ast.parse(source)
+    calls = {id(node.func): len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    enums = {"graphs": "CudaGraphStrategy"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
+            continue
+        base = ast.unparse(node.value)
+        if base in HOLDS:
+            yield Use(HOLDS[base], node.attr, calls.get(id(node)))
+        elif base.startswith("trt."):
+            yield Use(base.removeprefix("trt."), node.attr, calls.get(id(node)))
+        elif base.startswith("self._trt."):
+            yield Use(base.removeprefix("self._trt."), node.attr, calls.get(id(node)))
+        elif base in enums:
+            yield Use(enums[base], node.attr, None)
+
+
+CUDA = sorted(set(cuda_uses((FOLDER / "cuda.py").read_text())), key=repr)
+TENSORRT = sorted(set(tensorrt_uses((FOLDER / "tensorrt.py").read_text())), key=repr)
+
+
+def find(module: Any, use: Use) -> Any:
+    owner = module
+    for part in filter(None, use.owner.split(".")):
+        owner = getattr(owner, part)
+    return getattr(owner, use.name)
+
+
+def numbers_of_arguments(function: Any) -> set[int]:
+    """How many arguments a function of pybind11's takes, without self: its docstring has the signatures."""
+    allowed: set[int] = set()
+    for words in re.findall(
+        rf"(?:^|\d\. )(?:{function.__name__}|__init__)\(self: [\w.]+(.*)\) -> ", function.__doc__, re.M
+    ):
+        names = re.findall(r", (\w+): ", words)
+        optional = len(re.findall(r" = ", words))
+        allowed |= set(range(len(names) - optional, len(names) + 1))
+    return allowed
+
+
+def test_the_walk_finds_what_there_is() -> None:
+    """A walk that finds nothing would prove nothing; these are the calls on which a run rests."""
+    assert {use.name for use in CUDA} >= {"cudaMalloc", "cudaMemcpyAsync", "cudaGraphLaunch", "cudaStreamEndCapture"}
+    assert set(TENSORRT) >= {
+        Use("", "Runtime", 1),
+        Use("Runtime", "deserialize_cuda_engine", 1),
+        Use("ICudaEngine", "create_execution_context", 1),
+        Use("IExecutionContext", "execute_async_v3", 1),
+        Use("IExecutionContext", "set_device_memory", 2),
+        Use("IExecutionContext", "set_input_shape", 2),
+        Use("IExecutionContext", "set_tensor_address", 2),
+        Use("IRuntimeConfig", "cuda_graph_strategy", None),
+        Use("CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE", None),
+        Use("ExecutionContextAllocationStrategy", "USER_MANAGED", None),
+    }
+
+
+def test_no_object_of_tensorrt_is_used_under_another_name() -> None:
+    """Names of TensorRT's classes that appear in the source appear on a variable that the walk knows."""
+    module = pytest.importorskip("tensorrt_rtx")
+    theirs = {
+        name
+        for owner in ("Runtime", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache", "IExecutionContext")
+        for name in dir(getattr(module, owner))
+        if "_" in name and not name.startswith("_")
+    }
+    tree = ast.parse((FOLDER / "tensorrt.py").read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert used & theirs == {use.name for use in TENSORRT} & theirs
+
+
+@pytest.mark.parametrize("use", CUDA, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))
+def test_cuda_has(use: Use) -> None:
+    module = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
+    found = find(module, use)
+    if use.arguments is not None:
+        inspect.signature(found).bind(*range(use.arguments))
+    if callable(found) and use.arguments is not None:
+        assert callable(find(runtime(Gpu()), use)), "the fake lacks it"
+
+
+@pytest.mark.parametrize("use", TENSORRT, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))
+def test_tensorrt_for_rtx_has(use: Use) -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    found = find(module, use)
+    if use.arguments is None:
+        assert not inspect.isroutine(found), "a method that is not called"
+    elif isinstance(found, type):
+        assert use.arguments in numbers_of_arguments(found.__init__)
+    else:
+        assert use.arguments in numbers_of_arguments(found), found.__doc__
+
+
+@pytest.mark.parametrize("use", TENSORRT, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))
+def test_the_fake_of_tensorrt_has(use: Use) -> None:
+    if use.owner not in FAKES:
+        assert hasattr(tensorrt(Gpu(), "tensorrt_rtx", "tensorrt-rtx"), use.owner or use.name)
+        return
+    source = inspect.getsource(FAKES[use.owner][0]) + "".join(inspect.getsource(c) for c in FAKES[use.owner][1:])
+    assert re.search(rf"\b(def {use.name}\(|self\.{use.name}\b)", source)
+
+
+def test_what_tensorrt_lacks_is_looked_for() -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    looked_for = {
+        (HOLDS.get(ast.unparse(node.args[0]), "IRuntimeConfig"), ast.literal_eval(node.args[1]))
+        for node in ast.walk(ast.parse((FOLDER / "tensorrt.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr"
+    }
+    assert looked_for == {
+        ("ICudaEngine", "create_runtime_config"),
+        ("IRuntimeConfig", "create_runtime_cache"),
+        ("IRuntimeConfig", "cuda_graph_strategy"),
+        ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
+    }
+    assert all(hasattr(getattr(module, owner), name) for owner, name in looked_for)
+    assert not RTX_ONLY & set(vars(tensorrt(Gpu(), "tensorrt", "tensorrt"))) and not RTX_ONLY & set(dir(Engine))
+
+
+def test_the_dtypes_have_tensorrts_names() -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    from qie.engines.sessions.tensorrt import DTYPES
+
+    for name, dtype in DTYPES.items():
+        assert getattr(module.DataType, name).name == name
+        assert module.nptype(getattr(module.DataType, name)).__name__ == dtype
+
+
+def test_the_fakes_codes_are_cudas() -> None:
+    module = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
+    for code in runtime(Gpu()).cudaError_t:
+        assert int(getattr(module.cudaError_t, code.name)) == code, code.name
+    for name in ("cudaStreamNonBlocking", "cudaEventDisableTiming", "cudaEventBlockingSync"):
+        assert getattr(module, name) == getattr(runtime(Gpu()), name)

@@ -1,0 +1,216 @@
+"""Whole edits on a fake GPU: the same bytes as on the processor, and the order of work that a GPU wants."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qie.engines.bundle import open_bundle
+from qie.engines.denoise import StepState
+from qie.engines.editor import Edit, Editor, Request
+from qie.engines.errors import EditError
+from qie.engines.manifest import COMPONENTS
+from sessions.fake import Code, Gpu, need
+
+STEPS = 4
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 15, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "guided": {},
+    "not guided": {"guidance": 1.0},
+    "one step": {"steps": 1},
+    "two images": {"images": [picture(150, 90), picture(60, 80, 1)]},
+    "another size": {"size": (96, 48)},
+    "a batch": {"seeds": [1, 2, 3]},
+    "batches": {"instructions": ["make it red", "add snow and a dog"], "seeds": [1, 2, 3, 4, 5]},
+    "a long negative prompt": {"negative": "blurry, dark, without a cat"},
+}
+
+
+def request(**changes: Any) -> Request:
+    base = Request(images=[picture(150, 90)], instructions=["make it red"], seeds=[3], steps=STEPS, guidance=4.0)
+    return replace(base, **changes)
+
+
+def same(one: Edit, other: Edit) -> bool:
+    return len(one.images) == len(other.images) and all(map(np.array_equal, one.images, other.images))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(bundle: Path) -> Editor:
+    return Editor(open_bundle(str(bundle)))
+
+
+@pytest.fixture
+def folder(gpu: Gpu, bundle: Path, tmp_path: Path, backend: str) -> Path:
+    return gpu.retarget(bundle, tmp_path / "gpu", backend)
+
+
+def editor_of(folder: Path, **options: Any) -> Editor:
+    return Editor(open_bundle(str(folder)), **options)
+
+
+def loop_of(gpu: Gpu) -> list[str]:
+    """What the host did from the first run of the transformer to the last one, runs included."""
+    names = [f"{name} {detail}" if name == "queue" else name for name, detail in gpu.log]
+    runs = [index for index, name in enumerate(names) if name == "queue run transformer"]
+    return names[runs[0] : runs[-1] + 1]
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_an_edit_is_the_processors(folder: Path, on_cpu: Editor, gpu: Gpu, name: str, graphs: bool) -> None:
+    editor = editor_of(folder, graphs=graphs)
+    edit = editor.edit(request(**REQUESTS[name]))
+    expected = on_cpu.edit(request(**REQUESTS[name]))
+    assert same(edit, expected)
+    assert edit.images[0].std() > 5  # a flat picture would prove nothing
+    assert bool(gpu.captures) == (graphs and name != "one step")
+    editor.close()
+    assert gpu.in_use == 0
+    assert gpu.blocks == {}
+
+
+def test_edits_after_one_another(folder: Path, on_cpu: Editor) -> None:
+    """Contexts, arena and graphs of one edit do not reach into the next."""
+    editor = editor_of(folder)
+    for name in (*REQUESTS, "guided"):
+        assert same(editor.edit(request(**REQUESTS[name])), on_cpu.edit(request(**REQUESTS[name]))), name
+
+
+def test_an_observer_sees_the_same_steps(folder: Path, on_cpu: Editor) -> None:
+    seen: list[StepState] = []
+    expected: list[StepState] = []
+    editor_of(folder).edit(request(), observer=seen.append)
+    on_cpu.edit(request(), observer=expected.append)
+    assert len(seen) == STEPS
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert (ours.step, ours.sigma) == (theirs.step, theirs.sigma)
+        assert np.array_equal(ours.latents, theirs.latents)
+        assert np.array_equal(ours.velocity, theirs.velocity)
+        assert ours.negative_velocity is not None and theirs.negative_velocity is not None
+        assert np.array_equal(ours.negative_velocity, theirs.negative_velocity)
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_the_loop_touches_nothing_of_the_hosts(folder: Path, gpu: Gpu, graphs: bool, guidance: float) -> None:
+    """No copy from or to the host, no memory asked for, no wait for a step's own result: the GPU always has work."""
+    editor_of(folder, graphs=graphs).edit(request(guidance=guidance, steps=6))
+    done = Counter(loop_of(gpu))
+    allowed = {"queue run transformer", "queue mark", "queue copy on device", "wait", "launch", "context"}
+    assert set(done) <= allowed, done
+    assert done["queue run transformer"] == 6 * (2 if guidance > 1 else 1)
+    assert done["queue copy on device"] == 5 * 4  # latents, two tables of modulation, the step's length
+    assert gpu.starved == 0
+    assert gpu.deepest == 2
+
+
+def test_what_a_step_brings_is_uploaded_once_an_edit(folder: Path, gpu: Gpu) -> None:
+    editor = editor_of(folder)
+
+    def uploads(steps: int, batches: int) -> int:
+        gpu.log.clear()
+        editor.edit(request(seeds=list(range(4 * batches)), steps=steps))
+        return gpu.log.count(("queue", "copy to device"))
+
+    assert uploads(8, 1) - uploads(2, 1) == 3 * 6
+    assert uploads(8, 3) - uploads(2, 3) == 3 * 6  # further batches do not bring it again
+
+
+def test_one_graph_a_pass(folder: Path, gpu: Gpu, backend: str) -> None:
+    editor_of(folder).edit(request(steps=6))
+    assert gpu.captures == ["cuda" if backend == "tensorrt" else "transformer"] * 2
+    launches = sum(name == "launch" for name, _ in gpu.log)
+    assert launches == (2 * 5 if backend == "tensorrt" else 0)  # the first run of a pass is a plain one
+
+
+def test_one_context_a_pass_however_many_edits(folder: Path, gpu: Gpu) -> None:
+    editor = editor_of(folder)
+    for name in REQUESTS:
+        editor.edit(request(**REQUESTS[name]))
+    contexts = Counter(detail for name, detail in gpu.log if name == "context")
+    assert contexts == {component: 2 if component == "transformer" else 1 for component in COMPONENTS}
+
+
+def test_the_arena_is_the_largest_need_of_the_five(folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs: list[int] = []
+    monkeypatch.setattr("sessions.fake.need", lambda shapes: needs.append(need(shapes)) or needs[-1])
+    editor = editor_of(folder)
+    editor.edit(request())
+    assert editor._device is not None
+    assert len(set(needs)) >= len(COMPONENTS)
+    assert editor._device.arena.size == max(needs)
+
+
+def test_resident_engines_stay(folder: Path, gpu: Gpu) -> None:
+    editor = editor_of(folder)
+    editor.edit(request())
+    held = gpu.in_use
+    editor.edit(request())
+    assert Counter(detail for name, detail in gpu.log if name == "load") == dict.fromkeys(COMPONENTS, 1)
+    assert gpu.in_use <= held + 64  # nothing grows from edit to edit
+    editor.edit(request())
+    assert gpu.in_use <= held + 64
+
+
+def test_sequential_engines_take_turns(gpu: Gpu, bundle: Path, tmp_path: Path, backend: str, on_cpu: Editor) -> None:
+    """The card holds one engine at a time, and the edit is the same."""
+    weights = {e.component: sum(f.bytes for f in e.files) for e in open_bundle(str(bundle)).manifest.engines}
+    resident = editor_of(gpu.retarget(bundle, tmp_path / "resident", backend))
+    resident.edit(request())
+    all_at_once, gpu.peak = gpu.peak, 0
+    resident.close()
+
+    gpu.peak = gpu.in_use
+    gpu.log.clear()
+    editor = editor_of(gpu.retarget(bundle, tmp_path / "sequential", backend, residency="sequential"))
+    assert same(editor.edit(request()), on_cpu.edit(request()))
+    assert [detail for name, detail in gpu.log if name == "load"] == list(COMPONENTS)
+    assert gpu.peak < all_at_once - (sum(weights.values()) - max(weights.values())) * 0.9
+    assert sorted(editor._sessions) == []
+    assert same(editor.edit(request()), on_cpu.edit(request()))
+
+
+def test_a_card_that_is_too_small_for_all_engines_says_what_to_do(folder: Path, gpu: Gpu, bundle: Path) -> None:
+    weights = [sum(f.bytes for f in e.files) for e in open_bundle(str(bundle)).manifest.engines]
+    gpu.memory_bytes = sum(weights) // 2
+    with pytest.raises(EditError, match='residency = "sequential"'):
+        editor_of(folder).edit(request())
+
+
+def test_a_failure_in_the_loop_is_an_edit_error(folder: Path, gpu: Gpu) -> None:
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "denoise" and done == 2:
+            gpu.broken = Code.cudaErrorIllegalAddress
+
+    with pytest.raises(EditError, match="the GPU failed .cudaErrorIllegalAddress"):
+        editor_of(folder).edit(request(), progress=fail)
+
+
+def test_an_interrupt_in_the_loop_leaves_an_editor_that_works(folder: Path, gpu: Gpu, on_cpu: Editor) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "denoise" and done == 2:
+            raise KeyboardInterrupt
+
+    editor = editor_of(folder)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(request(), progress=interrupt)
+    assert same(editor.edit(request()), on_cpu.edit(request()))
+
+
+def test_a_closed_editor_loads_again(folder: Path, gpu: Gpu, on_cpu: Editor) -> None:
+    editor = editor_of(folder)
+    editor.edit(request())
+    editor.close()
+    assert gpu.in_use == 0
+    assert same(editor.edit(request()), on_cpu.edit(request()))

@@ -1,0 +1,185 @@
+"""Sessions of onnxruntime: on the processor as it is, on a GPU as far as the providers that are asked for tell."""
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from qie.engines.bundle import open_bundle
+from qie.engines.errors import BundleError, EditError, EngineMismatchError
+from qie.engines.manifest import EngineRecord, ProfileRecord
+from qie.engines.sessions import onnxruntime as module
+from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
+
+SIZES = {"batch": 1, "height": 32, "width": 48, "rows": 2, "columns": 3}
+IMAGE = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3), np.uint8)
+PROFILE = ProfileRecord(input="image", min=(1, 32, 32, 3), opt=(1, 64, 64, 3), max=(1, 96, 128, 3))
+
+
+@pytest.fixture(scope="module")
+def record(bundle: Path) -> EngineRecord:
+    (record,) = [e for e in open_bundle(str(bundle)).manifest.engines if e.component == "vae_encoder"]
+    return record
+
+
+@pytest.fixture
+def session(bundle: Path, record: EngineRecord) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession(bundle, record, threads=1)
+
+
+def encode(session: OnnxRuntimeSession, image: np.ndarray) -> np.ndarray:
+    latents = session.empty("latents", SIZES)
+    session.run({"image": session.upload(image)}, {"latents": latents})
+    return np.array(session.download(latents))
+
+
+# On the processor
+
+
+def test_a_run_is_onnxruntimes_own(session: OnnxRuntimeSession, bundle: Path, record: EngineRecord) -> None:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    plain = ort.InferenceSession(str(bundle / record.path), options, providers=["CPUExecutionProvider"])
+    assert np.array_equal(encode(session, IMAGE), plain.run(["latents"], {"image": IMAGE})[0])
+
+
+def test_nothing_is_copied_on_the_way_in(session: OnnxRuntimeSession) -> None:
+    tensor = session.upload(IMAGE)
+    assert np.shares_memory(session.download(tensor), IMAGE)
+    turned = IMAGE.transpose(0, 2, 1, 3)
+    assert np.array_equal(session.download(session.upload(turned)), turned)
+
+
+def test_copy(session: OnnxRuntimeSession) -> None:
+    source, place = session.upload(IMAGE), session.upload(np.zeros_like(IMAGE))
+    address = place.data_ptr()
+    session.copy(source, place)
+    assert np.array_equal(session.download(place), IMAGE)
+    assert place.data_ptr() == address
+
+
+def test_wrong_tensors(session: OnnxRuntimeSession) -> None:
+    with pytest.raises(EditError, match=r"onnxruntime failed in vae_encoder \(.*; try a smaller --size or fewer"):
+        encode(session, IMAGE.astype(np.float32))
+
+
+def test_close(session: OnnxRuntimeSession) -> None:
+    held = weakref.ref(session._session)
+    session.close()
+    gc.collect()
+    assert held() is None
+
+
+def test_a_file_that_is_no_graph(tmp_path: Path, record: EngineRecord) -> None:
+    (tmp_path / record.path).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="cannot load .*; build the bundle again with `qie build`"):
+        OnnxRuntimeSession(tmp_path, record)
+
+
+# On a GPU
+
+
+class Asked:
+    """onnxruntime's InferenceSession that notes what it was asked for and says what it got."""
+
+    def __init__(self, got: tuple[str, ...]) -> None:
+        self.got = got
+        self.providers: list[tuple[str, dict[str, str]]] = []
+
+    def __call__(self, path: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> "Asked":
+        self.providers = providers
+        return self
+
+    def get_providers(self) -> list[str]:
+        return list(self.got)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *got: str, tensorrt: bool = False) -> Asked:
+    asked = Asked((*got, "CPUExecutionProvider"))
+    monkeypatch.setattr(ort, "InferenceSession", asked)
+    monkeypatch.setattr(module, "find_spec", lambda name: object() if tensorrt and name == "tensorrt" else None)
+    return asked
+
+
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+def test_the_provider_of_cuda(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+    onnxruntime = asked(monkeypatch, CUDA)
+    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
+    assert onnxruntime.providers == [(CUDA, {"device_id": "0"})]
+
+
+@pytest.mark.parametrize(("profiles", "installed"), [((), True), ((PROFILE,), False)])
+def test_the_provider_of_tensorrt_needs_profiles_and_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, record: EngineRecord, profiles: tuple[ProfileRecord, ...], installed: bool
+) -> None:
+    onnxruntime = asked(monkeypatch, CUDA, tensorrt=installed)
+    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9", profiles=profiles))
+    assert [name for name, _ in onnxruntime.providers] == [CUDA]
+
+
+def test_the_provider_of_tensorrt(monkeypatch: pytest.MonkeyPatch, record: EngineRecord, qie_home: Path) -> None:
+    onnxruntime = asked(monkeypatch, TENSORRT, CUDA, tensorrt=True)
+    changed = replace(record, compute_capability="8.9", profiles=(PROFILE,), precision="bfloat16")
+    OnnxRuntimeSession(Path(), changed)
+    (first, options), (second, _) = onnxruntime.providers
+    assert (first, second) == (TENSORRT, CUDA)
+    folder = qie_home / "cache" / "onnxruntime" / record.key[:32]
+    assert folder.is_dir()
+    assert options == {
+        "device_id": "0",
+        "trt_profile_min_shapes": "image:1x32x32x3",
+        "trt_profile_opt_shapes": "image:1x64x64x3",
+        "trt_profile_max_shapes": "image:1x96x128x3",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_bf16_enable": "1",
+    }
+
+
+def test_falling_back_to_the_processor_is_refused(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+    asked(monkeypatch)
+    with pytest.raises(
+        EngineMismatchError, match=r"cannot use the GPU for vae_encoder.*'onnxruntime-gpu\[cuda,cudnn\]'"
+    ):
+        OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
+
+
+def test_this_onnxruntime_has_no_gpu(bundle: Path, record: EngineRecord) -> None:
+    """The real one, which ignores providers that it lacks or refuses them: either way it is said."""
+    if CUDA in ort.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    with pytest.warns(UserWarning, match=CUDA), pytest.raises((EngineMismatchError, BundleError)):
+        OnnxRuntimeSession(bundle, replace(record, compute_capability="8.9"))
+
+
+def test_tensors_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+    """What is uploaded, made and copied names the GPU; a copy does not pass through the host."""
+    asked(monkeypatch, CUDA)
+    session = OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
+    seen: list[tuple[Any, ...]] = []
+
+    class Value:
+        def update_inplace(self, source: Any) -> None:
+            seen.append(("copy", source))
+
+        @staticmethod
+        def ortvalue_from_numpy(array: Any, place: str, device: int) -> "Value":
+            seen.append(("upload", place, device))
+            return Value()
+
+        @staticmethod
+        def ortvalue_from_shape_and_type(shape: Any, dtype: Any, place: str, device: int) -> "Value":
+            seen.append(("empty", shape, dtype, place, device))
+            return Value()
+
+    monkeypatch.setattr(ort, "OrtValue", Value)
+    source, target = session.upload(IMAGE), session.empty("latents", SIZES)
+    session.copy(source, target)
+    assert seen == [("upload", "cuda", 0), ("empty", [1, 2, 3, 64], np.float32, "cuda", 0), ("copy", source)]

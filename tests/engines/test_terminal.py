@@ -1,0 +1,116 @@
+"""What a person sees: tables, numbers and bars; bars on a terminal alone."""
+
+import io
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qie.engines.terminal import Bars, ago, human_bytes, human_count, table
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Puts a terminal in the place of stderr; called by the test, because pytest puts its own there before it."""
+
+    def open_terminal() -> Terminal:
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        return screen
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return open_terminal
+
+
+def work(bars: Bars) -> None:
+    with bars:
+        for done in range(5):
+            bars("denoise", done, 4)
+
+
+def test_bars_are_drawn_with_percentage(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    work(Bars())
+    assert "denoise" in screen.getvalue()
+    assert "100%" in screen.getvalue()
+
+
+def test_a_bar_for_each_kind_of_work(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    with Bars() as bars:
+        bars("vision", 1, 1)
+        bars("language", 1, 2)
+    drawn = screen.getvalue()
+    assert re.search(r"vision .*100%", drawn)
+    assert re.search(r"language .*\b50%", drawn)
+
+
+def test_bars_are_taken_down_when_work_fails(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    with pytest.raises(ZeroDivisionError), Bars() as bars:
+        bars("vision", 0, 1)
+        raise ZeroDivisionError
+    assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_no_bars_where_they_are_not_wanted(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    work(Bars(enabled=False))
+    assert screen.getvalue() == ""
+
+
+def test_no_bars_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    work(Bars())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_table() -> None:
+    text = table([["vision", "80 k"], ["vae_encoder", "1 M"]], header=["component", "size"], right=[1])
+    assert text.splitlines() == [
+        "component    size",
+        "-----------  ----",
+        "vision       80 k",
+        "vae_encoder   1 M",
+    ]
+
+
+def test_table_without_header_or_rows() -> None:
+    assert table([["a", "b"], ["ccc", ""]]) == "a    b\nccc"
+    assert table([]) == ""
+    assert table([], header=["a", "b"]) == "a  b\n-  -"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_249, "4.2 kB"), (999_499, "999.5 kB"), (999_500, "1.0 MB"),
+     (57_700_000_000, "57.7 GB"), (3 * 10**12, "3.0 TB"), (5 * 10**15, "5000.0 TB")],
+)  # fmt: skip
+def test_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00 k"), (80_480, "80.48 k"), (13_511_000_000, "13.51 B"), (10**6, "1.00 M")],
+)
+def test_counts(count: int, text: str) -> None:
+    assert human_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-5, "just now"), (0, "just now"), (59, "just now"), (60, "1 minute ago"), (3599, "59 minutes ago"),
+     (3600, "1 hour ago"), (7200, "2 hours ago"), (86400, "1 day ago"), (10**6, "11 days ago")],
+)  # fmt: skip
+def test_ago(seconds: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 2_000_000_000.5)
+    assert ago(2_000_000_000.5 - seconds) == text

@@ -1,0 +1,85 @@
+"""Whole edits on the card: near the processor's, the same every time, with and without CUDA graphs, one by one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from card import build_for_card, edit_request, picture, psnr_db, relative_l2
+
+from qie.engines.bundle import Bundle
+from qie.engines.denoise import StepState
+from qie.engines.editor import Edit, Editor
+
+BOUND_DB = 28.0
+"""PSNR of an edit in bfloat16 against float32: the recipes' default gate."""
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "guided": {},
+    "not guided": {"guidance": 1.0},
+    "two images": {"images": [picture(150, 90), picture(60, 80, 1)]},
+    "another size": {"size": (96, 48)},
+    "batches": {"instructions": ["make it red", "add snow and a dog"], "seeds": [1, 2, 3]},
+}
+
+
+@pytest.fixture
+def editor(on_card: Bundle) -> Iterator[Editor]:
+    editor = Editor(on_card)
+    yield editor
+    editor.close()
+
+
+def same(one: Edit, other: Edit) -> bool:
+    return len(one.images) == len(other.images) and all(map(np.array_equal, one.images, other.images))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_an_edit_is_near_the_processors(editor: Editor, cpu_editor: Editor, name: str) -> None:
+    found = editor.edit(edit_request(**REQUESTS[name]))
+    expected = cpu_editor.edit(edit_request(**REQUESTS[name]))
+    for ours, theirs in zip(found.images, expected.images, strict=True):
+        assert theirs.std() > 5  # a flat picture would prove nothing
+        assert psnr_db(ours, theirs) >= BOUND_DB
+
+
+def test_the_first_velocity_is_near_the_processors(editor: Editor, cpu_editor: Editor) -> None:
+    """Before errors add up over the steps."""
+    ours: list[StepState] = []
+    theirs: list[StepState] = []
+    editor.edit(edit_request(steps=1), observer=ours.append)
+    cpu_editor.edit(edit_request(steps=1), observer=theirs.append)
+    assert np.array_equal(ours[0].latents, theirs[0].latents)
+    assert relative_l2(ours[0].velocity, theirs[0].velocity) < 0.05
+
+
+def test_an_edit_is_the_same_every_time(editor: Editor) -> None:
+    request = edit_request(**REQUESTS["batches"])
+    first = editor.edit(request)
+    for name in REQUESTS:
+        editor.edit(edit_request(**REQUESTS[name]))
+    assert same(first, editor.edit(request))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_cuda_graphs_change_no_byte(on_tensorrt: Bundle, name: str) -> None:
+    edits = []
+    for graphs in (True, False):
+        editor = Editor(on_tensorrt, graphs=graphs)
+        edits.append(editor.edit(edit_request(**REQUESTS[name])))
+        editor.close()
+    assert same(*edits)
+
+
+def test_engines_one_after_another_change_no_byte(
+    on_tensorrt: Bundle, checkpoint: Any, tmp_path: Any, request: pytest.FixtureRequest
+) -> None:
+    backend = on_tensorrt.manifest.engines[0].backend
+    sequential = build_for_card(checkpoint, tmp_path / "sequential", backend, residency="sequential")
+    edits = []
+    for bundle in (on_tensorrt, sequential):
+        editor = Editor(bundle)
+        edits.append(editor.edit(edit_request()))
+        assert sorted(editor._sessions) == ([] if bundle is sequential else sorted(editor._engines))
+        editor.close()
+    assert same(*edits)

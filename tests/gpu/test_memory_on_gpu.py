@@ -1,0 +1,91 @@
+"""Memory on the card: the arena against what TensorRT and the manifest say, engines one after another, nothing kept."""
+
+import gc
+from pathlib import Path
+
+import pytest
+from card import build_for_card, edit_request
+
+from qie.engines.bundle import Bundle
+from qie.engines.editor import Editor
+from qie.engines.sessions import cuda, load, open_device
+from qie.engines.sessions.tensorrt import TensorRtSession
+
+MIB = 1 << 20
+CONTEXT = 64 * MIB
+"""What the driver and TensorRT may keep for kernels and handles that were used once."""
+
+
+def used() -> int:
+    free, total = cuda.memory()
+    return total - free
+
+
+def test_the_manifests_activations_are_tensorrts(on_tensorrt: Bundle) -> None:
+    """What was said at build time, without a GPU, is what a run of the largest shapes takes."""
+    device = open_device(on_tensorrt.manifest.engines)
+    assert device is not None
+    for record in on_tensorrt.manifest.engines:
+        session = load(on_tensorrt.path, record, device)
+        assert isinstance(session, TensorRtSession)
+        found = session._engine.device_memory_size_v2
+        session.close()
+        if record.activation_bytes is not None:
+            assert found <= record.activation_bytes * 1.02, record.component
+            assert found >= record.activation_bytes * 0.5, record.component
+    device.close()
+
+
+def test_the_arena_is_one_and_within_the_manifests_largest(on_tensorrt: Bundle) -> None:
+    editor = Editor(on_tensorrt)
+    editor.edit(edit_request(seeds=[1, 2, 3, 4]))
+    assert editor._device is not None
+    needs = [s._engine.device_memory_size_v2 for s in editor._sessions.values() if isinstance(s, TensorRtSession)]
+    assert len(needs) == 5
+    assert 0 < editor._device.arena.size <= max(needs)
+    editor.close()
+
+
+def test_edits_do_not_grow(on_tensorrt: Bundle) -> None:
+    editor = Editor(on_tensorrt)
+    for _ in range(2):
+        editor.edit(edit_request())
+    before = used()
+    for _ in range(5):
+        editor.edit(edit_request())
+    assert used() <= before + MIB
+    editor.close()
+
+
+def test_a_closed_editor_keeps_nothing(on_tensorrt: Bundle) -> None:
+    Editor(on_tensorrt).edit(edit_request())
+    gc.collect()
+    editor = Editor(on_tensorrt)
+    editor.edit(edit_request())
+    editor.close()
+    gc.collect()
+    before = used()
+    for _ in range(3):
+        editor = Editor(on_tensorrt)
+        editor.edit(edit_request())
+        editor.close()
+        gc.collect()
+    assert used() <= before + CONTEXT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_one_after_another_takes_less(wide_checkpoint: Path, tmp_path: Path, backend: str) -> None:
+    """The most that is held while engines take turns is less by nearly what the smaller ones weigh."""
+    peaks = {}
+    for residency in ("resident", "sequential"):
+        bundle = build_for_card(wide_checkpoint, tmp_path / residency, backend, residency)
+        editor, seen = Editor(bundle), []
+        before = used()
+        editor.edit(edit_request(), progress=lambda *_, seen=seen: seen.append(used()))
+        peaks[residency] = max(seen) - before
+        editor.close()
+        gc.collect()
+    weights = [sum(file.bytes for file in engine.files) for engine in bundle.manifest.engines]
+    assert peaks["resident"] > sum(weights) * 0.9
+    assert peaks["sequential"] < peaks["resident"] - (sum(weights) - max(weights)) * 0.7
