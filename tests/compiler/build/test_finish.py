@@ -1,7 +1,10 @@
 """Bundles whose engines are yet to be built on the machine of the GPU."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import cast
 
 import pytest
@@ -88,3 +91,25 @@ def test_a_damaged_bundle_is_not_finished(left_from_a100: Bundle) -> None:
     file.write_bytes(content)
     with pytest.raises(BundleError, match="is damaged; build the bundle again"):
         finish_bundle(left_from_a100)
+
+
+def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess[str]]) -> None:
+    path = left_from_a100.path
+    shown = qie("build", "--finish", path, "--dry-run").stdout
+    assert shown == f"{path} lacks " + ", ".join(f"{component} for tensorrt" for component in COMPONENTS) + "\n"
+    planned_json = json.loads(qie("build", "--finish", path, "--dry-run", "--json").stdout)
+    assert planned_json["components"][0] == {"component": "vision", "backend": "tensorrt"}
+    assert open_bundle(str(path)).manifest == left_from_a100.manifest
+    done = json.loads(qie("build", "--finish", path, "--json").stdout)
+    assert (done["bundle"], done["unfinished"]) == (str(path), [])
+    assert qie("build", "--finish", path).returncode == 2  # nothing is left
+
+
+def test_the_build_says_what_is_yet_to_be_built(
+    checkpoint: Path, tmp_path: Path, qie: Callable[..., CompletedProcess[str]]
+) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "h100"\n[shapes]\nmin_side = 32\n')
+    done = qie("build", checkpoint, "--gpu", tmp_path / "mine.toml", "--out", tmp_path / "out")
+    assert "tensorrt builds on the machine with the GPU only (H100 80GB): the graphs stay in the bundle" in done.stdout
+    assert f"on the GPU's machine: qie build --finish {tmp_path / 'out'}\n" in done.stdout
+    assert "edit with" not in done.stdout

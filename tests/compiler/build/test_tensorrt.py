@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ from qie.compiler.weights import write_weights
 from qie.engines.bundle import Bundle, verify
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.manifest import COMPONENTS, EngineRecord, FileRecord, GraphRecord, ProfileRecord
+from qie.engines.terminal import human_bytes
+
+Qie = Callable[..., CompletedProcess[str]]
 
 RTX = BUILDERS["tensorrt-rtx"]
 ATTENTION = {"vision": 2, "language": 2, "vae_encoder": 0, "transformer": 2, "vae_decoder": 0}
@@ -152,6 +156,25 @@ def test_a_second_build_keeps_the_engines(built: Built, tmp_path: Path) -> None:
     before, after = ({e.component: e.key for e in b.manifest.engines} for b in (again, changed))
     assert {c for c in COMPONENTS if before[c] != after[c]} == {"transformer", "vae_decoder"}
     verify(changed)
+
+
+def test_inspect_shows_it(built: Built, qie: Qie) -> None:
+    """Time, memory, shapes and what the engines are made of; and what is yet to be built."""
+    shown = qie("inspect", built.bundle.path).stdout
+    for engine in built.bundle.manifest.engines:
+        assert engine.activation_bytes is not None
+        figures = rf"{engine.build_seconds:.1f} s +{human_bytes(engine.build_peak_bytes)}"
+        target = rf"tensorrt-rtx/{built.capability} +{engine.backend_version} +bfloat16"
+        size = rf"{human_bytes(engine.files[0].bytes)} +{human_bytes(engine.activation_bytes)}"
+        assert re.search(rf"^{engine.component} +{target} +\S+ k +{size} +{figures} +no$", shown, re.MULTILINE), shown
+        first = engine.profiles[0]
+        ends = " +".join(" x ".join(map(str, dims)) for dims in (first.min, first.opt, first.max))
+        assert re.search(rf"^{engine.component} +{first.input} +{ends}$", shown, re.MULTILINE), shown
+        layers, count = len(structure(built.bundle, engine)["layers"]), ATTENTION[engine.component]
+        assert re.search(rf"^{engine.component} +{layers} +\d+ +{count} +{count} +[\d.]+ MB +0$", shown, re.MULTILINE)
+    waits = re.findall(r"^(\w+) +tensorrt +bfloat16 +[\d.]+ k +[\d.]+ kB$", shown, re.MULTILINE)
+    assert waits == (list(COMPONENTS) if built.capability == "8.0" else [])
+    assert ("qie build --finish" in shown) == (built.capability == "8.0")
 
 
 # Keys
