@@ -50,7 +50,7 @@ $(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 # torch comes first and by its exact version, so that a CPU build is taken wherever one is offered.
 $(VENV)/dev.stamp: $(VENV)/compile.stamp
 	$(PIP) install torch==2.13.0
-	$(PIP) install $(CONSTRAINTS) --editable '.[dev,reference]' setuptools
+	$(PIP) install $(CONSTRAINTS) --editable '.[dev,reference]'
 	@touch $@
 
 $(VENV)/gpu.stamp: $(VENV)/dev.stamp

@@ -82,9 +82,10 @@ def denoise(
 ) -> Array:
     """Latents float32 [B, N, C] after the last step of ``moments``.
 
-    Everything is uploaded before the loop. In the loop every run has the same tensors, already in the engine's memory;
-    what a step brings is copied into them there. Nothing is allocated or brought to the host, and nothing waits for
-    the result of a step, unless there is an ``observer``.
+    Everything is uploaded before the loop. In the loop nothing is allocated or brought to the host, and nothing waits
+    for the result of a step, unless there is an ``observer``. A session that ``rebinds`` is given what a step brings as
+    other inputs, and latents and next latents change places: nothing is copied. Any other one is given the same
+    tensors in every run, and what is new is copied into them within its own memory.
 
     Raises:
         EditError: the backend failed.
@@ -98,26 +99,29 @@ def denoise(
     shared = {"latents": latents, **moments.now, "reference": reference}
 
     # 2. The passes. The negative one runs first and alone; its velocity then guides the other.
-    velocity = session.empty("velocity", sizes)
     zeros, one = session.upload(np.zeros_like(noise_BNC)), session.upload(np.ones(1, np.float32))
-    positive = shared | _text(session, prompt_BLD, rotary) | {"negative_velocity": zeros, "guidance": one}
-    passes = [(positive, {"velocity": velocity, "latents_next": following})]
+    alone = {"negative_velocity": zeros, "guidance": one}
+    positive = shared | _text(session, prompt_BLD, rotary) | alone
+    velocity = session.empty("velocity", sizes)
     negative_velocity = None
     if negative_1LD is not None:
-        negative = shared | _text(session, np.repeat(negative_1LD, batch, axis=0), rotary)
+        negative = shared | _text(session, np.repeat(negative_1LD, batch, axis=0), rotary) | alone
         negative_velocity, unused = session.empty("velocity", sizes), session.empty("latents_next", sizes)
-        scale = session.upload(np.full(1, guidance, np.float32))
-        positive |= {"negative_velocity": negative_velocity, "guidance": scale}
-        alone = {"negative_velocity": zeros, "guidance": one}
-        passes.insert(0, (negative | alone, {"velocity": negative_velocity, "latents_next": unused}))
+        positive |= {
+            "negative_velocity": negative_velocity,
+            "guidance": session.upload(np.full(1, guidance, np.float32)),
+        }
 
     # 3. The loop.
     for step, brought in enumerate(moments.steps):
         progress(step, len(moments.steps))
-        for name, tensor in brought.items():
-            session.copy(tensor, moments.now[name])
-        for inputs, outputs in passes:
-            session.run(inputs, outputs)
+        now = brought | {"latents": latents} if session.rebinds else {}
+        if not session.rebinds:
+            for name, tensor in brought.items():
+                session.copy(tensor, moments.now[name])
+        if negative_velocity is not None:
+            session.run(negative | now, {"velocity": negative_velocity, "latents_next": unused})
+        session.run(positive | now, {"velocity": velocity, "latents_next": following})
         if observer is not None:
             observer(
                 StepState(
@@ -128,7 +132,10 @@ def denoise(
                     negative_velocity=None if negative_velocity is None else _copy(session, negative_velocity),
                 )
             )
-        session.copy(following, latents)
+        if session.rebinds:
+            latents, following = following, latents
+        else:
+            session.copy(following, latents)
     progress(len(moments.steps), len(moments.steps))
     return _copy(session, latents)
 

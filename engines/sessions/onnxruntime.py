@@ -35,6 +35,8 @@ class OnnxRuntimeSession:
     and copies nothing, on a GPU tensors are in its memory. Weights are mapped from the bundle, not read into it.
     """
 
+    rebinds = True  # another binding is another address
+
     def __init__(self, folder: Path, engine: EngineRecord, *, threads: int = 0) -> None:
         """Load ``engine`` of the bundle ``folder``; ``threads`` 0 means one a core.
 
@@ -48,6 +50,8 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # threads that spin after a run would take the cores from the next session
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = [("CPUExecutionProvider", {})] if self._place == "cpu" else _gpu_providers(engine)
         try:
             self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)

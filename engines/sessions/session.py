@@ -21,6 +21,10 @@ class Session(Protocol):
     the same tensors every time, and brings in what changes with ``copy``, is the fastest.
     """
 
+    @property
+    def rebinds(self) -> bool:
+        """True where a run may be given other tensors than the run before at no cost."""
+
     def upload(self, array: NDArray[Any]) -> Tensor:
         """A tensor with the content of ``array``, which must not change while the tensor is in use."""
 

@@ -58,6 +58,8 @@ class Bound:
 class TensorRtSession:
     """One engine in the memory of a GPU."""
 
+    rebinds = False  # a captured graph has its addresses in it
+
     def __init__(self, folder: Path, record: EngineRecord, device: Device) -> None:
         """Load the engine of ``record`` in the bundle ``folder``; its file is mapped, not read into memory.
 
