@@ -223,8 +223,8 @@ class TensorRtSession:
             return
         with contextlib.suppress(OSError):
             content = self._cache_path().read_bytes()
-            if cache.deserialize(content):
-                self._cached = content
+            cache.deserialize(content)
+            self._cached = content
         config.set_runtime_cache(cache)
 
     def _save_cache(self) -> None:

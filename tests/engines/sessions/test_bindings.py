@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from qie.engines import sessions
+from qie.engines.bundle import open_bundle
+from qie.engines.sessions.tensorrt import DTYPES
 from sessions.fake import Context, Engine, Gpu, RtxEngine, Runtime, RuntimeCache, RuntimeConfig, runtime, tensorrt
 
 FOLDER = Path(sessions.__file__).parent
@@ -189,8 +191,6 @@ def test_what_tensorrt_lacks_is_looked_for() -> None:
 
 def test_the_dtypes_have_tensorrts_names() -> None:
     module = pytest.importorskip("tensorrt_rtx")
-    from qie.engines.sessions.tensorrt import DTYPES
-
     for name, dtype in DTYPES.items():
         assert getattr(module.DataType, name).name == name
         assert module.nptype(getattr(module.DataType, name)).__name__ == dtype
@@ -202,3 +202,23 @@ def test_the_fakes_codes_are_cudas() -> None:
         assert int(getattr(module.cudaError_t, code.name)) == code, code.name
     for name in ("cudaStreamNonBlocking", "cudaEventDisableTiming", "cudaEventBlockingSync"):
         assert getattr(module, name) == getattr(runtime(Gpu()), name)
+
+
+def test_the_compiler_sees_a_graph_as_the_manifest_does(bundle: Path) -> None:
+    """An engine has its network's inputs and outputs; the session compares them with the manifest in these words."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.ERROR)
+    for record in open_bundle(str(bundle)).manifest.engines:
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(bundle / record.path))
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        outputs = [network.get_output(index) for index in range(network.num_outputs)]
+        assert [(t.name, DTYPES[t.dtype.name], tuple(t.shape)) for t in inputs] == [
+            (spec.name, spec.dtype, tuple(-1 if isinstance(d, str) else d for d in spec.dims)) for spec in record.inputs
+        ]
+        assert [(t.name, DTYPES[t.dtype.name], len(t.shape)) for t in outputs] == [
+            (spec.name, spec.dtype, len(spec.dims)) for spec in record.outputs
+        ]
+        assert not any(t.is_shape_tensor for t in inputs)

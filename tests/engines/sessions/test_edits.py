@@ -127,6 +127,17 @@ def test_what_a_step_brings_is_uploaded_once_an_edit(folder: Path, gpu: Gpu) -> 
     assert uploads(8, 3) - uploads(2, 3) == 3 * 6  # further batches do not bring it again
 
 
+def test_what_the_images_say_is_uploaded_once_for_all_prompts(folder: Path, gpu: Gpu) -> None:
+    editor = editor_of(folder)
+
+    def uploads(*instructions: str) -> int:
+        gpu.log.clear()
+        editor.edit(request(instructions=instructions, guidance=1.0))
+        return gpu.log.count(("queue", "copy to device"))
+
+    assert uploads("make it red", "make it blue") - uploads("make it red") == 3  # ids, places of images, positions
+
+
 def test_one_graph_a_pass(folder: Path, gpu: Gpu, backend: str) -> None:
     editor_of(folder).edit(request(steps=6))
     assert gpu.captures == ["cuda" if backend == "tensorrt" else "transformer"] * 2

@@ -181,6 +181,60 @@ def test_a_context_that_is_bound_anew_forgets_its_graph(folder: Path, device: De
     loop.close()
 
 
+@pytest.mark.parametrize("backend", ["tensorrt"])
+def test_a_graph_that_is_under_way_is_waited_for(folder: Path, device: Device, gpu: Gpu, bundle: Path) -> None:
+    """A third set of tensors takes the context of the first, whose graph may still be running."""
+    loop = Loop(folder, device)
+    sets = []
+    for turn in range(3):
+        arrays = values(loop.record.inputs, loop.sizes, turn)
+        inputs = {name: loop.session.upload(array) for name, array in arrays.items()}
+        sets.append((arrays, inputs, {s.name: loop.session.empty(s.name, loop.sizes) for s in loop.record.outputs}))
+    for _, inputs, outputs in (sets[0], sets[1], sets[0], sets[1], sets[1], sets[0], sets[2]):
+        loop.session.run(inputs, outputs)
+    assert "launch" in [name for name, _ in gpu.log]
+    for arrays, _, outputs in sets:
+        found = {name: loop.session.download(tensor) for name, tensor in outputs.items()}
+        assert same(found, on_cpu(bundle, "transformer", arrays, loop.sizes))
+    loop.close()
+
+
+def test_the_context_that_was_bound_first_is_bound_anew(folder: Path, device: Device, gpu: Gpu) -> None:
+    """So the two passes of one batch make room for those of the next one in their order."""
+    loop = Loop(folder, device)
+    sets = [{name: loop.session.upload(array) for name, array in loop.arrays.items()} for _ in range(3)]
+    for inputs in (sets[0], sets[1], sets[2], sets[1]):
+        for _ in range(2):
+            loop.session.run(inputs, loop.outputs)
+    assert len(gpu.captures) == 3  # the second set kept its context, and so its graph
+    loop.close()
+
+
+def test_a_context_that_was_bound_halfway_is_not_taken_for_bound(
+    folder: Path, device: Device, gpu: Gpu, bundle: Path
+) -> None:
+    session, record = session_of(folder, "vae_decoder", device), record_of(folder, "vae_decoder")
+
+    def tensors(rows: int) -> tuple[Arrays, dict[str, Any], dict[str, Any], dict[str, int]]:
+        sizes = {"batch": 1, "rows": rows, "columns": 4, "height": rows * 16, "width": 64}
+        arrays = values(record.inputs, sizes, rows)
+        inputs = {name: session.upload(array) for name, array in arrays.items()}
+        return arrays, inputs, {"image": session.empty("image", sizes)}, sizes
+
+    small, large = tensors(2), tensors(9)
+    session.run(small[1], small[2])
+    gpu.memory_bytes = gpu.in_use
+    with pytest.raises(EditError, match="out of memory"):
+        session.run(large[1], large[2])
+    gpu.memory_bytes = 1 << 34
+    other = {"latents": small[0]["latents"] * np.float32(0.5)}
+    session.copy(session.upload(other["latents"]), small[1]["latents"])
+    session.run(small[1], small[2])
+    found = {"image": session.download(small[2]["image"])}
+    assert same(found, on_cpu(bundle, "vae_decoder", other, small[3]))
+    session.close()
+
+
 def test_a_larger_arena_is_given_to_contexts_that_had_the_old_one(
     loop: Loop, device: Device, gpu: Gpu, bundle: Path
 ) -> None:
