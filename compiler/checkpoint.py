@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from qie.compiler.graphs.weight import Part
 from qie.compiler.safetensor import SafetensorsReader, open_component, read_json
 from qie.engines.errors import CheckpointError
+from qie.engines.files import replacing
 
 __all__ = ["Checkpoint", "Pipeline", "open_checkpoint"]
 
@@ -253,8 +254,7 @@ def _load_known(cache: Path | None) -> dict[str, Any]:
 
 def _store_known(cache: Path, known: dict[str, Any]) -> None:
     """Write the digest cache atomically. Where that cannot be done, the next digest takes longer, nothing else."""
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**_load_known(cache), **known}), encoding="utf-8")
-        temporary.replace(cache)
+        with replacing(cache) as temporary:
+            temporary.write_text(json.dumps({**_load_known(cache), **known}), encoding="utf-8")

@@ -3,15 +3,14 @@
 Each command parses, prints the plan, calls one function, prints the outcome. Heavy imports are inside the commands.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qie.engines.cli import JsonOption, add_commands
+from qie.engines.cli import JsonOption, add_commands, parse_size, print_json
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.terminal import Bars, human_bytes, human_count, table
 
@@ -128,7 +127,7 @@ def show_estimate(
 ) -> None:
     """Estimate a build and an edit from configs alone: memory, disk, time; refuse what cannot fit."""
     plan = _plan(model, gpu, None, revision, None, None, weights=False)
-    from qie.compiler.cli_plan import describe, facts, parse_size
+    from qie.compiler.cli_plan import describe, facts
     from qie.compiler.estimate import estimate, refusal
     from qie.compiler.workload import workload
 
@@ -136,7 +135,7 @@ def show_estimate(
     found = estimate(plan, wanted)
     refused = refusal(found)
     if as_json:
-        _print_json(facts(found, refused))
+        print_json(facts(found, refused))
     else:
         typer.echo(describe(found))
     if refused is not None:
@@ -160,7 +159,7 @@ def export(
     with Bars(enabled=not as_json) as bars:
         files = export_graphs(plan, weights=weights, progress=bars)
     if as_json:
-        return _print_json({"files": [str(file) for file in files]})
+        return print_json({"files": [str(file) for file in files]})
     for file in files:
         typer.echo(str(file))
     return None
@@ -186,7 +185,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
             }
             for name, r in found.items()
         ]
-        return _print_json({"recipes": rows})
+        return print_json({"recipes": rows})
     lines = []
     for name, r in found.items():
         transformer = r.components.transformer
@@ -219,7 +218,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     report = examine()
     if as_json:
-        return _print_json(to_plain(report))
+        return print_json(to_plain(report))
     machine = report.machine
     gpus = [
         f"{g.name}, compute capability {g.compute_capability}, "
@@ -290,7 +289,7 @@ def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
     bundle = open_bundle(name)
     lacking = [(graph.component, graph.backend) for graph in bundle.manifest.graphs]
     if dry_run and as_json:
-        return _print_json({"components": [{"component": c, "backend": b} for c, b in lacking]})
+        return print_json({"components": [{"component": c, "backend": b} for c, b in lacking]})
     if not as_json:
         typer.echo(f"{bundle.path} lacks " + (", ".join(f"{c} for {b}" for c, b in lacking) or "nothing"))
     if dry_run:
@@ -305,7 +304,7 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
 
     lacking = sorted({graph.backend for graph in bundle.manifest.graphs})
     if as_json:
-        return _print_json(
+        return print_json(
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": lacking}
         )
     where = bundle.name if bundle.path.parent == bundles_folder() else bundle.path
@@ -321,7 +320,7 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
 
 def _print_plan(plan: "Plan", *, as_json: bool) -> None:
     if as_json:
-        return _print_json(
+        return print_json(
             {
                 "model": plan.checkpoint.name,
                 "revision": plan.checkpoint.revision,
@@ -381,7 +380,3 @@ def _backend(part: "PlannedComponent") -> str:
     if part.finish is None:
         return part.backend or "no builder"
     return f"{part.backend}, graph" if part.backend is not None else "graph"
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,30 +1,15 @@
-"""What `qie plan` reads and prints: the size of an edit, an estimate as text, an estimate as JSON data."""
+"""What `qie plan` prints: an estimate as text, an estimate as JSON data."""
 
 from typing import Any
 
 from qie.compiler.estimate import REACHABLE, ComponentEstimate, Estimate
-from qie.engines.cli import SIZE
-from qie.engines.errors import EditError, QieError
+from qie.engines.errors import QieError
 from qie.engines.records import to_plain
 from qie.engines.terminal import human_bytes, table
 
-__all__ = ["describe", "facts", "parse_size"]
+__all__ = ["describe", "facts"]
 
 GIB = 2**30
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Width and height of ``1024x768``.
-
-    Raises:
-        EditError: it is something else.
-    """
-    if text is None:
-        return None
-    match = SIZE.fullmatch(text.strip().lower())
-    if match is None:
-        raise EditError(f"--size is {text!r}, expected width x height in pixels, for example --size 1024x768")
-    return int(match[1]), int(match[2])
 
 
 def facts(found: Estimate, refusal: QieError | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qie.engines.errors import CheckpointError, ExportError
+from qie.engines.manifest import modulation_rows
 
 __all__ = ["LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
 
@@ -33,9 +34,8 @@ class TransformerConfig:
 
     @property
     def modulation_rows(self) -> int:
-        """Modulation vectors a block: shift, scale, gate of attention, then of the feed-forward, for noise tokens,
-        then (``zero_cond_t``) for reference tokens, then for text tokens."""
-        return 18 if self.zero_cond_t else 12
+        """Modulation vectors a block."""
+        return modulation_rows(self.zero_cond_t)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TransformerConfig":

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import qie
 from qie.engines.bundle import bundles, choose_engines, open_bundle
 from qie.engines.errors import QieError
-from qie.engines.files import qie_home
+from qie.engines.files import existing, qie_home
 from qie.engines.machine import Machine, this_machine, version_of
 from qie.engines.sessions import BACKENDS, cuda_needed
 
@@ -73,14 +73,13 @@ class Report:
 def examine() -> Report:
     """Look at the machine, the installed packages and the bundles; nothing heavy is imported."""
     home = qie_home()
-    existing = next(p for p in (home, *home.parents) if p.exists())
     machine = this_machine()
     return Report(
         qie=qie.__version__,
         python=platform.python_version(),
         machine=machine,
         home=str(home),
-        free_bytes=shutil.disk_usage(existing).free,
+        free_bytes=shutil.disk_usage(existing(home)).free,
         abilities=tuple(_ability(what, packages, mend, machine) for what, (packages, mend) in NEEDS.items()),
         bundles=tuple(BundleReport(name=path.name, reason=_reason(str(path))) for path in bundles()),
     )

@@ -37,7 +37,7 @@ def export_graphs(
                     folder / location,
                     progress=partial(progress, part.component),
                 )
-                places = {entry.name: (entry.offset, entry.length) for entry in written.entries}
+                places = written.places
             write_graph(part.graph, folder / f"{part.component}.onnx", location, places)
     return tuple(plan.destination / f"{part.component}.onnx" for part in plan.components)
 

@@ -11,7 +11,7 @@ from qie.engines.prompt import PREFIX_TOKENS, PromptSpec, check_prefix
 from qie.engines.schedule import SchedulerSpec
 from qie.engines.vision import VisionSpec
 
-__all__ = ["areas", "check_parts", "model_record", "scheduler_spec"]
+__all__ = ["CONDITION_AREA", "VAE_AREA", "areas", "check_parts", "model_record", "scheduler_spec"]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384

@@ -238,8 +238,7 @@ def _graph(
     written = write_weights(
         part.graph.weights, readers, folder / weights_name, progress=partial(progress, part.component)
     )
-    places = {entry.name: (entry.offset, entry.length) for entry in written.entries}
-    write_graph(part.graph, folder / graph_name, weights_name, places)
+    write_graph(part.graph, folder / graph_name, weights_name, written.places)
     weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
     return GraphRecord(
         component=part.component,

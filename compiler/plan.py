@@ -32,6 +32,7 @@ from qie.compiler.recipe import Backend, Recipe
 from qie.compiler.weights import total_bytes
 from qie.engines.bundle import Bundle, is_bundle
 from qie.engines.errors import BackendMissingError, BuildError, RecipeError
+from qie.engines.files import existing
 from qie.engines.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
 from qie.engines.schedule import sigmas
@@ -130,7 +131,7 @@ def recipe_schedules(checkpoint: Checkpoint, recipe: Recipe) -> list[NDArray[np.
     found = {}
     for schedule in recipe.schedules:
         for size in recipe.schedule_sizes(schedule, area):
-            values = sigmas(spec, steps=schedule.steps, noise_tokens=size.area // 256)
+            values = sigmas(spec, steps=schedule.steps, noise_tokens=size.tokens)
             found[values.tobytes()] = values
     return list(found.values())
 
@@ -163,10 +164,10 @@ def check_buildable(plan: Plan) -> None:
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
         raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")
-    free = shutil.disk_usage(_existing(plan.destination)).free
+    free = shutil.disk_usage(existing(plan.destination)).free
     if plan.disk_bytes > free:
         raise BuildError(
-            f"building the bundle needs {plan.disk_bytes:,} bytes, {_existing(plan.destination)} has {free:,} free; "
+            f"building the bundle needs {plan.disk_bytes:,} bytes, {existing(plan.destination)} has {free:,} free; "
             "make room, or choose another disk with --out"
         )
 
@@ -244,10 +245,3 @@ def _planned(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> Pl
 
 def _sha256(decided_by: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
-
-
-def _existing(path: Path) -> Path:
-    """``path`` or its nearest parent that exists."""
-    while not path.exists():
-        path = path.parent
-    return path

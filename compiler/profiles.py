@@ -68,9 +68,9 @@ def _spans(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Range]:
     text_tokens = replace(prompt, opt=min(max(prompt.opt, image_tokens.opt + INSTRUCTION_TOKENS), prompt.max))
     tuned = limits.buckets[0]
     noise_tokens = Range(
-        min=(limits.min_side // SIDE_MULTIPLE) ** 2, opt=_tokens(tuned), max=limits.max_area // SIDE_MULTIPLE**2
+        min=(limits.min_side // SIDE_MULTIPLE) ** 2, opt=tuned.tokens, max=limits.max_area // SIDE_MULTIPLE**2
     )
-    reference_tokens = _several(references, [_tokens(size) for size in encoded])
+    reference_tokens = _several(references, [size.tokens for size in encoded])
     height = Range(min=limits.min_side, opt=tuned.height, max=limits.max_side)
     width = Range(min=limits.min_side, opt=tuned.width, max=limits.max_side)
     return {
@@ -102,11 +102,6 @@ def _sizes(area: int, limits: ShapeLimits, model_area: int) -> list[Size]:
         for rows in range(max(round(least), 1), min(round(most), longest) + 1):
             found.append(Size(width=columns * BUCKET_MULTIPLE, height=rows * BUCKET_MULTIPLE))
     return found
-
-
-def _tokens(size: Size) -> int:
-    """Tokens of the transformer."""
-    return size.area // SIDE_MULTIPLE**2
 
 
 def _patches(size: Size, vision: VisionSpec) -> int:

@@ -24,15 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.graphs.weight import DType
+from qie.compiler.model import CONDITION_AREA, VAE_AREA
 from qie.engines.errors import BackendMissingError, CheckpointError, EditError
 
 __all__ = ["Reference", "ReferencePrompt", "ReferenceStep", "load_reference", "randn"]
 
 Floats = NDArray[np.float32]
-
-_VAE_AREA = 1024 * 1024
-_CONDITION_AREA = 384 * 384
-"""Pixels that the pipelines resize to (pipeline_qwenimage_edit_plus.py, VAE_IMAGE_SIZE and CONDITION_IMAGE_SIZE)."""
 
 _PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
@@ -219,7 +216,7 @@ class Reference:
     def _areas(self) -> Iterator[None]:
         """Within it the pipeline's code resizes to the checkpoint's areas."""
         module, original = self._module, self._module.calculate_dimensions
-        areas = {_VAE_AREA: self.vae_area, _CONDITION_AREA: self.condition_area}
+        areas = {VAE_AREA: self.vae_area, CONDITION_AREA: self.condition_area}
         module.calculate_dimensions = lambda area, ratio: original(areas[area], ratio)
         try:
             yield
@@ -279,8 +276,8 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
     return Reference(
         pipeline=pipeline,
         dtype=dtype,
-        vae_area=areas.get("vae_area", _VAE_AREA),
-        condition_area=areas.get("condition_area", _CONDITION_AREA),
+        vae_area=areas.get("vae_area", VAE_AREA),
+        condition_area=areas.get("condition_area", CONDITION_AREA),
     )
 
 

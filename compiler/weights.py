@@ -62,6 +62,11 @@ class WeightFile:
     sha256: str
     entries: tuple[Entry, ...]
 
+    @property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Offset and length in bytes by name."""
+        return {entry.name: (entry.offset, entry.length) for entry in self.entries}
+
 
 def total_bytes(weights: Sequence[Weight]) -> int:
     """The size in bytes of the file that ``write_weights`` makes of these weights, alignment included."""

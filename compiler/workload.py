@@ -82,7 +82,7 @@ def _dims(
 ) -> dict[Component, dict[str, int]]:
     """``patches`` are those of all references; only transformer and decoder see a batch (``qie.engines.editor``)."""
     image_tokens = patches // _vision(plan).merge_size ** 2
-    noise_tokens, reference_tokens = (size.area // SIDE_MULTIPLE**2 for size in (image, reference))
+    noise_tokens, reference_tokens = image.tokens, reference.tokens
     return {
         "vision": {"patches": patches, "image_tokens": image_tokens},
         "language": {"batch": 1, "prompt_tokens": PREFIX_TOKENS + text_tokens, "image_tokens": image_tokens},

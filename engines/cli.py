@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qie.engines.editor import Edit, Editor
     from qie.engines.manifest import EngineRecord
 
-__all__ = ["add_commands"]
+__all__ = ["JsonOption", "add_commands", "parse_size", "print_json"]
 
 BundleOption = Annotated[
     str | None, typer.Option("--bundle", help="Bundle to use, by name or folder.", show_default="the newest")
@@ -71,7 +71,7 @@ def run(
             "see `qie run --help`"
         )
     outputs = _outputs(out, Path(paths[-1]), num_images)
-    wanted = _parse_size(size)
+    wanted = parse_size(size)
 
     from qie.engines.bundle import open_bundle
     from qie.engines.editor import Editor, Request
@@ -119,7 +119,7 @@ def inspect(
             {"component": e.component, "backend": e.backend, "runs_here": reason is None, "reason": reason}
             for e, reason in zip(opened.manifest.engines, reasons, strict=True)
         ]
-        return _print_json(
+        return print_json(
             {
                 "path": str(opened.path),
                 "bytes": opened.bytes,
@@ -154,7 +154,7 @@ def list_bundles(as_json: JsonOption = False) -> None:
             row |= {"model": "", "recipe": "", "bytes": 0, "problem": str(problem)}
         rows.append(row)
     if as_json:
-        return _print_json({"folder": str(bundles_folder()), "bundles": rows})
+        return print_json({"folder": str(bundles_folder()), "bundles": rows})
     if not rows:
         typer.echo(f"no bundles in {bundles_folder()}; make one with `qie build CHECKPOINT --gpu cpu`")
         return None
@@ -223,7 +223,12 @@ def _seeds(seed: int | None, count: int) -> list[int]:
     return [first + n for n in range(count)]
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height of ``1024x768``.
+
+    Raises:
+        EditError: it is something else.
+    """
     if text is None:
         return None
     match = SIZE.fullmatch(text.strip().lower())
@@ -237,7 +242,7 @@ def _report_run(
 ) -> None:
     guided = edit.guidance > 1
     if as_json:
-        return _print_json(
+        return print_json(
             {
                 "images": [
                     {"path": str(path), "seed": seed, "width": image.shape[1], "height": image.shape[0]}
@@ -345,5 +350,6 @@ def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
     return [engine.component, *("-" if count is None else str(count) for count in counts)]
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: Any) -> None:
+    """Print plain data as indented JSON."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -40,7 +40,7 @@ class StepState:
 class Moments:
     """The steps of a schedule in the engine's memory: the sigma of each, and what each brings to the engine.
 
-    ``now`` are the tensors that the engine reads; every step is copied into them.
+    ``now`` are the tensors that the engine reads, every step is copied into them; none for a session that rebinds.
     """
 
     sigmas: tuple[float, ...]
@@ -63,7 +63,7 @@ def upload_moments(session: Session, schedule: Array, tables: Tables) -> Moments
     return Moments(
         sigmas=tuple(float(sigma) for sigma in schedule[:-1]),
         steps=tuple({name: session.upload(array) for name, array in step.items()} for step in steps),
-        now={name: session.upload(array.copy()) for name, array in steps[0].items()},
+        now={} if session.rebinds else {name: session.upload(array.copy()) for name, array in steps[0].items()},
     )
 
 

@@ -30,7 +30,7 @@ from qie.engines.modulation import modulation_tables
 from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens, encode
 from qie.engines.schedule import sigmas
 from qie.engines.sessions import Session, Tensor, load, open_device
-from qie.engines.shapes import Size, resolve_size
+from qie.engines.shapes import SIDE_MULTIPLE, Size, resolve_size
 from qie.engines.vision import VisionInputs, vision_inputs
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ __all__ = ["Edit", "Editor", "Progress", "Request"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
-
-PIXELS_A_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +137,7 @@ class Editor:
         seeds = [secrets.randbelow(2**32)] if request.seeds is None else list(request.seeds)
         samples = [(i, seed) for i in range(len(request.instructions)) for seed in seeds]
         negatives = [request.negative] if guidance > 1 else []
-        schedule = sigmas(self.model.scheduler, steps=steps, noise_tokens=size.area // PIXELS_A_TOKEN**2)
+        schedule = sigmas(self.model.scheduler, steps=steps, noise_tokens=size.tokens)
         noise_BNC = request.noise
         if noise_BNC is None:
             noise_BNC = noise_latents(
@@ -177,7 +175,7 @@ class Editor:
                 references.append(self._encode(copies.vae))
             progress("encode", len(prepared), len(prepared))
         reference_1RC = np.concatenate([tokens for tokens, _ in references], axis=1)
-        grids = [(size.height // PIXELS_A_TOKEN, size.width // PIXELS_A_TOKEN), *(grid for _, grid in references)]
+        grids = [(size.height // SIDE_MULTIPLE, size.width // SIDE_MULTIPLE), *(grid for _, grid in references)]
 
         # 4. The modulation of every step.
         with stopwatch("modulation"):
@@ -321,14 +319,14 @@ class Editor:
         return embeds
 
     def _encode(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], tuple[int, int]]:
-        rows, columns = (side // PIXELS_A_TOKEN for side in image_HWC.shape[:2])
+        rows, columns = (side // SIDE_MULTIPLE for side in image_HWC.shape[:2])
         sizes = {"batch": 1, "rows": rows, "columns": columns}
         latents = self._run("vae_encoder", "latents", sizes, image=image_HWC[None])
         return latents.reshape(1, rows * columns, -1), (rows, columns)
 
     def _decode(self, latents_BhwC: NDArray[np.float32]) -> NDArray[np.uint8]:
         batch, rows, columns, _ = latents_BhwC.shape
-        sizes = {"batch": batch, "height": rows * PIXELS_A_TOKEN, "width": columns * PIXELS_A_TOKEN}
+        sizes = {"batch": batch, "height": rows * SIDE_MULTIPLE, "width": columns * SIDE_MULTIPLE}
         image: NDArray[np.uint8] = self._run("vae_decoder", "image", sizes, latents=latents_BhwC)
         return image
 

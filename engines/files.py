@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["qie_home", "replacing", "replacing_folder", "sha256_of"]
+__all__ = ["existing", "qie_home", "replacing", "replacing_folder", "sha256_of"]
 
 
 def qie_home() -> Path:
@@ -17,6 +17,11 @@ def qie_home() -> Path:
         return Path(home)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "qie"
+
+
+def existing(path: Path) -> Path:
+    """``path`` or its nearest parent that exists: where what is written to ``path`` will take its room."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def sha256_of(path: Path) -> str:
@@ -82,5 +87,5 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True

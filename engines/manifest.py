@@ -35,6 +35,7 @@ __all__ = [
     "ProfileRecord",
     "RecipeRecord",
     "TensorSpec",
+    "modulation_rows",
     "read_manifest",
     "write_manifest",
 ]
@@ -129,6 +130,12 @@ class GraphRecord:
     profiles: tuple[ProfileRecord, ...]
 
 
+def modulation_rows(zero_cond_t: bool) -> int:
+    """Modulation vectors a block: shift, scale, gate of attention, then of the feed-forward, for noise tokens, then
+    (``zero_cond_t``) for reference tokens, then for text tokens."""
+    return 18 if zero_cond_t else 12
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModulationTensor:
     """A tensor of the modulation weights: its place in the file, [out, in] or [out] as in the checkpoint."""
@@ -152,6 +159,11 @@ class ModulationRecord:
     layers: int
     width: int
     zero_cond_t: bool
+
+    @property
+    def values(self) -> int:
+        """Numbers that a timestep has in the tables: every block's rows, and two rows for the output norm."""
+        return (self.layers * modulation_rows(self.zero_cond_t) + 2) * self.width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

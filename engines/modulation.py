@@ -42,7 +42,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
-    """The modulation of each step: float32 ``blocks`` [S, L, M * D] and ``out`` [S, 2 * D]."""
+    """The modulation of each step: float32 ``blocks`` [S, L, M * D] and ``out`` [S, 2 * D], contiguous step by step."""
 
     blocks: Array
     out: Array
@@ -149,8 +149,7 @@ def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generi
         stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    rows = 18 if record.zero_cond_t else 12
-    shape = (steps, (record.layers * rows + 2) * record.width)
+    shape = (steps, record.values)
     dtype = np.uint16 if record.tables == "bfloat16" else np.float32
     return stored if stored.shape == shape and stored.dtype == dtype else None
 
@@ -162,9 +161,7 @@ def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:
 def _tables(stored: NDArray[np.generic], record: ModulationRecord) -> Tables:
     flat = _widen(stored)
     blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
-    return Tables(
-        blocks=np.ascontiguousarray(blocks).reshape(len(flat), record.layers, -1), out=np.ascontiguousarray(out)
-    )
+    return Tables(blocks=blocks.reshape(len(flat), record.layers, -1), out=out)
 
 
 def _silu(x: Array) -> Array:

@@ -39,6 +39,11 @@ class Size:
         """Square pixels."""
         return self.width * self.height
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the transformer."""
+        return self.area // SIDE_MULTIPLE**2
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 

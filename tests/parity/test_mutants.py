@@ -43,7 +43,7 @@ MUTANTS = {
         TRANSFORMER,
     ),
     "mu from noise tokens only": Mutant(
-        "engines/editor.py", "noise_tokens=size.area // PIXELS_A_TOKEN**2", "noise_tokens=size.area // 128", EDIT
+        "engines/editor.py", "noise_tokens=size.tokens", "noise_tokens=2 * size.tokens", EDIT
     ),
     "shift_terminal": Mutant("engines/schedule.py", "if spec.shift_terminal and steps > 1:", "if False:", EDIT),
     "zero_cond_t on the image stream only": Mutant(
