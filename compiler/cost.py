@@ -14,9 +14,10 @@ batch 1 to 4).
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add
 from typing import Any, Literal
 
 import numpy as np
@@ -84,23 +85,44 @@ def cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:
     Causal and masked attention count as if every query saw every key; a kernel that skips the masked part does less.
     """
     model = _settled(_sized(graph, sizes))
-    nodes, weights = model.graph.node, {t.name for t in model.graph.initializer}
-    tensors = _tensors(model)
+    weights = {t.name for t in model.graph.initializer}
+    ends = {value.name for value in (*model.graph.input, *model.graph.output)}
+    tensors = _tensors(model.graph, {})
+    flops, moved, peak = _run(model.graph, tensors, weights=weights, held=weights | ends)
+    return Cost(
+        work=tuple(Work(kind=kind, dtype=dtype, flops=count) for (kind, dtype), count in flops.items()),
+        moved_bytes=moved,
+        activation_bytes=peak,
+        io_bytes=sum(tensors[name].bytes for name in ends),
+    )
+
+
+def _run(
+    graph: onnx.GraphProto, tensors: Mapping[str, _Tensor], *, weights: Collection[str], held: Collection[str]
+) -> tuple[dict[tuple[Kind, str], int], int, int]:
+    """Operations, bytes moved and the most bytes of tensors alive in one run; tensors in ``held`` are the caller's.
+
+    What a loop's body holds comes to what is alive around the loop; its operations are done once a turn.
+    """
     flops: dict[tuple[Kind, str], int] = defaultdict(int)
     moved = 0
-    for node in nodes:
+    inside = [0] * len(graph.node)
+    for place, node in enumerate(graph.node):
+        if node.op_type == "Loop":
+            body, times = _body(node), tensors[node.output[0]].shape[0]
+            within = {**tensors, **_tensors(body, tensors)}
+            outer = {value.name for value in (*body.input, *body.output)} | tensors.keys()
+            counts, bytes_a_turn, inside[place] = _run(body, within, weights=weights, held=outer)
+            for what, count in counts.items():
+                flops[what] += times * count
+            moved += times * bytes_a_turn
         counted = _operations(node, tensors, weights)
         if counted is not None:
             kind, operations = counted
             flops[kind, tensors[node.input[0]].dtype.numpy().name] += operations
             moved += sum(tensors[name].bytes for name in (*node.input, *node.output) if name)
-    ends = {value.name for value in (*model.graph.input, *model.graph.output)}
-    return Cost(
-        work=tuple(Work(kind=kind, dtype=dtype, flops=count) for (kind, dtype), count in flops.items()),
-        moved_bytes=moved,
-        activation_bytes=_peak(nodes, tensors, held=weights | ends),
-        io_bytes=sum(tensors[name].bytes for name in ends),
-    )
+    alive = _alive(graph.node, tensors, held=held)
+    return flops, moved, max(map(add, alive, inside))
 
 
 def _operations(
@@ -127,30 +149,43 @@ def _operations(
     return None
 
 
-def _peak(nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, _Tensor], *, held: Collection[str]) -> int:
-    """The most bytes of tensors alive at any node; those in ``held`` are the caller's and do not count."""
+def _alive(nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, _Tensor], *, held: Collection[str]) -> list[int]:
+    """The bytes of tensors alive at every node, but for those in ``held``."""
     born: dict[str, int] = {}
     last: dict[str, int] = {}
     for place, node in enumerate(nodes):
-        for name in filter(None, (*node.input, *node.output)):
-            storage = tensors[name].storage
-            born.setdefault(storage, place)
-            last[storage] = place
+        for name in (tensors[name].storage for name in _touched(node) if name in tensors):
+            born.setdefault(name, place)
+            last[name] = place
     change = [0] * (len(nodes) + 1)
     for name in born.keys() - held:
         change[born[name]] += tensors[name].bytes
         change[last[name] + 1] -= tensors[name].bytes
-    return max(accumulate(change))
+    return list(accumulate(change[:-1]))
 
 
-def _tensors(model: onnx.ModelProto) -> dict[str, _Tensor]:
-    """Every tensor of a model whose shapes are all known."""
+def _touched(node: onnx.NodeProto) -> Iterator[str]:
+    """The tensors that a node reads and makes, and those around it that its body reads."""
+    yield from filter(None, (*node.input, *node.output))
+    if node.op_type == "Loop":
+        for inner in _body(node).node:
+            yield from filter(None, inner.input)
+
+
+def _body(loop: onnx.NodeProto) -> onnx.GraphProto:
+    (body,) = (a.g for a in loop.attribute if a.name == "body")
+    return body
+
+
+def _tensors(graph: onnx.GraphProto, around: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+    """Every tensor of a graph whose shapes are all known; a loop's body views tensors ``around`` it."""
     tensors = {
-        name: _Tensor(shape=shape, dtype=dtype, storage=name) for name, (shape, dtype) in _known_types(model).items()
+        name: _Tensor(shape=shape, dtype=dtype, storage=name) for name, (shape, dtype) in _known_types(graph).items()
     }
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type in _VIEWS:
-            source, view = tensors[node.input[0]], tensors[node.output[0]]
+            source = tensors.get(node.input[0]) or around[node.input[0]]
+            view = tensors[node.output[0]]
             tensors[node.output[0]] = _Tensor(shape=view.shape, dtype=source.dtype, storage=source.storage)
     return tensors
 
@@ -172,23 +207,39 @@ def _sized(graph: Graph, sizes: Mapping[str, int]) -> onnx.ModelProto:
 def _settled(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` with the shape of every tensor.
 
-    ONNX's shape inference does not look into tensors that are computed from shapes, so these become constants, and it
-    starts again.
+    ONNX's shape inference does not look into tensors that are computed from shapes, so these become constants, nor at
+    how often a loop turns, so this is told; and it starts again.
     """
     while True:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        known = _known_types(model)
+        known = _known_types(model.graph)
         unknown = [node for node in model.graph.node if any(name and name not in known for name in node.output)]
         if not unknown:
             return model
-        assert _fold_shapes(model, known), f"no shape for {', '.join(sorted({n.op_type for n in unknown}))}"
+        folded, stacked = _fold_shapes(model, known), _stacked(model, unknown)
+        assert folded or stacked, f"no shape for {', '.join(sorted({n.op_type for n in unknown}))}"
         del model.graph.value_info[:]
+        model.graph.value_info.extend(stacked)
 
 
-def _known_types(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
+def _stacked(model: onnx.ModelProto, unknown: Sequence[onnx.NodeProto]) -> list[onnx.ValueInfoProto]:
+    """What loops give back (``qie.compiler.graphs.layers.loop``), as far as turns and results are known."""
+    values = {t.name: t for t in model.graph.initializer}
+    found = []
+    for node in unknown:
+        if node.op_type == "Loop" and node.input[0] in values:
+            body = _body(node)
+            result = _known_types(body).get(body.output[-1].name)
+            if result is not None:
+                shape = [int(numpy_helper.to_array(values[node.input[0]])), *result[0]]
+                found.append(helper.make_tensor_value_info(node.output[0], int(result[1]), shape))
+    return found
+
+
+def _known_types(graph: onnx.GraphProto) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
     """Shape and dtype of every tensor whose dimensions are all numbers."""
-    known = {t.name: (tuple(t.dims), ir.DataType(t.data_type)) for t in model.graph.initializer}
-    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+    known = {t.name: (tuple(t.dims), ir.DataType(t.data_type)) for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
             known[value.name] = tuple(dim.dim_value for dim in kind.shape.dim), ir.DataType(kind.elem_type)
@@ -206,7 +257,7 @@ def _fold_shapes(model: onnx.ModelProto, known: Mapping[str, tuple[tuple[int, ..
         inputs = {name: values[name] for name in node.input if name in values}
         if node.op_type == "Shape" and node.input[0] in known:
             inputs = {node.input[0]: np.broadcast_to(np.False_, known[node.input[0]][0])}
-        if len(inputs) < len(set(filter(None, node.input))):
+        if node.op_type == "Loop" or len(inputs) < len(set(filter(None, node.input))):
             kept.append(node)
             continue
         for name, value in zip(node.output, _evaluate(model, node, inputs), strict=True):

@@ -12,15 +12,12 @@ from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.model import areas
 from qie.compiler.recipe import Range, Recipe
-from qie.engines.manifest import Component, ProfileRecord
+from qie.engines.manifest import ProfileRecord
 from qie.engines.prompt import PREFIX_TOKENS
 from qie.engines.shapes import BUCKET_MULTIPLE, SIDE_MULTIPLE, ShapeLimits, Size, calculate_dimensions
 from qie.engines.vision import VisionSpec, smart_resize
 
 __all__ = ["profiles"]
-
-BATCHED: tuple[Component, ...] = ("transformer", "vae_decoder")
-"""What an edit runs for several results at once; prompts and references go one by one."""
 
 INSTRUCTION_TOKENS = 60
 """Text tokens beside those of the images in the edit that engines are tuned for."""
@@ -34,7 +31,7 @@ def profiles(graph: Graph, recipe: Recipe, checkpoint: Checkpoint) -> tuple[Prof
         CheckpointError: the configs are incomplete.
     """
     spans = _spans(recipe, checkpoint)
-    if graph.component not in BATCHED:
+    if graph.component != "transformer":  # prompts, references and results go one by one
         spans["batch"] = Range(min=1, opt=1, max=1)
 
     def shape(dims: Sequence[int | str], end: Callable[[Range], int]) -> tuple[int, ...]:

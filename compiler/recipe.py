@@ -151,7 +151,8 @@ class Gates:
 class Recipe:
     """A resolved recipe.
 
-    ``compute_capability`` is None for a CPU. ``memory_gib`` is the memory of the device that runs the engines.
+    ``compute_capability`` is None for a CPU. ``memory_gib`` is the memory that engines may take: of a GPU,
+    what ``nvidia-smi`` names as its total less about half a GiB for the CUDA context.
     ``backends`` are in order of preference. ``residency`` says whether all engines stay loaded or each is loaded for
     its turn. ``noise`` is the dtype in which the initial noise is drawn; diffusers draws it in the dtype of the
     pipeline (pipeline_qwenimage_edit_plus.py, prepare_latents). The first of ``schedules`` is ``qie run``'s default.

@@ -80,7 +80,7 @@ def largest_sizes(plan: Plan) -> dict[Component, dict[str, int]]:
 def _dims(
     plan: Plan, batch: int, image: Size, reference: Size, references: int, patches: int, text_tokens: int
 ) -> dict[Component, dict[str, int]]:
-    """``patches`` are those of all references; only transformer and decoder see a batch (``qie.engines.editor``)."""
+    """``patches`` are those of all references; only the transformer sees a batch (``qie.engines.editor``)."""
     image_tokens = patches // _vision(plan).merge_size ** 2
     noise_tokens, reference_tokens = image.tokens, reference.tokens
     return {
@@ -95,7 +95,7 @@ def _dims(
             "tokens": text_tokens + noise_tokens + references * reference_tokens,
         },
         "vae_decoder": {
-            "batch": batch,
+            "batch": 1,
             "rows": image.height // SIDE_MULTIPLE,
             "columns": image.width // SIDE_MULTIPLE,
         },

@@ -150,6 +150,7 @@ class Editor:
 
         # 2. Images and words to prompt embeddings; the negative prompt sees the same images.
         prepared = [prepare(image, self.model.areas) for image in request.images]
+        self._check_references([copies.vae.shape for copies in prepared])
         seen = vision_inputs([p.vision for p in prepared], self.model.vision)
         words = partial(encode, self._tokenizer, grids=seen.grids, spec=self.model.prompt)
         prompts = [words([text]) for text in request.instructions]
@@ -210,14 +211,14 @@ class Editor:
                 latents.append(latents_BNC)
 
         # 6. Latents to pixels.
+        order = [b for batch in batches for b in batch]
         results: dict[int, NDArray[np.uint8]] = {}
         with stopwatch("vae_decoder"), self._session("vae_decoder"):
-            for number, (batch, latents_BNC) in enumerate(zip(batches, latents, strict=True)):
-                progress("decode", number, len(batches))
-                pixels = self._decode(latents_BNC.reshape(len(batch), *grids[0], -1))
-                results.update(zip(batch, pixels, strict=True))
-            progress("decode", len(batches), len(batches))
-        images = tuple(self._finish(results[b], request) for b in range(len(samples)))
+            for number, (b, latents_NC) in enumerate(zip(order, np.concatenate(latents), strict=True)):
+                progress("decode", number, len(order))
+                results[b] = self._finish(self._decode(latents_NC.reshape(*grids[0], -1)), request)
+            progress("decode", len(order), len(order))
+        images = tuple(results[b] for b in range(len(samples)))
         return Edit(
             images=images,
             samples=tuple((request.instructions[i], seed) for i, seed in samples),
@@ -261,6 +262,17 @@ class Editor:
         for text in (*request.instructions, request.negative):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise EditError(f"{text!r} is not UTF-8 text; write it again")
+
+    def _check_references(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Refuse an image so wide or tall that its copy at the model's area is beyond what the engine takes."""
+        for profile in self._engines["vae_encoder"].profiles:
+            for number, (height, width, _) in enumerate(shapes, start=1):
+                (_, *low, _), (_, *high, _) = profile.min, profile.max
+                if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
+                    raise EditError(
+                        f"image {number} would be encoded at {width}x{height} pixels, this bundle's engine takes sides "
+                        f"from {max(low)} to {min(high)}; crop it nearer to a square"
+                    )
 
     def _check_lengths(self, prompts: Sequence[PromptTokens]) -> None:
         most = self.bundle.manifest.limits.prompt_tokens_max
@@ -324,11 +336,11 @@ class Editor:
         latents = self._run("vae_encoder", "latents", sizes, image=image_HWC[None])
         return latents.reshape(1, rows * columns, -1), (rows, columns)
 
-    def _decode(self, latents_BhwC: NDArray[np.float32]) -> NDArray[np.uint8]:
-        batch, rows, columns, _ = latents_BhwC.shape
-        sizes = {"batch": batch, "height": rows * SIDE_MULTIPLE, "width": columns * SIDE_MULTIPLE}
-        image: NDArray[np.uint8] = self._run("vae_decoder", "image", sizes, latents=latents_BhwC)
-        return image
+    def _decode(self, latents_hwC: NDArray[np.float32]) -> NDArray[np.uint8]:
+        rows, columns, _ = latents_hwC.shape
+        sizes = {"batch": 1, "height": rows * SIDE_MULTIPLE, "width": columns * SIDE_MULTIPLE}
+        images: NDArray[np.uint8] = self._run("vae_decoder", "image", sizes, latents=latents_hwC[None])
+        return images[0]
 
     def _finish(self, image_HWC: NDArray[np.uint8], request: Request) -> NDArray[np.uint8]:
         if not request.match_input or image_HWC.shape[1::-1] == request.images[-1].size:

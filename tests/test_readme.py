@@ -1,5 +1,6 @@
 """What the documents say works: commands parse, links lead somewhere, the Python example runs."""
 
+import os
 import re
 import shlex
 import shutil
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from qie.compiler.architecture import ARCHITECTURES
 from qie.compiler.cli import app
+from qie.compiler.random_checkpoint import write_checkpoint
+from qie.engines.manifest import COMPONENTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")))
@@ -56,3 +61,31 @@ def test_python_example_runs(bundle: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3)") == 2
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_polygraphy_reads_what_export_writes(component: str, bfloat16_graphs: Path) -> None:
+    """The commands of docs/tensorrt.md that need no GPU, for every graph."""
+    text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    layers, parser = re.findall(
+        r"^ {4}((?:\w+=\d )?polygraphy inspect .* )graphs/transformer\.onnx(.*)$", text, re.MULTILINE
+    )
+    for (command, options), said in ((layers, f"Name: {component}"), (parser, "fully supported by TensorRT")):
+        line = f"{command}{bfloat16_graphs / component}.onnx{options}"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=bfloat16_graphs, env=environment())
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+def environment() -> dict[str, str]:
+    """Programs that lie beside the interpreter are found."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def bfloat16_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    checkpoint = write_checkpoint(folder / "tiny", ARCHITECTURES["tiny"])
+    done = CliRunner().invoke(app, ["export", str(checkpoint), "--gpu", "l40s", "--out", str(folder / "graphs")])
+    assert done.exit_code == 0, done.output
+    return folder / "graphs"

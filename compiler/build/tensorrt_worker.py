@@ -94,6 +94,10 @@ def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> A
         config.clear_flag(trt.BuilderFlag.TF32)  # where a recipe says float32, it means it
     if job["weight_streaming"] and hasattr(trt.BuilderFlag, "WEIGHT_STREAMING"):
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # no allocation between steps, and a run can be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # small edits need less of the arena
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     profile = builder.create_optimization_profile()
     for name, *shapes in job["profiles"]:
         profile.set_shape(name, *shapes)

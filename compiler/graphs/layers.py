@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, D width, H heads, K head width, E half a he
 Norms accumulate in float32 (ONNX stash type), as the reference does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from onnxscript import nn
 from qie.compiler.graphs.graph import DTYPES, Parameter
 from qie.compiler.graphs.weight import DType, Layout
 
-__all__ = ["Linear", "RMSNorm", "attention", "cast", "rotate", "silu", "split"]
+__all__ = ["Linear", "RMSNorm", "attention", "cast", "loop", "rotate", "silu", "split"]
 
 
 class Linear(nn.Module):
@@ -85,6 +85,24 @@ def rotate(
 def cast(op: Any, x: ir.Value, old: str, new: str) -> ir.Value:
     """``x`` in dtype ``new``; nothing where it already is."""
     return x if old == new else op.Cast(x, to=DTYPES[new])
+
+
+def loop(op: Any, times: ir.Value, body: Callable[[Any, ir.Value], ir.Value], dtype: DType) -> ir.Value:
+    """``body(op, i)`` for i from 0, int64 [1] ``times`` times, one after another; the results on a new first axis.
+
+    TensorRT wants the condition as a tensor, though it is always true, and no Scan, which has none.
+    """
+    index = ir.Value(name="index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    going = ir.Value(name="going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    outputs = [
+        ir.Value(name="still_going", type=going.type, shape=ir.Shape([])),
+        ir.Value(name="", type=ir.TensorType(DTYPES[dtype])),
+    ]
+    graph = op.builder.subgraph(
+        lambda op, index, going: [op.Identity(going), body(op, index)], [index, going], outputs, name="body"
+    )
+    start = op.initializer(ir.tensor(True), name="always")
+    return op.Loop(op.Squeeze(times), start, body=graph)
 
 
 def silu(op: Any, x: ir.Value) -> ir.Value:

@@ -18,7 +18,7 @@ from onnxscript import nn
 
 from qie.compiler.configs import VaeConfig
 from qie.compiler.graphs.graph import Graph, Parameter, constant
-from qie.compiler.graphs.layers import cast, silu, split
+from qie.compiler.graphs.layers import cast, loop, silu, split
 from qie.compiler.graphs.weight import DType
 from qie.engines.manifest import TensorSpec
 
@@ -175,7 +175,11 @@ class Middle(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions, as wide as the feature map."""
+    """One head over all positions, as wide as the feature map, for one row of queries after another.
+
+    The head is too wide for a fused kernel, so its scores are a tensor. A loop keeps those of one row, [B, W, P];
+    whole, or split into parts that a compiler may run side by side, they would be [B, P, P].
+    """
 
     def __init__(self, width: int, dtype: DType) -> None:
         super().__init__()
@@ -186,13 +190,18 @@ class SpatialAttention(nn.Module):
         self.proj = Conv(width, width, 1, dtype=dtype)
 
     def forward(self, op: Any, x_BCHW: ir.Value) -> ir.Value:
-        qkv = op.Reshape(self.to_qkv(op, self.norm(op, x_BCHW)), [0, 0, -1])
-        q_BCP, k_BCP, v_BCP = split(op, qkv, 3, axis=1)
-        q_BPC = op.Mul(op.Transpose(q_BCP, perm=[0, 2, 1]), constant(op, self.width**-0.5, self.dtype))
-        weights_BPP = op.Softmax(op.MatMul(q_BPC, k_BCP), axis=-1)
-        y_BPC = op.MatMul(weights_BPP, op.Transpose(v_BCP, perm=[0, 2, 1]))
-        y_BCHW = op.Reshape(op.Transpose(y_BPC, perm=[0, 2, 1]), op.Shape(x_BCHW))
-        return op.Add(x_BCHW, self.proj(op, y_BCHW))
+        q_BCHW, k_BCHW, v_BCHW = split(op, self.to_qkv(op, self.norm(op, x_BCHW)), 3, axis=1)
+        scaled = op.Mul(q_BCHW, constant(op, self.width**-0.5, self.dtype))
+        q_HBWC = op.Transpose(scaled, perm=[2, 0, 3, 1])
+        k_BCP = op.Reshape(k_BCHW, [0, 0, -1])
+        v_BPC = op.Transpose(op.Reshape(v_BCHW, [0, 0, -1]), perm=[0, 2, 1])
+
+        def attend(op: Any, row: ir.Value) -> ir.Value:
+            weights_BWP = op.Softmax(op.MatMul(op.Gather(q_HBWC, row, axis=0), k_BCP), axis=-1)
+            return op.MatMul(weights_BWP, v_BPC)
+
+        y_HBWC = loop(op, op.Shape(x_BCHW, start=2, end=3), attend, self.dtype)
+        return op.Add(x_BCHW, self.proj(op, op.Transpose(y_HBWC, perm=[1, 3, 0, 2])))
 
 
 class Downsample(nn.Module):

@@ -140,7 +140,8 @@ def test_the_weights_of_2511(published: Estimate) -> None:
 
 def test_the_largest_edit_of_2511(plan: Plan) -> None:
     largest = largest_sizes(plan)
-    assert largest["transformer"]["batch"] == largest["vae_decoder"]["batch"] == 4
+    assert largest["transformer"]["batch"] == 4
+    assert largest["vae_decoder"]["batch"] == 1
     assert largest["transformer"]["reference_tokens"] >= 3 * TOKENS
     assert largest["transformer"]["text_tokens"] == 2560
     assert largest["vision"]["patches"] >= 3 * 784
@@ -149,9 +150,9 @@ def test_the_largest_edit_of_2511(plan: Plan) -> None:
 def test_memory_grows_with_what_the_recipe_allows(tiny: Plan) -> None:
     shapes = replace(tiny.recipe.shapes, batch=replace(tiny.recipe.shapes.batch, max=1))
     many, one = estimate(tiny), estimate(changed(tiny, shapes=shapes))
-    for component in ("transformer", "vae_decoder"):
+    for component, times in (("transformer", 4), ("vae_decoder", 1)):
         ratio = of(many, component).largest_activation_bytes / of(one, component).largest_activation_bytes
-        assert ratio == pytest.approx(4, rel=0.05)
+        assert ratio == pytest.approx(times, rel=0.05)
     assert [c.cost for c in many.components] == [c.cost for c in one.components]
 
 

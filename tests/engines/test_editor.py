@@ -21,7 +21,7 @@ from qie.engines.denoise import StepState
 from qie.engines.editor import Edit, Editor, Request
 from qie.engines.errors import BundleError, EditError
 from qie.engines.latents import noise_latents
-from qie.engines.manifest import COMPONENTS, EngineRecord
+from qie.engines.manifest import COMPONENTS, EngineRecord, ProfileRecord
 from qie.engines.schedule import sigmas
 from qie.engines.sessions import Session
 from qie.engines.sessions import load as load_session
@@ -137,7 +137,7 @@ def test_prompts_of_one_length_share_a_batch_up_to_the_limit(opened: Bundle, log
     two_lengths = ["make it red", "add snow", "make it blue"]
     editor.edit(request(instructions=two_lengths, seeds=[1, 2], steps=1, guidance=1.0))
     assert [size for component, size in log.batches if component == "transformer"] == [2, 3, 1]
-    assert [size for component, size in log.batches if component == "vae_decoder"] == [2, 3, 1]
+    assert [size for component, size in log.batches if component == "vae_decoder"] == [1] * 6
     assert log.runs["language"] == 3
     assert log.runs["vision"] == log.runs["vae_encoder"] == 1
 
@@ -338,6 +338,23 @@ def test_a_prompt_that_the_engines_do_not_take(opened: Bundle, log: Log) -> None
     with pytest.raises(EditError, match=r"a prompt is \d+ tokens long .* at most 40; shorten"):
         editor.edit(request(instructions=["make it red " * 20]))
     assert log.loads == []
+
+
+def test_an_image_that_the_encoder_does_not_take(opened: Bundle, log: Log) -> None:
+    def bound(engine: EngineRecord) -> EngineRecord:
+        if engine.component != "vae_encoder":
+            return engine
+        profile = ProfileRecord(input="image", min=(1, 64, 64, 3), opt=(1, 96, 96, 3), max=(1, 128, 128, 3))
+        return replace(engine, profiles=(profile,))
+
+    manifest = opened.manifest
+    narrow = replace(opened, manifest=replace(manifest, engines=tuple(map(bound, manifest.engines))))
+    editor = Editor(narrow)
+    assert editor.edit(request(images=[picture(90, 80)])).images
+    log.runs.clear()
+    with pytest.raises(EditError, match=r"image 2 would be encoded at \d+x\d+ pixels.* from 64 to 128; crop it nearer"):
+        editor.edit(request(images=[picture(90, 80), picture(400, 40)]))
+    assert not log.runs
 
 
 def test_the_first_generation_takes_one_image(edit_bundle: Path) -> None:

@@ -20,6 +20,7 @@ class StandIn:
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
         self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
         self.BuilderFlag = SimpleNamespace(TF32="tf32", WEIGHT_STREAMING="streaming")
+        self.PreviewFeature = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="resize")
         self.ILogger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal"})
         self.IProgressMonitor = type("IProgressMonitor", (), {})
 
@@ -49,6 +50,7 @@ class StandIn:
         return SimpleNamespace(
             set_memory_pool_limit=lambda *a: note(("limit", *a)),
             set_flag=lambda flag: note(("set", flag)),
+            set_preview_feature=lambda feature, on: note(("preview", feature, on)),
             clear_flag=lambda flag: note(("clear", flag)),
             add_optimization_profile=lambda profile: note(("profile",)),
             create_timing_cache=lambda known: note(("cache", known)) or SimpleNamespace(serialize=lambda: known + b"+"),
@@ -98,6 +100,7 @@ def test_tensorrt_is_told_what_the_recipe_says(job: dict[str, Any]) -> None:
     assert ("limit", "workspace", 7 * 2**30) in stand_in.asked
     assert ("set", "streaming") in stand_in.asked
     assert ("clear", "tf32") in stand_in.asked
+    assert ("preview", "resize", True) in stand_in.asked
     assert ("shape", "x", [1], [2], [3]) in stand_in.asked
     assert ("network", 0) in stand_in.asked  # strongly typed is all there is
     done = messages[-1]["done"]
