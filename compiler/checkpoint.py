@@ -176,7 +176,13 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
 
 def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
     """The folder of a hub id in huggingface_hub's cache, named by its commit."""
-    import huggingface_hub
+    try:
+        import huggingface_hub
+    except ImportError as problem:
+        raise CheckpointError(
+            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}): run "
+            "`pip install 'qie[compile]'`, or give a folder"
+        ) from None
 
     wanted = [*_CONFIG_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
     try:

@@ -28,6 +28,10 @@ _UNSUPPORTED = (
 )
 
 
+_LARGEST_SHIFT = 100
+"""Published schedulers shift by 0.5 to 1.15; by this much, every sigma is 1 to the last bit."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerSpec:
     """The options of a checkpoint's scheduler_config.json that decide its sigmas.
@@ -77,7 +81,13 @@ class SchedulerSpec:
                     f"scheduler_config.json holds {name} = {value!r}, which is not a value of that option: "
                     "take the scheduler folder of the published checkpoint."
                 )
-        return cls(**known)
+        spec = cls(**known)
+        if not spec.base_image_seq_len < spec.max_image_seq_len:
+            raise CheckpointError(
+                f"scheduler_config.json holds base_image_seq_len = {spec.base_image_seq_len}, which is not below "
+                f"max_image_seq_len = {spec.max_image_seq_len}: take the scheduler folder of the published checkpoint."
+            )
+        return spec
 
 
 def _is_valid(name: str, value: Any) -> bool:
@@ -88,7 +98,11 @@ def _is_valid(name: str, value: Any) -> bool:
         return isinstance(value, bool)
     if name == "shift_terminal" and value is None:
         return True
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    if name in ("base_shift", "max_shift"):
+        return abs(value) <= _LARGEST_SHIFT
+    return value > 0 or name == "shift_terminal"
 
 
 def sigmas(spec: SchedulerSpec, *, steps: int, noise_tokens: int) -> NDArray[np.float32]:
@@ -98,7 +112,7 @@ def sigmas(spec: SchedulerSpec, *, steps: int, noise_tokens: int) -> NDArray[np.
     noise_tokens: tokens of the picture being made, (height / 16) * (width / 16); reference images do not count
 
     A single step cannot both start at 1 and end at `shift_terminal` (diffusers gives NaN): it runs from 1 to 0.
-    Raises EditError when steps is below 1.
+    Raises EditError when steps is below 1, or when a damaged scheduler leaves no schedule.
     """
     if steps < 1:
         raise EditError(f"An edit of {steps} steps was asked for, but it needs at least 1: raise the number of steps.")
@@ -106,6 +120,11 @@ def sigmas(spec: SchedulerSpec, *, steps: int, noise_tokens: int) -> NDArray[np.
     one = np.float32(1)
     if spec.use_dynamic_shifting:
         mu = _mu(spec, noise_tokens)
+        if mu > _LARGEST_SHIFT:
+            raise EditError(
+                f"The checkpoint's scheduler shifts a picture of {noise_tokens} tokens by {mu:g}, which leaves no "
+                "schedule: take the scheduler folder of the published checkpoint."
+            )
         weight = np.float32(math.exp(mu) if spec.time_shift_type == "exponential" else mu)
         sigma_S = weight / (weight + (one / sigma_S - one))
     else:

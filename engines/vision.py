@@ -98,7 +98,19 @@ class VisionSpec:
                     f"preprocessor_config.json has {option} = {processor[option]!r}, but this vision tower needs "
                     f"{expected!r}: take both files from the same checkpoint."
                 )
-        size = _PROCESSOR_DEFAULTS["size"] | _present(processor["size"])
+        size = processor["size"]
+        if not isinstance(size, Mapping):
+            raise _malformed("size", size, "shortest_edge and longest_edge")
+        size = _PROCESSOR_DEFAULTS["size"] | _present(size)
+        least = processor.get("min_pixels", size["shortest_edge"])
+        most = processor.get("max_pixels", size["longest_edge"])
+        if not (_is_number(least) and _is_number(most) and 0 < least <= most):
+            raise _malformed("min_pixels and max_pixels", (least, most), "two areas in pixels, the smaller one first")
+        for option in ("image_mean", "image_std"):
+            values = processor[option]
+            numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_number, values))
+            if not numbers or (option == "image_std" and min(values) <= 0):
+                raise _malformed(option, values, "one number for each of 3 channels")
         return cls(
             patch_size=tower["patch_size"],
             merge_size=tower["spatial_merge_size"],
@@ -106,11 +118,22 @@ class VisionSpec:
             window_size=tower["window_size"],
             head_dim=tower.get("head_dim", tower["hidden_size"] // tower["num_heads"]),
             rope_theta=float(tower.get("rope_parameters", {}).get("rope_theta", 10000.0)),
-            min_pixels=processor.get("min_pixels", size["shortest_edge"]),
-            max_pixels=processor.get("max_pixels", size["longest_edge"]),
+            min_pixels=least,
+            max_pixels=most,
             image_mean=tuple(processor["image_mean"]),
             image_std=tuple(processor["image_std"]),
         )
+
+
+def _malformed(option: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"preprocessor_config.json has {option} = {value!r}, expected {expected}: take the file from the published "
+        "checkpoint."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _present(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -397,6 +398,12 @@ def test_a_hub_id_that_is_not_cached_names_the_command(hub: Path, source: str, r
     command = f"hf download {source}" + (f" --revision {revision}" if revision else "")
     with pytest.raises(CheckpointError, match=f"`{command}`"):
         open_checkpoint(source, revision=revision)
+
+
+def test_a_hub_id_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"huggingface_hub is not installed .*run `pip install 'qie\[compile\]'`"):
+        open_checkpoint("owner/name")
 
 
 def test_a_hub_id_fetches_only_what_is_needed(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,11 +122,21 @@ def test_unsupported_options_are_named(option):
         ("max_shift", "0.9"),
         ("use_dynamic_shifting", "yes"),
         ("num_train_timesteps", True),
+        ("num_train_timesteps", 0),
+        ("shift", float("nan")),
+        ("base_shift", -1e9),
+        ("max_image_seq_len", 256),
     ],
 )
 def test_values_of_the_wrong_kind_are_named(option, value):
     with pytest.raises(CheckpointError, match=option):
         SchedulerSpec.from_config(PUBLISHED | {option: value})
+
+
+def test_a_shift_that_leaves_no_schedule():
+    spec = SchedulerSpec.from_config(PUBLISHED | {"base_shift": 0.5, "max_shift": 99, "max_image_seq_len": 257})
+    with pytest.raises(EditError, match="4096 tokens.* leaves no schedule: take the scheduler folder"):
+        sigmas(spec, steps=4, noise_tokens=4096)
 
 
 def test_another_scheduler_is_refused():

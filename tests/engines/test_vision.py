@@ -170,6 +170,13 @@ def test_limits_stand_in_either_place(preprocessor, limits):
         ({}, {"do_normalize": False}, "do_normalize"),
         ({}, {"resample": 2}, "resample"),
         ({}, {"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({}, {"image_mean": 0.5}, "image_mean"),
+        ({}, {"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({}, {"image_std": [0.5, 0.5, "0.5"]}, "image_std"),
+        ({}, {"image_std": [0.5, 0.5, 0]}, "image_std"),
+        ({}, {"size": 224}, "size"),
+        ({}, {"min_pixels": 4096, "max_pixels": 1024}, "min_pixels and max_pixels"),
+        ({}, {"max_pixels": "many"}, "min_pixels and max_pixels"),
     ],
 )
 def test_a_processor_that_does_not_fit_is_named(tower, preprocessor, option):
