@@ -509,7 +509,9 @@ def test_bars_are_drawn_on_a_terminal(workplace: Path, bundle: Path) -> None:
 def test_an_interrupted_build_leaves_nothing(workplace: Path, checkpoint: Path, qie_home: Path) -> None:
     long = 'extends = "cpu"\n' + "".join(f"[[schedules]]\nsteps = {n}\nguidance = 4.0\n" for n in range(700, 900))
     Path("long.toml").write_text(long)
-    script = "from qie.compiler.cli import main; main()"
+    # A background job of a shell ignores SIGINT, and so would what the tests start if they run as one.
+    attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script = attentive + "from qie.compiler.cli import main; main()"
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "long"]
     with subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
