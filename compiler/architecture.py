@@ -22,13 +22,15 @@ class Architecture:
     ``text_vocab_size`` is the number of embedding rows, as published more than the tokenizer has entries.
     ``text_names`` is the naming of the text encoder's tensors: "old" is ``visual.*`` and ``model.*`` (transformers 4),
     "new" is ``model.visual.*`` and ``model.language_model.*``. ``vae_area`` and ``condition_area`` are the image areas
-    that the pipeline resizes to for the VAE and for the vision tower.
+    that the pipeline resizes to for the VAE and for the vision tower, ``schedule`` the steps and the guidance that the
+    model wants where nothing else is asked for.
     """
 
     pipeline: Literal["edit", "edit_plus"] = "edit_plus"
     zero_cond_t: bool = True
     vae_area: int = 128 * 128
     condition_area: int = 128 * 128
+    schedule: tuple[int, float] | None = None
 
     num_layers: int = 2
     num_attention_heads: int = 2
@@ -111,11 +113,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         vae_base_dim=24,
         vae_num_res_blocks=2,
     ),
+    "pocket": Architecture(
+        schedule=(8, 1.0),
+        condition_area=96 * 96,
+        num_layers=5,
+        num_attention_heads=3,
+        attention_head_dim=64,
+        axes_dims_rope=(8, 28, 28),
+        text_hidden_size=128,
+        text_layers=3,
+        text_intermediate_size=256,
+        text_mrope_section=(8, 12, 12),
+        text_vocab_size=832,
+        vision_hidden_size=96,
+        vision_heads=3,
+        vision_intermediate_size=192,
+        vae_base_dim=16,
+        vae_num_res_blocks=2,
+    ),
     "qwen-image-edit": replace(_PUBLISHED, pipeline="edit"),
     "qwen-image-edit-2509": _PUBLISHED,
     "qwen-image-edit-2511": replace(_PUBLISHED, zero_cond_t=True),
 }
-"""Presets by name. "tiny" (as 2511), "tiny-2509" and "tiny-edit" are for tests; the "qwen-image-edit*" ones have the
+"""Presets by name. "tiny" (as 2511), "tiny-2509" and "tiny-edit" are for tests, "pocket" is the trained model of
+``recipes/pocket``; the "qwen-image-edit*" ones have the
 published dimensions (the configs of the model cards; Qwen2.5-VL-7B for the text encoder)."""
 
 

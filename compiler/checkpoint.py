@@ -15,7 +15,10 @@ from qie.compiler.safetensor import SafetensorsReader, open_component, read_json
 from qie.engines.errors import CheckpointError
 from qie.engines.files import replacing
 
-__all__ = ["Checkpoint", "Pipeline", "open_checkpoint"]
+__all__ = ["POCKET", "Checkpoint", "Pipeline", "open_checkpoint"]
+
+POCKET = Path(__file__).parent.parent / "recipes" / "pocket"
+"""The small trained model that comes with qie."""
 
 Pipeline = Literal["edit", "edit_plus"]
 """Which of the two pipelines a checkpoint was made for: they differ in template, image areas and number of images."""
@@ -118,7 +121,8 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
     """Open a checkpoint from a folder or from the hub, and check that nothing is missing before long work starts.
 
     Args:
-        source: a folder in diffusers format, or a hub id ("owner/name"), which is looked up through huggingface_hub
+        source: a folder in diffusers format; "pocket", the small trained model that comes with qie; or a hub id
+            ("owner/name"), which is looked up through huggingface_hub
             and its cache; what is cached works offline.
         revision: branch, tag or commit of a hub id.
         weights: False opens configs and tokenizer alone, and fetches nothing else of a hub id.
@@ -128,6 +132,8 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
             (with ``weights``) a file of weights is missing, cut short or broken.
     """
     folder = Path(source).expanduser()
+    if source == POCKET.name and not folder.is_dir() and POCKET.is_dir():
+        folder = POCKET
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{source} is a folder and has no revision {revision!r}: leave the revision out")
@@ -136,7 +142,9 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
         path, name = _fetch(source, revision, weights), source
         revision = path.name
     else:
-        raise CheckpointError(f"{source} is neither a folder nor a hub id such as Qwen/Qwen-Image-Edit-2511")
+        raise CheckpointError(
+            f"{source} is neither a folder, nor pocket, nor a hub id such as Qwen/Qwen-Image-Edit-2511"
+        )
 
     index_file = path / "model_index.json"
     if not index_file.is_file():

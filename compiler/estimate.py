@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from qie.compiler.cost import Cost, cost
 from qie.compiler.gpus import GPUS
 from qie.compiler.graphs.graph import DTYPES, Graph
+from qie.compiler.model import schedules
 from qie.compiler.plan import Plan, PlannedComponent
 from qie.compiler.recipe import Backend
 from qie.compiler.workload import Workload, largest_sizes, sizes_of, workload
@@ -122,7 +123,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
     """
     work = workload(plan) if work is None else work
     sizes, largest = sizes_of(plan, work), largest_sizes(plan)
-    steps = max(work.steps, *(schedule.steps for schedule in plan.recipe.schedules))
+    steps = max(work.steps, *(schedule.steps for schedule in schedules(plan.checkpoint, plan.recipe)))
     runs: Mapping[Component, int] = {
         "vision": 1,
         "language": work.passes,

@@ -1,7 +1,10 @@
 """What the runtime must know of a checkpoint: its constants, read from its configs into the manifest's model record."""
 
+from typing import Any
+
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.configs import TransformerConfig, VaeConfig, VisionConfig
+from qie.compiler.recipe import Recipe, Schedule
 from qie.compiler.tokenizer import load_tokenizer
 from qie.engines.errors import CheckpointError
 from qie.engines.image import Areas
@@ -11,7 +14,7 @@ from qie.engines.prompt import PREFIX_TOKENS, PromptSpec, check_prefix
 from qie.engines.schedule import SchedulerSpec
 from qie.engines.vision import VisionSpec
 
-__all__ = ["CONDITION_AREA", "VAE_AREA", "areas", "check_parts", "model_record", "scheduler_spec"]
+__all__ = ["CONDITION_AREA", "VAE_AREA", "areas", "check_parts", "model_record", "scheduler_spec", "schedules"]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
@@ -24,20 +27,52 @@ def areas(checkpoint: Checkpoint) -> Areas:
     Raises:
         CheckpointError: "_qie" in model_index.json is malformed.
     """
-    own = checkpoint.model_index.get("_qie", {})
-    if not isinstance(own, dict):
-        raise CheckpointError(f"model_index.json: _qie = {own!r}; expected vae_area and condition_area, or no _qie")
-    values = {"vae_area": VAE_AREA, "condition_area": CONDITION_AREA} | own
-    for key, value in values.items():
-        if key not in ("vae_area", "condition_area") or not isinstance(value, int) or value < 32 * 32:
-            raise CheckpointError(
-                f"model_index.json: _qie.{key} = {value!r}; expected vae_area and condition_area, both at least "
-                "1024 pixels"
-            )
+    own = _own(checkpoint)
     return Areas(
-        vae_area=values["vae_area"],
-        condition_area=None if checkpoint.pipeline == "edit" else values["condition_area"],
+        vae_area=own.get("vae_area", VAE_AREA),
+        condition_area=None if checkpoint.pipeline == "edit" else own.get("condition_area", CONDITION_AREA),
     )
+
+
+def schedules(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Schedule, ...]:
+    """The schedules of a build, the first being the default of its edits: the model's own, then the recipe's.
+
+    Raises:
+        CheckpointError: "_qie" in model_index.json is malformed.
+    """
+    own = _own(checkpoint).get("schedule")
+    return recipe.schedules if own is None else (Schedule(**own), *recipe.schedules)
+
+
+def _own(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model that is not one of the published ones says of itself, under "_qie" in model_index.json."""
+    own = checkpoint.model_index.get("_qie", {})
+    area, schedule = {"vae_area", "condition_area"}, {"steps", "guidance"}
+    if (
+        not isinstance(own, dict)
+        or not own.keys() <= area | {"schedule"}
+        or not all(_is_count(own[key], 32 * 32) for key in area & own.keys())
+    ):
+        raise CheckpointError(
+            f"model_index.json: _qie = {own!r}; expected vae_area and condition_area, both at least 1024 pixels, "
+            "schedule, or no _qie"
+        )
+    mine = own.get("schedule")
+    if mine is not None and not (
+        isinstance(mine, dict)
+        and mine.keys() == schedule
+        and _is_count(mine["steps"], 1)
+        and isinstance(mine["guidance"], int | float)
+        and 1 <= mine["guidance"] <= 100
+    ):
+        raise CheckpointError(
+            f"model_index.json: _qie.schedule = {mine!r}; expected steps, at least 1, and guidance, from 1 to 100"
+        )
+    return own
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def scheduler_spec(checkpoint: Checkpoint) -> SchedulerSpec:

@@ -17,7 +17,7 @@ from qie.compiler.estimate import check_fit
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.graphs.weight import Part
 from qie.compiler.lora import fused_reader
-from qie.compiler.model import areas, model_record
+from qie.compiler.model import areas, model_record, schedules
 from qie.compiler.modulation import write_modulation
 from qie.compiler.plan import (
     Plan,
@@ -152,7 +152,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         progress=partial(progress, "modulation"),
     )
     load_tokenizer(checkpoint).save(str(folder / TOKENIZER_FILE), pretty=False)
-    default = recipe.schedules[0]
+    default = schedules(checkpoint, recipe)[0]
     manifest = Manifest(
         schema=SCHEMA,
         qie=qie.__version__,
@@ -268,13 +268,13 @@ def _write_schedules(
     folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
 ) -> tuple[FileRecord, ...]:
     """The modulation tables of the recipe's schedules."""
-    schedules = recipe_schedules(plan.checkpoint, plan.recipe)
+    found = recipe_schedules(plan.checkpoint, plan.recipe)
     records = []
-    for number, values in enumerate(schedules):
+    for number, values in enumerate(found):
         name = f"{SCHEDULES}/{table_name(modulation, values)}"
         store_tables(compute_tables(folder, modulation, values), modulation, folder / name)
         records.append(_record(folder, name))
-        progress("schedules", number + 1, len(schedules))
+        progress("schedules", number + 1, len(found))
     return tuple(records)
 
 

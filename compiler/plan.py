@@ -25,7 +25,7 @@ from qie.compiler.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.configs import TransformerConfig
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.lora import Lora
-from qie.compiler.model import areas, check_parts, scheduler_spec
+from qie.compiler.model import areas, check_parts, scheduler_spec, schedules
 from qie.compiler.modulation import modulation_dtype, modulation_weights
 from qie.compiler.profiles import profiles
 from qie.compiler.recipe import Backend, Recipe
@@ -129,7 +129,7 @@ def recipe_schedules(checkpoint: Checkpoint, recipe: Recipe) -> list[NDArray[np.
     """The distinct schedules (sigmas, float32 [S + 1]) of the recipe at the sizes that it names."""
     spec, area = scheduler_spec(checkpoint), areas(checkpoint).vae_area
     found = {}
-    for schedule in recipe.schedules:
+    for schedule in schedules(checkpoint, recipe):
         for size in recipe.schedule_sizes(schedule, area):
             values = sigmas(spec, steps=schedule.steps, noise_tokens=size.tokens)
             found[values.tobytes()] = values

@@ -130,8 +130,11 @@ def write_checkpoint(
     dtype: DType = "float32",
     weights: bool = True,
     shard_bytes: int | None = None,
+    words: str = "",
 ) -> Path:
     """Write a diffusers checkpoint to ``folder`` and return it; one tensor is in memory at a time.
+
+    ``words`` is text that the vocabulary shall spell in few tokens.
 
     ``weights=False`` leaves the safetensors files out. ``shard_bytes`` splits the transformer and the text encoder into
     shards of at most that many bytes (or one tensor) with an index. The folder appears complete or not at all.
@@ -144,7 +147,7 @@ def write_checkpoint(
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
-        for path, content in _files(architecture).items():
+        for path, content in _files(architecture, words).items():
             (partial / path).parent.mkdir(exist_ok=True)
             (partial / path).write_text(content, encoding="utf-8")
         for part in tensor_shapes(architecture) if weights else ():
@@ -227,14 +230,18 @@ def _values(part: Part, name: str, shape: Shape, seed: int) -> NDArray[np.float3
     return values.reshape(shape)
 
 
-def _files(a: Architecture) -> dict[str, str]:
+def _files(a: Architecture, words: str) -> dict[str, str]:
     """Every file of the checkpoint but the weights: path -> text."""
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(_VOCABULARY_TEXT + words)
     vocabulary = _tokenizer_files(tokenizer)
     pipeline = {
         "_class_name": _PIPELINES[a.pipeline],
         "_diffusers_version": "0.36.0",
-        "_qie": {"vae_area": a.vae_area, "condition_area": a.condition_area},
+        "_qie": {
+            "vae_area": a.vae_area,
+            "condition_area": a.condition_area,
+            **({"schedule": {"steps": a.schedule[0], "guidance": a.schedule[1]}} if a.schedule else {}),
+        },
         **_COMPONENTS,
     }
     return {
@@ -275,8 +282,8 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _tokenizer() -> Tokenizer:
-    """A byte-level tokenizer as Qwen's, with the words of ``_VOCABULARY_TEXT``."""
+def _tokenizer(text: str) -> Tokenizer:
+    """A byte-level tokenizer as Qwen's, with the words of ``text``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -289,7 +296,7 @@ def _tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(re.split(r"<\|\w+\|>", _VOCABULARY_TEXT), trainer)
+    tokenizer.train_from_iterator(re.split(r"<\|\w+\|>", text), trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _SPECIAL_TOKENS])
     return tokenizer
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qie.compiler.model import areas
+from qie.compiler.model import areas, schedules
 from qie.compiler.plan import Plan
 from qie.compiler.profiles import INSTRUCTION_TOKENS
 from qie.engines.errors import EditError
@@ -45,7 +45,7 @@ def workload(
         EditError: a side is not positive, or the plan's engines take fewer images.
         RecipeError: see ``Recipe.shape_limits``.
     """
-    area, first = areas(plan.checkpoint).vae_area, plan.recipe.schedules[0]
+    area, first = areas(plan.checkpoint).vae_area, schedules(plan.checkpoint, plan.recipe)[0]
     if not 1 <= references <= _most_references(plan):
         raise EditError(f"{references} references were asked for, this plan takes 1 to {_most_references(plan)}")
     square = calculate_dimensions(area, 1)

@@ -415,7 +415,9 @@ def test_parts_of_different_models_are_found_before_anything_is_written(
 @pytest.mark.parametrize("name", ["no/such/folder", "nope", "owner/model"])
 def test_no_checkpoint(process: Qie, refusal: Refusal, name: str) -> None:
     said = refusal(process("build", name, "--dry-run"))
-    assert_says(said, "neither a folder nor a hub id such as|check the id and run `hf download owner/model`")
+    assert_says(
+        said, "neither a folder, nor pocket, nor a hub id such as|check the id and run `hf download owner/model`"
+    )
 
 
 BAD_RECIPES: dict[str, tuple[str | None, str]] = {

@@ -164,7 +164,7 @@ def test_a_missing_tensor_is_named_with_its_file(folder: Path) -> None:
 @pytest.mark.parametrize("source", ["no/such/folder", "/no/such/folder", "nothing", ""])
 def test_neither_folder_nor_hub_id(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id|has no model_index"):
+    with pytest.raises(CheckpointError, match="neither a folder, nor pocket, nor a hub id|has no model_index"):
         open_checkpoint(source)
 
 

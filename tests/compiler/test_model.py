@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from qie.compiler.checkpoint import Checkpoint, open_checkpoint
-from qie.compiler.model import areas, check_parts, model_record
+from qie.compiler.model import areas, check_parts, model_record, schedules
 from qie.compiler.random_checkpoint import ARCHITECTURES, write_checkpoint
+from qie.compiler.recipe import Schedule, load_recipe
 from qie.engines.errors import CheckpointError
 from qie.engines.image import Areas
 from qie.engines.manifest import FileRecord, ModulationRecord
@@ -69,6 +70,23 @@ def test_areas_of_a_small_model(open_preset: Open) -> None:
 def test_areas_that_are_none(open_preset: Open, own: Any) -> None:
     with pytest.raises(CheckpointError, match="model_index.json: _qie.* expected vae_area and condition_area"):
         areas(changed(open_preset("tiny"), "model_index", _qie=own))
+
+
+def test_the_schedule_of_a_small_model_comes_first(open_preset: Open) -> None:
+    recipe, plain = load_recipe("cpu"), open_preset("tiny")
+    assert schedules(plain, recipe) == recipe.schedules
+    own = changed(plain, "model_index", _qie={"schedule": {"steps": 6, "guidance": 1.5}})
+    assert schedules(own, recipe) == (Schedule(steps=6, guidance=1.5), *recipe.schedules)
+    assert areas(own) == Areas(vae_area=1048576, condition_area=147456)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [5, {}, {"steps": 4}, {"steps": 0, "guidance": 1.0}, {"steps": True, "guidance": 1.0}, {"steps": 4, "guidance": 0}],
+)
+def test_schedules_that_are_none(open_preset: Open, own: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"_qie\.schedule = .*; expected steps, at least 1, and guidance, from 1"):
+        schedules(changed(open_preset("tiny"), "model_index", _qie={"schedule": own}), load_recipe("cpu"))
 
 
 # The record

@@ -1,0 +1,199 @@
+"""An edit on the processor against its peers, on the pocket model: ``python bench/cpu_edit.py [--json FILE]``.
+
+Everything in one run and with one number of threads; medians after warm-up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from qie.compiler.checkpoint import POCKET
+from qie.engines.bundle import open_bundle
+from qie.engines.editor import Editor, Request
+from qie.engines.terminal import table
+
+PICTURE = ROOT / "docs" / "images" / "cat.jpg"
+TEXT = "make it grayscale"
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from PIL import Image
+from qie.compiler.reference import load_reference
+reference = load_reference(Path(sys.argv[1]))
+made = reference.edit([Image.open(sys.argv[2])], sys.argv[3], steps=int(sys.argv[4]), seed=1, cfg=1.0)
+Image.fromarray(made).save(sys.argv[5])
+"""
+"""The shortest script for diffusers: its pipeline, with a processor that needs no torchvision and the small areas."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", default="pocket", help="name or folder of a bundle of the pocket model")
+    parser.add_argument("--checkpoint", type=Path, default=POCKET, help="its checkpoint, for the peers")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each, at least 5")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    import torch
+
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    editor = Editor(open_bundle(options.bundle))
+    found: dict[str, Any] = {"threads": threads, "torch": torch.__version__, "runs": options.runs}
+    print(f"{threads} threads, torch {torch.__version__}, medians of {options.runs} runs")
+    found["edit"] = shell(options, editor.bundle.manifest.defaults.steps)
+    found["transformer"] = transformer(options, editor)
+    found["vae"] = vae(options, editor)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def shell(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """A whole edit from the shell: seconds and the peak of memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/out.png"
+        qie = [str(Path(sys.executable).parent / "qie"), "run", str(PICTURE), TEXT, "--bundle", options.bundle]
+        commands = {
+            "qie run": [*qie, "--seed", "1", "-o", out],
+            "diffusers": [sys.executable, "-c", SCRIPT, str(options.checkpoint), str(PICTURE), TEXT, str(steps), out],
+        }
+        measured = {}
+        for name, command in commands.items():
+            runs = []
+            for _ in range(options.runs + 1):
+                Path(out).unlink(missing_ok=True)
+                runs.append(spent(command))
+            seconds, peak = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+            measured[name] = {"seconds": seconds, "peak_bytes": peak}
+    ratios = {key: measured["diffusers"][key] / measured["qie run"][key] for key in ("seconds", "peak_bytes")}
+    print(f"\nOne edit from the shell, {steps} steps")
+    rows = [[name, f"{m['seconds']:.2f} s", f"{m['peak_bytes'] / 2**20:.0f} MiB"] for name, m in measured.items()]
+    print(table([*rows, ["ratio", f"{ratios['seconds']:.1f}", f"{ratios['peak_bytes']:.1f}"]], right=(1, 2)))
+    return {**measured, "ratio": ratios, "steps": steps}
+
+
+def spent(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak bytes of a process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status != 0:
+        assert process.stderr is not None
+        raise SystemExit(f"{command[0]} failed: {process.stderr.read().decode()[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def median(runs: int, work: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def show(title: str, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Print and return seconds and their ratios to qie's."""
+    ratios = {name: value / seconds["qie"] for name, value in seconds.items()}
+    print(f"\n{title}")
+    print(table([[name, f"{1000 * s:.2f} ms", f"{ratios[name]:.2f}"] for name, s in seconds.items()], right=(1, 2)))
+    return {"seconds": dict(seconds), "ratio": ratios}
+
+
+def transformer(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
+    """One step of one edit."""
+    import torch
+
+    from qie.compiler.reference import load_reference
+
+    calls: list[tuple[Any, Any]] = []
+    with editor._session("transformer") as session:
+        run = session.run
+        session.run = lambda inputs, outputs: calls.append((inputs, outputs)) or run(inputs, outputs)
+        try:
+            editor.edit(Request(images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=2))
+        finally:
+            del session.run
+        inputs, outputs = calls[-1]
+        arrays = {name: np.array(session.download(tensor)) for name, tensor in inputs.items()}
+        seconds = {"qie": median(options.runs, lambda: run(inputs, outputs))}
+
+    reference = load_reference(options.checkpoint)
+    module = reference.pipeline.transformer
+    side = round(arrays["latents"].shape[1] ** 0.5)
+    grid = next((h, n // h) for h in range(side, 0, -1) for n in [arrays["latents"].shape[1]] if n % h == 0)
+    hidden = torch.from_numpy(np.concatenate([arrays["latents"], arrays["reference"]], 1))
+    prompt, timestep = torch.from_numpy(arrays["prompt_embeds"]), torch.tensor([0.5])
+    shapes = [[(1, *grid)] * 2]
+
+    def step(network: Any) -> Any:
+        with torch.inference_mode():
+            return network(
+                hidden_states=hidden,
+                encoder_hidden_states=prompt,
+                timestep=timestep,
+                img_shapes=shapes,
+                return_dict=False,
+            )
+
+    seconds["diffusers eager"] = median(options.runs, lambda: step(module))
+    compiled = torch.compile(module)
+    seconds["diffusers torch.compile"] = median(options.runs, lambda: step(compiled))
+    try:
+        import openvino
+    except ImportError:
+        print("\nOpenVINO is not installed: pip install openvino")
+    else:
+        graph = next(e for e in editor.bundle.manifest.engines if e.component == "transformer")
+        model = openvino.Core().compile_model(str(editor.bundle.path / graph.path), "CPU")
+        request = model.create_infer_request()
+        seconds["OpenVINO"] = median(options.runs, lambda: request.infer(arrays))
+    return show(f"One transformer step, {hidden.shape[1]} image tokens, {prompt.shape[1]} of text", seconds)
+
+
+def vae(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
+    """One image to latents, and back."""
+    import torch
+
+    from qie.compiler.reference import load_reference
+
+    reference = load_reference(options.checkpoint)
+    image = reference.reference_image(Image.open(PICTURE))
+    latents, (rows, columns) = editor._encode(image)
+    shaped = latents.reshape(rows, columns, -1)
+    with torch.inference_mode():
+        encode = {
+            "qie": median(options.runs, lambda: editor._encode(image)),
+            "diffusers": median(options.runs, lambda: reference.encode_image(image)),
+        }
+        decode = {
+            "qie": median(options.runs, lambda: editor._decode(shaped)),
+            "diffusers": median(options.runs, lambda: reference.decode(latents[0], rows, columns)),
+        }
+    height, width = image.shape[:2]
+    return {
+        "encode": show(f"VAE encode, {width}x{height}", encode),
+        "decode": show(f"VAE decode, {width}x{height}", decode),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What both trainings share: a schedule, a running mean of the weights, checkpoints to go on from, and a log."""
+
+import csv
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Average", "Run", "averaged", "learning_rate"]
+
+SAVE_SECONDS = 120
+DECAY = 0.998
+"""Of the running mean, a step."""
+
+
+def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
+    """Share of the peak: a linear rise, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
+
+
+def averaged(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run in ``folder`` has come to: their running mean."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    correction = 1 - DECAY ** state["count"]
+    return {name: mean / correction for name, mean in state["mean"].items()}
+
+
+class Average:
+    """An exponential running mean of a model's parameters, without its start (as Adam corrects its moments)."""
+
+    def __init__(self, model: nn.Module, decay: float = DECAY) -> None:
+        self.model, self.decay, self.count = model, decay, 0
+        self.mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        for name, parameter in self.model.named_parameters():
+            self.mean[name].lerp_(parameter.detach(), 1 - self.decay)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        correction = 1 - self.decay**self.count
+        return {name: mean / correction for name, mean in self.mean.items()}
+
+
+class Run:
+    """One training in ``folder``: goes on where an earlier one stopped, and writes ``log.csv``."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.average = Average(model)
+        self.step = 0
+        self._saved = time.monotonic()
+        self._file = folder / "state.pt"
+        if self._file.is_file():
+            state = torch.load(self._file, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.average.mean, self.average.count = state["mean"], state["count"]
+            self.step = state["step"]
+
+    def save(self) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "mean": self.average.mean,
+            "count": self.average.count,
+            "step": self.step,
+        }
+        partial = self._file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self._file)
+        self._saved = time.monotonic()
+
+    def advance(self) -> None:
+        """Count a step, and save now and then."""
+        self.average.update()
+        self.step += 1
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        path = self.folder / "log.csv"
+        new = not path.is_file()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -1,0 +1,201 @@
+"""Train the pocket model's VAE: ``python -m pocket.train_vae FOLDER``.
+
+A video VAE's causal convolutions see nothing but zeros before a single frame, so the network is trained with their last
+slices as 2-D kernels, a third of the work, and written back as 3-D (``unfold``).
+
+The loss is the mean over images of log(mean squared error): a decibel counts the same on every image.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pocket.muon import Muon, split
+from pocket.photographs import HELD_OUT, SIDE, square
+from pocket.run import Run, averaged, learning_rate
+from pocket.samples import picture, sample
+
+__all__ = ["Folded", "build", "fold", "load", "psnr_db", "unfold"]
+
+POOL, BATCH = 4096, 8
+
+QUARTERED = 2 / 3
+"""Share of the steps that see quarters of half as many images: twice as fast, and enough for all but the attention."""
+
+LATENT_NOISE = 0.1
+"""Added to latents in training, so that the decoder forgives what an editor predicts a little wrong."""
+
+LATENT_PULL = 3e-4
+"""Weight of the mean square of the latents, which keeps their scale near that noise's."""
+
+
+class Folded(nn.Module):
+    """The last temporal slice of a causal convolution, for single frames [B, C, 1, H, W]."""
+
+    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1].clone())
+        self.bias = nn.Parameter(conv.bias.detach().clone())
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        return functional.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.weight.shape[-1] // 2).unsqueeze(2)
+
+
+def fold(module: nn.Module) -> None:
+    """Replace every causal convolution inside ``module`` by its 2-D slice."""
+    for name, child in module.named_children():
+        if isinstance(child, QwenImageCausalConv3d):
+            setattr(module, name, Folded(child))
+        else:
+            fold(child)
+
+
+def unfold(folded: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
+    """The state of ``whole``, whose kernels are 3-D: trained slices last, zeros elsewhere."""
+    state = {}
+    for name, value in whole.state_dict().items():
+        trained = folded.get(name)
+        if trained is not None and trained.ndim == value.ndim - 1:
+            state[name] = torch.zeros_like(value)
+            state[name][:, :, -1] = trained
+        else:
+            state[name] = torch.zeros_like(value) if trained is None else trained
+    return state
+
+
+def build() -> AutoencoderKLQwenImage:
+    """The architecture, folded; convolutions through time are left out, since a single frame never meets them."""
+    vae = AutoencoderKLQwenImage(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    for module in vae.modules():
+        if hasattr(module, "time_conv"):
+            del module.time_conv
+    fold(vae)
+    _begin(vae)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def _begin(vae: nn.Module) -> None:
+    """Kernels that keep the variance, and residual branches that are silent: the network starts as a linear one."""
+    for module in vae.modules():
+        if isinstance(module, Folded | nn.Conv2d):
+            fan = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan**-0.5)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        last = getattr(module, "conv2", None) or getattr(module, "proj", None)
+        if last is not None:
+            nn.init.zeros_(last.weight)
+
+
+def load(folder: Path) -> AutoencoderKLQwenImage:
+    """The VAE that a run in ``folder`` has come to, the mean of its weights."""
+    vae = build()
+    vae.load_state_dict(averaged(folder))
+    return vae.eval()
+
+
+def to_unit(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to [B, 3, 1, H, W] in -1 .. 1."""
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
+
+
+def encode(vae: AutoencoderKLQwenImage, x: Tensor) -> Tensor:
+    """[B, 3, 1, H, W] to the posterior's mode [B, 16, 1, H/8, W/8]."""
+    return vae.quant_conv(vae.encoder(x))[:, :16]
+
+
+def decode(vae: AutoencoderKLQwenImage, z: Tensor) -> Tensor:
+    return vae.decoder(vae.post_quant_conv(z))
+
+
+def psnr_db(found: Tensor, expected: Tensor) -> Tensor:
+    """[B], of images in -1 .. 1."""
+    return 10 * torch.log10(4 / (found - expected).square().flatten(1).mean(1))
+
+
+def pool(seed: int) -> np.ndarray:
+    """uint8 [POOL, SIDE, SIDE, 3]: pictures and results of edits by turns."""
+    rng = np.random.default_rng(seed)
+    draw = (lambda: picture(rng, SIDE, SIDE).image, lambda: sample(rng, SIDE, SIDE).target)
+    return np.stack([draw[i % 2]() for i in range(POOL)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rate", type=float, default=0.003)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    vae = build()
+    matrices, rest = split(vae, ("encoder.conv_in", "decoder.conv_out"))
+    groups = [{"params": matrices, "matrices": True, "peak": options.rate}, {"params": rest, "peak": 2e-3}]
+    run = Run(options.folder, vae, Muon(groups))
+    held_out = to_unit(np.stack([square(name) for name in HELD_OUT]))
+
+    def forward(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            z = encode(vae, x)
+            return decode(vae, z + noise), z
+
+    compiled = torch.compile(forward, dynamic=False)
+    images, loaded, started = np.empty(0), -1, time.monotonic()
+    while run.step < options.steps:
+        round_, place = divmod(run.step * BATCH, POOL)
+        if loaded != round_:
+            images, loaded = pool(round_), round_
+        x = to_unit(images[place : place + BATCH])[:, :, 0]
+        if run.step < QUARTERED * options.steps:
+            x = torch.cat([part for half in x[: BATCH // 2].chunk(2, 2) for part in half.chunk(2, 3)])
+        x = x.contiguous(memory_format=torch.channels_last).unsqueeze(2)
+        noise = LATENT_NOISE * torch.randn(len(x), 16, 1, x.shape[3] // 8, x.shape[4] // 8)
+        y, z = compiled(x, noise)
+        error = (y.float() - x).square().flatten(1).mean(1)
+        loss = error.add(1e-5).log().mean() + LATENT_PULL * z.float().square().mean()
+        loss.backward()
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(run.step, options.steps)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.advance()
+        if run.step % 200 == 0:
+            with torch.no_grad():
+                mean = run.average.weights()
+                judged = psnr_db(decode_with(vae, mean, held_out), held_out)
+            run.log(
+                {
+                    "step": run.step,
+                    "loss": round(loss.item(), 4),
+                    "held_out_psnr_db": round(judged.mean().item(), 3),
+                    "latent_std": round(z.float().std().item(), 3),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+            )
+    run.save()
+
+
+def decode_with(vae: AutoencoderKLQwenImage, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The round trip of ``x`` with other weights than the model's own."""
+
+    class Trip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, x: Tensor) -> Tensor:
+            return decode(self.vae, encode(self.vae, x)).clamp(-1, 1)
+
+    return torch.func.functional_call(Trip(), {f"vae.{name}": value for name, value in weights.items()}, (x,))
+
+
+if __name__ == "__main__":
+    main()
