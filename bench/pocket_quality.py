@@ -22,6 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.plot import line_plot
 from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score, views
 from pocket.photographs import HELD_OUT, square
 from qie.compiler.checkpoint import POCKET
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--phrases", type=int, help="phrasings of every instruction, default all")
     parser.add_argument("--no-diffusers", action="store_true", help="leave the comparison with diffusers out")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plot", type=Path, help="SVG file for the curve of quality over steps")
     options = parser.parse_args()
     started = time.perf_counter()
     editor = Editor(open_bundle(options.bundle))
@@ -73,6 +75,9 @@ def main() -> None:
     found["curve"] = {n: fmean(s.psnr_db for s in score(partial(edit, editor, n), few)) for n in CURVE}
     print("\nSteps, mean over instructions, dB")
     print(table([[str(n), f"{db:.2f}"] for n, db in found["curve"].items()], right=(0, 1)))
+
+    if options.plot is not None:
+        line_plot(options.plot, found["curve"], x_label="steps", y_label="mean PSNR, dB")
 
     if not options.no_diffusers:
         found["diffusers"] = compare(options.checkpoint, editor, steps, few)

@@ -50,12 +50,13 @@ def _own(checkpoint: Checkpoint) -> dict[str, Any]:
     area, schedule = {"vae_area", "condition_area"}, {"steps", "guidance"}
     if (
         not isinstance(own, dict)
-        or not own.keys() <= area | {"schedule"}
+        or not own.keys() <= area | {"schedule", "about"}
+        or not isinstance(own.get("about", ""), str)
         or not all(_is_count(own[key], 32 * 32) for key in area & own.keys())
     ):
         raise CheckpointError(
             f"model_index.json: _qie = {own!r}; expected vae_area and condition_area, both at least 1024 pixels, "
-            "schedule, or no _qie"
+            "schedule and about, or no _qie"
         )
     mine = own.get("schedule")
     if mine is not None and not (
@@ -139,4 +140,5 @@ def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationR
         rotary=RotarySpec(axes_dims=TransformerConfig.from_config(checkpoint.transformer).axes_dims),
         latent_channels=VaeConfig.from_config(checkpoint.vae).z_dim,
         modulation=modulation,
+        about=_own(checkpoint).get("about"),
     )

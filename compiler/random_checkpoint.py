@@ -85,6 +85,8 @@ _IMAGE_PROCESSOR = {
 }
 """As published (processor/preprocessor_config.json of Qwen-Image-Edit), without the patch size."""
 
+_ABOUT = "the weights of this model are random: an edit shows that everything runs, its result is noise"
+
 _SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -240,6 +242,7 @@ def _files(a: Architecture, words: str) -> dict[str, str]:
         "_qie": {
             "vae_area": a.vae_area,
             "condition_area": a.condition_area,
+            "about": _ABOUT,
             **({"schedule": {"steps": a.schedule[0], "guidance": a.schedule[1]}} if a.schedule else {}),
         },
         **_COMPONENTS,

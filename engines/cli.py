@@ -255,11 +255,12 @@ def _report_run(
                 "made_at": {"width": edit.size.width, "height": edit.size.height},
                 "steps": edit.steps,
                 "guidance": edit.guidance if guided else None,
+                "about": editor.model.about,
                 "notes": notes,
                 "seconds": {stage: round(s, 4) for stage, s in edit.seconds.items()},
             }
         )
-    for note in notes:
+    for note in (*notes, *filter(None, [editor.model.about])):
         typer.echo(f"note: {note}", err=True)
     guidance = f"guidance {edit.guidance:g} away from {negative!r}" if guided else "no guidance"
     typer.echo(
@@ -282,6 +283,7 @@ def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
         ["size", human_bytes(bundle.bytes)],
         ["made by", f"qie {manifest.qie}"],
         ["model", model.name + (f" at {model.revision}" if model.revision else "")],
+        *([["about", model.about]] if model.about else []),
         ["pipeline", model.pipeline],
         ["LoRAs", loras],
         ["recipe", f"{manifest.recipe.name} ({manifest.recipe.sha256[:12]})"],

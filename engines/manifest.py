@@ -168,7 +168,10 @@ class ModulationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRecord:
-    """What the model is, and every constant of it that the runtime needs."""
+    """What the model is, and every constant of it that the runtime needs.
+
+    ``about`` is what a small model says of itself to whoever runs it.
+    """
 
     name: str
     revision: str | None
@@ -181,6 +184,7 @@ class ModelRecord:
     rotary: RotarySpec
     latent_channels: int
     modulation: ModulationRecord
+    about: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

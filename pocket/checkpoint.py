@@ -7,6 +7,7 @@ transformers name them.
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ from qie.compiler.random_checkpoint import write_checkpoint
 
 __all__ = ["write", "write_configs"]
 
+ABOUT = (
+    f"pocket is a small model that was taught {len(EDITS)} kinds of edits of pictures of about 128x128 pixels; of "
+    "other instructions it makes what it can"
+)
+
 
 def write_configs(folder: Path) -> None:
     """Configs and tokenizer, whose vocabulary has every word of every instruction; nothing where they are there."""
@@ -32,9 +38,14 @@ def write_configs(folder: Path) -> None:
 
 
 def write(training: Path, out: Path) -> None:
-    """Write the checkpoint to ``out``, in the place of what is there."""
-    shutil.rmtree(out, ignore_errors=True)
-    write_configs(out)
+    """Write the checkpoint to ``out``, over an earlier one."""
+    with tempfile.TemporaryDirectory(dir=training) as fresh:
+        write_configs(Path(fresh) / "checkpoint")
+        shutil.copytree(Path(fresh) / "checkpoint", out, dirs_exist_ok=True)
+    index = out / "model_index.json"
+    settings = json.loads(index.read_text(encoding="utf-8"))
+    settings["_qie"]["about"] = ABOUT
+    index.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     mean, std = torch.load(training / "latents.pt", weights_only=True)
     config = out / "vae" / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))

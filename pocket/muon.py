@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "split"]
+__all__ = ["Muon", "orthogonal", "split"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,12 +43,12 @@ def _muon(parameter: Tensor, state: dict[str, Tensor], group: dict[str, float]) 
     velocity.lerp_(gradient, 1 - group["momentum"])
     update = gradient.lerp(velocity, group["momentum"]).reshape(len(gradient), -1)
     rows, columns = update.shape
-    update = _orthogonal(update) * max(1.0, rows / columns) ** 0.5
+    update = orthogonal(update) * max(1.0, rows / columns) ** 0.5
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.add_(update.view_as(parameter), alpha=-group["lr"])
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """About the nearest matrix with singular values of 1."""
     turned = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if turned else matrix).bfloat16()

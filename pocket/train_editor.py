@@ -11,6 +11,7 @@ import argparse
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ ENDS = (
 """Where values come in and go out: no matrices for Muon."""
 
 BATCH, POOL_BATCHES, POOLS = 32, 128, 6
-STEPS_A_POOL = 384
+STEPS_A_POOL = 512
 """A new pool of samples comes after this many steps, and the oldest one goes."""
 
 SHIFT = 3.0
@@ -82,7 +83,7 @@ class Batch:
 class Editor(nn.Module):
     """Both networks as one."""
 
-    def __init__(self, configs: Path) -> None:
+    def __init__(self, configs: Path, *, compile_: bool = True) -> None:
         super().__init__()
         config = Qwen2_5_VLConfig.from_pretrained(configs / "text_encoder")
         self.text_encoder = Qwen2_5_VLForConditionalGeneration(config)
@@ -90,8 +91,10 @@ class Editor(nn.Module):
         self.transformer = QwenImageTransformer2DModel.from_config(
             QwenImageTransformer2DModel.load_config(configs / "transformer")
         )
-        transformer_qwenimage.apply_rotary_emb_qwen = rotate
-        self.compiled = torch.compile(self.transformer, dynamic=False)
+        self.run = self.transformer.forward
+        if compile_:
+            transformer_qwenimage.apply_rotary_emb_qwen = rotate
+            self.run = torch.compile(self.run, dynamic=False)
         with torch.no_grad():
             for block in self.transformer.transformer_blocks:
                 for modulation in (block.img_mod[1], block.txt_mod[1]):
@@ -122,7 +125,7 @@ class Editor(nn.Module):
     def velocity(self, batch: Batch, noisy: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         height, width, pictures = batch.form
         grid = (1, height // 16, width // 16)
-        output = self.compiled(
+        output = self.run(
             hidden_states=torch.cat([noisy, batch.references.to(noisy.dtype)], 1),
             encoder_hidden_states=prompt,
             encoder_hidden_states_mask=batch.mask[:, PREFIX_TOKENS:],
@@ -156,8 +159,11 @@ def to_patches(seen: Tensor) -> tuple[Tensor, Tensor]:
 class Encoder:
     """Makes batches of samples."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, compile_: bool = True) -> None:
         self.vae = load_vae(folder / "vae")
+        self.run = partial(vae_encode, self.vae)
+        if compile_:
+            self.run = torch.compile(self.run, dynamic=False)
         self.mean, self.std = statistics(folder, self.vae)
         self.tokenizer = Tokenizer.from_file(str(folder / "configs" / "processor" / "tokenizer.json"))
         image_token = self.tokenizer.token_to_id("<|image_pad|>")
@@ -195,7 +201,7 @@ class Encoder:
         x = to_unit(images)
         x = x.squeeze(2).contiguous(memory_format=torch.channels_last).unsqueeze(2)
         with torch.autocast("cpu", torch.bfloat16):
-            z = torch.cat([vae_encode(self.vae, part) for part in x.split(16)])
+            z = torch.cat([self.run(part) for part in x.split(BATCH)])
         return pack((z[:, :, 0].float() - self.mean[:, None, None]) / self.std[:, None, None])
 
 
@@ -264,7 +270,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02)
     options = parser.parse_args()
     folder = options.folder
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # of the first weights; every step has a seed of its own, so that a resumed run is the same
     torch.set_num_threads(os.cpu_count() or 1)
     write_configs(folder / "configs")
     model, encoder = Editor(folder / "configs"), Encoder(folder)
@@ -279,6 +285,7 @@ def main() -> None:
             newest = max(newest + 1, wanted - POOLS + 1)
             pools = [*pools, pool(encoder, folder, newest)][-POOLS:]
         rng = np.random.default_rng(run.step)
+        torch.manual_seed(run.step)
         batch = pools[rng.integers(len(pools))][rng.integers(POOL_BATCHES)]
         loss = train_step(model, batch)
         losses.append(loss)

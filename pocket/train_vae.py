@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--rate", type=float, default=0.003)
     options = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # of the first weights; every step has a seed of its own, so that a resumed run is the same
     torch.set_num_threads(os.cpu_count() or 1)
     vae = build()
     matrices, rest = split(vae, ("encoder.conv_in", "decoder.conv_out"))
@@ -151,6 +151,7 @@ def main() -> None:
     images, loaded, started = np.empty(0), -1, time.monotonic()
     while run.step < options.steps:
         round_, place = divmod(run.step * BATCH, POOL)
+        torch.manual_seed(run.step)
         if loaded != round_:
             images, loaded = pool(round_), round_
         x = to_unit(images[place : place + BATCH])[:, :, 0]

@@ -220,8 +220,9 @@ def test_stdout_is_the_path_alone(qie: Qie, workplace: Path, bundle: Path) -> No
     assert done.returncode == 0
     assert done.stdout == "red.png\n"
     said = done.stderr.splitlines()
-    assert said[0].startswith("tiny (tiny-cpu), 160x96, 20 steps, guidance 4 away from ' ', ")
-    assert said[1:] == ["seed 7: "]
+    assert said[0].startswith("note: the weights of this model are random")
+    assert said[1].startswith("tiny (tiny-cpu), 160x96, 20 steps, guidance 4 away from ' ', ")
+    assert said[2:] == ["seed 7: "]
     assert "%" not in done.stderr and "\x1b" not in done.stderr
 
 
@@ -230,6 +231,7 @@ def test_run_as_json(qie: Qie, workplace: Path, bundle: Path) -> None:
     assert done.stderr == ""
     answer = json.loads(done.stdout)
     seconds = answer.pop("seconds")
+    assert "random" in answer.pop("about")
     assert answer == {
         "images": [{"path": "photo-edited.png", "seed": 7, "width": 160, "height": 96}],
         "instruction": "make it red",

@@ -65,7 +65,8 @@ def test_areas_of_a_small_model(open_preset: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [{"vae_area": 1023}, {"condition_area": "large"}, {"area": 4096}, {"vae_area": None}, [1], 5, "x"]
+    "own",
+    [{"vae_area": 1023}, {"condition_area": "large"}, {"area": 4096}, {"vae_area": None}, {"about": 3}, [1], 5, "x"],
 )
 def test_areas_that_are_none(open_preset: Open, own: Any) -> None:
     with pytest.raises(CheckpointError, match="model_index.json: _qie.* expected vae_area and condition_area"):

@@ -1,0 +1,81 @@
+"""A sheet of edits by the pocket model: ``python bench/pocket_sheet.py OUT [--bundle NAME]``.
+
+Every instruction on a held-out photograph (or a scene, where it needs one): nothing is chosen by its looks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pocket.edits import EDITS, instruction, say
+from pocket.judge import views
+from pocket.photographs import SIDE
+from pocket.samples import HELD_OUT_PAIRS
+from pocket.scenes import scene
+from qie.engines.bundle import open_bundle
+from qie.engines.editor import Editor, Request
+
+COLUMNS, GAP, CAPTION = 4, 10, 34
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="image to write")
+    parser.add_argument("--bundle", default="pocket", help="name or folder of a bundle of the pocket model")
+    parser.add_argument("--seed", type=int, default=3, help="of noise, colours, shapes and places")
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    editor = Editor(open_bundle(options.bundle))
+    pictures = views()
+    drawn = scene(rng, SIDE, SIDE)
+    asked = []
+    for number, (name, edit) in enumerate(EDITS.items()):
+        picture = drawn if edit.scene else pictures[number % len(pictures)]
+        images = [picture.image, pictures[(number + 1) % len(pictures)].image][: edit.pictures]
+        asked.append((images, say(instruction(rng, name))))
+    for number, pair in enumerate(HELD_OUT_PAIRS[:5]):
+        text = " and ".join(say(instruction(rng, name)) for name in pair)
+        asked.append(([pictures[number].image], text))
+    cells = [cell(editor, images, text, options.seed) for images, text in asked]
+    height, width = cells[0].size[::-1]
+    rows = -(-len(cells) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    for place, made in enumerate(cells):
+        row, column = divmod(place, COLUMNS)
+        sheet.paste(made, (GAP + column * (width + GAP), GAP + row * (height + GAP)))
+    sheet.save(options.out, quality=90)
+
+
+def cell(editor: Editor, images: list[np.ndarray], text: str, seed: int) -> Image.Image:
+    """Before and after side by side, with the instruction below; a second picture lies small in a corner."""
+    edit = editor.edit(Request(images=[Image.fromarray(i) for i in images], instructions=[text], seeds=[seed]))
+    made = Image.new("RGB", (2 * SIDE, SIDE + CAPTION), "white")
+    before = Image.fromarray(images[0])
+    if len(images) > 1:
+        before.paste(Image.fromarray(images[1]).resize((SIDE // 3, SIDE // 3)), (SIDE - SIDE // 3, SIDE - SIDE // 3))
+    made.paste(before, (0, 0))
+    made.paste(Image.fromarray(edit.images[0]), (SIDE, 0))
+    pen, font = ImageDraw.Draw(made), ImageFont.load_default(13)
+    for line, words in enumerate(wrap(text, font, 2 * SIDE)):
+        pen.text((2, SIDE + 2 + 15 * line), words, fill="black", font=font)
+    return made
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width - 4 and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+if __name__ == "__main__":
+    main()

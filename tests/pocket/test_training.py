@@ -1,0 +1,185 @@
+"""The training teaches the model that diffusers, transformers and qie run: its short cuts change no value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.transformers import transformer_qwenimage
+from PIL import Image
+from torch import nn
+
+from pocket import train_editor, train_vae
+from pocket.checkpoint import write, write_configs
+from pocket.muon import Muon, orthogonal, split
+from pocket.run import Run, learning_rate
+from pocket.samples import sample
+from qie.compiler.checkpoint import open_checkpoint
+from qie.compiler.model import check_parts, schedules
+from qie.compiler.recipe import load_recipe
+from qie.compiler.reference import load_reference
+
+COMPLEX = transformer_qwenimage.apply_rotary_emb_qwen
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that has hardly begun: two steps of each part, without a compiler."""
+    folder = tmp_path_factory.mktemp("pocket")
+    torch.manual_seed(0)
+    vae = train_vae.build()
+    for parameter in vae.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    advance(Run(folder / "vae", vae, torch.optim.SGD(vae.parameters())))
+    write_configs(folder / "configs")
+    editor = train_editor.Editor(folder / "configs", compile_=False)
+    for name, parameter in editor.named_parameters():
+        parameter.data.add_((0.1 if "embed_tokens" in name else 0.03) * torch.randn_like(parameter))
+    advance(Run(folder / "editor", editor, torch.optim.SGD(editor.parameters())))
+    torch.save((torch.linspace(-0.2, 0.2, 16), torch.linspace(0.8, 1.5, 16)), folder / "latents.pt")
+    return folder
+
+
+def advance(run: Run) -> None:
+    run.advance()
+    run.save()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(training: Path) -> Path:
+    write(training, training / "checkpoint")
+    return training / "checkpoint"
+
+
+def test_the_folded_vae_is_the_whole_one() -> None:
+    torch.manual_seed(0)
+    folded = train_vae.build()
+    for parameter in folded.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    whole = AutoencoderKLQwenImage(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    whole.load_state_dict(train_vae.unfold(folded.state_dict(), whole))
+    x = torch.rand(2, 3, 1, 32, 48) * 2 - 1
+    with torch.no_grad():
+        z = train_vae.encode(folded, x)
+        torch.testing.assert_close(whole.encode(x).latent_dist.mode(), z, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            whole.decode(z).sample, train_vae.decode(folded, z).clamp(-1, 1), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_patches_are_the_processors(training: Path) -> None:
+    from transformers import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil.from_pretrained(training / "configs" / "processor")
+    rng = np.random.default_rng(0)
+    seen = rng.integers(0, 256, (2, 1, 84, 140, 3), np.uint8)
+    expected = processor([Image.fromarray(image) for image in seen[:, 0]], return_tensors="pt")
+    patches, grid = train_editor.to_patches(torch.from_numpy(seen))
+    torch.testing.assert_close(patches, expected.pixel_values)
+    assert torch.equal(grid, expected.image_grid_thw)
+
+
+def test_rotary_embedding_without_complex_numbers() -> None:
+    torch.manual_seed(0)
+    x, frequencies = torch.randn(2, 7, 3, 64), torch.polar(torch.ones(7, 32), torch.randn(7, 32))
+    expected = COMPLEX(x, frequencies, use_real=False)
+    torch.testing.assert_close(train_editor.rotate(x, frequencies), expected)
+
+
+def test_packing_is_the_pipelines() -> None:
+    from diffusers import QwenImageEditPlusPipeline
+
+    z = torch.randn(2, 16, 8, 12)
+    packed = train_editor.pack(z)
+    assert torch.equal(packed, QwenImageEditPlusPipeline._pack_latents(z, 2, 16, 8, 12))
+    assert torch.equal(train_editor.unpack(packed, 4, 6), z)
+
+
+@pytest.mark.parametrize(("form", "seed"), [((128, 128, 1), 1), ((96, 160, 1), 2), ((128, 128, 2), 3)])
+def test_what_is_trained_is_what_diffusers_runs(
+    training: Path, checkpoint: Path, form: tuple[int, int, int], seed: int
+) -> None:
+    """Prompt embeddings, latents and velocity, from the written checkpoint; weights are rounded to bfloat16 there."""
+    height, width, pictures = form
+    rng = np.random.default_rng(seed)
+    drawn = [sample(rng, height, width, pictures=pictures) for _ in range(2)]
+    reference = load_reference(checkpoint)
+    model = train_editor.Editor(training / "configs", compile_=False)
+    state = {f"transformer.{k}": v for k, v in reference.pipeline.transformer.state_dict().items()}
+    state |= {f"text_encoder.{k}": v for k, v in reference.pipeline.text_encoder.state_dict().items()}
+    model.load_state_dict(state)
+    batch = train_editor.Encoder(training, compile_=False).batch(drawn, form)
+    with torch.no_grad():
+        prompt = model.prompt(batch)
+    for row, found in zip(drawn, prompt, strict=True):
+        images = [Image.fromarray(image) for image in row.images]
+        expected = reference.prompt_embeds(images, row.text)
+        np.testing.assert_allclose(found[: len(expected)], expected, rtol=1e-3, atol=1e-4)
+
+    latents = [reference.encode_image(image) for image in drawn[0].images]
+    references = batch.references[0].float().numpy().reshape(pictures, -1, 64)
+    for found, expected in zip(references, latents, strict=True):
+        assert np.abs(found - expected).max() < 0.1 * expected.std()  # encoded in bfloat16 for speed
+
+    noisy = torch.randn(2, height * width // 256, 64)
+    with torch.no_grad():
+        velocity = model.velocity(batch, noisy, torch.tensor([0.7, 0.7]), prompt)[0]
+    length = int(batch.mask[0].sum()) - 64
+    grid = (height // 16, width // 16)
+    expected = reference.velocity(
+        noisy[:1].numpy(), list(references[:, None]), prompt[:1, :length].numpy(), 0.7, [grid] * (1 + pictures)
+    )
+    np.testing.assert_allclose(velocity, expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_checkpoint_is_one_of_qie(checkpoint: Path) -> None:
+    opened = open_checkpoint(str(checkpoint))
+    check_parts(opened)
+    default = schedules(opened, load_recipe("cpu"))[0]
+    assert default.guidance == 1.0
+    assert sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) < 24e6
+    assert json.loads((checkpoint / "vae" / "config.json").read_text())["latents_std"][15] == pytest.approx(1.5)
+
+
+def test_muon_makes_matrices_orthogonal() -> None:
+    torch.manual_seed(0)
+    for shape in ((24, 8), (8, 24), (16, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    def train(folder: Path, steps: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))
+        matrices, rest = split(model, ("2.",))
+        assert len(matrices) == 1
+        groups = [{"params": matrices, "matrices": True, "lr": 0.02}, {"params": rest, "lr": 1e-2}]
+        run = Run(folder, model, Muon(groups))
+        while run.step < steps:
+            torch.manual_seed(run.step)
+            x = torch.randn(16, 4)
+            (model(x) - x[:, :2]).square().mean().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.advance()
+        run.save()
+        return {**model.state_dict(), **run.average.weights()}
+
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    parts = train(tmp_path / "parts", 6)
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(step, 1000) for step in range(1000)]
+    assert rates[99] == max(rates) == 1
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] < 1e-4
