@@ -78,8 +78,8 @@ def sample(rng: np.random.Generator, height: int, width: int, *, pictures: int |
 
 
 def _weights(names: Sequence[str]) -> NDArray[np.float64]:
-    """Edits with many options come more often."""
-    weights = np.array([1 + 0.5 * len(EDITS[name].options) for name in names])
+    """Edits with many options come more often, and those that move every token."""
+    weights = np.array([1 + 0.5 * len(EDITS[name].options) + 0.5 * (EDITS[name].kind == "geometry") for name in names])
     return weights / weights.sum()
 
 

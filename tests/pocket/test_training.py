@@ -148,7 +148,7 @@ def test_muon_makes_matrices_orthogonal() -> None:
     torch.manual_seed(0)
     for shape in ((24, 8), (8, 24), (16, 16)):
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
-        assert values.min() > 0.5
+        assert values.min() > 0.3
         assert values.max() < 1.3
 
 
