@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rate", type=float, default=0.03)
     options = parser.parse_args()
     folder = options.folder
     torch.manual_seed(0)  # of the first weights; every step has a seed of its own, so that a resumed run is the same
