@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from qie.compiler.checkpoint import POCKET
 from qie.engines.bundle import open_bundle
 from qie.engines.editor import Editor, Request
+from qie.engines.shapes import SIDE_MULTIPLE
 from qie.engines.terminal import table
 
 PICTURE = ROOT / "docs" / "images" / "cat.jpg"
@@ -56,7 +57,7 @@ def main() -> None:
     found: dict[str, Any] = {"threads": threads, "torch": torch.__version__, "runs": options.runs}
     print(f"{threads} threads, torch {torch.__version__}, medians of {options.runs} runs")
     found["edit"] = shell(options, editor.bundle.manifest.defaults.steps)
-    found["transformer"] = transformer(options, editor)
+    found["transformer"] = transformer(options, editor, threads)
     found["vae"] = vae(options, editor)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -118,7 +119,7 @@ def show(title: str, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {"seconds": dict(seconds), "ratio": ratios}
 
 
-def transformer(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
+def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> dict[str, Any]:
     """One step of one edit."""
     import torch
 
@@ -129,7 +130,7 @@ def transformer(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
         run = session.run
         session.run = lambda inputs, outputs: calls.append((inputs, outputs)) or run(inputs, outputs)
         try:
-            editor.edit(Request(images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=2))
+            edit = editor.edit(Request(images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=2))
         finally:
             del session.run
         inputs, outputs = calls[-1]
@@ -138,11 +139,9 @@ def transformer(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
 
     reference = load_reference(options.checkpoint)
     module = reference.pipeline.transformer
-    side = round(arrays["latents"].shape[1] ** 0.5)
-    grid = next((h, n // h) for h in range(side, 0, -1) for n in [arrays["latents"].shape[1]] if n % h == 0)
     hidden = torch.from_numpy(np.concatenate([arrays["latents"], arrays["reference"]], 1))
     prompt, timestep = torch.from_numpy(arrays["prompt_embeds"]), torch.tensor([0.5])
-    shapes = [[(1, *grid)] * 2]
+    shapes = [[(1, edit.size.height // SIDE_MULTIPLE, edit.size.width // SIDE_MULTIPLE)] * 2]
 
     def step(network: Any) -> Any:
         with torch.inference_mode():
@@ -163,7 +162,8 @@ def transformer(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
         print("\nOpenVINO is not installed: pip install openvino")
     else:
         graph = next(e for e in editor.bundle.manifest.engines if e.component == "transformer")
-        model = openvino.Core().compile_model(str(editor.bundle.path / graph.path), "CPU")
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        model = openvino.Core().compile_model(str(editor.bundle.path / graph.path), "CPU", settings)
         request = model.create_infer_request()
         seconds["OpenVINO"] = median(options.runs, lambda: request.infer(arrays))
     return show(f"One transformer step, {hidden.shape[1]} image tokens, {prompt.shape[1]} of text", seconds)

@@ -12,16 +12,23 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocket.edits import EDITS
-from pocket.run import averaged
+from pocket.run import averaged, begin
 from pocket.train_vae import unfold
 from qie.compiler.architecture import ARCHITECTURES
 from qie.compiler.random_checkpoint import write_checkpoint
 
-__all__ = ["write", "write_configs"]
+__all__ = ["FILES", "read", "write", "write_configs"]
+
+FILES = {
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
 
 ABOUT = (
     f"pocket is a small model that was taught {len(EDITS)} kinds of edits of pictures of about 128x128 pixels; of "
@@ -52,28 +59,57 @@ def write(training: Path, out: Path) -> None:
     settings |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     whole = AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(out / "vae"))
-    _save(unfold(averaged(training / "vae"), whole), out / "vae" / "diffusion_pytorch_model.safetensors")
+    weights, step = averaged(training / "vae")
+    _save(unfold(weights, whole), step, out / FILES["vae"])
 
-    weights = averaged(training / "editor")
-    parts = {part: {} for part in ("transformer", "text_encoder")}
-    for name, value in weights.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    encoder = parts["text_encoder"]
+    weights, step = averaged(training / "editor")
+    encoder, transformer = _of(weights, "text_encoder."), _of(weights, "transformer.")
     encoder["lm_head.weight"] = encoder["model.language_model.embed_tokens.weight"]  # it says nothing in an edit
-    _save(parts["transformer"], out / "transformer" / "diffusion_pytorch_model.safetensors")
-    _save(encoder, out / "text_encoder" / "model.safetensors")
+    _save(transformer, step, out / FILES["transformer"])
+    _save(encoder, step, out / FILES["text_encoder"])
 
 
-def _save(weights: dict[str, Tensor], path: Path) -> None:
-    save_file({name: w.bfloat16().contiguous().clone() for name, w in weights.items()}, path, metadata={"format": "pt"})
+def read(checkpoint: Path, training: Path) -> None:
+    """Begin a training in ``training``, which does not exist, where the one of ``checkpoint`` ended."""
+    training.mkdir(parents=True)
+    settings = json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))
+    torch.save(tuple(torch.tensor(settings[key]) for key in ("latents_mean", "latents_std")), training / "latents.pt")
+    vae, step = _load(checkpoint / FILES["vae"])
+    slices = {
+        name: value[:, :, -1] if value.ndim == 5 else value for name, value in vae.items() if ".time_conv." not in name
+    }
+    begin(training / "vae", slices, step)
+    transformer, step = _load(checkpoint / FILES["transformer"])
+    encoder, _ = _load(checkpoint / FILES["text_encoder"])
+    weights = {f"transformer.{name}": value for name, value in transformer.items()}
+    begin(training / "editor", weights | {f"text_encoder.{name}": value for name, value in encoder.items()}, step)
+
+
+def _of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _save(weights: dict[str, Tensor], step: int, path: Path) -> None:
+    stored = {name: value.bfloat16().contiguous().clone() for name, value in weights.items()}
+    save_file(stored, path, metadata={"format": "pt", "step": str(step)})
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Weights in float32, and the steps that made them."""
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    return {name: value.float() for name, value in load_file(path).items()}, step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("training", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("training", type=Path, help="folder of the training")
+    parser.add_argument("out", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--read", action="store_true", help="begin a training from the checkpoint instead")
     options = parser.parse_args()
+    if options.read:
+        read(options.out, options.training)
+        return
     write(options.training, options.out)
     files = sorted(options.out.rglob("*.safetensors"))
     print(f"{options.out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB of weights")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Average", "Run", "averaged", "learning_rate"]
+__all__ = ["Average", "Run", "averaged", "begin", "learning_rate"]
 
 SAVE_SECONDS = 120
 DECAY = 0.998
@@ -24,11 +24,18 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
-def averaged(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that a run in ``folder`` has come to: their running mean."""
+def averaged(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights that a run in ``folder`` has come to, their running mean, and its steps."""
     state = torch.load(folder / "state.pt", weights_only=True)
     correction = 1 - DECAY ** state["count"]
-    return {name: mean / correction for name, mean in state["mean"].items()}
+    return {name: mean / correction for name, mean in state["mean"].items()}, state["step"]
+
+
+def begin(folder: Path, weights: dict[str, torch.Tensor], step: int) -> None:
+    """Write the state of a run that has come to ``weights`` in ``step`` steps, of whose optimizer nothing is known."""
+    folder.mkdir(parents=True)
+    mean = {name: value * (1 - DECAY) for name, value in weights.items()}
+    torch.save({"model": weights, "mean": mean, "count": 1, "step": step}, folder / "state.pt")
 
 
 class Average:
@@ -61,8 +68,9 @@ class Run:
         self._file = folder / "state.pt"
         if self._file.is_file():
             state = torch.load(self._file, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            model.load_state_dict(state["model"], strict="optimizer" in state)  # a checkpoint has no more than weights
+            if "optimizer" in state:
+                optimizer.load_state_dict(state["optimizer"])
             self.average.mean, self.average.count = state["mean"], state["count"]
             self.step = state["step"]
 

@@ -36,10 +36,11 @@ _PAIR = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """``images`` and ``target`` are uint8 [H, W, 3]."""
+    """``images`` and ``target`` are uint8 [H, W, 3]; ``asked`` is what ``text`` says, in its order."""
 
     images: tuple[NDArray[np.uint8], ...]
     text: str
+    asked: tuple[Instruction, ...]
     target: NDArray[np.uint8]
 
 
@@ -74,7 +75,7 @@ def sample(rng: np.random.Generator, height: int, width: int, *, pictures: int |
     for step in instructions:
         target = answer(step, Picture(image=target, foreground=source.foreground), second)
     images = (source.image, second.image) if second is not None else (source.image,)
-    return Sample(images=images, text=_words(rng, instructions), target=target)
+    return Sample(images=images, text=_words(rng, instructions), asked=tuple(instructions), target=target)
 
 
 def _weights(names: Sequence[str]) -> NDArray[np.float64]:

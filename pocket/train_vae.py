@@ -3,6 +3,8 @@
 A video VAE's causal convolutions see nothing but zeros before a single frame, so the network is trained with their last
 slices as 2-D kernels, a third of the work, and written back as 3-D (``unfold``).
 
+At the end the decoder goes on alone, from latents that no longer change: an editor may be trained meanwhile.
+
 The loss is the mean over images of log(mean squared error): a decibel counts the same on every image.
 """
 
@@ -98,7 +100,7 @@ def _begin(vae: nn.Module) -> None:
 def load(folder: Path) -> AutoencoderKLQwenImage:
     """The VAE that a run in ``folder`` has come to, the mean of its weights."""
     vae = build()
-    vae.load_state_dict(averaged(folder))
+    vae.load_state_dict(averaged(folder)[0])
     return vae.eval()
 
 
@@ -131,7 +133,8 @@ def pool(seed: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=8000, help="of encoder and decoder")
+    parser.add_argument("--decoder-steps", type=int, default=4000, help="of the decoder alone, after these")
     parser.add_argument("--rate", type=float, default=0.003)
     options = parser.parse_args()
     torch.manual_seed(0)  # of the first weights; every step has a seed of its own, so that a resumed run is the same
@@ -142,14 +145,17 @@ def main() -> None:
     run = Run(options.folder, vae, Muon(groups))
     held_out = to_unit(np.stack([square(name) for name in HELD_OUT]))
 
-    def forward(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, noise: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            z = encode(vae, x)
+            with torch.set_grad_enabled(whole):
+                z = encode(vae, x)
             return decode(vae, z + noise), z
 
     compiled = torch.compile(forward, dynamic=False)
     images, loaded, started = np.empty(0), -1, time.monotonic()
-    while run.step < options.steps:
+    while run.step < options.steps + options.decoder_steps:
+        if run.step == options.steps:
+            vae.load_state_dict(run.average.weights())
         round_, place = divmod(run.step * BATCH, POOL)
         torch.manual_seed(run.step)
         if loaded != round_:
@@ -159,12 +165,12 @@ def main() -> None:
             x = torch.cat([part for half in x[: BATCH // 2].chunk(2, 2) for part in half.chunk(2, 3)])
         x = x.contiguous(memory_format=torch.channels_last).unsqueeze(2)
         noise = LATENT_NOISE * torch.randn(len(x), 16, 1, x.shape[3] // 8, x.shape[4] // 8)
-        y, z = compiled(x, noise)
+        y, z = compiled(x, noise, run.step < options.steps)
         error = (y.float() - x).square().flatten(1).mean(1)
         loss = error.add(1e-5).log().mean() + LATENT_PULL * z.float().square().mean()
         loss.backward()
         for group in run.optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(run.step, options.steps)
+            group["lr"] = group["peak"] * rate(run.step, options)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.advance()
@@ -182,6 +188,13 @@ def main() -> None:
                 }
             )
     run.save()
+
+
+def rate(step: int, options: argparse.Namespace) -> float:
+    """Share of the peak learning rate: all rises and falls once, then the decoder's once more, half as high."""
+    if step < options.steps:
+        return learning_rate(step, options.steps)
+    return 0.5 * learning_rate(step - options.steps, options.decoder_steps)
 
 
 def decode_with(vae: AutoencoderKLQwenImage, weights: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.transformers import transformer_qwenimage
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from pocket import train_editor, train_vae
-from pocket.checkpoint import write, write_configs
+from pocket.batches import Encoder, draw, pack, source, unpack
+from pocket.checkpoint import FILES, read, write, write_configs
+from pocket.edits import Instruction
 from pocket.muon import Muon, orthogonal, split
+from pocket.network import Editor, to_patches
 from pocket.run import Run, learning_rate
 from pocket.samples import sample
 from qie.compiler.checkpoint import open_checkpoint
 from qie.compiler.model import check_parts, schedules
 from qie.compiler.recipe import load_recipe
 from qie.compiler.reference import load_reference
-
-COMPLEX = transformer_qwenimage.apply_rotary_emb_qwen
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     advance(Run(folder / "vae", vae, torch.optim.SGD(vae.parameters())))
     write_configs(folder / "configs")
-    editor = train_editor.Editor(folder / "configs", compile_=False)
+    editor = Editor(folder / "configs", compile_=False)
     for name, parameter in editor.named_parameters():
         parameter.data.add_((0.1 if "embed_tokens" in name else 0.03) * torch.randn_like(parameter))
     advance(Run(folder / "editor", editor, torch.optim.SGD(editor.parameters())))
@@ -77,25 +78,27 @@ def test_patches_are_the_processors(training: Path) -> None:
     rng = np.random.default_rng(0)
     seen = rng.integers(0, 256, (2, 1, 84, 140, 3), np.uint8)
     expected = processor([Image.fromarray(image) for image in seen[:, 0]], return_tensors="pt")
-    patches, grid = train_editor.to_patches(torch.from_numpy(seen))
+    patches, grid = to_patches(torch.from_numpy(seen))
     torch.testing.assert_close(patches, expected.pixel_values)
     assert torch.equal(grid, expected.image_grid_thw)
 
 
-def test_rotary_embedding_without_complex_numbers() -> None:
-    torch.manual_seed(0)
-    x, frequencies = torch.randn(2, 7, 3, 64), torch.polar(torch.ones(7, 32), torch.randn(7, 32))
-    expected = COMPLEX(x, frequencies, use_real=False)
-    torch.testing.assert_close(train_editor.rotate(x, frequencies), expected)
+def test_where_the_content_of_a_token_comes_from() -> None:
+    plain = np.arange(6).reshape(2, 3)
+    assert (source([], 2, 3) == plain.ravel()).all()
+    assert (source([Instruction("blur"), Instruction("mirror")], 2, 3) == plain[:, ::-1].ravel()).all()
+    assert (source([Instruction("upside down")], 2, 3) == plain[::-1].ravel()).all()
+    square = np.arange(9).reshape(3, 3)
+    assert (source([Instruction("rotate left"), Instruction("sepia")], 3, 3) == np.rot90(square).ravel()).all()
 
 
 def test_packing_is_the_pipelines() -> None:
     from diffusers import QwenImageEditPlusPipeline
 
     z = torch.randn(2, 16, 8, 12)
-    packed = train_editor.pack(z)
+    packed = pack(z)
     assert torch.equal(packed, QwenImageEditPlusPipeline._pack_latents(z, 2, 16, 8, 12))
-    assert torch.equal(train_editor.unpack(packed, 4, 6), z)
+    assert torch.equal(unpack(packed, 4, 6), z)
 
 
 @pytest.mark.parametrize(("form", "seed"), [((128, 128, 1), 1), ((96, 160, 1), 2), ((128, 128, 2), 3)])
@@ -107,11 +110,13 @@ def test_what_is_trained_is_what_diffusers_runs(
     rng = np.random.default_rng(seed)
     drawn = [sample(rng, height, width, pictures=pictures) for _ in range(2)]
     reference = load_reference(checkpoint)
-    model = train_editor.Editor(training / "configs", compile_=False)
+    model = Editor(training / "configs", compile_=False)
     state = {f"transformer.{k}": v for k, v in reference.pipeline.transformer.state_dict().items()}
     state |= {f"text_encoder.{k}": v for k, v in reference.pipeline.text_encoder.state_dict().items()}
-    model.load_state_dict(state)
-    batch = train_editor.Encoder(training, compile_=False).batch(drawn, form)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.startswith(("reader.", "seer.")) for name in missing)
+    batch = Encoder(training, compile_=False).batch(drawn, form)
     with torch.no_grad():
         prompt = model.prompt(batch)
     for row, found in zip(drawn, prompt, strict=True):
@@ -126,13 +131,46 @@ def test_what_is_trained_is_what_diffusers_runs(
 
     noisy = torch.randn(2, height * width // 256, 64)
     with torch.no_grad():
-        velocity = model.velocity(batch, noisy, torch.tensor([0.7, 0.7]), prompt)[0]
+        velocity = model.velocity(batch, noisy, torch.tensor([0.7, 0.7]), prompt)[0][0]
     length = int(batch.mask[0].sum()) - 64
     grid = (height // 16, width // 16)
     expected = reference.velocity(
         noisy[:1].numpy(), list(references[:, None]), prompt[:1, :length].numpy(), 0.7, [grid] * (1 + pictures)
     )
     np.testing.assert_allclose(velocity, expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_language_model_learns_to_read(training: Path) -> None:
+    torch.manual_seed(0)
+    model = Editor(training / "configs", compile_=False)
+    encoder = Encoder(training, compile_=False)
+    matrices, rest = split(model, train_editor.ENDS)
+    optimizer = Muon([{"params": matrices, "matrices": True, "lr": 0.03}, {"params": rest, "lr": 1e-3}])
+    losses = []
+    for step in range(25):
+        losses.append(train_editor.word_step(model, encoder, step))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert all(parameter.grad is None for parameter in model.transformer.parameters())
+
+
+def test_a_step_of_the_editor_reaches_every_part(training: Path) -> None:
+    model = Editor(training / "configs", compile_=False)
+    form = (96, 160, 1)
+    rng = np.random.default_rng(0)
+    batch = Encoder(training, compile_=False).batch([draw(rng, form) for _ in range(2)], form)
+    state = torch.load(training / "editor" / "state.pt", weights_only=True)["model"]
+    model.load_state_dict(state)
+    loss, seen = train_editor.train_step(model, batch)
+    assert loss > 0.1
+    assert seen > 1
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    last = "transformer.transformer_blocks.4."
+    unread = ("attn.to_add_out", "attn.norm_added_q", "attn.add_q_proj", "txt_mlp", "txt_mod")
+    assert all(
+        name.startswith("reader.") or (name.startswith(last) and any(u in name for u in unread)) for name in silent
+    )
 
 
 def test_the_checkpoint_is_one_of_qie(checkpoint: Path) -> None:
@@ -142,6 +180,21 @@ def test_the_checkpoint_is_one_of_qie(checkpoint: Path) -> None:
     assert default.guidance == 1.0
     assert sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) < 24e6
     assert json.loads((checkpoint / "vae" / "config.json").read_text())["latents_std"][15] == pytest.approx(1.5)
+
+
+def test_a_training_goes_on_from_a_checkpoint(training: Path, checkpoint: Path, tmp_path: Path) -> None:
+    read(checkpoint, tmp_path / "training")
+    write(tmp_path / "training", tmp_path / "again")
+    for file in FILES.values():
+        again, before = (load_file(folder / file) for folder in (tmp_path / "again", checkpoint))
+        assert again.keys() == before.keys()
+        assert all(torch.equal(again[name], value) for name, value in before.items())
+    assert (tmp_path / "again" / "vae" / "config.json").read_bytes() == (
+        checkpoint / "vae" / "config.json"
+    ).read_bytes()
+    model = Editor(training / "configs", compile_=False)
+    run = Run(tmp_path / "training" / "editor", model, Muon([{"params": list(model.parameters())}]))
+    assert run.step == 1
 
 
 def test_muon_makes_matrices_orthogonal() -> None:
