@@ -10,7 +10,7 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
-.PHONY: demo test test-gpu check format mutants clean
+.PHONY: demo test test-gpu pocket check format clean
 
 demo: $(VENV)/compile.stamp            ## Build a small checkpoint for the CPU and edit a photograph with it.
 	@test -f $(DEMO)/checkpoint/model_index.json || \
@@ -25,6 +25,11 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.
 	$(BIN)/python -m pytest tests/gpu
+
+pocket: $(VENV)/dev.stamp              ## Train the pocket model; goes on where it was stopped.
+	$(BIN)/python -m pocket.train_vae $(DEMO)/pocket/vae
+	$(BIN)/python -m pocket.train_editor $(DEMO)/pocket
+	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
 
 check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
 	$(BIN)/ruff check .
