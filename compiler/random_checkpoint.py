@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from qie.compiler.architecture import ARCHITECTURES, Architecture, Shape, tensor_shapes
 from qie.compiler.graphs.weight import DType, Part
+from qie.compiler.small_tokenizer import small_tokenizer, tokenizer_files
 from qie.engines.errors import CheckpointError
-from qie.engines.prompt import PREFIX
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
 
@@ -85,29 +84,7 @@ _IMAGE_PROCESSOR = {
 }
 """As published (processor/preprocessor_config.json of Qwen-Image-Edit), without the patch size."""
 
-_ABOUT = "the weights of this model are random: an edit shows that everything runs, its result is noise"
-
-_SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-)
-"""Qwen2.5-VL's, in its order; their ids follow the byte-pair vocabulary."""
-
-_PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Qwen splits text before the merges (transformers tokenization_qwen2.py, PRETOKENIZE_REGEX)."""
-
-_VOCABULARY_TEXT = (
-    f"{PREFIX}Picture 1: <|vision_start|>"
-    "Make the sky red, blue, green, yellow, black and white. Replace the cat with a dog. Add a hat, a house, a tree, "
-    "some flowers and snow. Remove people from this photo. Change it into night, winter or pencil sketch style. "
-    "Turn her left hand around, put glasses on his face, keep everything else unchanged and brighten those mountains."
-    "<|im_end|>\n<|im_start|>assistant\n"
-)
-"""Every word of it becomes one token, so that ``PREFIX`` has 64 as with the published vocabulary. Other text is spelled
-in smaller pieces, down to bytes."""
+_ABOUT = "the weights are random: an edit shows that everything runs, its result is noise"
 
 _GAINS = {
     "timestep_embedder.linear_1": 2.0,
@@ -234,8 +211,8 @@ def _values(part: Part, name: str, shape: Shape, seed: int) -> NDArray[np.float3
 
 def _files(a: Architecture, words: str) -> dict[str, str]:
     """Every file of the checkpoint but the weights: path -> text."""
-    tokenizer = _tokenizer(_VOCABULARY_TEXT + words)
-    vocabulary = _tokenizer_files(tokenizer)
+    tokenizer = small_tokenizer(words)
+    vocabulary = tokenizer_files(tokenizer)
     pipeline = {
         "_class_name": _PIPELINES[a.pipeline],
         "_diffusers_version": "0.36.0",
@@ -259,49 +236,8 @@ def _files(a: Architecture, words: str) -> dict[str, str]:
     }
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    model = json.loads(tokenizer.to_str())["model"]
-    ids = {token: tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": _SPECIAL_TOKENS[1:]}
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": {id_: {"content": token, **flags} for token, id_ in ids.items()},
-        "bos_token": None,
-        "unk_token": None,
-        **roles,
-        "model_max_length": 131072,
-    }
-    return {
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
-        "tokenizer_config.json": _json(config),
-        "added_tokens.json": _json(ids),
-        "special_tokens_map.json": _json(roles),
-    }
-
-
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _tokenizer(text: str) -> Tokenizer:
-    """A byte-level tokenizer as Qwen's, with the words of ``text``."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PRETOKENIZE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    tokenizer.train_from_iterator(re.split(r"<\|\w+\|>", text), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _SPECIAL_TOKENS])
-    return tokenizer
 
 
 def _transformer_config(a: Architecture) -> dict[str, Any]:

@@ -260,8 +260,10 @@ def _report_run(
                 "seconds": {stage: round(s, 4) for stage, s in edit.seconds.items()},
             }
         )
-    for note in (*notes, *filter(None, [editor.model.about])):
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
+    if editor.model.about:
+        typer.echo(f"{editor.model.name}: {editor.model.about}", err=True)
     guidance = f"guidance {edit.guidance:g} away from {negative!r}" if guided else "no guidance"
     typer.echo(
         f"{editor.model.name} ({editor.bundle.name}), {edit.size}, {edit.steps} steps, {guidance}, "
