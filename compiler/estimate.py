@@ -119,7 +119,6 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
 
     Raises:
         EditError: the images of ``work`` are too narrow.
-        RecipeError: see ``Recipe.shape_limits``.
     """
     work = workload(plan) if work is None else work
     sizes, largest = sizes_of(plan, work), largest_sizes(plan)

@@ -141,7 +141,7 @@ def check_buildable(plan: Plan) -> None:
 
     Raises:
         BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
-        RecipeError: a component asks for a quantization that this qie does not make, or a bucket is out of its limits.
+        RecipeError: a component asks for a quantization that this qie does not make.
         CheckpointError: parts do not belong together.
         BuildError: something that is no bundle is in the way, or the disk has not enough room.
     """
@@ -160,7 +160,6 @@ def check_buildable(plan: Plan) -> None:
                 'yet; set it to "none" in a recipe of your own (see `qie recipes show`)'
             )
     check_parts(plan.checkpoint)
-    plan.recipe.shape_limits(areas(plan.checkpoint).vae_area)
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
         raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")

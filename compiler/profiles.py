@@ -27,7 +27,6 @@ def profiles(graph: Graph, recipe: Recipe, checkpoint: Checkpoint) -> tuple[Prof
     """The profile of every input of ``graph`` that has a free dim, in the order of the inputs.
 
     Raises:
-        RecipeError: see ``Recipe.shape_limits``.
         CheckpointError: the configs are incomplete.
     """
     spans = _spans(recipe, checkpoint)

@@ -194,23 +194,15 @@ class Recipe:
     def shape_limits(self, area: int) -> ShapeLimits:
         """Return what engines built by this recipe take for a model of ``area`` square pixels.
 
-        The largest side and area are those of the buckets, or the model's area times ``area_scale_max``.
-
-        Raises:
-            RecipeError: a bucket has a side below ``shapes.min_side``.
+        The largest side and area are those of the buckets, or the model's area times ``area_scale_max``. The shortest
+        side is ``shapes.min_side`` or, for a small model, that of its narrowest bucket.
         """
         buckets = self.buckets(area)
-        for bucket in buckets:
-            if min(bucket.width, bucket.height) < self.shapes.min_side:
-                raise RecipeError(
-                    f"the bucket {bucket} of a model of {area} pixels is narrower than shapes.min_side "
-                    f"({self.shapes.min_side}) of the recipe for {self.gpu}: lower min_side or drop that aspect ratio"
-                )
         scale = self.shapes.area_scale_max
         side = max(max(bucket.width, bucket.height) for bucket in buckets) * scale**0.5
         return ShapeLimits(
             buckets=buckets,
-            min_side=self.shapes.min_side,
+            min_side=min(self.shapes.min_side, *(min(bucket.width, bucket.height) for bucket in buckets)),
             max_side=int(side // SIDE_MULTIPLE) * SIDE_MULTIPLE,
             max_area=max(int(area * scale), *(bucket.area for bucket in buckets)),
             batch_max=self.shapes.batch.max,

@@ -43,7 +43,6 @@ def workload(
 
     Raises:
         EditError: a side is not positive, or the plan's engines take fewer images.
-        RecipeError: see ``Recipe.shape_limits``.
     """
     area, first = areas(plan.checkpoint).vae_area, schedules(plan.checkpoint, plan.recipe)[0]
     if not 1 <= references <= _most_references(plan):

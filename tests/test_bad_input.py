@@ -429,7 +429,6 @@ BAD_RECIPES: dict[str, tuple[str | None, str]] = {
     "wrong type": ('extends = "cpu"\nmemory_gib = "lots"', "memory_gib"),
     "out of range": ('extends = "cpu"\n[[schedules]]\nsteps = 0\nguidance = 4.0', "steps"),
     "extends nothing": ('extends = "nope"', 'there is no recipe "nope"'),
-    "bucket below min_side": ('extends = "cpu"\n[shapes]\nmin_side = 112', "lower min_side or drop that aspect"),
     "quantization": (
         'extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nquantization = "fp8"',
         'components.transformer.quantization is "fp8", which this qie does not make'),

@@ -138,11 +138,6 @@ def test_parts_of_different_models(make: Make) -> None:
         check_buildable(replace(plan, checkpoint=replace(plan.checkpoint, text_encoder=other)))
 
 
-def test_a_bucket_below_the_smallest_side(make: Make) -> None:
-    with pytest.raises(RecipeError, match="lower min_side or drop that aspect ratio"):
-        check_buildable(make('extends = "cpu"\n[shapes]\nmin_side = 128\n'))
-
-
 def test_destinations(make: Make, bundle: Path, tmp_path: Path) -> None:
     plan = make()
     (tmp_path / "empty").mkdir()

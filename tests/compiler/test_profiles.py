@@ -13,7 +13,6 @@ from qie.compiler.model import areas
 from qie.compiler.profiles import profiles
 from qie.compiler.random_checkpoint import write_checkpoint
 from qie.compiler.recipe import Range, Recipe, load_recipe
-from qie.engines.errors import RecipeError
 from qie.engines.image import output_size
 from qie.engines.manifest import COMPONENTS, Component, ProfileRecord
 from qie.engines.shapes import resolve_size
@@ -158,8 +157,3 @@ def test_the_recipe_decides(checkpoint_of: Of) -> None:
     assert found["prompt_embeds"].opt[1] == 400  # two images and an instruction are more than 30 tokens, and than 400
     assert shapes("vae_decoder", replace(recipe, shapes=changed), checkpoint)["latents"].max[0] == 1
     assert shapes("language", replace(recipe, shapes=changed), checkpoint)["input_ids"].max == (1, 464)
-
-
-def test_a_bucket_below_the_smallest_side(checkpoint_of: Of) -> None:
-    with pytest.raises(RecipeError, match="lower min_side or drop that aspect ratio"):
-        shapes("vae_decoder", load_recipe("l40s"), checkpoint_of("tiny"))

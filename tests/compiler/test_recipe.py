@@ -348,7 +348,8 @@ def test_shape_limits(tmp_path: Path, scale: float, max_side: int, max_area: int
     assert (limits.batch_max, limits.references_max, limits.prompt_tokens_max) == (4, 3, 2560)
 
 
-def test_a_bucket_below_the_shortest_side_is_an_error() -> None:
-    message = r"the bucket 160x96 of a model of 16384 pixels is narrower than shapes\.min_side \(128\).*L40S"
-    with pytest.raises(RecipeError, match=message):
-        load_recipe("l40s").shape_limits(128 * 128)
+def test_the_buckets_of_a_small_model_are_always_taken() -> None:
+    recipe = load_recipe("l40s")
+    limits = recipe.shape_limits(128 * 128)
+    assert limits.min_side == 96 < recipe.shapes.min_side == 128
+    assert Size(width=160, height=96) in limits.buckets
