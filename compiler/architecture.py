@@ -136,8 +136,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen-image-edit-2511": replace(_PUBLISHED, zero_cond_t=True),
 }
 """Presets by name. "tiny" (as 2511), "tiny-2509" and "tiny-edit" are for tests, "pocket" is the trained model of
-``recipes/pocket``; the "qwen-image-edit*" ones have the
-published dimensions (the configs of the model cards; Qwen2.5-VL-7B for the text encoder)."""
+``recipes/pocket``; the "qwen-image-edit*" ones have the published dimensions (the configs of the model cards;
+Qwen2.5-VL-7B for the text encoder)."""
 
 
 def tensor_shapes(architecture: Architecture) -> dict[Part, dict[str, Shape]]:

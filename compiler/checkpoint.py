@@ -122,8 +122,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
 
     Args:
         source: a folder in diffusers format; "pocket", the small trained model that comes with qie; or a hub id
-            ("owner/name"), which is looked up through huggingface_hub
-            and its cache; what is cached works offline.
+            ("owner/name"), which is looked up through huggingface_hub and its cache; what is cached works offline.
         revision: branch, tag or commit of a hub id.
         weights: False opens configs and tokenizer alone, and fetches nothing else of a hub id.
 

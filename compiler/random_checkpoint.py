@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from qie.compiler.architecture import ARCHITECTURES, Architecture, Shape, tensor_shapes
 from qie.compiler.graphs.weight import DType, Part
-from qie.compiler.small_tokenizer import small_tokenizer, tokenizer_files
+from qie.compiler.small_tokenizer import json_text, small_tokenizer, tokenizer_files
 from qie.engines.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
@@ -165,7 +165,7 @@ def _write_weights(
                 stream.write(_values(part, name, shapes[name], seed).astype(stored_dtype).tobytes())
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / f"{stem}.safetensors.index.json").write_text(_json(index), encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
 
 
 def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
@@ -225,19 +225,15 @@ def _files(a: Architecture, words: str) -> dict[str, str]:
         **_COMPONENTS,
     }
     return {
-        "model_index.json": _json(pipeline),
-        "scheduler/scheduler_config.json": _json(_SCHEDULER),
-        "transformer/config.json": _json(_transformer_config(a)),
-        "text_encoder/config.json": _json(_text_encoder_config(a, tokenizer)),
-        "vae/config.json": _json(_vae_config(a)),
-        "processor/preprocessor_config.json": _json({**_IMAGE_PROCESSOR, "patch_size": a.vision_patch_size}),
+        "model_index.json": json_text(pipeline),
+        "scheduler/scheduler_config.json": json_text(_SCHEDULER),
+        "transformer/config.json": json_text(_transformer_config(a)),
+        "text_encoder/config.json": json_text(_text_encoder_config(a, tokenizer)),
+        "vae/config.json": json_text(_vae_config(a)),
+        "processor/preprocessor_config.json": json_text({**_IMAGE_PROCESSOR, "patch_size": a.vision_patch_size}),
         "processor/tokenizer.json": tokenizer.to_str(pretty=True),
         **{f"{folder}/{file}": text for folder in ("tokenizer", "processor") for file, text in vocabulary.items()},
     }
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _transformer_config(a: Architecture) -> dict[str, Any]:

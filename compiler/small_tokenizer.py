@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
 
+from qie.compiler.tokenizer import byte_level
 from qie.engines.prompt import PREFIX
 
-__all__ = ["small_tokenizer", "tokenizer_files"]
+__all__ = ["json_text", "small_tokenizer", "tokenizer_files"]
 
 _SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -17,11 +19,6 @@ _SPECIAL_TOKENS = (
     *("<|image_pad|>", "<|video_pad|>"),
 )
 """Qwen2.5-VL's, in its order; their ids follow the byte-pair vocabulary."""
-
-_PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Qwen splits text before the merges (transformers tokenization_qwen2.py, PRETOKENIZE_REGEX)."""
 
 _VOCABULARY_TEXT = (
     f"{PREFIX}Picture 1: <|vision_start|>"
@@ -36,15 +33,7 @@ in smaller pieces, down to bytes."""
 
 def small_tokenizer(words: str = "") -> Tokenizer:
     """A byte-level tokenizer as Qwen's that spells the template, and the text ``words``, in few tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PRETOKENIZE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(BPE())
     trainer = trainers.BpeTrainer(
         min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
@@ -70,11 +59,12 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
-        "tokenizer_config.json": _text(config),
-        "added_tokens.json": _text(ids),
-        "special_tokens_map.json": _text(roles),
+        "tokenizer_config.json": json_text(config),
+        "added_tokens.json": json_text(ids),
+        "special_tokens_map.json": json_text(roles),
     }
 
 
-def _text(content: Mapping[str, Any]) -> str:
+def json_text(content: Mapping[str, Any]) -> str:
+    """A config as transformers and diffusers write them."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

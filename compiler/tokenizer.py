@@ -11,7 +11,7 @@ from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.safetensor import read_json
 from qie.engines.errors import CheckpointError
 
-__all__ = ["load_tokenizer"]
+__all__ = ["byte_level", "load_tokenizer"]
 
 _REQUIRED = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 """The special tokens of the prompt template."""
@@ -70,6 +70,19 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
         raise CheckpointError(
             f"{folder}/vocab.json and merges.txt are no vocabulary ({error}): download them again"
         ) from error
+    tokenizer = byte_level(model)
+    for token_id, token in sorted(_added_tokens(folder).items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"{folder}: {token.content!r} has id {token_id}, but vocab.json leaves it "
+                f"{tokenizer.token_to_id(token.content)}: the files are of different downloads; download them again"
+            )
+    return tokenizer
+
+
+def byte_level(model: BPE) -> Tokenizer:
+    """A tokenizer that splits, encodes and decodes text as Qwen's does, by the pairs of ``model``."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,13 +92,6 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    for token_id, token in sorted(_added_tokens(folder).items()):
-        tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(token.content) != token_id:
-            raise CheckpointError(
-                f"{folder}: {token.content!r} has id {token_id}, but vocab.json leaves it "
-                f"{tokenizer.token_to_id(token.content)}: the files are of different downloads; download them again"
-            )
     return tokenizer
 
 

@@ -1,11 +1,12 @@
 """Frozen dataclasses to plain JSON data and back, strictly: an unknown or missing key is an error, never a guess."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, TypeVar
 
-__all__ = ["from_plain", "to_plain"]
+__all__ = ["from_plain", "is_number", "to_plain"]
 
 T = TypeVar("T")
 
@@ -19,6 +20,11 @@ def to_plain(record: Any) -> Any:
     if isinstance(record, dict):
         return {key: to_plain(item) for key, item in record.items()}
     return record
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:

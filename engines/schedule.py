@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.errors import CheckpointError, EditError
+from qie.engines.records import is_number
 
 __all__ = ["SchedulerSpec", "sigmas"]
 
@@ -26,8 +27,6 @@ _UNSUPPORTED = (
     "invert_sigmas",
     "stochastic_sampling",
 )
-
-
 _LARGEST_SHIFT = 100
 """Published schedulers shift by 0.5 to 1.15; by this much, every sigma is 1 to the last bit."""
 
@@ -98,7 +97,7 @@ def _is_valid(name: str, value: Any) -> bool:
         return isinstance(value, bool)
     if name == "shift_terminal" and value is None:
         return True
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_number(value):
         return False
     if name in ("base_shift", "max_shift"):
         return abs(value) <= _LARGEST_SHIFT

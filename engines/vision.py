@@ -19,6 +19,7 @@ from PIL import Image
 from qie.engines.errors import CheckpointError, EditError
 from qie.engines.image import MAX_ASPECT
 from qie.engines.latents import rotary_frequencies
+from qie.engines.records import is_number
 
 __all__ = ["VisionInputs", "VisionSpec", "smart_resize", "vision_inputs"]
 
@@ -104,11 +105,11 @@ class VisionSpec:
         size = _PROCESSOR_DEFAULTS["size"] | _present(size)
         least = processor.get("min_pixels", size["shortest_edge"])
         most = processor.get("max_pixels", size["longest_edge"])
-        if not (_is_number(least) and _is_number(most) and 0 < least <= most):
+        if not (is_number(least) and is_number(most) and 0 < least <= most):
             raise _malformed("min_pixels and max_pixels", (least, most), "two areas in pixels, the smaller one first")
         for option in ("image_mean", "image_std"):
             values = processor[option]
-            numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_number, values))
+            numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
             if not numbers or (option == "image_std" and min(values) <= 0):
                 raise _malformed(option, values, "one number for each of 3 channels")
         return cls(
@@ -130,10 +131,6 @@ def _malformed(option: str, value: Any, expected: str) -> CheckpointError:
         f"preprocessor_config.json has {option} = {value!r}, expected {expected}: take the file from the published "
         "checkpoint."
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _present(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pocket.samples import Sample, sample
 from pocket.train_vae import encode as vae_encode
 from pocket.train_vae import load as load_vae
 from pocket.train_vae import to_unit
+from qie.compiler.architecture import ARCHITECTURES
 from qie.engines.image import Areas, prepare
 from qie.engines.prompt import PromptSpec
 from qie.engines.prompt import encode as encode_prompt
@@ -138,7 +139,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def look(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture as the pipeline and the processor of the vision tower size it, one after the other."""
-    small = prepare(Image.fromarray(image), Areas(vae_area=128 * 128, condition_area=96 * 96)).vision
+    a = ARCHITECTURES["pocket"]
+    small = prepare(Image.fromarray(image), Areas(vae_area=a.vae_area, condition_area=a.condition_area)).vision
     height, width = smart_resize(small.height, small.width, factor=28, min_pixels=3136, max_pixels=12845056)
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 

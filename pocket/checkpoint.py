@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage
@@ -49,15 +50,10 @@ def write(training: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=training) as fresh:
         write_configs(Path(fresh) / "checkpoint")
         shutil.copytree(Path(fresh) / "checkpoint", out, dirs_exist_ok=True)
-    index = out / "model_index.json"
-    settings = json.loads(index.read_text(encoding="utf-8"))
-    settings["_qie"]["about"] = ABOUT
-    index.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    own = json.loads((out / "model_index.json").read_text(encoding="utf-8"))["_qie"]
+    _change(out / "model_index.json", _qie={**own, "about": ABOUT})
     mean, std = torch.load(training / "latents.pt", weights_only=True)
-    config = out / "vae" / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    _change(out / "vae" / "config.json", latents_mean=mean.tolist(), latents_std=std.tolist())
     whole = AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(out / "vae"))
     weights, step = averaged(training / "vae")
     _save(unfold(weights, whole), step, out / FILES["vae"])
@@ -83,6 +79,12 @@ def read(checkpoint: Path, training: Path) -> None:
     encoder, _ = _load(checkpoint / FILES["text_encoder"])
     weights = {f"transformer.{name}": value for name, value in transformer.items()}
     begin(training / "editor", weights | {f"text_encoder.{name}": value for name, value in encoder.items()}, step)
+
+
+def _change(path: Path, **settings: Any) -> None:
+    """Write ``settings`` into a JSON file."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**known, **settings}, indent=2) + "\n", encoding="utf-8")
 
 
 def _of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

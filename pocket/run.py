@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from qie.engines.files import replacing
+
 __all__ = ["Average", "Run", "averaged", "begin", "learning_rate"]
 
 SAVE_SECONDS = 120
 DECAY = 0.998
 """Of the running mean, a step."""
+
+STATE = "state.pt"
 
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
@@ -26,34 +30,37 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
 
 def averaged(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
     """The weights that a run in ``folder`` has come to, their running mean, and its steps."""
-    state = torch.load(folder / "state.pt", weights_only=True)
-    correction = 1 - DECAY ** state["count"]
-    return {name: mean / correction for name, mean in state["mean"].items()}, state["step"]
+    state = torch.load(folder / STATE, weights_only=True)
+    return _corrected(state["mean"], state["count"]), state["step"]
 
 
 def begin(folder: Path, weights: dict[str, torch.Tensor], step: int) -> None:
     """Write the state of a run that has come to ``weights`` in ``step`` steps, of whose optimizer nothing is known."""
     folder.mkdir(parents=True)
     mean = {name: value * (1 - DECAY) for name, value in weights.items()}
-    torch.save({"model": weights, "mean": mean, "count": 1, "step": step}, folder / "state.pt")
+    torch.save({"model": weights, "mean": mean, "count": 1, "step": step}, folder / STATE)
+
+
+def _corrected(mean: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """A running mean of ``count`` updates without its start at zero."""
+    return {name: value / (1 - DECAY**count) for name, value in mean.items()}
 
 
 class Average:
     """An exponential running mean of a model's parameters, without its start (as Adam corrects its moments)."""
 
-    def __init__(self, model: nn.Module, decay: float = DECAY) -> None:
-        self.model, self.decay, self.count = model, decay, 0
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.count = model, 0
         self.mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         for name, parameter in self.model.named_parameters():
-            self.mean[name].lerp_(parameter.detach(), 1 - self.decay)
+            self.mean[name].lerp_(parameter.detach(), 1 - DECAY)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        correction = 1 - self.decay**self.count
-        return {name: mean / correction for name, mean in self.mean.items()}
+        return _corrected(self.mean, self.count)
 
 
 class Run:
@@ -65,7 +72,7 @@ class Run:
         self.average = Average(model)
         self.step = 0
         self._saved = time.monotonic()
-        self._file = folder / "state.pt"
+        self._file = folder / STATE
         if self._file.is_file():
             state = torch.load(self._file, weights_only=True)
             model.load_state_dict(state["model"], strict="optimizer" in state)  # a checkpoint has no more than weights
@@ -83,13 +90,16 @@ class Run:
             "count": self.average.count,
             "step": self.step,
         }
-        partial = self._file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self._file)
+        with replacing(self._file) as temporary:
+            torch.save(state, temporary)
         self._saved = time.monotonic()
 
-    def advance(self) -> None:
-        """Count a step, and save now and then."""
+    def advance(self, share: float) -> None:
+        """Apply the gradients at ``share`` of the groups' peak rates, count a step, and save now and then."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.average.update()
         self.step += 1
         if time.monotonic() - self._saved > SAVE_SECONDS:

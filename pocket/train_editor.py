@@ -83,11 +83,7 @@ def main() -> None:
 
 def finish_step(run: Run, share: float, losses: list[tuple[float, float]], started: float) -> None:
     """Apply the gradients at ``share`` of the peak rates, and log now and then."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.advance()
+    run.advance(share)
     if run.step % 50 == 0:
         seconds = round(time.monotonic() - started, 1)
         loss, seen = np.mean(losses, axis=0)

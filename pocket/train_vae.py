@@ -24,6 +24,7 @@ from pocket.muon import Muon, split
 from pocket.photographs import HELD_OUT, SIDE, square
 from pocket.run import Run, averaged, learning_rate
 from pocket.samples import picture, sample
+from qie.compiler.architecture import ARCHITECTURES
 
 __all__ = ["Folded", "build", "fold", "load", "psnr_db", "unfold"]
 
@@ -37,7 +38,6 @@ LATENT_NOISE = 0.1
 
 LATENT_PULL = 3e-4
 """Weight of the mean square of the latents, which keeps their scale near that noise's."""
-
 
 AFFINE = 10.0
 """Weight of how far the latents of a mixture of two pictures are from the mixture of their latents, as a share of their
@@ -81,7 +81,10 @@ def unfold(folded: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
 
 def build() -> AutoencoderKLQwenImage:
     """The architecture, folded; convolutions through time are left out, since a single frame never meets them."""
-    vae = AutoencoderKLQwenImage(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    a = ARCHITECTURES["pocket"]
+    vae = AutoencoderKLQwenImage(
+        base_dim=a.vae_base_dim, z_dim=a.vae_z_dim, dim_mult=list(a.vae_dim_mult), num_res_blocks=a.vae_num_res_blocks
+    )
     for module in vae.modules():
         if hasattr(module, "time_conv"):
             del module.time_conv
@@ -177,15 +180,10 @@ def main() -> None:
         error = (y.float() - x).square().flatten(1).mean(1)
         loss = error.add(1e-5).log().mean() + LATENT_PULL * z.square().mean() + AFFINE * bent
         loss.backward()
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate(run.step, options)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.advance()
+        run.advance(rate(run.step, options))
         if run.step % 200 == 0:
             with torch.no_grad():
-                mean = run.average.weights()
-                judged = psnr_db(decode_with(vae, mean, held_out), held_out)
+                judged = psnr_db(decode_with(vae, run.average.weights(), held_out), held_out)
             run.log(
                 {
                     "step": run.step,

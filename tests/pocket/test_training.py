@@ -34,18 +34,18 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = train_vae.build()
     for parameter in vae.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    advance(Run(folder / "vae", vae, torch.optim.SGD(vae.parameters())))
+    advance(Run(folder / "vae", vae, torch.optim.SGD([{"params": vae.parameters(), "peak": 0.0}])))
     write_configs(folder / "configs")
     editor = Editor(folder / "configs", compile_=False)
     for name, parameter in editor.named_parameters():
         parameter.data.add_((0.1 if "embed_tokens" in name else 0.03) * torch.randn_like(parameter))
-    advance(Run(folder / "editor", editor, torch.optim.SGD(editor.parameters())))
+    advance(Run(folder / "editor", editor, torch.optim.SGD([{"params": editor.parameters(), "peak": 0.0}])))
     torch.save((torch.linspace(-0.2, 0.2, 16), torch.linspace(0.8, 1.5, 16)), folder / "latents.pt")
     return folder
 
 
 def advance(run: Run) -> None:
-    run.advance()
+    run.advance(1.0)
     run.save()
 
 
@@ -211,15 +211,13 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))
         matrices, rest = split(model, ("2.",))
         assert len(matrices) == 1
-        groups = [{"params": matrices, "matrices": True, "lr": 0.02}, {"params": rest, "lr": 1e-2}]
+        groups = [{"params": matrices, "matrices": True, "peak": 0.02}, {"params": rest, "peak": 1e-2}]
         run = Run(folder, model, Muon(groups))
         while run.step < steps:
             torch.manual_seed(run.step)
             x = torch.randn(16, 4)
             (model(x) - x[:, :2]).square().mean().backward()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            run.advance()
+            run.advance(1.0)
         run.save()
         return {**model.state_dict(), **run.average.weights()}
 
