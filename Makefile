@@ -28,6 +28,7 @@ test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine'
 
 pocket: $(VENV)/dev.stamp              ## Train the pocket model; goes on where it was stopped.
 	$(BIN)/python -m pocket.train_vae $(DEMO)/pocket/vae
+	$(BIN)/python -m pocket.train_reader $(DEMO)/pocket
 	$(BIN)/python -m pocket.train_editor $(DEMO)/pocket
 	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
 

@@ -9,97 +9,67 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pocket.edits import EDITS, Instruction, Picture
+from pocket.prompts import Prompter
+from pocket.reader import load as load_reader
 from pocket.samples import Sample, sample
+from pocket.train_vae import decode as vae_decode
 from pocket.train_vae import encode as vae_encode
 from pocket.train_vae import load as load_vae
 from pocket.train_vae import to_unit
-from qie.compiler.architecture import ARCHITECTURES
-from qie.engines.image import Areas, prepare
-from qie.engines.prompt import PromptSpec
-from qie.engines.prompt import encode as encode_prompt
-from qie.engines.vision import smart_resize
+from qie.engines.prompt import PREFIX_TOKENS
 
-__all__ = ["BATCH", "POOL_BATCHES", "Batch", "Encoder", "Prompts", "draw", "pack", "pool", "unpack"]
+__all__ = ["BATCH", "POOL_BATCHES", "Batch", "Encoder", "draw", "importance", "pack", "pool", "unpack"]
 
 BATCH, POOL_BATCHES = 32, 128
 
 BLANK = 0.04
 """Share of samples with no instruction, whose result is the picture itself."""
 
-PROMPT_TOKENS = {1: 120, 2: 136}
-"""Pictures -> tokens to which prompts are padded, so that few shapes are compiled."""
-
 FORMS = {(128, 128, 1): 0.76, (128, 128, 2): 0.08, (96, 160, 1): 0.08, (160, 96, 1): 0.08}
 """(height, width, pictures) -> share of the batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompts:
-    """BATCH prompts, padded on the right.
+class Batch:
+    """BATCH samples of one form.
 
-    seen uint8 [B, K, h, w, 3] are the pictures as the vision tower's processor sizes them; input_ids, position_ids and
-    mask are [B, S], [3, B, S] and [B, S].
-    """
-
-    seen: Tensor
-    input_ids: Tensor
-    position_ids: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch(Prompts):
-    """BATCH samples of one form: target [B, N, 64], references [B, R, 64] are normalized packed latents in bfloat16.
-
-    source [B, N] is the token of the first reference that each token of the target shows: itself, if nothing is moved.
+    target [B, N, 64] and references [B, R, 64] are normalized packed latents, prompt [B, S, D] prompt embeddings of
+    which those count where words, bool [B, S], is true; all three are bfloat16. source [B, N] is the token of the first
+    reference that each token of the target shows: itself, if nothing is moved.
     """
 
     form: tuple[int, int, int]
+    prompt: Tensor
+    words: Tensor
     target: Tensor
     references: Tensor
     source: Tensor
 
 
 class Encoder:
-    """Makes batches of samples."""
+    """Makes batches of samples, with the VAE and the text encoder that were trained in ``folder``."""
 
     def __init__(self, folder: Path, *, compile_: bool = True) -> None:
         self.vae = load_vae(folder / "vae")
+        self.reader = load_reader(folder / "reader", folder / "configs")
+        self.prompter = Prompter(folder / "configs")
         self.run = partial(vae_encode, self.vae)
         if compile_:
             self.run = torch.compile(self.run, dynamic=False)
         self.mean, self.std = statistics(folder, self.vae)
-        self.tokenizer = Tokenizer.from_file(str(folder / "configs" / "processor" / "tokenizer.json"))
-        image_token = self.tokenizer.token_to_id("<|image_pad|>")
-        self.spec = PromptSpec(pipeline="edit_plus", image_token_id=image_token, merge_size=2)
-
-    def prompts(self, samples: list[Sample], pictures: int) -> Prompts:
-        seen = np.stack([look(image) for s in samples for image in s.images])
-        grids = [(1, seen.shape[1] // 14, seen.shape[2] // 14)] * pictures
-        rows = [encode_prompt(self.tokenizer, [s.text], grids, self.spec, allow_blank=True) for s in samples]
-        longest = PROMPT_TOKENS[pictures]
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for b, row in enumerate(rows):
-            length = row.lengths[0]
-            ids[b, :length] = torch.from_numpy(row.input_ids[0])
-            positions[:, b, :length] = torch.from_numpy(row.position_ids[:, 0])
-            mask[b, :length] = 1
-        seen = torch.from_numpy(seen.reshape(len(samples), pictures, *seen.shape[1:]))
-        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask)
 
     def batch(self, samples: list[Sample], form: tuple[int, int, int]) -> Batch:
-        prompts = self.prompts(samples, form[2])
+        prompts = self.prompter.prompts(samples)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            prompt = self.reader.prompt(prompts)
         references = self.latents(np.stack([image for s in samples for image in s.images]))
         return Batch(
-            **{name: getattr(prompts, name) for name in Prompts.__dataclass_fields__},
             form=form,
+            prompt=prompt.bfloat16(),
+            words=prompts.mask[:, PREFIX_TOKENS:].bool(),
             target=self.latents(np.stack([s.target for s in samples])).bfloat16(),
             references=references.reshape(len(samples), -1, 64).bfloat16(),
             source=torch.from_numpy(np.stack([source(s.asked, form[0] // 16, form[1] // 16) for s in samples])),
@@ -137,14 +107,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return z.reshape(len(tokens), -1, height * 2, width * 2)
 
 
-def look(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture as the pipeline and the processor of the vision tower size it, one after the other."""
-    a = ARCHITECTURES["pocket"]
-    small = prepare(Image.fromarray(image), Areas(vae_area=a.vae_area, condition_area=a.condition_area)).vision
-    height, width = smart_resize(small.height, small.width, factor=28, min_pixels=3136, max_pixels=12845056)
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-
-
 def statistics(folder: Path, vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents by channel, [16] each, over results of edits; computed once."""
     file = folder / "latents.pt"
@@ -156,6 +118,31 @@ def statistics(folder: Path, vae: Any) -> tuple[Tensor, Tensor]:
         torch.save((z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))), file)
     mean, std = torch.load(file, weights_only=True)
     return mean, std
+
+
+@torch.no_grad()
+def importance(encoder: Encoder, images: int = 32, small: float = 0.1) -> Tensor:
+    """[16, 16], symmetric with a mean diagonal of 1: what a small error of the latents costs in the picture.
+
+    It is the mean over pictures of J' J, J being the derivative of the decoder with respect to one latent, from finite
+    differences with random signs at all places at once (Hutchinson's estimate).
+    """
+    rng = np.random.default_rng(2)
+    torch.manual_seed(2)
+    x = to_unit(np.stack([sample(rng, 128, 128).target for _ in range(images)]))
+    total = torch.zeros(len(encoder.std), len(encoder.std))
+    for part in x.split(8):
+        z = vae_encode(encoder.vae, part)
+        still = vae_decode(encoder.vae, z)
+        signs = torch.randint(0, 2, z[:, 0].shape) * 2.0 - 1
+        moved = []
+        for channel, std in enumerate(encoder.std):
+            other = z.clone()
+            other[:, channel] += small * std * signs
+            moved.append((vae_decode(encoder.vae, other) - still).flatten())
+        changes = torch.stack(moved)
+        total += changes @ changes.T
+    return total / total.diagonal().mean()
 
 
 def pool(encoder: Encoder, folder: Path, number: int) -> list[Batch]:
@@ -176,6 +163,7 @@ def pool(encoder: Encoder, folder: Path, number: int) -> list[Batch]:
 
 
 def draw(rng: np.random.Generator, form: tuple[int, int, int]) -> Sample:
+    """A sample of that form; now and then one with nothing asked."""
     height, width, pictures = form
     found = sample(rng, height, width, pictures=pictures)
     if rng.random() < BLANK:

@@ -58,11 +58,12 @@ def write(training: Path, out: Path) -> None:
     weights, step = averaged(training / "vae")
     _save(unfold(weights, whole), step, out / FILES["vae"])
 
-    weights, step = averaged(training / "editor")
-    encoder, transformer = _of(weights, "text_encoder."), _of(weights, "transformer.")
+    weights, step = averaged(training / "reader")
+    encoder = _of(weights, "text_encoder.")
     encoder["lm_head.weight"] = encoder["model.language_model.embed_tokens.weight"]  # it says nothing in an edit
-    _save(transformer, step, out / FILES["transformer"])
     _save(encoder, step, out / FILES["text_encoder"])
+    weights, step = averaged(training / "editor")
+    _save(_of(weights, "transformer."), step, out / FILES["transformer"])
 
 
 def read(checkpoint: Path, training: Path) -> None:
@@ -75,10 +76,9 @@ def read(checkpoint: Path, training: Path) -> None:
         name: value[:, :, -1] if value.ndim == 5 else value for name, value in vae.items() if ".time_conv." not in name
     }
     begin(training / "vae", slices, step)
-    transformer, step = _load(checkpoint / FILES["transformer"])
-    encoder, _ = _load(checkpoint / FILES["text_encoder"])
-    weights = {f"transformer.{name}": value for name, value in transformer.items()}
-    begin(training / "editor", weights | {f"text_encoder.{name}": value for name, value in encoder.items()}, step)
+    for name, part in (("reader", "text_encoder"), ("editor", "transformer")):
+        weights, step = _load(checkpoint / FILES[part])
+        begin(training / name, {f"{part}.{key}": value for key, value in weights.items()}, step)
 
 
 def _change(path: Path, **settings: Any) -> None:

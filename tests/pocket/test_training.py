@@ -1,6 +1,7 @@
 """The training teaches the model that diffusers, transformers and qie run: its short cuts change no value."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from pocket import train_editor, train_vae
-from pocket.batches import Encoder, draw, pack, source, unpack
+from pocket import train_editor, train_reader, train_vae
+from pocket.batches import Encoder, draw, importance, pack, source, unpack
 from pocket.checkpoint import FILES, read, write, write_configs
+from pocket.editor import Editor
 from pocket.edits import Instruction
 from pocket.muon import Muon, orthogonal, split
-from pocket.network import Editor, to_patches
+from pocket.prompts import Prompter
+from pocket.reader import Reader, to_patches
 from pocket.run import Run, learning_rate
 from pocket.samples import sample
 from qie.compiler.checkpoint import open_checkpoint
@@ -36,10 +39,10 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     advance(Run(folder / "vae", vae, torch.optim.SGD([{"params": vae.parameters(), "peak": 0.0}])))
     write_configs(folder / "configs")
-    editor = Editor(folder / "configs", compile_=False)
-    for name, parameter in editor.named_parameters():
-        parameter.data.add_((0.1 if "embed_tokens" in name else 0.03) * torch.randn_like(parameter))
-    advance(Run(folder / "editor", editor, torch.optim.SGD([{"params": editor.parameters(), "peak": 0.0}])))
+    for part, model in (("reader", Reader(folder / "configs")), ("editor", Editor(folder / "configs", compile_=False))):
+        for name, parameter in model.named_parameters():
+            parameter.data.add_((0.1 if "embed_tokens" in name else 0.03) * torch.randn_like(parameter))
+        advance(Run(folder / part, model, torch.optim.SGD([{"params": model.parameters(), "peak": 0.0}])))
     torch.save((torch.linspace(-0.2, 0.2, 16), torch.linspace(0.8, 1.5, 16)), folder / "latents.pt")
     return folder
 
@@ -112,16 +115,20 @@ def test_what_is_trained_is_what_diffusers_runs(
     reference = load_reference(checkpoint)
     model = Editor(training / "configs", compile_=False)
     state = {f"transformer.{k}": v for k, v in reference.pipeline.transformer.state_dict().items()}
-    state |= {f"text_encoder.{k}": v for k, v in reference.pipeline.text_encoder.state_dict().items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
-    assert all(name.startswith(("reader.", "seer.")) for name in missing)
-    batch = Encoder(training, compile_=False).batch(drawn, form)
+    assert all(name.startswith("seer.") for name in missing)
+    encoder = Encoder(training, compile_=False)
+    state = {f"text_encoder.{k}": v for k, v in reference.pipeline.text_encoder.state_dict().items()}
+    missing, unexpected = encoder.reader.load_state_dict(state, strict=False)
+    assert not unexpected
     with torch.no_grad():
-        prompt = model.prompt(batch)
-    for row, found in zip(drawn, prompt, strict=True):
+        prompt = encoder.reader.prompt(encoder.prompter.prompts(drawn))
+    batch = replace(encoder.batch(drawn, form), prompt=prompt)
+    for row, found, words in zip(drawn, prompt, batch.words, strict=True):
         images = [Image.fromarray(image) for image in row.images]
         expected = reference.prompt_embeds(images, row.text)
+        assert int(words.sum()) == len(expected)
         np.testing.assert_allclose(found[: len(expected)], expected, rtol=1e-3, atol=1e-4)
 
     latents = [reference.encode_image(image) for image in drawn[0].images]
@@ -131,8 +138,8 @@ def test_what_is_trained_is_what_diffusers_runs(
 
     noisy = torch.randn(2, height * width // 256, 64)
     with torch.no_grad():
-        velocity = model.velocity(batch, noisy, torch.tensor([0.7, 0.7]), prompt)[0][0]
-    length = int(batch.mask[0].sum()) - 64
+        velocity = model(batch, noisy, torch.tensor([0.7, 0.7]))[0][0]
+    length = int(batch.words[0].sum())
     grid = (height // 16, width // 16)
     expected = reference.velocity(
         noisy[:1].numpy(), list(references[:, None]), prompt[:1, :length].numpy(), 0.7, [grid] * (1 + pictures)
@@ -142,17 +149,15 @@ def test_what_is_trained_is_what_diffusers_runs(
 
 def test_the_language_model_learns_to_read(training: Path) -> None:
     torch.manual_seed(0)
-    model = Editor(training / "configs", compile_=False)
-    encoder = Encoder(training, compile_=False)
-    matrices, rest = split(model, train_editor.ENDS)
+    reader, prompter = Reader(training / "configs"), Prompter(training / "configs")
+    matrices, rest = split(reader, train_reader.ENDS)
     optimizer = Muon([{"params": matrices, "matrices": True, "lr": 0.03}, {"params": rest, "lr": 1e-3}])
     losses = []
     for step in range(25):
-        losses.append(train_editor.word_step(model, encoder, step))
+        losses.append(train_reader.train_step(reader, prompter, step))
         optimizer.step()
         optimizer.zero_grad()
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
-    assert all(parameter.grad is None for parameter in model.transformer.parameters())
 
 
 def test_a_step_of_the_editor_reaches_every_part(training: Path) -> None:
@@ -162,15 +167,32 @@ def test_a_step_of_the_editor_reaches_every_part(training: Path) -> None:
     batch = Encoder(training, compile_=False).batch([draw(rng, form) for _ in range(2)], form)
     state = torch.load(training / "editor" / "state.pt", weights_only=True)["model"]
     model.load_state_dict(state)
-    loss, seen = train_editor.train_step(model, batch)
+    loss, weighed, seen = train_editor.train_step(model, batch, 2 * torch.eye(16))
     assert loss > 0.1
+    assert weighed == pytest.approx(2 * loss, rel=1e-5)
     assert seen > 1
     silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     last = "transformer.transformer_blocks.4."
     unread = ("attn.to_add_out", "attn.norm_added_q", "attn.add_q_proj", "txt_mlp", "txt_mod")
-    assert all(
-        name.startswith("reader.") or (name.startswith(last) and any(u in name for u in unread)) for name in silent
-    )
+    assert all(name.startswith(last) and any(u in name for u in unread) for name in silent)
+
+
+def test_an_error_of_the_latents_counts_as_it_shows(training: Path) -> None:
+    """The estimate of J' J tells what a small change of one kind costs in the picture."""
+    encoder = Encoder(training, compile_=False)
+    metric = importance(encoder, images=8)
+    torch.testing.assert_close(metric, metric.T)
+    assert metric.diagonal().mean() == pytest.approx(1)
+    torch.manual_seed(0)
+    z = torch.randn(4, 16, 1, 8, 8)
+    costs = []
+    for channel in (metric.diagonal().argmin(), metric.diagonal().argmax()):
+        small = torch.zeros_like(z)
+        small[:, channel] = 0.01 * encoder.std[channel] * torch.randn(4, 1, 8, 8)
+        with torch.no_grad():
+            moved = train_vae.decode(encoder.vae, z + small) - train_vae.decode(encoder.vae, z)
+        costs.append(moved.square().mean().item())
+    assert costs[0] < costs[1]
 
 
 def test_the_checkpoint_is_one_of_qie(checkpoint: Path) -> None:

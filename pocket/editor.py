@@ -1,37 +1,26 @@
-"""The pocket model's two networks as they are trained: diffusers' and transformers' modules, in one.
+"""The pocket model's transformer as it is trained: diffusers' modules.
 
-The transformer's forward is written out here, on diffusers' own modules, for three reasons: a compiler can fuse it (no
-complex numbers), it does not compute what nobody reads, and it can be asked questions on the way.
+Their forward is written out here for three reasons: a compiler can fuse it (no complex numbers), it does not compute
+what nobody reads, and it can be asked questions on the way.
 """
 
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from pocket.batches import Batch, Prompts
-from pocket.edits import EDITS, Instruction
-from pocket.samples import Sample
-from qie.engines.prompt import PREFIX_TOKENS
+from pocket.batches import Batch
 
-__all__ = ["Editor", "Reader", "Seer", "to_patches"]
-
-OPTIONS = ("colour", "shape", "place")
+__all__ = ["Editor", "Seer"]
 
 
 class Editor(nn.Module):
-    """Vision-language model and transformer, with the questions that they are asked in training."""
+    """The transformer, with the questions that it is asked in training."""
 
     def __init__(self, configs: Path, *, compile_: bool = True) -> None:
         super().__init__()
-        config = Qwen2_5_VLConfig.from_pretrained(configs / "text_encoder")
-        self.text_encoder = Qwen2_5_VLForConditionalGeneration(config)
-        self.text_encoder.lm_head.requires_grad_(False)
-        self.reader = Reader(config.text_config.hidden_size)
         self.transformer = QwenImageTransformer2DModel.from_config(
             QwenImageTransformer2DModel.load_config(configs / "transformer")
         )
@@ -39,35 +28,17 @@ class Editor(nn.Module):
         _begin(self.transformer)
         self.run = torch.compile(self.flow, dynamic=False) if compile_ else self.flow
 
-    def prompt(self, batch: Prompts) -> Tensor:
-        """[B, S - 64, D]: the last hidden states behind the template's prefix."""
-        model, config = self.text_encoder.model, self.text_encoder.config
-        patches, grid = to_patches(batch.seen)
-        images = model.visual(patches, grid_thw=grid).pooler_output
-        embeds = model.language_model.embed_tokens(batch.input_ids)
-        places = (batch.input_ids == config.image_token_id).unsqueeze(-1)
-        embeds = embeds.masked_scatter(places, images.to(embeds.dtype))
-        hidden = model.language_model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=batch.mask, use_cache=False
-        ).last_hidden_state
-        return hidden[:, PREFIX_TOKENS:]
-
     def forward(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity [B, N, 64] of ``noisy`` at ``sigma`` [B], and the loss of the seer's answers."""
-        return self.velocity(batch, noisy, sigma, self.prompt(batch))
-
-    def velocity(self, batch: Batch, noisy: Tensor, sigma: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``forward``, of prompt embeddings that are known."""
         height, width, pictures = batch.form
         grid = (1, height // 16, width // 16)
         image, text = self.transformer.pos_embed(
-            [[grid] * (1 + pictures)], max_txt_seq_len=prompt.shape[1], device=noisy.device
+            [[grid] * (1 + pictures)], max_txt_seq_len=batch.prompt.shape[1], device=noisy.device
         )
         angles = torch.cat([text, image])
-        words = batch.mask[:, PREFIX_TOKENS:].bool()
-        references = batch.references.to(noisy.dtype)
+        references, prompt = batch.references.to(noisy.dtype), batch.prompt.to(noisy.dtype)
         places = self.seer.places(grid[1], grid[2])
-        return self.run(noisy, references, prompt, words, sigma, angles.real, angles.imag, batch.source, places)
+        return self.run(noisy, references, prompt, batch.words, sigma, angles.real, angles.imag, batch.source, places)
 
     def flow(
         self,
@@ -90,6 +61,7 @@ class Editor(nn.Module):
         mask = torch.cat([words, words.new_ones(batch, image.shape[1])], 1)[:, None, None]
         loss = image.new_zeros((), dtype=torch.float32)
         for number, block in enumerate(t.transformer_blocks):
+            last = number + 1 == len(t.transformer_blocks)  # there only the noise's tokens are read on
             one, two = _chunks(block.img_mod(now), block.img_mod(clean), noise, image)
             text_one, text_two = (c.unsqueeze(1).chunk(3, -1) for c in block.txt_mod(now).chunk(2, -1))
             attention = block.attn
@@ -99,25 +71,29 @@ class Editor(nn.Module):
             def heads(x: Tensor) -> Tensor:
                 return x.unflatten(-1, (-1, t.config.attention_head_dim))
 
-            q = torch.cat([attention.norm_added_q(heads(attention.add_q_proj(said))),
-                           attention.norm_q(heads(attention.to_q(normed)))], 1)  # fmt: skip
             k = torch.cat([attention.norm_added_k(heads(attention.add_k_proj(said))),
                            attention.norm_k(heads(attention.to_k(normed)))], 1)  # fmt: skip
             v = torch.cat([heads(attention.add_v_proj(said)), heads(attention.to_v(normed))], 1)
-            q, k = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2)
+            if last:
+                image, normed, said = image[:, :noise], normed[:, :noise], said[:, :0]
+                one, two = ([part[:, :noise] for part in parts] for parts in (one, two))
+            q = torch.cat([attention.norm_added_q(heads(attention.add_q_proj(said))),
+                           attention.norm_q(heads(attention.to_q(normed)))], 1)  # fmt: skip
+            asking = slice(length, length + noise) if last else slice(None)
+            q, k = _rotate(q, cos[asking], sin[asking]).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2)
             y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
-            y = y.transpose(1, 2).flatten(2)
+            spoken, y = y.transpose(1, 2).flatten(2).split([said.shape[1], normed.shape[1]], 1)
             if number == Seer.LOOKS:
                 start = length + noise
                 loss = loss + self.seer.looks(q[:, 0, length:start], k[:, 0], mask[:, 0], source + start)
-            image = image + one[2] * attention.to_out[0](y[:, length:])
+            image = image + one[2] * attention.to_out[0](y)
             image = image + two[2] * block.img_mlp(_modulate(block.img_norm2(image), two))
-            if number + 1 < len(t.transformer_blocks):
-                text = text + text_one[2] * attention.to_add_out(y[:, :length])
+            if not last:
+                text = text + text_one[2] * attention.to_add_out(spoken)
                 text = text + text_two[2] * block.txt_mlp(_modulate(block.txt_norm2(text), text_two))
             if number in Seer.STANDS:
                 loss = loss + self.seer.stands(number, image, places)
-        output = t.proj_out(t.norm_out(image[:, :noise], now))
+        output = t.proj_out(t.norm_out(image, now))
         return output, loss
 
 
@@ -201,54 +177,3 @@ class Seer(nn.Module):
         scores = (q @ k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~mask, float("-inf"))
         return functional.cross_entropy(scores.flatten(0, 1), wanted.reshape(-1))
-
-
-class Reader(nn.Module):
-    """What the vision-language model is asked first: to say from its last hidden state what the instruction was.
-
-    The published model starts from a language model that can read. Without one the transformer learns to do without
-    words: it copies, and a thousand steps do not change that. The questions are left behind when the model can read.
-    """
-
-    ANSWERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "name": tuple(EDITS),
-        **{key: tuple(sorted({v for e in EDITS.values() for v in e.options.get(key, ())})) for key in OPTIONS},
-    }
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.questions = [(turn, key) for turn in range(2) for key in self.ANSWERS]
-        self.heads = nn.ModuleList([nn.Linear(width, 1 + len(self.ANSWERS[key])) for _, key in self.questions])
-        self.colours = nn.Linear(width, 3)
-
-    def forward(self, hidden: Tensor, prompts: Prompts, samples: list[Sample], image_token: int) -> Tensor:
-        """The mean cross entropy of the answers, and the square error of the mean colour of every image token."""
-        last = hidden[torch.arange(len(hidden)), prompts.mask.sum(1) - PREFIX_TOKENS - 1]
-        loss = hidden.new_zeros(())
-        for (turn, key), head in zip(self.questions, self.heads, strict=True):
-            wanted = torch.tensor([self.place(sample.asked, turn, key) for sample in samples])
-            loss = loss + functional.cross_entropy(head(last).float(), wanted)
-        shown = hidden[prompts.input_ids[:, PREFIX_TOKENS:] == image_token]
-        seen = prompts.seen.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
-        colours = functional.avg_pool2d(seen, 28).permute(0, 2, 3, 1).reshape(-1, 3)
-        return loss / len(self.questions) + functional.mse_loss(self.colours(shown).float(), colours)
-
-    def place(self, asked: tuple[Instruction, ...], turn: int, key: str) -> int:
-        """The place of the answer, 0 where there is none."""
-        if turn >= len(asked):
-            return 0
-        step = asked[turn]
-        value = step.name if key == "name" else dict(step.options).get(key)
-        return 0 if value is None else 1 + self.ANSWERS[key].index(value)
-
-
-def to_patches(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches [P, 1176] and grids [B * K, 3] of pictures uint8 [B, K, h, w, 3], as Qwen2-VL's processor orders them."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    images = ((seen.flatten(0, 1).float() / 255 - mean) / std).permute(0, 3, 1, 2)
-    count, _, height, width = images.shape
-    rows, columns = height // 28, width // 28
-    cells = images.reshape(count, 3, rows, 2, 14, columns, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    patches = cells.unsqueeze(6).expand(*cells.shape[:6], 2, 14, 14).reshape(-1, 3 * 2 * 14 * 14)
-    return patches, torch.tensor([[1, 2 * rows, 2 * columns]] * count)

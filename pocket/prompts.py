@@ -1,0 +1,71 @@
+"""Instructions and pictures as the text encoder reads them, many at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pocket.samples import Sample
+from qie.compiler.architecture import ARCHITECTURES
+from qie.engines.image import Areas, prepare
+from qie.engines.prompt import PromptSpec, encode
+from qie.engines.vision import smart_resize
+
+__all__ = ["Prompter", "Prompts"]
+
+PROMPT_TOKENS = {1: 120, 2: 136}
+"""Pictures -> tokens to which prompts are padded, so that few shapes are compiled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """B prompts, padded on the right.
+
+    seen uint8 [B, K, h, w, 3] are the pictures as the vision tower's processor sizes them; input_ids, position_ids and
+    mask are [B, S], [3, B, S] and [B, S].
+    """
+
+    seen: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor
+
+
+class Prompter:
+    """Makes prompts of samples, with the tokenizer of the checkpoint's ``configs``."""
+
+    def __init__(self, configs: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(configs / "processor" / "tokenizer.json"))
+        image_token = self.tokenizer.token_to_id("<|image_pad|>")
+        self.spec = PromptSpec(pipeline="edit_plus", image_token_id=image_token, merge_size=2)
+
+    def prompts(self, samples: list[Sample]) -> Prompts:
+        """Of samples with as many pictures each, of one size."""
+        pictures = len(samples[0].images)
+        seen = np.stack([look(image) for s in samples for image in s.images])
+        grids = [(1, seen.shape[1] // 14, seen.shape[2] // 14)] * pictures
+        rows = [encode(self.tokenizer, [s.text], grids, self.spec, allow_blank=True) for s in samples]
+        longest = PROMPT_TOKENS[pictures]
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for b, row in enumerate(rows):
+            length = row.lengths[0]
+            ids[b, :length] = torch.from_numpy(row.input_ids[0])
+            positions[:, b, :length] = torch.from_numpy(row.position_ids[:, 0])
+            mask[b, :length] = 1
+        seen = torch.from_numpy(seen.reshape(len(samples), pictures, *seen.shape[1:]))
+        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask)
+
+
+def look(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture as the pipeline and the processor of the vision tower size it, one after the other."""
+    a = ARCHITECTURES["pocket"]
+    small = prepare(Image.fromarray(image), Areas(vae_area=a.vae_area, condition_area=a.condition_area)).vision
+    height, width = smart_resize(small.height, small.width, factor=28, min_pixels=3136, max_pixels=12845056)
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
