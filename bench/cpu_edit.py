@@ -87,16 +87,24 @@ def shell(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     return {**measured, "ratio": ratios, "steps": steps}
 
 
+LAUNCHER = """
+import json, os, sys, time
+start = time.perf_counter()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss * 1024, status]))
+"""
+"""Starts a command and says what it took. Linux counts the peak of a child from its parent's, so this one is small."""
+
+
 def spent(command: list[str]) -> tuple[float, int]:
     """Seconds and peak bytes of a process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(launch, capture_output=True, text=True, check=True)
+    seconds, peak, status = json.loads(done.stdout.splitlines()[-1])
     if status != 0:
-        assert process.stderr is not None
-        raise SystemExit(f"{command[0]} failed: {process.stderr.read().decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+        raise SystemExit(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return seconds, peak
 
 
 def median(runs: int, work: Callable[[], Any]) -> float:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from qie.compiler.recipe_toml import Matching, Setting, Within, build, flatten, inline, write, wrong
 from qie.engines.errors import RecipeError
-from qie.engines.manifest import COMPONENTS, Component
+from qie.engines.manifest import COMPONENTS, Component, Residency
 from qie.engines.shapes import SIDE_MULTIPLE, ShapeLimits, Size, calculate_dimensions
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Quantization",
     "Range",
     "Recipe",
-    "Residency",
     "Schedule",
     "Shapes",
     "load_recipe",
@@ -43,7 +42,6 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm", "vl
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "fp8", "int8-smooth", "w4a16"]
-Residency = Literal["resident", "sequential"]
 
 PARTIAL_BACKENDS: dict[Backend, tuple[Component, ...]] = {
     "tensorrt-llm": ("language",),

@@ -81,7 +81,7 @@ def run(
         check_output(output)
     sources = [load_image(Path(path)) for path in paths]
     opened = open_bundle(bundle)
-    editor = Editor(opened)
+    editor = Editor(opened, residency="sequential")  # one edit needs each engine once
     request = Request(
         images=[source.image for source in sources],
         instructions=[instruction],

@@ -25,7 +25,7 @@ from qie.engines.errors import BundleError, EditError
 from qie.engines.files import qie_home
 from qie.engines.image import output_size, prepare, resize, to_uint8_HWC
 from qie.engines.latents import noise_latents, rotary_tables
-from qie.engines.manifest import Component
+from qie.engines.manifest import Component, Residency
 from qie.engines.modulation import modulation_tables
 from qie.engines.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens, encode
 from qie.engines.schedule import sigmas
@@ -94,8 +94,10 @@ class Editor:
     released when its part of an edit is done.
     """
 
-    def __init__(self, bundle: Bundle, *, graphs: bool = True) -> None:
-        """Choose the engines of ``bundle`` for this machine; ``graphs`` allows CUDA graphs on a GPU.
+    def __init__(self, bundle: Bundle, *, residency: Residency | None = None, graphs: bool = True) -> None:
+        """Choose the engines of ``bundle`` for this machine.
+
+        ``residency`` is used in place of the bundle's; ``graphs`` allows CUDA graphs on a GPU.
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``, or the tokenizer is damaged.
@@ -105,6 +107,7 @@ class Editor:
         self._engines = choose_engines(bundle)
         self._sessions: dict[Component, Session] = {}
         self._device: Device | None = None
+        self._residency = residency or bundle.manifest.defaults.residency
         self._graphs = graphs
         tokenizer = bundle.path / bundle.manifest.tokenizer.path
         try:
@@ -293,7 +296,7 @@ class Editor:
         try:
             yield self._sessions[component]
         finally:
-            if not held and self.bundle.manifest.defaults.residency == "sequential":
+            if not held and self._residency == "sequential":
                 self._sessions.pop(component).close()
 
     def _run(self, component: Component, output: str, sizes: dict[str, int], **inputs: NDArray[Any] | Tensor) -> Any:

@@ -34,6 +34,7 @@ __all__ = [
     "ModulationTensor",
     "ProfileRecord",
     "RecipeRecord",
+    "Residency",
     "TensorSpec",
     "modulation_rows",
     "read_manifest",
@@ -44,6 +45,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
+Residency = Literal["resident", "sequential"]
+
 COMPONENTS: tuple[Component, ...] = ("vision", "language", "vae_encoder", "transformer", "vae_decoder")
 """Every component, in the order in which an edit uses them."""
 
@@ -212,7 +215,7 @@ class Defaults:
     steps: int
     guidance: float
     noise: Literal["float32", "bfloat16"]
-    residency: Literal["resident", "sequential"]
+    residency: Residency
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

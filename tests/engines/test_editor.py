@@ -223,7 +223,7 @@ def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, mon
         raise EditError("no memory")
 
     monkeypatch.setattr(module, "denoise", fail)
-    sequential = Editor(changed(opened, defaults={"residency": "sequential"}))
+    sequential = Editor(opened, residency="sequential")
     with pytest.raises(EditError, match="no memory"):
         sequential.edit(request())
     gc.collect()
