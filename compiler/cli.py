@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qie.compiler.cli_calibrate import calibrate
 from qie.engines.cli import JsonOption, add_commands, parse_size, print_json
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.terminal import Bars, human_bytes, human_count, table
@@ -38,6 +39,10 @@ ModelArgument = Annotated[
 GpuOption = Annotated[str, typer.Option("--gpu", help="Recipe: a name of `qie recipes`, or the path of a .toml file.")]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(help="File of `qie calibrate`, for recipes that quantize.", show_default="the checkpoint's own"),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
@@ -87,6 +92,7 @@ def build(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
     lora: LoraOption = None,
+    calibration: CalibrationOption = None,
     revision: RevisionOption = None,
     finish: Annotated[
         str | None,
@@ -100,7 +106,7 @@ def build(
     """Build a bundle of engines for one GPU from a checkpoint."""
     if finish is not None:
         return _finish(finish, dry_run=dry_run, as_json=as_json)
-    plan = _plan(model, gpu, lora, revision, out, name, weights=not dry_run)
+    plan = _plan(model, gpu, lora, calibration, revision, out, name, weights=not dry_run)
     if dry_run or not as_json:
         _print_plan(plan, as_json=as_json)
     if dry_run:
@@ -126,7 +132,7 @@ def show_estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a build and an edit from configs alone: memory, disk, time; refuse what cannot fit."""
-    plan = _plan(model, gpu, None, revision, None, None, weights=False)
+    plan = _plan(model, gpu, None, None, revision, None, None, weights=False)
     from qie.compiler.cli_plan import describe, facts
     from qie.compiler.estimate import estimate, refusal
     from qie.compiler.workload import workload
@@ -149,11 +155,12 @@ def export(
     gpu: GpuOption = "cpu",
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="With weights, or graphs alone.")] = True,
     lora: LoraOption = None,
+    calibration: CalibrationOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the graphs of a checkpoint as ONNX files, for other tools to read."""
-    plan = _plan(model, gpu, lora, revision, out, None, weights=weights)
+    plan = _plan(model, gpu, lora, calibration, revision, out, None, weights=weights)
     from qie.compiler.export import export_graphs
 
     with Bars(enabled=not as_json) as bars:
@@ -241,6 +248,7 @@ def doctor(as_json: JsonOption = False) -> None:
     return None
 
 
+app.command("calibrate", no_args_is_help=True)(calibrate)
 app.add_typer(recipes_app, name="recipes")
 add_commands(app)
 
@@ -249,6 +257,7 @@ def _plan(
     model: str,
     gpu: str,
     loras: list[str] | None,
+    calibration: Path | None,
     revision: str | None,
     out: Path | None,
     name: str | None,
@@ -257,6 +266,7 @@ def _plan(
 ) -> "Plan":
     """Resolve a command's arguments."""
     try:
+        from qie.compiler.calibration import find_calibration
         from qie.compiler.checkpoint import open_checkpoint
         from qie.compiler.lora import open_lora, parse_lora
         from qie.compiler.plan import bundle_name, make_plan
@@ -278,6 +288,7 @@ def _plan(
         recipe=recipe,
         loras=[open_lora(*parse_lora(text)) for text in loras or []],
         destination=destination,
+        calibration=find_calibration(calibration, checkpoint.path),
     )
 
 

@@ -39,11 +39,6 @@ def describe(found: Estimate) -> str:
     plan, recipe, work = found.plan, found.plan.recipe, found.workload
     images = f"{work.references} image{'s' if work.references > 1 else ''}"
     guidance = f"guidance {work.guidance:g} (two passes a step)" if work.passes > 1 else "no guidance"
-    unquantized = [
-        f"{part.component} is counted in {part.precision}, without its quantization {part.quantization}."
-        for part in plan.components
-        if part.quantization != "none"
-    ]
     return "\n".join(
         [
             f"{plan.checkpoint.name} ({plan.checkpoint.pipeline}) by recipe {plan.recipe_name} for {recipe.gpu}",
@@ -66,7 +61,6 @@ def describe(found: Estimate) -> str:
                 if found.seconds
                 else "this GPU's peaks are not known."
             ),
-            *unquantized,
         ]
     )
 

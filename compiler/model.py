@@ -14,7 +14,18 @@ from qie.engines.prompt import PREFIX_TOKENS, PromptSpec, check_prefix
 from qie.engines.schedule import SchedulerSpec
 from qie.engines.vision import VisionSpec
 
-__all__ = ["CONDITION_AREA", "VAE_AREA", "areas", "check_parts", "model_record", "scheduler_spec", "schedules"]
+__all__ = [
+    "CONDITION_AREA",
+    "VAE_AREA",
+    "areas",
+    "check_parts",
+    "model_record",
+    "prompt_spec",
+    "rotary_spec",
+    "scheduler_spec",
+    "schedules",
+    "vision_spec",
+]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
@@ -81,6 +92,25 @@ def scheduler_spec(checkpoint: Checkpoint) -> SchedulerSpec:
     return SchedulerSpec.from_config(checkpoint.scheduler)
 
 
+def vision_spec(checkpoint: Checkpoint) -> VisionSpec:
+    """How pictures are prepared for the vision tower."""
+    return VisionSpec.from_configs(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
+
+
+def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
+    """What prompts depend on."""
+    return PromptSpec(
+        pipeline=checkpoint.pipeline,
+        image_token_id=checkpoint.text_encoder["image_token_id"],
+        merge_size=VisionConfig.from_config(checkpoint.text_encoder).merge_size,
+    )
+
+
+def rotary_spec(checkpoint: Checkpoint) -> RotarySpec:
+    """The transformer's rotary embedding."""
+    return RotarySpec(axes_dims=TransformerConfig.from_config(checkpoint.transformer).axes_dims)
+
+
 def check_parts(checkpoint: Checkpoint) -> None:
     """See that the parts of ``checkpoint`` belong together; configs and tokenizer alone are read.
 
@@ -101,7 +131,7 @@ def check_parts(checkpoint: Checkpoint) -> None:
             f"the transformer takes {transformer.in_channels} channels a token, the VAE makes {4 * vae.z_dim}; "
             "they are parts of different models"
         )
-    VisionSpec.from_configs(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
+    vision_spec(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     prefix = check_prefix(tokenizer)
     if prefix != PREFIX_TOKENS:
@@ -123,7 +153,6 @@ def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationR
     Raises:
         CheckpointError: a config is incomplete.
     """
-    vision = VisionConfig.from_config(checkpoint.text_encoder)
     return ModelRecord(
         name=checkpoint.name,
         revision=checkpoint.revision,
@@ -131,13 +160,9 @@ def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationR
         pipeline=checkpoint.pipeline,
         areas=areas(checkpoint),
         scheduler=scheduler_spec(checkpoint),
-        vision=VisionSpec.from_configs(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor),
-        prompt=PromptSpec(
-            pipeline=checkpoint.pipeline,
-            image_token_id=checkpoint.text_encoder["image_token_id"],
-            merge_size=vision.merge_size,
-        ),
-        rotary=RotarySpec(axes_dims=TransformerConfig.from_config(checkpoint.transformer).axes_dims),
+        vision=vision_spec(checkpoint),
+        prompt=prompt_spec(checkpoint),
+        rotary=rotary_spec(checkpoint),
         latent_channels=VaeConfig.from_config(checkpoint.vae).z_dim,
         modulation=modulation,
         about=_own(checkpoint).get("about"),

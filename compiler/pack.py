@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import qie
+from qie.compiler import calibration
 from qie.compiler.build import BUILDERS
 from qie.compiler.configs import TransformerConfig
 from qie.compiler.estimate import check_fit
@@ -31,6 +32,7 @@ from qie.compiler.plan import (
 from qie.compiler.profiles import profiles
 from qie.compiler.recipe import Recipe, to_toml
 from qie.compiler.safetensor import TensorReader
+from qie.compiler.smooth import smoothed_reader
 from qie.compiler.tokenizer import load_tokenizer
 from qie.compiler.weights import write_weights
 from qie.engines.bundle import Bundle, open_bundle
@@ -46,6 +48,7 @@ from qie.engines.manifest import (
     LoraRecord,
     Manifest,
     ModulationRecord,
+    QuantizationRecord,
     RecipeRecord,
     write_manifest,
 )
@@ -104,7 +107,7 @@ def writing(destination: Path, needed: int) -> Iterator[Path]:
 
 
 def checkpoint_readers(plan: Plan) -> Mapping[Part, TensorReader]:
-    """Readers of all parts, the transformer's with the LoRAs fused.
+    """Readers of all parts, the transformer's with the LoRAs fused, all with the smoothing of the plan.
 
     Raises:
         CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
@@ -114,6 +117,10 @@ def checkpoint_readers(plan: Plan) -> Mapping[Part, TensorReader]:
     }
     if plan.loras:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
+    for part in plan.components:
+        if part.groups:
+            name = part.graph.weights[0].part
+            readers[name] = smoothed_reader(readers[name], part.groups, part.factors)
     return readers
 
 
@@ -123,6 +130,8 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     digest = checkpoint.digest(
         cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
     )
+    if plan.calibration is not None:
+        plan.calibration.check_model(digest)
     keys = graph_keys(plan, digest)
     old = _earlier(plan.destination)
     kept = kept_engines(plan, keys, old)
@@ -164,6 +173,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
             steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency
         ),
         tokenizer=_record(folder, TOKENIZER_FILE),
+        calibration=_calibration(folder, plan),
         schedules=_write_schedules(folder, plan, modulation, progress),
         engines=tuple(engines),
         graphs=tuple(graphs),
@@ -250,8 +260,25 @@ def _graph(
         inputs=part.graph.inputs,
         outputs=part.graph.outputs,
         parameters=part.graph.parameters(),
+        quantization=_quantization(part),
         profiles=shapes,
     )
+
+
+def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
+    """The calibration of what is quantized, copied into ``folder``: it tells how the bundle came about, and serves the
+    next build."""
+    if plan.calibration is None or all(part.quantization == "none" for part in plan.components):
+        return None
+    assert plan.calibration.source is not None
+    shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
+    return _record(folder, calibration.FILE)
+
+
+def _quantization(part: PlannedComponent) -> QuantizationRecord | None:
+    if part.quantization == "none":
+        return None
+    return QuantizationRecord(scheme=part.quantization, quantized=part.quantized, linears=part.linears)
 
 
 def _earlier(destination: Path) -> Bundle | None:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ from numpy.typing import NDArray
 
 import qie
 from qie.compiler.build import BUILDERS
+from qie.compiler.calibration import Calibration
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS, graph_dtype, write_graph_of
-from qie.compiler.configs import TransformerConfig
+from qie.compiler.configs import LanguageConfig, TransformerConfig
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.lora import Lora
 from qie.compiler.model import areas, check_parts, scheduler_spec, schedules
 from qie.compiler.modulation import modulation_dtype, modulation_weights
 from qie.compiler.profiles import profiles
+from qie.compiler.quantize import by_recipe, products
 from qie.compiler.recipe import Backend, Recipe
+from qie.compiler.smooth import Group
 from qie.compiler.weights import total_bytes
 from qie.engines.bundle import Bundle, is_bundle
-from qie.engines.errors import BackendMissingError, BuildError, RecipeError
+from qie.engines.errors import BackendMissingError, BuildError, CalibrationError
 from qie.engines.files import existing
 from qie.engines.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
@@ -43,6 +46,9 @@ __all__ = ["Plan", "PlannedComponent", "bundle_name", "check_buildable", "engine
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedComponent:
     """One engine to be made of ``graph``; ``bytes`` are those of its weights.
+
+    ``quantized`` linears of the ``linears`` that multiply by a weight are computed in the recipe's ``quantization``;
+    ``groups`` of them are smoothed by ``factors``.
 
     ``backend`` is the one that this machine builds for, None where it can build for none of the recipe's. Where the
     recipe prefers one that must be built for on the GPU's machine, ``finish`` names it, and the graph stays in the
@@ -58,6 +64,10 @@ class PlannedComponent:
     nodes: int
     parameters: int
     bytes: int
+    linears: int = 0
+    quantized: int = 0
+    groups: tuple[Group, ...] = ()
+    factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -82,6 +92,7 @@ class Plan:
     recipe_name: str
     recipe: Recipe
     loras: tuple[Lora, ...]
+    calibration: Calibration | None
     components: tuple[PlannedComponent, ...]
     modulation_bytes: int
     table_steps: int
@@ -100,12 +111,21 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, *, recipe_name: str, recipe: Recipe, loras: Sequence[Lora], destination: Path
+    checkpoint: Checkpoint,
+    *,
+    recipe_name: str,
+    recipe: Recipe,
+    loras: Sequence[Lora],
+    destination: Path,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Plan the build of ``checkpoint`` by ``recipe`` into the folder ``destination``.
 
+    Without ``calibration`` the plan of a recipe that quantizes can be counted, and not be carried out.
+
     Raises:
         CheckpointError, ExportError, RecipeError: configs or recipe cannot be expressed.
+        CalibrationError: the calibration lacks a linear.
     """
     config = TransformerConfig.from_config(checkpoint.transformer)
     stored = modulation_dtype(checkpoint.reader("transformer")) if checkpoint.complete else "bfloat16"
@@ -117,7 +137,8 @@ def make_plan(
         recipe_name=recipe_name,
         recipe=recipe,
         loras=tuple(loras),
-        components=tuple(_planned(component, checkpoint, recipe) for component in GRAPHS),
+        calibration=calibration,
+        components=tuple(_planned(component, checkpoint, recipe, calibration) for component in GRAPHS),
         modulation_bytes=total_bytes(modulation),
         table_steps=steps,
         tables_bytes=steps * size * config.width * (config.layers * config.modulation_rows + 2),
@@ -141,7 +162,7 @@ def check_buildable(plan: Plan) -> None:
 
     Raises:
         BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
-        RecipeError: a component asks for a quantization that this qie does not make.
+        CalibrationError: a component is to be quantized, and there is no calibration.
         CheckpointError: parts do not belong together.
         BuildError: something that is no bundle is in the way, or the disk has not enough room.
     """
@@ -154,10 +175,10 @@ def check_buildable(plan: Plan) -> None:
                 f"the recipe {plan.recipe_name} builds {part.component} for {' or '.join(wanted)}: {why}. Or use "
                 "--gpu cpu, or --dry-run to see the plan alone"
             )
-        if part.quantization != "none":
-            raise RecipeError(
-                f'components.{part.component}.quantization is "{part.quantization}", which this qie does not make '
-                'yet; set it to "none" in a recipe of your own (see `qie recipes show`)'
+        if part.quantization != "none" and plan.calibration is None:
+            raise CalibrationError(
+                f'the recipe {plan.recipe_name} quantizes {part.component} ("{part.quantization}"), which needs a '
+                "calibration of this model: make one with `qie calibrate` and name it with --calibration"
             )
     check_parts(plan.checkpoint)
     path = plan.destination
@@ -182,6 +203,7 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
                 "checkpoint": digest,
                 "loras": loras if part.component == "transformer" else [],
                 "section": [part.precision, part.quantization],
+                "smoothing": {name: _sha256_of(values) for name, values in part.factors.items()},
                 "versions": versions,
             }
         )
@@ -223,9 +245,14 @@ def bundle_name(checkpoint: Checkpoint, recipe_name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
 
 
-def _planned(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> PlannedComponent:
-    graph = write_graph_of(component, checkpoint, recipe)
+def _planned(
+    component: Component, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None
+) -> PlannedComponent:
     section = recipe.components[component]
+    plain = write_graph_of(component, checkpoint, recipe)
+    total = len(products(plain))
+    made = by_recipe(plain, section, calibration, LanguageConfig.from_config(checkpoint.text_encoder))
+    graph = made.graph
     known = [b for b in recipe.backends_of(component) if b in BUILDERS]
     backend = next((b for b in known if BUILDERS[b].unavailable(recipe) is None), None)
     elsewhere = bool(known) and backend != known[0] and BUILDERS[known[0]].needs_gpu
@@ -239,7 +266,15 @@ def _planned(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> Pl
         nodes=graph.model.graph.num_nodes(),
         parameters=graph.parameters(),
         bytes=total_bytes(graph.weights),
+        linears=total,
+        quantized=len(made.linears),
+        groups=made.groups,
+        factors=made.factors,
     )
+
+
+def _sha256_of(values: NDArray[np.float32]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def _sha256(decided_by: Mapping[str, Any]) -> str:

@@ -41,13 +41,16 @@ __all__ = [
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm", "vllm"]
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["none", "fp8", "int8-smooth", "w4a16"]
+Quantization = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
 
 PARTIAL_BACKENDS: dict[Backend, tuple[Component, ...]] = {
     "tensorrt-llm": ("language",),
     "vllm": ("vision", "language"),
 }
 """The backends that run only some components, and which."""
+
+QUANTIZED: tuple[Component, ...] = ("language", "transformer")
+"""The components that may be quantized: vision tower and VAE are small, and their errors are seen."""
 
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada); the compilers refuse fp8_e4m3 below it."""
@@ -289,9 +292,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.precision", 'is "float16", which overflows and gives black images; use "bfloat16"'
         if capability is None and part.precision == "bfloat16":
             yield f"{key}.precision", 'is "bfloat16", for which onnxruntime has no kernels on a CPU; use "float32"'
-        if name.startswith("vae") and part.quantization != "none":
-            yield f"{key}.quantization", f'is "{part.quantization}"; the VAE is not quantized, use "none"'
-        if part.quantization == "fp8" and (capability is None or _version(capability) < _version(FP8_CAPABILITY)):
+        if name not in QUANTIZED and part.quantization != "none":
+            yield f"{key}.quantization", f'is "{part.quantization}"; {name} is not quantized, use "none"'
+        if part.quantization == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
             why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
             yield f"{key}.quantization", f'{why}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):

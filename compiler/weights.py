@@ -17,15 +17,18 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qie.compiler.graphs.weight import DType, Layout, Part, Weight
+from qie.compiler.graphs.weight import Layout, Part, Stored, Weight
 from qie.compiler.safetensor import TensorReader
 from qie.engines.errors import BuildError, CheckpointError
 
 __all__ = ["Entry", "WeightFile", "prepare", "total_bytes", "write_weights"]
 
-_DTYPES: dict[DType, np.dtype[Any]] = {
+_DTYPES: dict[Stored, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(ml_dtypes.int4),
 }
 
 _RAW_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -77,6 +80,8 @@ def total_bytes(weights: Sequence[Weight]) -> int:
 def prepare(weight: Weight, raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """One tensor as the graph wants it: cast (round to nearest even), laid out, reshaped; C-contiguous.
 
+    With a quantizer it is codes of float32 values, or their scales.
+
     Raises:
         CheckpointError: the tensor is of another shape or not floating-point, or an element is not finite in the
             graph's dtype.
@@ -84,15 +89,22 @@ def prepare(weight: Weight, raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
     problem = _mismatch(weight, raw.shape, raw.dtype.name)
     if problem:
         raise CheckpointError(problem)
+    quantizer = weight.quantizer
     with np.errstate(over="ignore", invalid="ignore"):
-        tensor = raw.astype(_DTYPES[weight.dtype], copy=False)
+        tensor = raw.astype(np.float32 if quantizer else _DTYPES[weight.dtype], copy=False)
     for step in weight.layout:
         tensor = _STEPS[step](tensor)
-    tensor = np.ascontiguousarray(tensor).reshape(weight.shape)
+    if quantizer is None:
+        tensor = np.ascontiguousarray(tensor).reshape(weight.shape)
     if not _is_finite(tensor):
         raise CheckpointError(
-            f"{weight.part} tensor {weight.name!r} has elements that are infinite or no numbers in {weight.dtype}: "
+            f"{weight.part} tensor {weight.source!r} has elements that are infinite or no numbers in {weight.dtype}: "
             "download the checkpoint again, or leave out the LoRA that causes it"
+        )
+    if quantizer is not None:
+        scale = quantizer.scale(tensor)
+        tensor = np.ascontiguousarray(
+            quantizer.encode(tensor, scale) if weight.scale_of is None else scale.astype(_DTYPES[weight.dtype])
         )
     return tensor
 
@@ -158,7 +170,7 @@ def _plan(weights: Sequence[Weight]) -> tuple[Entry, ...]:
     entries = []
     end = 0
     for weight in weights:
-        length = math.prod(weight.shape) * _DTYPES[weight.dtype].itemsize
+        length = _length(weight)
         alignment = _PAGE if length >= _PAGE else _LINE
         offset = -(-end // alignment) * alignment
         entries.append(Entry(name=weight.name, offset=offset, length=length))
@@ -166,15 +178,34 @@ def _plan(weights: Sequence[Weight]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def _length(weight: Weight) -> int:
+    """Bytes of a weight; two 4-bit codes make one."""
+    count = math.prod(weight.shape)
+    return -(-count // 2) if weight.dtype == "int4" else count * _DTYPES[weight.dtype].itemsize
+
+
+def _content(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of a prepared tensor; of two 4-bit codes the first is the lower half (onnx.proto, TensorProto)."""
+    flat = tensor.reshape(-1)
+    if tensor.dtype != _DTYPES["int4"]:
+        return flat.view(np.uint8)
+    nibbles = flat.astype(np.int8).view(np.uint8) & np.uint8(0xF)
+    nibbles = np.pad(nibbles, (0, len(nibbles) % 2))
+    return np.asarray(nibbles[::2] | (nibbles[1::2] << np.uint8(4)), np.uint8)
+
+
 def _chunks(
     weights: Sequence[Weight], entries: Sequence[Entry], readers: Mapping[Part, TensorReader]
 ) -> Iterator[bytes | memoryview]:
     """The file's bytes in order: padding, then a tensor, in pieces of at most _CHUNK."""
     end = 0
+    last, raw = "", None
     for weight, entry in zip(weights, entries, strict=True):
         yield bytes(entry.offset - end)
-        tensor = prepare(weight, readers[weight.part].read(weight.name))
-        content = tensor.reshape(-1).view(np.uint8).data
+        if weight.source != last:  # codes and scales of a tensor stand side by side
+            last, raw = weight.source, readers[weight.part].read(weight.source)
+        assert raw is not None
+        content = _content(prepare(weight, raw)).data
         for start in range(0, entry.length, _CHUNK):
             yield content[start : start + _CHUNK]
         end = entry.offset + entry.length
@@ -185,19 +216,21 @@ def _problems(weights: Sequence[Weight], readers: Mapping[Part, TensorReader]) -
     problems = []
     for weight in weights:
         reader = readers[weight.part]
-        if weight.name not in names[weight.part]:
-            problems.append(f"{weight.part} tensor {weight.name!r} is missing")
-        elif problem := _mismatch(weight, reader.shape(weight.name), reader.dtype(weight.name)):
+        if weight.source not in names[weight.part]:
+            problems.append(f"{weight.part} tensor {weight.source!r} is missing")
+        elif problem := _mismatch(weight, reader.shape(weight.source), reader.dtype(weight.source)):
             problems.append(problem)
     return problems
 
 
 def _mismatch(weight: Weight, shape: tuple[int, ...], dtype: str) -> str | None:
     """What makes a tensor unfit for this weight, or None."""
-    tensor = f"{weight.part} tensor {weight.name!r}"
+    tensor = f"{weight.part} tensor {weight.source!r}"
     if dtype not in _RAW_DTYPES:
         return f"{tensor} is {dtype}, expected one of {', '.join(_RAW_DTYPES)}"
     laid_out = _laid_out(weight, shape)
+    if weight.scale_of is not None and weight.quantizer is not None and laid_out is not None:
+        laid_out = weight.quantizer.scale_shape(laid_out)
     if laid_out is None or not _same_but_for_splits(laid_out, weight.shape):
         way = f" after {', '.join(weight.layout)}" if weight.layout else ""
         return f"{tensor} has shape {list(shape)}, expected {list(weight.shape)}{way}"

@@ -276,6 +276,15 @@ def _report_run(
     return None
 
 
+def _precision(engine: "EngineRecord") -> str:
+    """What an engine computes in, and in how many of its linears it is something less."""
+    record = engine.quantization
+    if record is None:
+        return engine.precision
+    fused = "" if record.fused is None else f" ({record.fused} fused)"
+    return f"{engine.precision}, {record.scheme} in {record.quantized}/{record.linears} linears{fused}"
+
+
 def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
     manifest = bundle.manifest
     model, limits, defaults = manifest.model, manifest.limits, manifest.defaults
@@ -301,7 +310,7 @@ def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
             e.component,
             f"{e.backend}/{e.compute_capability}",
             e.backend_version,
-            e.precision,
+            _precision(e),
             human_count(e.parameters),
             human_bytes(sum(f.bytes for f in e.files)),
             "-" if e.activation_bytes is None else human_bytes(e.activation_bytes),

@@ -3,6 +3,7 @@
     QieError                      everything below; never raised itself
     ├── RecipeError               a recipe is unknown, malformed, or asks for what its target lacks
     ├── CheckpointError           a checkpoint or LoRA is missing, incomplete, truncated or of another shape
+    ├── CalibrationError          a calibration file is missing, damaged, or of another model
     ├── ExportError               a graph cannot be written for this checkpoint
     ├── BuildError                an engine or bundle cannot be made (compiler, disk, memory)
     ├── BundleError               a bundle is missing, incomplete or damaged
@@ -21,6 +22,7 @@ __all__ = [
     "BackendMissingError",
     "BuildError",
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "EditError",
     "EngineMismatchError",
@@ -43,6 +45,10 @@ class RecipeError(QieError):
 
 class CheckpointError(QieError):
     """A checkpoint or LoRA is missing, incomplete, truncated or of another shape."""
+
+
+class CalibrationError(QieError):
+    """A calibration file is missing, damaged, or of another model."""
 
 
 class ExportError(QieError):

@@ -33,6 +33,7 @@ __all__ = [
     "ModulationRecord",
     "ModulationTensor",
     "ProfileRecord",
+    "QuantizationRecord",
     "RecipeRecord",
     "Residency",
     "TensorSpec",
@@ -84,6 +85,20 @@ class ProfileRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationRecord:
+    """``quantized`` of the ``linears`` of a component hold codes of the recipe's ``scheme``.
+
+    ``fused`` of these are computed by a kernel that takes the codes, as far as an engine's own description says; None
+    where it says nothing, or is none.
+    """
+
+    scheme: str
+    quantized: int
+    linears: int
+    fused: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
     """One component built for one target.
 
@@ -109,6 +124,7 @@ class EngineRecord:
     build_seconds: float
     build_peak_bytes: int
     profiles: tuple[ProfileRecord, ...] = ()
+    quantization: QuantizationRecord | None = None
     activation_bytes: int | None = None
     structure: FileRecord | None = None
 
@@ -131,6 +147,7 @@ class GraphRecord:
     outputs: tuple[TensorSpec, ...]
     parameters: int
     profiles: tuple[ProfileRecord, ...]
+    quantization: QuantizationRecord | None = None
 
 
 def modulation_rows(zero_cond_t: bool) -> int:
@@ -220,7 +237,11 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A bundle's table of contents. ``graphs`` are those of which engines are yet to be built, on the GPU's machine."""
+    """A bundle's table of contents.
+
+    ``graphs`` are those of which engines are yet to be built, on the GPU's machine. ``calibration`` is what the scales
+    of quantized components came from.
+    """
 
     schema: int
     qie: str
@@ -233,10 +254,13 @@ class Manifest:
     schedules: tuple[FileRecord, ...]
     engines: tuple[EngineRecord, ...]
     graphs: tuple[GraphRecord, ...] = ()
+    calibration: FileRecord | None = None
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself, each once."""
         records = [self.tokenizer, self.model.modulation.file, *self.schedules]
+        if self.calibration is not None:
+            records.append(self.calibration)
         for engine in self.engines:
             records.extend(engine.files)
             if engine.structure is not None:

@@ -431,7 +431,7 @@ BAD_RECIPES: dict[str, tuple[str | None, str]] = {
     "extends nothing": ('extends = "nope"', 'there is no recipe "nope"'),
     "quantization": (
         'extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nquantization = "fp8"',
-        'components.transformer.quantization is "fp8", which this qie does not make'),
+        r'quantizes transformer \("fp8"\), which needs a calibration of this model: make one with `qie calibrate`'),
 }  # fmt: skip
 
 
@@ -456,7 +456,7 @@ def test_a_gpu_that_nothing_builds_for(
 ) -> None:
     """Its plan can be printed all the same."""
     monkeypatch.setattr("qie.compiler.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
-    Path("small.toml").write_text('extends = "l40s"\n[shapes]\nmin_side = 32\n')
+    Path("small.toml").write_text('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     said = refusal(qie("build", checkpoint, "--gpu", "small.toml"))
     assert_says(said, "the recipe small.toml builds vision for tensorrt-rtx or tensorrt.*use --gpu cpu, or --dry-run")
     shown = qie("build", checkpoint, "--gpu", "small.toml", "--dry-run")

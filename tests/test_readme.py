@@ -86,6 +86,6 @@ def environment() -> dict[str, str]:
 def bfloat16_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     checkpoint = write_checkpoint(folder / "tiny", ARCHITECTURES["tiny"])
-    done = CliRunner().invoke(app, ["export", str(checkpoint), "--gpu", "l40s", "--out", str(folder / "graphs")])
+    done = CliRunner().invoke(app, ["export", str(checkpoint), "--gpu", "a100", "--out", str(folder / "graphs")])
     assert done.exit_code == 0, done.output
     return folder / "graphs"

@@ -28,6 +28,9 @@ LIBRARY = {b"fully_connected": "gemm", b"corrltn": "convolution"}
 
 OPERATION = re.compile(rb'\n  (\w+)=\{ name="?([^" ]+)"? [^\n]*?layers="([^"]*)"')
 REGION = re.compile(rb"\n  region = \{ name=\S+ size=(\d+) [^\n]*place=accelerator")
+PRODUCT, DEQUANTIZE = "/MatMul_node", ".DequantizeLinear"
+"""Parts of the names of a graph's nodes: a product, and what ``qie.compiler.quantize`` puts before it."""
+
 LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -39,6 +42,14 @@ class Program:
     kernels: tuple[tuple[str, tuple[str, ...]], ...]
     largest_buffer_bytes: int
     allocations: int
+
+    def fused(self) -> int:
+        """Products that a kernel computes together with the DequantizeLinear of what it multiplies."""
+        count = 0
+        for _, layers in self.kernels:
+            if any(DEQUANTIZE in layer for layer in layers):
+                count += sum(PRODUCT in layer and DEQUANTIZE not in layer for layer in layers)
+        return count
 
 
 def read_program(engine: Path) -> Program | None:
@@ -60,8 +71,8 @@ def read_program(engine: Path) -> Program | None:
     )
 
 
-def write_structure(layers: Sequence[Any], engine: Path, path: Path) -> None:
-    """Write the structure of ``engine`` to ``path``: one JSON object.
+def write_structure(layers: Sequence[Any], engine: Path, path: Path) -> Program | None:
+    """Write the structure of ``engine`` to ``path``, one JSON object, and return its program.
 
     ``layers``: rows of (name, type, outputs), an output being (dtype, dims) with -1 for a free dim;
     ``layer_types``, ``layer_dtypes``: how many of each, a layer's dtype being its first output's;
@@ -81,3 +92,4 @@ def write_structure(layers: Sequence[Any], engine: Path, path: Path) -> None:
         "layers": layers,
     }
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    return program

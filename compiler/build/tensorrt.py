@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +25,12 @@ import onnx
 
 from qie.compiler.build import tensorrt_worker
 from qie.compiler.build.datatypes import check_datatypes
-from qie.compiler.build.structure import write_structure
+from qie.compiler.build.structure import Program, write_structure
 from qie.compiler.recipe import Recipe
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home, sha256_of
 from qie.engines.machine import this_machine
-from qie.engines.manifest import EngineRecord, FileRecord, GraphRecord, ProfileRecord
+from qie.engines.manifest import EngineRecord, FileRecord, GraphRecord, ProfileRecord, QuantizationRecord
 
 __all__ = ["TensorRT"]
 
@@ -127,7 +127,8 @@ class TensorRT:
         }
         found = self._compile(job, graph, recipe, progress)
         structure = folder / f"{stem}.json"
-        write_structure(found["layers"], engine, structure)
+        program = write_structure(found["layers"], engine, structure)
+        _check_codes(found["layers"], graph)
         return EngineRecord(
             component=graph.component,
             backend=self.backend,
@@ -140,6 +141,7 @@ class TensorRT:
             inputs=graph.inputs,
             outputs=graph.outputs,
             parameters=graph.parameters,
+            quantization=_with_fused(graph.quantization, program),
             build_seconds=round(time.perf_counter() - start, 3),
             build_peak_bytes=found["peak_bytes"],
             profiles=tuple(
@@ -232,6 +234,31 @@ def _listen(
         if "progress" in last:
             progress(last["progress"], tensorrt_worker.ALL)
     return last
+
+
+CODES = ("FP8", "INT8", "INT4")
+"""TensorRT's names of what quantized weights are."""
+
+
+def _check_codes(layers: Sequence[Any], graph: GraphRecord) -> None:
+    """See that TensorRT holds as many weights as codes as the graph has.
+
+    Raises:
+        BuildError: it widened some of them.
+    """
+    if graph.quantization is None:
+        return
+    held = sum(kind == "CONSTANT" and bool(made) and made[0][0] in CODES for _, kind, made in layers)
+    wanted = graph.quantization.quantized
+    if held != wanted:
+        raise BuildError(
+            f"the engine of {graph.component} holds {held} quantized weights, its graph {wanted}: this version of "
+            'TensorRT is not one that qie knows how to quantize for; set quantization to "none" in the recipe'
+        )
+
+
+def _with_fused(record: QuantizationRecord | None, program: Program | None) -> QuantizationRecord | None:
+    return record if record is None or program is None else replace(record, fused=program.fused())
 
 
 def _ending(code: int) -> str:

@@ -32,6 +32,9 @@ DTYPES: dict[str, ir.DataType] = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -110,8 +113,8 @@ class Graph:
         )
 
     def parameters(self) -> int:
-        """Number of scalar weights."""
-        return sum(_size(w.shape) for w in self.weights)
+        """Number of scalar weights; scales are none."""
+        return sum(_size(w.shape) for w in self.weights if w.scale_of is None)
 
     def proto(self, location: str, places: dict[str, tuple[int, int]] | None) -> onnx.ModelProto:
         """The graph as a protobuf whose weights lie in the file ``location``.

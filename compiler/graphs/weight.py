@@ -7,13 +7,18 @@ must be laid out. ``qie.compiler.weights`` follows these instructions when it st
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DType", "Layout", "Part", "Weight"]
+from qie.compiler.quantizer import Codes, Quantizer
+
+__all__ = ["DType", "Layout", "Part", "Stored", "Weight"]
 
 Part = Literal["transformer", "text_encoder", "vae"]
 """The sub-folder of a diffusers checkpoint that holds the tensor."""
 
 DType = Literal["float32", "bfloat16"]
-"""The element type in which a graph stores and computes."""
+"""The element type in which a graph computes."""
+
+Stored = DType | Codes
+"""The element type in which a graph stores a weight."""
 
 Layout = Literal["last_frame", "flatten", "transpose"]
 """One step from the checkpoint's layout to the graph's:
@@ -32,10 +37,20 @@ class Weight:
     ``name`` is both the ONNX initializer's name and the checkpoint's tensor name (prefixes of the text encoder made
     canonical). ``shape`` and ``dtype`` are the graph's; the steps of ``layout`` are applied in order to the
     checkpoint's tensor, and the result is reshaped to ``shape`` (same number of elements).
+
+    With a ``quantizer`` the parameter holds its codes of that tensor; ``scale_of`` names the tensor of which the
+    parameter holds the quantizer's scales instead.
     """
 
     name: str
     part: Part
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: Stored
     layout: tuple[Layout, ...] = ()
+    quantizer: Quantizer | None = None
+    scale_of: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The checkpoint's name of the tensor that the parameter is made of."""
+        return self.scale_of or self.name

@@ -19,7 +19,7 @@ from qie.compiler.estimate import REACHABLE, Estimate, check_fit, estimate, refu
 from qie.compiler.gpus import GPUS
 from qie.compiler.plan import Plan, make_plan
 from qie.compiler.random_checkpoint import write_checkpoint
-from qie.compiler.recipe import Backend, Components, Recipe, load_recipe, recipe_names
+from qie.compiler.recipe import Backend, ComponentRecipe, Components, Recipe, load_recipe, recipe_names
 from qie.compiler.workload import largest_sizes, sizes_of, workload
 from qie.engines.errors import BuildError, EditError, RecipeError
 
@@ -314,12 +314,22 @@ def test_plan_prints_two_tables(qie: Qie, tiny_folder: Path) -> None:
     assert "not known" in done.stdout
 
 
-def test_plan_says_what_it_does_not_count(qie: Qie, tiny_folder: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "int8.toml"
-    recipe.write_text('extends = "a100-int8"\n[shapes]\nmin_side = 32\n')
-    said = "transformer is counted in bfloat16, without its quantization int8-smooth."
-    assert said in qie("plan", tiny_folder, "--gpu", recipe).stdout
-    assert said not in qie("plan", tiny_folder).stdout
+def test_eight_bits_are_counted(published_folder: Path) -> None:
+    """Half the weights of what is quantized, and twice the rate where it is."""
+    section = ComponentRecipe(quantization="fp8", keep=("transformer_blocks.0.*",))
+    plain, quantized = (
+        estimate(planned(published_folder, replace(L40S, components=components))).components[3]
+        for components in (Components(), Components(transformer=section))
+    )
+    assert plain.component == "transformer"
+    share = (BLOCKS - 1) / BLOCKS
+    assert quantized.weights_bytes == pytest.approx((1 - share / 2) * plain.weights_bytes, rel=0.01)
+    assert quantized.cost.flops() == plain.cost.flops()
+    gemm = {work.dtype: work.flops for work in quantized.cost.work if work.kind == "gemm"}
+    assert gemm["float8_e4m3fn"] == pytest.approx(share * plain.cost.flops("gemm"), rel=0.02)
+    assert plain.seconds is not None
+    assert quantized.seconds is not None
+    assert quantized.seconds < 0.75 * plain.seconds
 
 
 def test_plan_as_json_is_the_estimate(qie: Qie, tiny_folder: Path) -> None:

@@ -69,7 +69,7 @@ def test_without_weights(make: Make, tmp_path: Path) -> None:
 def test_the_graph_of_the_published_transformer(make: Make, tmp_path: Path) -> None:
     """13.51 billion parameters, named as in the checkpoint; what depends on the timestep alone is not among them."""
     source = write_checkpoint(tmp_path / "2511", ARCHITECTURES["qwen-image-edit-2511"], weights=False)
-    files = export_graphs(make("l40s", source, weights=False), weights=False)
+    files = export_graphs(make("a100", source, weights=False), weights=False)
     model = onnx.load(str(files[COMPONENTS.index("transformer")]), load_external_data=False)
     assert round(parameters(model) / 1e9, 2) == 13.51
     assert len(model.graph.node) < 10_000

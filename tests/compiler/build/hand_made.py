@@ -21,10 +21,14 @@ Worker = Callable[[str], Path]
 
 
 def small(name: str) -> Recipe:
-    """The recipe for models of small areas too, and for a machine that has little memory."""
+    """The recipe in bfloat16, for models of small areas too, and for a machine that has little memory."""
     recipe = load_recipe(name)
+    plain = replace(recipe.components, transformer=replace(recipe.components.transformer, quantization="none", keep=()))
     return replace(
-        recipe, shapes=replace(recipe.shapes, min_side=32), limits=replace(recipe.limits, build_workspace_gib=2.0)
+        recipe,
+        components=plain,
+        shapes=replace(recipe.shapes, min_side=32),
+        limits=replace(recipe.limits, build_workspace_gib=2.0),
     )
 
 
