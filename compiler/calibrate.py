@@ -13,15 +13,15 @@ from qie.compiler.calibration import Calibration
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
+from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantize import QUANTIZATION, Scheme, linears, products
 from qie.compiler.recipe import Quantization
-from qie.compiler.safetensor import TensorReader
 from qie.compiler.samples import Progress, Readers, Sample, digest, language_values, run, transformer_values
 from qie.compiler.segments import Segment, Values
 from qie.compiler.smooth import Group, factor, groups
 from qie.engines.manifest import Component
 
-__all__ = ["calibrate"]
+__all__ = ["Observer", "calibrate"]
 
 ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -55,12 +55,14 @@ def calibrate(
         EditError: a picture or an instruction is one that the model cannot take.
     """
     words = language_values(checkpoint, readers, samples, progress)
-    language = _Observer(checkpoint, "language", readers["text_encoder"], len(samples))
-    language.run(readers, words, progress)
+    graphs = {component: GRAPHS[component](checkpoint, "float32") for component in SMOOTHED}
+    config = LanguageConfig.from_config(checkpoint.text_encoder)
+    language = Observer(graphs["language"], readers, len(samples), config)
+    language.run(words, progress)
     prompts = [values["prompt_embeds"] for values in words]
     steps = transformer_values(checkpoint, readers, samples, prompts, progress)
-    transformer = _Observer(checkpoint, "transformer", readers["transformer"], len(samples))
-    transformer.run(readers, steps, progress)
+    transformer = Observer(graphs["transformer"], readers, len(samples))
+    transformer.run(steps, progress)
     schemes = tuple(dict.fromkeys(scheme for both in SMOOTHED.values() for scheme in both))
     return Calibration(
         model=model,
@@ -73,26 +75,35 @@ def calibrate(
     )
 
 
-class _Observer:
-    """Watches the inputs of one component's linears, and decides the smoothing of each block when it is done."""
+class Observer:
+    """Watches the inputs of one graph's linears over ``samples``, and decides the smoothing of each block when it is
+    done. ``language`` is the config of the graph that is the language model's."""
 
-    def __init__(self, checkpoint: Checkpoint, component: Component, reader: TensorReader, samples: int) -> None:
-        self.graph = GRAPHS[component](checkpoint, "float32")
-        self.reader, self.samples = reader, samples
-        names = linears(self.graph)
-        self.inputs = {name: value for name, value in products(self.graph).items() if name in set(names)}
-        language = LanguageConfig.from_config(checkpoint.text_encoder) if component == "language" else None
-        self.groups = groups(component, names, language)
-        self.schemes = SMOOTHED[component]
+    def __init__(self, graph: Graph, readers: Readers, samples: int, language: LanguageConfig | None = None) -> None:
+        self.graph, self.readers, self.samples = graph, readers, samples
+        self.reader = readers[graph.weights[0].part]
+        names = linears(graph)
+        self.inputs = {name: value for name, value in products(graph).items() if name in set(names)}
+        self.groups = groups(graph.component, names, language)
+        self.schemes = SMOOTHED[graph.component]
         self.most: dict[str, Array] = {}
         self.factors: dict[Quantization, dict[str, Array]] = {scheme: {} for scheme in self.schemes}
         self.alphas: dict[Quantization, dict[str, float]] = {scheme: {} for scheme in self.schemes}
         self._rows: dict[str, list[Array]] = {}
 
-    def run(self, readers: Readers, values: Sequence[Values], progress: Progress) -> None:
-        """Run ``values``, in place, through the component."""
+    def run(self, values: Sequence[Values], progress: Progress, *, pieces: int | None = None) -> None:
+        """Run ``values``, in place, through the graph, or through its first ``pieces``."""
         watch = {f"{name}.weight": [value] for name, value in self.inputs.items()}
-        run(self.graph, readers, values, progress, watch=watch, observer=self._see, after=self._decide)
+        run(
+            self.graph,
+            self.readers,
+            values,
+            progress,
+            watch=watch,
+            observer=self._see,
+            after=self._decide,
+            pieces=pieces,
+        )
 
     def _see(self, piece: Segment, sample: int, values: Values) -> None:
         rng = np.random.default_rng(sample)

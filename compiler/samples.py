@@ -225,12 +225,16 @@ def run(
     watch: Mapping[str, Sequence[str]] | None = None,
     observer: Observer = lambda segment, sample, values: None,
     after: Callable[[Segment], None] = lambda segment: None,
+    pieces: int | None = None,
 ) -> None:
-    """Run ``values``, in place, through ``graph``; ``after`` is called when a piece is done with all of them."""
-    pieces = segments(graph)
-    for number, piece in enumerate(run_segments(pieces, readers, values, watch=watch, observer=observer), start=1):
+    """Run ``values``, in place, through ``graph``, or through its first ``pieces``; ``after`` is called when a piece is
+    done with all of them."""
+    cut = segments(graph)
+    for number, piece in enumerate(run_segments(cut, readers, values, watch=watch, observer=observer), start=1):
         after(piece)
-        progress(graph.component, number, len(pieces))
+        progress(graph.component, number, len(cut))
+        if number == pieces:
+            break
 
 
 def _cropped(image: Image.Image, aspect: float | None) -> Image.Image:

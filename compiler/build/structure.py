@@ -45,11 +45,11 @@ class Program:
 
     def fused(self) -> int:
         """Products that a kernel computes together with the DequantizeLinear of what it multiplies."""
-        count = 0
-        for _, layers in self.kernels:
-            if any(DEQUANTIZE in layer for layer in layers):
-                count += sum(PRODUCT in layer and DEQUANTIZE not in layer for layer in layers)
-        return count
+        found = set()
+        for name, layers in self.kernels:
+            if name == LIBRARY[b"fully_connected"] and any(DEQUANTIZE in layer for layer in layers):
+                found |= {layer for layer in layers if PRODUCT in layer and DEQUANTIZE not in layer}
+        return len(found)
 
 
 def read_program(engine: Path) -> Program | None:

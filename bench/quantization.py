@@ -1,0 +1,263 @@
+"""What quantization costs the pocket model: ``python bench/quantization.py --images FOLDER [--json FILE]``.
+
+Every scheme with and without what makes it good, in one run: the velocity at every step where the float32 model's own
+latents are fed (teacher-forced), the edits against the exact answers, and a step's time on this processor. The graphs
+are those of the engines, in a float32 carrier, executed by onnxruntime.
+
+Then what calibration on a picture's own latents misses of true trajectories.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.pocket_quality import SEED, edit
+from pocket.judge import Case, cases, score
+from qie.compiler.calibrate import Observer, calibrate
+from qie.compiler.calibration import Calibration, read_calibration, write_calibration
+from qie.compiler.checkpoint import POCKET, open_checkpoint
+from qie.compiler.components import GRAPHS
+from qie.compiler.pack import build_bundle
+from qie.compiler.plan import make_plan
+from qie.compiler.quantize import QUANTIZATION, Scheme
+from qie.compiler.quantizer import Quantizer
+from qie.compiler.recipe import ComponentRecipe, Quantization, load_recipe
+from qie.compiler.samples import INSTRUCTIONS, draw_samples, read_images
+from qie.compiler.sensitivity import errors_of
+from qie.engines.bundle import Bundle
+from qie.engines.editor import Editor, Request
+from qie.engines.files import qie_home
+from qie.engines.modulation import modulation_tables
+from qie.engines.schedule import sigmas
+from qie.engines.terminal import table
+
+FORCED = 6
+"""Edits whose steps are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way of quantizing the transformer: ``scheme`` in place of the one of that name, and what is ``kept``."""
+
+    name: str
+    quantization: Quantization = "none"
+    scheme: Scheme | None = None
+    kept: bool = True
+
+
+NAIVE = Scheme(weights=Quantizer(codes="int8"), inputs=Quantizer(codes="int8"), smooth=False)
+ROUGH = replace(QUANTIZATION["int8-smooth"], smooth=False)
+
+VARIANTS = (
+    Variant(name="none"),
+    Variant(name="fp8", quantization="fp8"),
+    Variant(name="fp8, nothing kept", quantization="fp8", kept=False),
+    Variant(name="int8-smooth", quantization="int8-smooth"),
+    Variant(name="int8-smooth, nothing kept", quantization="int8-smooth", kept=False),
+    Variant(name="int8 without smoothing", quantization="int8-smooth", scheme=ROUGH),
+    Variant(name="int8 without smoothing, nothing kept", quantization="int8-smooth", scheme=ROUGH, kept=False),
+    Variant(name="int8, naive min-max", quantization="int8-smooth", scheme=NAIVE, kept=False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=POCKET)
+    parser.add_argument("--calibration", type=Path, help="default the checkpoint's own")
+    parser.add_argument("--images", type=Path, help="pictures for the comparison of calibrations; none, no comparison")
+    parser.add_argument("--phrases", type=int, default=1, help="phrasings of every instruction")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    known = read_calibration(options.calibration or options.checkpoint / "calibration.npz")
+    asked = list(cases(phrases=options.phrases))
+    forced = asked[:: len(asked) // FORCED][:FORCED]
+    found: dict[str, Any] = {"edits": len(asked), "variants": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Editor(build(options.checkpoint, VARIANTS[0], known, Path(folder) / "exact"))
+        recorded = [record(exact, case) for case in forced]
+        for number, variant in enumerate(VARIANTS):
+            with replaced(variant):
+                bundle = build(options.checkpoint, variant, known, Path(folder) / str(number))
+            editor = Editor(bundle)
+            errors, seconds = teacher_forced(editor, recorded)
+            scores = score(partial(edit, editor, bundle.manifest.defaults.steps), asked)
+            (engine,) = (e for e in bundle.manifest.engines if e.component == "transformer")
+            quantization = engine.quantization
+            found["variants"][variant.name] = {
+                "velocity_relative_l2": errors,
+                "psnr_db": fmean(s.psnr_db for s in scores),
+                "nearest": fmean(s.nearest for s in scores),
+                "quantized": 0 if quantization is None else quantization.quantized,
+                "step_seconds": seconds,
+                "weight_bytes": engine.files[1].bytes,
+            }
+            editor.close()
+        show(found["variants"])
+        if options.images is not None:
+            found["trajectories"] = trajectories(options, exact, Path(folder))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replaced(variant: Variant) -> Iterator[None]:
+    """The table of schemes with the variant's own."""
+    before = dict(QUANTIZATION)
+    if variant.scheme is not None:
+        QUANTIZATION[variant.quantization] = variant.scheme
+    try:
+        yield
+    finally:
+        QUANTIZATION.update(before)
+
+
+def build(checkpoint: Path, variant: Variant, known: Calibration, destination: Path) -> Bundle:
+    """The variant for the processor, with a float32 carrier."""
+    recipe = load_recipe("cpu")
+    section = ComponentRecipe(precision="float32", quantization=variant.quantization)
+    plan = make_plan(
+        open_checkpoint(str(checkpoint)),
+        recipe_name="cpu",
+        recipe=replace(recipe, components=replace(recipe.components, transformer=section)),
+        loras=[],
+        destination=destination,
+        calibration=known if variant.kept else replace(known, keep={}),
+    )
+    return build_bundle(plan)
+
+
+def record(editor: Editor, case: Case) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """What the transformer reads at every step of an edit, and the velocity it answers."""
+    steps = []
+    with editor._session("transformer") as session:
+        run = session.run
+
+        def watch(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+            run(inputs, outputs)
+            steps.append(
+                (
+                    {name: np.array(session.download(tensor)) for name, tensor in inputs.items()},
+                    np.array(session.download(outputs["velocity"])),
+                )
+            )
+
+        session.run = watch
+        try:
+            pictures = [Image.fromarray(image) for image in case.images]
+            editor.edit(Request(images=pictures, instructions=[case.text], seeds=[SEED]))
+        finally:
+            del session.run
+    return steps
+
+
+def teacher_forced(
+    editor: Editor, recorded: Sequence[Sequence[tuple[dict[str, Any], np.ndarray]]]
+) -> tuple[list[float], float]:
+    """Relative L2 of the velocity at every step over all edits, and the median seconds of a step."""
+    found: list[list[np.ndarray]] = [[] for _ in recorded[0]]
+    exact: list[list[np.ndarray]] = [[] for _ in recorded[0]]
+    times = []
+    with editor._session("transformer") as session:
+        for steps in recorded:
+            tokens = steps[0][0]["latents"].shape[1]
+            schedule = sigmas(editor.model.scheduler, steps=len(steps), noise_tokens=tokens)
+            tables = modulation_tables(
+                editor.bundle.path, editor.model.modulation, schedule, cache=qie_home() / "modulation"
+            )
+            for number, (inputs, velocity) in enumerate(steps):
+                own = inputs | {"modulation": tables.blocks[number], "modulation_out": tables.out[number]}
+                tensors = {name: session.upload(array) for name, array in own.items()}
+                outputs = {
+                    name: session.empty(name, {"batch": 1, "noise_tokens": tokens})
+                    for name in ("velocity", "latents_next")
+                }
+                start = time.perf_counter()
+                session.run(tensors, outputs)
+                times.append(time.perf_counter() - start)
+                found[number].append(np.array(session.download(outputs["velocity"])))
+                exact[number].append(velocity)
+    return [errors_of(f, e) for f, e in zip(found, exact, strict=True)], statistics.median(times)
+
+
+def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    plain = variants["none"]
+    rows = [
+        [
+            name,
+            str(v["quantized"]),
+            *(f"{100 * v['velocity_relative_l2'][i]:.2f} %" for i in (0, len(v["velocity_relative_l2"]) // 2, -1)),
+            f"{v['psnr_db']:.2f}",
+            f"{v['psnr_db'] - plain['psnr_db']:+.2f}",
+            f"{v['nearest']:.1%}",
+            f"{v['weight_bytes'] / 1e6:.1f} MB",
+            f"{1000 * v['step_seconds']:.1f} ms",
+        ]
+        for name, v in variants.items()
+    ]
+    header = ("transformer", "linears", "first step", "middle", "last", "PSNR", "", "nearest", "weights", "a step here")
+    print(table(rows, header=header, right=range(1, 10)))
+
+
+def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> dict[str, float]:
+    """Statistics from pictures' own latents against those from true edits of the same pictures."""
+    checkpoint = open_checkpoint(str(options.checkpoint))
+    readers: Any = {part: checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")}
+    samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
+    own = calibrate(checkpoint, readers, samples, model=checkpoint.digest())
+    graph = GRAPHS["transformer"](checkpoint, "float32")
+    steps: list[dict[str, Any]] = []
+    for sample in samples[:: len(samples) // 8]:
+        case = Case(
+            name="",
+            images=(np.asarray(sample.image),),
+            text=sample.text.strip() or "blur it",
+            answer=np.empty(0),
+            others=(),
+        )
+        steps += [dict(inputs) for inputs, _ in record(exact, case)]
+    observer = Observer(graph, readers, len(steps))
+    observer.run(steps, lambda what, done, total: None)
+    ratios = np.array([own.most[name].max() / values.max() for name, values in observer.most.items()])
+    channels = np.concatenate([own.most[name] / np.maximum(values, 1e-6) for name, values in observer.most.items()])
+    both = {
+        "samples": len(samples),
+        "steps": len(steps),
+        "range_ratio_median": float(np.median(ratios)),
+        "range_ratio_least": float(ratios.min()),
+        "range_ratio_most": float(ratios.max()),
+        "channel_ratio_median": float(np.median(channels)),
+    }
+    truth = replace(
+        own,
+        most=own.most | observer.most,
+        factors={s: f | observer.factors.get(s, {}) for s, f in own.factors.items()},
+    )
+    few = list(cases(phrases=1))
+    for name, one in (("own latents", own), ("trajectories", truth)):
+        write_calibration(one, folder / f"{name}.npz")
+        again = read_calibration(folder / f"{name}.npz")
+        editor = Editor(build(options.checkpoint, Variant(name=name, quantization="int8-smooth"), again, folder / name))
+        scores = score(partial(edit, editor, editor.bundle.manifest.defaults.steps), few)
+        both[f"psnr_db, {name}"] = fmean(s.psnr_db for s in scores)
+    print("\nCalibration on a picture's own latents against true trajectories")
+    print(table([[name, f"{value:.3f}"] for name, value in both.items()], right=(1,)))
+    return both
+
+
+if __name__ == "__main__":
+    main()
