@@ -14,7 +14,7 @@ from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.quantize import QUANTIZATION, Scheme, linears, products
+from qie.compiler.quantize import QUANTIZATION, Scheme, attentions, linears, operands, products
 from qie.compiler.recipe import Quantization
 from qie.compiler.samples import Progress, Readers, Sample, digest, language_values, run, transformer_values
 from qie.compiler.segments import Segment, Values
@@ -84,6 +84,7 @@ class Observer:
         self.reader = readers[graph.weights[0].part]
         names = linears(graph)
         self.inputs = {name: value for name, value in products(graph).items() if name in set(names)}
+        self.attentions = attentions(graph)
         self.groups = groups(graph.component, names, language)
         self.schemes = SMOOTHED[graph.component]
         self.most: dict[str, Array] = {}
@@ -93,7 +94,9 @@ class Observer:
 
     def run(self, values: Sequence[Values], progress: Progress, *, pieces: int | None = None) -> None:
         """Run ``values``, in place, through the graph, or through its first ``pieces``."""
-        watch = {f"{name}.weight": [value] for name, value in self.inputs.items()}
+        watch: dict[str, list[str]] = {f"{name}.weight": [value] for name, value in self.inputs.items()}
+        for piece, name in self._attentions():
+            watch[piece] += self.attentions[name]
         run(
             self.graph,
             self.readers,
@@ -110,13 +113,31 @@ class Observer:
         drawn: dict[str, Array] = {}
         for name in self._own(piece):
             value = self.inputs[name]
-            x = values[value].reshape(-1, values[value].shape[-1])
-            most = np.abs(x).max(0)
-            self.most[name] = np.maximum(self.most[name], most) if name in self.most else most
+            x = self._note(name, values[value])
             if value not in drawn:
                 count = min(len(x), -(-ROWS // self.samples))
                 drawn[value] = x[np.sort(rng.choice(len(x), count, replace=False))]
             self._rows.setdefault(name, []).append(drawn[value])
+
+        own = {f"{name}.weight" for name in self._own(piece)}
+        for weight, attention in self._attentions():
+            if weight in own:
+                for name, value in zip(operands(attention), self.attentions[attention], strict=True):
+                    self._note(name, values[value])
+
+    def _note(self, name: str, value: Array) -> Array:
+        """Take the magnitudes of ``value`` [..., channels] into account; returns it as [tokens, channels]."""
+        x = value.reshape(-1, value.shape[-1])
+        most = np.abs(x).max(0)
+        self.most[name] = np.maximum(self.most[name], most) if name in self.most else most
+        return x
+
+    def _attentions(self) -> list[tuple[str, str]]:
+        """A weight in front of each attention, and its name."""
+        return [
+            (next(f"{linear}.weight" for linear in self.inputs if linear.startswith(f"{name}.")), name)
+            for name in self.attentions
+        ]
 
     def _decide(self, piece: Segment) -> None:
         own = set(self._own(piece))

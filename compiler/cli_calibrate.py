@@ -1,22 +1,18 @@
 """``qie calibrate``: statistics for quantization, and which linears it must spare."""
 
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qie.engines.cli import JsonOption, print_json
 from qie.engines.errors import CalibrationError
-from qie.engines.files import qie_home, replacing
+from qie.engines.files import replacing
 from qie.engines.terminal import Bars, human_bytes, table
 
 if TYPE_CHECKING:
     from qie.compiler.calibration import Calibration
-    from qie.compiler.graphs.weight import Part
-    from qie.compiler.safetensor import TensorReader
     from qie.compiler.sensitivity import Sensitivity
 
 __all__ = ["calibrate"]
@@ -39,21 +35,20 @@ def calibrate(
         list[str] | None, typer.Option(help="Quantization to rank for; several times.", show_default="fp8")
     ] = None,
     budget: Annotated[float, typer.Option(min=0, max=1, help="Relative L2 that quantization may bring.")] = 0.02,
-    evidence: Annotated[
+    ranked: Annotated[
         Path | None, typer.Option(help="JSON file for the ranking.", show_default="beside the calibration")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run samples of edits through a model, block by block, and write what quantization must know of it."""
-    from qie.compiler.calibrate import calibrate as run
     from qie.compiler.calibration import write_calibration
     from qie.compiler.checkpoint import open_checkpoint
     from qie.compiler.model import check_parts
     from qie.compiler.quantize import QUANTIZATION
     from qie.compiler.recipe import QUANTIZED
-    from qie.compiler.samples import INSTRUCTIONS, draw_samples, read_images, values_of
-    from qie.compiler.sensitivity import sensitivity as rank
+    from qie.compiler.samples import INSTRUCTIONS, draw_samples, read_images
+    from qie.compiler.sensitivity import measure
 
     unknown = [name for name in scheme or () if name not in QUANTIZATION]
     if unknown:
@@ -65,42 +60,28 @@ def calibrate(
     drawn = draw_samples(read_images(images), asked, samples)
     checkpoint = open_checkpoint(model, revision=revision)
     check_parts(checkpoint)
-    readers: dict[Part, TensorReader] = {
-        part: checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")
-    }
-    rankings = []
     with Bars(enabled=not as_json) as bars:
-        digest = checkpoint.digest(
-            cache=qie_home() / "digests.json", progress=partial(bars, "digest of the checkpoint")
+        found, rankings = measure(
+            checkpoint,
+            drawn,
+            component=component,
+            schemes=schemes if sensitivity else (),
+            budget=budget,
+            progress=bars,
         )
-        found = run(checkpoint, readers, drawn, model=digest, progress=bars)
-        for name in schemes if sensitivity else ():
-            values = values_of(component, checkpoint, readers, drawn, bars)
-            rankings.append(
-                rank(
-                    checkpoint,
-                    readers,
-                    values,
-                    found,
-                    component=component,
-                    quantization=name,
-                    budget=budget,
-                    progress=bars,
-                )
-            )
-        measured = {f"{component}/{r.quantization}": r.keep for r in rankings}
-        write_calibration(replace(found, keep=measured), out)
-        if rankings:
-            path = evidence or out.with_suffix(".sensitivity.json")
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps([facts(r) for r in rankings], indent=1) + "\n", encoding="utf-8")
+    write_calibration(found, out)
+    evidence = [ranking.facts() for ranking in rankings]
+    if rankings:
+        path = ranked or out.with_suffix(".sensitivity.json")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print_json(
             {
                 "calibration": str(out),
                 "samples": samples,
                 "linears": len(found.most),
-                "sensitivity": [facts(r) for r in rankings],
+                "sensitivity": evidence,
             }
         )
         return
@@ -121,20 +102,6 @@ def _said(found: "Calibration", out: Path) -> str:
         f"{out}: {len(found.most)} linears over {found.samples} samples, {human_bytes(out.stat().st_size)}\n"
         f"build with: qie build {found.name} --gpu l40s --calibration {out}"
     )
-
-
-def facts(ranking: "Sensitivity") -> dict[str, Any]:
-    """The ranking as JSON: errors are relative L2, most first."""
-    return {
-        "component": ranking.component,
-        "scheme": ranking.quantization,
-        "budget": ranking.budget,
-        "everything": ranking.everything,
-        "keep": list(ranking.keep),
-        "kept_error": ranking.kept_error,
-        "kept_bytes": sum(ranking.bytes[name] for name in ranking.keep),
-        "errors": dict(sorted(ranking.errors.items(), key=lambda item: item[1], reverse=True)),
-    }
 
 
 def describe(ranking: "Sensitivity") -> str:

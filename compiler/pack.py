@@ -268,7 +268,8 @@ def _graph(
 def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     """The calibration of what is quantized, copied into ``folder``: it tells how the bundle came about, and serves the
     next build."""
-    if plan.calibration is None or all(part.quantization == "none" for part in plan.components):
+    sections = [plan.recipe.components[part.component] for part in plan.components]
+    if plan.calibration is None or all(s.quantization == s.attention == "none" for s in sections):
         return None
     assert plan.calibration.source is not None
     shutil.copyfile(plan.calibration.source, folder / calibration.FILE)

@@ -175,9 +175,11 @@ def check_buildable(plan: Plan) -> None:
                 f"the recipe {plan.recipe_name} builds {part.component} for {' or '.join(wanted)}: {why}. Or use "
                 "--gpu cpu, or --dry-run to see the plan alone"
             )
-        if part.quantization != "none" and plan.calibration is None:
+        section = plan.recipe.components[part.component]
+        asked = [scheme for scheme in (section.quantization, section.attention) if scheme != "none"]
+        if asked and plan.calibration is None:
             raise CalibrationError(
-                f'the recipe {plan.recipe_name} quantizes {part.component} ("{part.quantization}"), which needs a '
+                f'the recipe {plan.recipe_name} quantizes {part.component} ("{asked[0]}"), which needs a '
                 "calibration of this model: make one with `qie calibrate` and name it with --calibration"
             )
     check_parts(plan.checkpoint)

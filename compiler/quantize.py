@@ -26,7 +26,19 @@ from qie.engines.manifest import Component
 
 Array = NDArray[np.float32]
 
-__all__ = ["QUANTIZATION", "Quantized", "Scheme", "apply", "by_recipe", "kept", "linears", "products", "quantize"]
+__all__ = [
+    "QUANTIZATION",
+    "Quantized",
+    "Scheme",
+    "apply",
+    "attentions",
+    "by_recipe",
+    "kept",
+    "linears",
+    "operands",
+    "products",
+    "quantize",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +63,9 @@ QUANTIZATION: dict[Quantization, Scheme] = {
 }
 """The schemes of recipes; "none" is no scheme."""
 
+ATTENTION = Quantizer(codes="float8_e4m3fn")
+"""What queries, keys and values go through where a recipe wants attention in FP8."""
+
 QUANTIZABLE: dict[Component, tuple[str, ...]] = {
     "transformer": ("transformer_blocks.*",),
     "language": ("language_model.layers.*",),
@@ -67,6 +82,17 @@ def linears(graph: Graph) -> tuple[str, ...]:
 def products(graph: Graph) -> dict[str, str]:
     """Linear -> the name of its input's value, of all linears of ``graph`` in order."""
     return {str(w.name).removesuffix(".weight"): str(x.name) for _, x, w in _products(graph)}
+
+
+def attentions(graph: Graph) -> dict[str, tuple[str, str, str]]:
+    """Attention, by the name of its module -> the names of the values that are its queries, keys and values, of the
+    blocks whose linears may be quantized."""
+    return {name: (str(q.name), str(k.name), str(v.name)) for _, name, (q, k, v) in _attentions(graph)}
+
+
+def operands(name: str) -> tuple[str, str, str]:
+    """What a calibration calls queries, keys and values of the attention ``name``."""
+    return f"{name}.query", f"{name}.key", f"{name}.value"
 
 
 def kept(graph: Graph, keep: Sequence[str]) -> tuple[str, ...]:
@@ -119,6 +145,8 @@ def by_recipe(
         RecipeError: ``keep`` has a pattern that matches nothing, or nothing is left to quantize.
         CalibrationError: the calibration lacks a linear.
     """
+    if section.attention == "fp8":
+        _round_attention(graph, calibration)
     if section.quantization == "none":
         return Quantized(graph=graph, linears=())
     measured = None if calibration is None else calibration.keep.get(f"{graph.component}/{section.quantization}")
@@ -183,6 +211,17 @@ def quantize(
             node.replace_input_with(1, writer.weight(node, codes, scales))
         node.replace_input_with(0, x)
     return replace(graph, weights=tuple(weight for made in weights.values() for weight in made))
+
+
+def _round_attention(graph: Graph, calibration: Calibration | None) -> None:
+    """Put queries, keys and values through FP8, in place."""
+    writer, found = _Writer(graph), list(_attentions(graph))
+    if calibration is not None:
+        calibration.check_linears([name for _, attention, _ in found for name in operands(attention)])
+    for node, attention, values in found:
+        for place, (name, value) in enumerate(zip(operands(attention), values, strict=True)):
+            most = 1.0 if calibration is None else float(calibration.most[name].max())
+            node.replace_input_with(place, writer.rounded(node, name, value, ATTENTION, most))
 
 
 def _stored(weight: Weight, quantizer: Quantizer, dtype: DType) -> tuple[Weight, Weight]:
@@ -269,6 +308,19 @@ class _Writer:
         output = made.outputs[0]
         output.name, output.type, output.shape = f"{name}.output", ir.TensorType(dtype), inputs[0].shape
         return output
+
+
+def _attentions(graph: Graph) -> Iterator[tuple[ir.Node, str, tuple[ir.Value, ir.Value, ir.Value]]]:
+    """The attentions of blocks: node, name of the module, queries, keys and values."""
+    patterns = QUANTIZABLE.get(graph.component, ())
+    for node in graph.model.graph:
+        name = str(node.name).rpartition("/")[0].replace("/", ".")
+        if node.op_type == "Attention" and any(fnmatch(name, pattern) for pattern in patterns):
+            q, k, v = node.inputs[:3]
+            assert q is not None
+            assert k is not None
+            assert v is not None
+            yield node, name, (q, k, v)
 
 
 def _products(graph: Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:

@@ -43,6 +43,8 @@ Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
 
+Attention = Literal["none", "fp8"]
+
 PARTIAL_BACKENDS: dict[Backend, tuple[Component, ...]] = {
     "tensorrt-llm": ("language",),
     "vllm": ("vision", "language"),
@@ -70,12 +72,14 @@ Capability = Annotated[str, Matching(pattern=r"\d{1,2}\.\d", example="8.9")]
 class ComponentRecipe:
     """How one component computes: its precision, its quantization, and the parameters kept out of the latter.
 
-    ``keep`` holds fnmatch patterns on the parameter names of the checkpoint.
+    ``keep`` holds fnmatch patterns on the names of linears. ``attention`` is that of the products of queries and keys
+    and of weights and values, which stay in ``precision`` unless it says otherwise.
     """
 
     precision: Precision = "bfloat16"
     quantization: Quantization = "none"
     keep: tuple[str, ...] = ()
+    attention: Attention = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +143,14 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gates:
-    """The thresholds of validation: errors at most, likenesses at least, these."""
+    """The thresholds of validation: errors at most, likenesses at least, these.
+
+    ``attention_relative_l2`` is what FP8 attention alone may bring to the velocity.
+    """
 
     component_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
     velocity_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
+    attention_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
     edit_psnr_db: Annotated[float, Within(low=0, high=100, unit="dB")] = 28.0
     edit_ssim: Annotated[float, Within(low=0, high=1)] = 0.9
     alignment_px: Annotated[float, Within(low=0, high=64, unit="pixels")] = 0.5
@@ -294,6 +302,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.precision", 'is "bfloat16", for which onnxruntime has no kernels on a CPU; use "float32"'
         if name not in QUANTIZED and part.quantization != "none":
             yield f"{key}.quantization", f'is "{part.quantization}"; {name} is not quantized, use "none"'
+        if name not in QUANTIZED and part.attention != "none":
+            yield f"{key}.attention", f'is "{part.attention}"; {name} is not quantized, use "none"'
+        if part.attention == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
+            why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
+            yield f"{key}.attention", f'{why}; use "none"'
         if part.quantization == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
             why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
             yield f"{key}.quantization", f'{why}; use "int8-smooth" or "none"'

@@ -36,6 +36,7 @@ from qie.engines.vision import vision_inputs
 
 __all__ = [
     "INSTRUCTIONS",
+    "NEGATIVE",
     "Sample",
     "digest",
     "draw_samples",

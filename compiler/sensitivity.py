@@ -7,24 +7,28 @@ which linears are chosen, and what is chosen is then measured together.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.compiler.calibrate import calibrate
 from qie.compiler.calibration import Calibration
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
+from qie.compiler.graphs.weight import Part
 from qie.compiler.quantize import apply, linears
 from qie.compiler.recipe import Quantization
-from qie.compiler.samples import Progress, Readers, run
+from qie.compiler.samples import Progress, Readers, Sample, run, values_of
 from qie.compiler.segments import Values
 from qie.compiler.smooth import smoothed_modulation, smoothed_reader
+from qie.engines.files import qie_home
 from qie.engines.manifest import Component
 
-__all__ = ["Sensitivity", "choose", "errors_of", "sensitivity"]
+__all__ = ["Sensitivity", "choose", "errors_of", "measure", "sensitivity"]
 
 RESULTS: dict[Component, str] = {"transformer": "velocity", "language": "prompt_embeds"}
 
@@ -48,6 +52,19 @@ class Sensitivity:
     budget: float
     keep: tuple[str, ...]
     kept_error: float
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as JSON; errors are in order, most first."""
+        return {
+            "component": self.component,
+            "scheme": self.quantization,
+            "budget": self.budget,
+            "everything": self.everything,
+            "keep": list(self.keep),
+            "kept_error": self.kept_error,
+            "kept_bytes": sum(self.bytes[name] for name in self.keep),
+            "errors": dict(sorted(self.errors.items(), key=lambda item: item[1], reverse=True)),
+        }
 
 
 def sensitivity(
@@ -96,6 +113,46 @@ def sensitivity(
         keep=keep,
         kept_error=measured,
     )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    *,
+    component: Component = "transformer",
+    schemes: Sequence[Quantization] = (),
+    budget: float = 0.0,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[Calibration, list[Sensitivity]]:
+    """The calibration of ``checkpoint`` over ``samples``, with a ranking of ``component`` for each of ``schemes`` and
+    what to keep for ``budget``.
+
+    Raises:
+        CheckpointError: weights are missing or of another shape.
+        EditError: a picture or an instruction is one that the model cannot take.
+    """
+    parts: tuple[Part, ...] = ("transformer", "text_encoder", "vae")
+    readers: Readers = {part: checkpoint.reader(part) for part in parts}
+    digest = checkpoint.digest(
+        cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
+    )
+    found = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
+    rankings = []
+    for scheme in schemes:
+        values = values_of(component, checkpoint, readers, samples, progress)
+        rankings.append(
+            sensitivity(
+                checkpoint,
+                readers,
+                values,
+                found,
+                component=component,
+                quantization=scheme,
+                budget=budget,
+                progress=progress,
+            )
+        )
+    return replace(found, keep={f"{component}/{r.quantization}": r.keep for r in rankings}), rankings
 
 
 def choose(errors: dict[str, float], sizes: dict[str, int], budget: float) -> tuple[str, ...]:

@@ -249,3 +249,30 @@ def test_a_linear_without_statistics(opened: Checkpoint) -> None:
     known = Calibration(model="m", name="tiny", data="d", samples=1, most={}, source=Path("c.npz"))
     with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
         apply(graph, "fp8", linears(graph), known, LanguageConfig.from_config(opened.text_encoder))
+
+
+@pytest.mark.parametrize("component", ["transformer", "language"])
+def test_attention_in_fp8(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
+    """Queries, keys and values go through E4M3, and nothing else changes."""
+    from qie.compiler.calibrate import Observer
+    from qie.compiler.quantize import ATTENTION, attentions, operands
+
+    language = LanguageConfig.from_config(opened.text_encoder)
+    plain = GRAPHS[component](opened, "float32")
+    values = inputs(plain)
+    exact = result(plain, readers, values)
+    observer = Observer(GRAPHS[component](opened, "float32"), readers, 1, language)
+    observer.run([dict(values)], lambda *_: None)
+    names = attentions(plain)
+    assert len(names) == 2
+    most = {name: observer.most[name] for attention in names for name in operands(attention)}
+    known = Calibration(model="m", name="tiny", data="d", samples=1, most=most)
+    section = ComponentRecipe(precision="float32", attention="fp8")
+    graph = by_recipe(GRAPHS[component](opened, "float32"), section, known, language).graph
+    nodes = [node.op_type for node in graph.model.graph]
+    assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
+    assert graph.weights == plain.weights
+    assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
+    assert ATTENTION.codes == "float8_e4m3fn"
+    with pytest.raises(CalibrationError, match="no statistics of .*query"):
+        by_recipe(GRAPHS[component](opened, "float32"), section, replace(known, most={}), language)

@@ -155,6 +155,7 @@ def test_a_capability_is_a_string(tmp_path: Path) -> None:
         ("[components.transformer]\nprecision = 'float16'", 'transformer.precision in FILE is "float16", which overf'),
         ("[components.vae_encoder]\nquantization = 'fp8'", "vae_encoder is not quantized"),
         ("[components.vision]\nquantization = 'int8-smooth'", "vision is not quantized"),
+        ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder is not quantized"),
         ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
         ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; it must hold min <="),
         ("[shapes]\nprompt_tokens = { min = 300 }", "shapes.prompt_tokens in FILE is { min = 300, opt = 256"),

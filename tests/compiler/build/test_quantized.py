@@ -107,6 +107,31 @@ def test_engines_hold_codes(
     assert made.structure["attention"] == plain.structure["attention"]
 
 
+def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
+    """By the recipe, in a bundle; without a calibration for the counts alone."""
+    from hand_made import planned
+
+    recipe = small("l40s")
+    section = replace(recipe.components.transformer, attention="fp8")
+    recipe = replace(recipe, components=replace(recipe.components, transformer=section))
+    plan = planned(checkpoint, tmp_path / "bundle", recipe)
+    (part,) = (part for part in plan.components if part.component == "transformer")
+    opened = open_checkpoint(str(checkpoint))
+    written = write_weights(part.graph.weights, {"transformer": opened.reader("transformer")}, tmp_path / "w")
+    write_graph(part.graph, tmp_path / "g.onnx", "w", written.places)
+    asked = GraphRecord(
+        component="transformer", backend="tensorrt-rtx", dtype="bfloat16", key="k", path="g.onnx",
+        files=tuple(FileRecord(path=n, bytes=1, sha256="") for n in ("g.onnx", "w")),
+        inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
+        profiles=profiles(part.graph, recipe, opened),
+    )  # fmt: skip
+    engine = RTX.build(asked, tmp_path, key="k", recipe=recipe)
+    assert engine.structure is not None
+    structure = json.loads((tmp_path / engine.structure.path).read_text())
+    assert structure["attention"] == {"layers": 2, "fused": 2}
+    assert structure["layer_dtypes"]["FP8"] >= 6
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "w8a16", "w4a16"])
 def test_the_language_model(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
     made = make(open_checkpoint(str(checkpoint)), tmp_path, "language", scheme, "l40s")
