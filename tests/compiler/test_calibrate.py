@@ -101,19 +101,15 @@ def test_what_is_seen_is_what_the_reference_computes(
             reference.prompt_embeds([sample.image], sample.text), prompt[0], rtol=1e-3, atol=1e-4
         )
     steps = transformer_values(opened, readers, samples, prompts, quiet)
-    from qie.compiler.model import areas, scheduler_spec
+    from qie.compiler.model import areas
     from qie.engines.image import prepare
-    from qie.engines.schedule import sigmas
 
     for sample, values in zip(samples, steps, strict=True):
-        image = prepare(sample.image, areas(opened)).vae
-        grid = (image.shape[0] // 16, image.shape[1] // 16)
-        sigma = sigmas(scheduler_spec(opened), steps=40, noise_tokens=grid[0] * grid[1])[int(sample.share * 40)]
-        np.testing.assert_allclose(
-            values["reference"], reference.encode_image(image).reshape(values["reference"].shape), rtol=1e-3, atol=1e-4
-        )
+        expected = reference.encode_image(prepare(sample.image, areas(opened)).vae).reshape(values["reference"].shape)
+        np.testing.assert_allclose(values["reference"], expected, rtol=1e-3, atol=1e-4)
+        grid = grid_of(opened, sample)
         reference.velocity(
-            values["latents"], [values["reference"]], values["prompt_embeds"], float(sigma), [grid, grid]
+            values["latents"], [values["reference"]], values["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
         )
     seen = [name for name in found.most if name in most]
     assert set(seen) == set(linears(GRAPHS["transformer"](opened, "float32")))
@@ -322,3 +318,57 @@ def test_reading_says_what_is_wrong_with_a_schema(found: Calibration, tmp_path: 
     monkeypatch.undo()
     with pytest.raises(CalibrationError, match="has schema 99, this qie reads 1"):
         read_calibration(tmp_path / "c.npz")
+
+
+def test_scales_are_those_of_modelopt(
+    checkpoint: Path, opened: Checkpoint, readers: dict[Any, Any], samples: tuple[Sample, ...], found: Calibration
+) -> None:
+    """NVIDIA's own calibration of the first block, over the same passes: ranges of inputs, and scales of weights."""
+    quantization = pytest.importorskip("modelopt.torch.quantization")
+    from qie.compiler.quantize import QUANTIZATION
+    from qie.compiler.samples import values_of
+
+    values = values_of("transformer", opened, readers, samples, quiet)
+    for scheme, config in (("fp8", quantization.FP8_DEFAULT_CFG), ("int8-smooth", quantization.INT8_DEFAULT_CFG)):
+        rules, reference = QUANTIZATION[scheme], load_reference(checkpoint)
+        assert rules.inputs is not None
+
+        def passes(_: Any, reference: Any = reference) -> None:
+            for sample, one in zip(samples, values, strict=True):
+                grid = grid_of(opened, sample)
+                reference.velocity(
+                    one["latents"], [one["reference"]], one["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
+                )
+
+        block = quantization.quantize(reference.pipeline.transformer.transformer_blocks[0], config, passes)
+        compared = 0
+        for name, linear in block.named_modules():
+            key = f"transformer_blocks.0.{name}"
+            if key in found.most:
+                scale = float(linear.input_quantizer.amax) / rules.inputs.highest
+                assert float(rules.inputs.scale_of(found.most[key].max())) == pytest.approx(scale, rel=2e-3)
+                weight = readers["transformer"].read(f"{key}.weight").astype(np.float32)
+                theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.highest
+                ours = rules.weights.scale(weight.T)
+                np.testing.assert_allclose(ours if len(theirs) > 1 else ours.max(), theirs, rtol=1e-5)
+                compared += 1
+        assert (
+            compared == sum(name.startswith("transformer_blocks.0.") for name in found.most if "attn." not in name) + 8
+        )
+
+
+def grid_of(opened: Checkpoint, sample: Sample) -> tuple[int, int]:
+    """(height, width) in tokens."""
+    from qie.compiler.model import areas
+    from qie.engines.image import prepare
+
+    height, width, _ = prepare(sample.image, areas(opened)).vae.shape
+    return height // 16, width // 16
+
+
+def sigma_of(opened: Checkpoint, sample: Sample) -> float:
+    from qie.compiler.model import scheduler_spec
+    from qie.engines.schedule import sigmas
+
+    height, width = grid_of(opened, sample)
+    return float(sigmas(scheduler_spec(opened), steps=40, noise_tokens=height * width)[int(sample.share * 40)])
