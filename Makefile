@@ -12,12 +12,9 @@ CONSTRAINTS := --constraint .ci/constraints.txt
 
 .PHONY: demo test test-gpu pocket check format clean
 
-demo: $(VENV)/compile.stamp            ## Build a small checkpoint for the CPU and edit a photograph with it.
-	@test -f $(DEMO)/checkpoint/model_index.json || \
-	  $(BIN)/python -m qie.compiler.random_checkpoint $(DEMO)/checkpoint --architecture demo
-	$(BIN)/qie build $(DEMO)/checkpoint --gpu cpu --name demo
-	$(BIN)/qie run docs/images/cat.jpg "make it look like a watercolour" --bundle demo --steps 8 --seed 1 \
-	  --out $(DEMO)/cat-edited.png
+demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit a photograph with it.
+	$(BIN)/qie build pocket --gpu cpu --name pocket
+	$(BIN)/qie run docs/images/cat.jpg "make it grayscale" --bundle pocket --seed 1 --out $(DEMO)/cat-edited.png
 
 test: $(VENV)/dev.stamp                ## Install everything for development and run checks and tests.
 	$(MAKE) --no-print-directory check
@@ -31,6 +28,7 @@ pocket: $(VENV)/dev.stamp              ## Train the pocket model; goes on where 
 	$(BIN)/python -m pocket.train_reader $(DEMO)/pocket
 	$(BIN)/python -m pocket.train_editor $(DEMO)/pocket
 	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
+	$(BIN)/python -m pocket.calibrate recipes/pocket --evidence docs/pocket-sensitivity.json
 
 check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
             (with ``weights``) a file of weights is missing, cut short or broken.
     """
     folder = Path(source).expanduser()
-    if source == POCKET.name and not folder.is_dir() and (POCKET / "model_index.json").is_file():
+    if source == POCKET.name and not (folder / "model_index.json").is_file():
         folder = POCKET
     if folder.is_dir():
         if revision is not None:

@@ -34,7 +34,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List the recipes, or show one in full.", rich_markup_mode=None)
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="Checkpoint: a folder in diffusers format, or a hub id.")
+    str, typer.Argument(metavar="[MODEL]", help="Checkpoint: a folder in diffusers format, a hub id, or pocket.")
 ]
 GpuOption = Annotated[str, typer.Option("--gpu", help="Recipe: a name of `qie recipes`, or the path of a .toml file.")]
 LoraOption = Annotated[

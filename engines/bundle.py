@@ -231,7 +231,7 @@ def locate(which: str | None) -> Path:
         found = bundles()
         if not found:
             raise BundleError(
-                f"there is no bundle in {bundles_folder()}; make one with `qie build CHECKPOINT --gpu cpu`, "
+                f"there is no bundle in {bundles_folder()}; make one with `qie build pocket --gpu cpu`, "
                 "or name one with --bundle"
             )
         return found[0]

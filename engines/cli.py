@@ -156,7 +156,7 @@ def list_bundles(as_json: JsonOption = False) -> None:
     if as_json:
         return print_json({"folder": str(bundles_folder()), "bundles": rows})
     if not rows:
-        typer.echo(f"no bundles in {bundles_folder()}; make one with `qie build CHECKPOINT --gpu cpu`")
+        typer.echo(f"no bundles in {bundles_folder()}; make one with `qie build pocket --gpu cpu`")
         return None
     lines = [
         [

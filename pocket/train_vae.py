@@ -34,7 +34,7 @@ QUARTERED = 2 / 3
 """Share of the steps that see quarters of half as many images: twice as fast, and enough for all but the attention."""
 
 LATENT_NOISE = 0.1
-"""Added to latents in training, so that the decoder forgives what an editor predicts a little wrong."""
+"""Added to latents while the encoder is trained too, so that it spreads them, and the decoder forgives small errors."""
 
 LATENT_PULL = 3e-4
 """Weight of the mean square of the latents, which keeps their scale near that noise's."""
@@ -175,7 +175,8 @@ def main() -> None:
         if run.step < QUARTERED * options.steps:
             x = torch.cat([part for half in x[: BATCH // 2].chunk(2, 2) for part in half.chunk(2, 3)])
         x = x.contiguous(memory_format=torch.channels_last).unsqueeze(2)
-        noise = LATENT_NOISE * torch.randn(len(x), 16, 1, x.shape[3] // 8, x.shape[4] // 8)
+        strength = LATENT_NOISE if run.step < options.steps else 0.0
+        noise = strength * torch.randn(len(x), 16, 1, x.shape[3] // 8, x.shape[4] // 8)
         y, z, bent = compiled(x, torch.rand(len(x), 1, 1, 1, 1), noise, run.step < options.steps)
         error = (y.float() - x).square().flatten(1).mean(1)
         loss = error.add(1e-5).log().mean() + LATENT_PULL * z.square().mean() + AFFINE * bent

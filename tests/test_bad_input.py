@@ -163,7 +163,7 @@ def test_two_images_for_the_first_generation(qie: Qie, refusal: Refusal, edit_bu
 
 def test_no_bundle_at_all(qie: Qie, refusal: Refusal, qie_home: Path) -> None:
     said = refusal(qie("run", "photo.png", "x"))
-    assert_says(said, f"there is no bundle in {qie_home}/bundles; make one with `qie build CHECKPOINT --gpu cpu`")
+    assert_says(said, f"there is no bundle in {qie_home}/bundles; make one with `qie build pocket --gpu cpu`")
 
 
 @pytest.mark.parametrize(

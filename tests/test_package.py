@@ -153,6 +153,7 @@ def read_wheel(path: Path) -> dict[str, bytes]:
 def packaged() -> dict[str, bytes]:
     """Return what must be installed, by its name below the import root's parent."""
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
+    recipes += [path for path in (ROOT / "recipes" / "pocket").rglob("*") if path.is_file()]
     files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes]}
     return files | {f"qie/{name}": (ROOT / "src" / "qie" / name).read_bytes() for name in ("__init__.py", "py.typed")}
 
@@ -172,6 +173,13 @@ def test_the_wheel_holds_sources_and_recipes_and_nothing_else(distributions: Dis
     held = {name: content for name, content in distributions.wheel.items() if ".dist-info/" not in name}
     assert sorted(held) == sorted(packaged())
     assert held == packaged()
+
+
+def test_the_wheel_is_small(distributions: Distributions) -> None:
+    """Weights of the pocket model included, which are 24 MB at the most."""
+    weights = [content for name, content in distributions.wheel.items() if name.endswith(".safetensors")]
+    assert 20e6 < sum(map(len, weights)) < 24e6
+    assert sum(map(len, distributions.wheel.values())) < 32e6
 
 
 def test_the_sdist_holds_the_same_and_what_a_build_reads(distributions: Distributions) -> None:

@@ -57,7 +57,7 @@ def test_make_targets_exist(target: str) -> None:
 def test_python_example_runs(bundle: Path, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "example.py"
-    script.write_text(example.replace('"demo"', repr(str(bundle))), encoding="utf-8")
+    script.write_text(example.replace('"pocket"', repr(str(bundle))), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3)") == 2

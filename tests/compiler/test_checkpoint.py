@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qie.compiler.checkpoint import open_checkpoint
+from qie.compiler.architecture import ARCHITECTURES
+from qie.compiler.checkpoint import POCKET, open_checkpoint
+from qie.compiler.random_checkpoint import write_checkpoint
 from qie.compiler.safetensor import open_component, open_file
 from qie.engines.errors import CheckpointError
 
@@ -458,3 +460,15 @@ def test_a_link_elsewhere_is_not_taken_for_a_blob(folder: Path, tmp_path: Path) 
     weights.rename(tmp_path / "blobs" / ("c" * 64))
     weights.symlink_to(tmp_path / "blobs" / ("c" * 64))
     assert open_checkpoint(str(folder)).digest() == before
+
+
+def test_pocket_is_the_shipped_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder of that name lies that is none."""
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint("pocket").path == POCKET
+    (tmp_path / "pocket").mkdir()
+    assert open_checkpoint("pocket").path == POCKET
+    write_checkpoint(tmp_path / "own", ARCHITECTURES["tiny"])
+    (tmp_path / "pocket").rmdir()
+    (tmp_path / "own").rename(tmp_path / "pocket")
+    assert open_checkpoint("pocket").path == tmp_path / "pocket"
