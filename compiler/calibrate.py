@@ -90,6 +90,7 @@ class Observer:
         self.most: dict[str, Array] = {}
         self.factors: dict[Quantization, dict[str, Array]] = {scheme: {} for scheme in self.schemes}
         self.alphas: dict[Quantization, dict[str, float]] = {scheme: {} for scheme in self.schemes}
+        self._fitted: dict[str, Array] = {}
         self._rows: dict[str, list[Array]] = {}
 
     def run(self, values: Sequence[Values], progress: Progress, *, pieces: int | None = None) -> None:
@@ -114,6 +115,10 @@ class Observer:
         for name in self._own(piece):
             value = self.inputs[name]
             x = self._note(name, values[value])
+            if sample % 2 == 0:
+                self._fitted[name] = (
+                    self.most[name] if sample == 0 else np.maximum(self._fitted[name], np.abs(x).max(0))
+                )
             if value not in drawn:
                 count = min(len(x), -(-ROWS // self.samples))
                 drawn[value] = x[np.sort(rng.choice(len(x), count, replace=False))]
@@ -143,7 +148,7 @@ class Observer:
         own = set(self._own(piece))
         for group in self.groups:
             if own.issuperset(group.readers):
-                rows = {name: np.concatenate(self._rows[name]) for name in group.readers}
+                rows = {name: np.concatenate(self._rows[name][1::2] or self._rows[name]) for name in group.readers}
                 weights = {name: self.reader.read(f"{name}.weight").astype(np.float32).T for name in group.readers}
                 for scheme in self.schemes:
                     chosen = self._smoothing(group, QUANTIZATION[scheme], rows, weights)
@@ -151,6 +156,7 @@ class Observer:
                         self.alphas[scheme][group.name], self.factors[scheme][group.name] = chosen
         for name in own:
             self._rows.pop(name, None)
+            self._fitted.pop(name, None)
 
     def _own(self, piece: Segment) -> list[str]:
         names = {weight.name.removesuffix(".weight") for weight in piece.weights}
@@ -161,13 +167,15 @@ class Observer:
     ) -> tuple[float, Array] | None:
         """Alpha and factors with the least error, None where leaving the group alone is as good.
 
-        Static scales of inputs follow the largest magnitude (SmoothQuant), groups of weights their mean (AWQ).
+        Static scales of inputs follow the largest magnitude (SmoothQuant), groups of weights their mean (AWQ). Factors
+        are fitted to every other sample and judged on the rest, since a channel that fills its range is cut off where
+        another sample has more of it; those of the alpha that is chosen are then made of all.
         """
         names = group.readers
         if scheme.inputs is None:
             inputs = np.mean([np.abs(rows[name]).mean(0) for name in names], axis=0)
         else:
-            inputs = np.max([self.most[name] for name in names], axis=0)
+            inputs = np.max([self._fitted[name] for name in names], axis=0)
         widest = np.max([np.abs(weights[name]).max(1) for name in names], axis=0)
         inputs, widest = group.most(inputs), group.most(widest)
         exact = {name: rows[name] @ weights[name] for name in names}
@@ -178,7 +186,7 @@ class Observer:
                 spread = group.spread(factors)
                 x = rows[name] / spread
                 if scheme.inputs is not None:
-                    x = scheme.inputs.rounded(x, scheme.inputs.scale_of((self.most[name] / spread).max()))
+                    x = scheme.inputs.rounded(x, scheme.inputs.scale_of((self._fitted[name] / spread).max()))
                 made = x @ scheme.weights.rounded(weights[name] * spread[:, None])
                 found += float(np.square(made - exact[name]).mean() / np.square(exact[name]).mean())
             return found
@@ -188,5 +196,9 @@ class Observer:
         for alpha in ALPHAS:
             factors = factor(inputs, widest, alpha)
             if (found := error(factors)) < least:
-                least, chosen = found, (alpha, factors)
-        return chosen
+                least, chosen = found, alpha
+        if chosen is None:
+            return None
+        if scheme.inputs is not None:
+            inputs = group.most(np.max([self.most[name] for name in names], axis=0))
+        return chosen, factor(inputs, widest, chosen)

@@ -21,7 +21,10 @@ def modulation_dtype(reader: TensorReader) -> DType:
 
 
 def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
-    """Every tensor that depends on the timestep alone, in the checkpoint's own layout and names."""
+    """Every tensor that depends on the timestep alone, in the checkpoint's own layout and names.
+
+    Matrices are of ``dtype``, biases of float32: smoothing takes 1 / s - 1 into them.
+    """
     d = config.width
     linears = {
         "time_text_embed.timestep_embedder.linear_1": (d, CHANNELS),
@@ -32,9 +35,12 @@ def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight,
         for stream in ("img_mod", "txt_mod"):
             linears[f"transformer_blocks.{layer}.{stream}.1"] = (6 * d, d)
     return tuple(
-        Weight(name=f"{name}.{kind}", part="transformer", shape=shape if kind == "weight" else shape[:1], dtype=dtype)
+        weight
         for name, shape in linears.items()
-        for kind in ("weight", "bias")
+        for weight in (
+            Weight(name=f"{name}.weight", part="transformer", shape=shape, dtype=dtype),
+            Weight(name=f"{name}.bias", part="transformer", shape=shape[:1], dtype="float32"),
+        )
     )
 
 
@@ -60,9 +66,16 @@ def write_modulation(
     offsets = {entry.name: entry.offset for entry in written.entries}
     return ModulationRecord(
         file=FileRecord(path=MODULATION_FILE, bytes=written.bytes, sha256=written.sha256),
-        dtype=dtype,
         tables=tables,
-        tensors=tuple(ModulationTensor(name=w.name, shape=w.shape, offset=offsets[w.name]) for w in weights),
+        tensors=tuple(
+            ModulationTensor(
+                name=w.name,
+                dtype="bfloat16" if w.dtype == "bfloat16" else "float32",
+                shape=w.shape,
+                offset=offsets[w.name],
+            )
+            for w in weights
+        ),
         layers=config.layers,
         width=config.width,
         zero_cond_t=config.zero_cond_t,

@@ -122,10 +122,11 @@ def measure(
     component: Component = "transformer",
     schemes: Sequence[Quantization] = (),
     budget: float = 0.0,
+    most: int = 16,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Calibration, list[Sensitivity]]:
     """The calibration of ``checkpoint`` over ``samples``, with a ranking of ``component`` for each of ``schemes`` and
-    what to keep for ``budget``.
+    what to keep for ``budget``; ``most`` of the samples are ranked with.
 
     Raises:
         CheckpointError: weights are missing or of another shape.
@@ -139,7 +140,7 @@ def measure(
     found = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
     rankings = []
     for scheme in schemes:
-        values = values_of(component, checkpoint, readers, samples, progress)
+        values = values_of(component, checkpoint, readers, samples[:most], progress)
         rankings.append(
             sensitivity(
                 checkpoint,

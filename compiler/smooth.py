@@ -142,7 +142,8 @@ def smoothed_modulation(rows: Array, smoothed: Sequence[Group], factors: Mapping
                 _, layer, module, *_ = tensor.split(".")
                 image = len(made[int(layer)]) - 6 * len(values)  # text comes last
                 for first in range(0, image, 6 * len(values)) if module == "img_mod" else (image,):
-                    _SMOOTH[step](made[int(layer), first : first + 6 * len(values)], values)
+                    for row in (first + _FIRST[step] * len(values), first + (_FIRST[step] + 1) * len(values)):
+                        made[int(layer), row : row + len(values)] /= values
     return made
 
 
@@ -197,10 +198,12 @@ def _modulation(first: int) -> Any:
     return divide
 
 
+_FIRST: dict[Step, int] = {"attention modulation": 0, "feed-forward modulation": 3}
+"""Of the six parts of a modulation's output the shift; the scale is the next."""
+
 _SMOOTH: dict[Step, Any] = {
     "columns": _columns,
     "rows": _rows,
     "norm": _rows,
-    "attention modulation": _modulation(0),
-    "feed-forward modulation": _modulation(3),
+    **{step: _modulation(first) for step, first in _FIRST.items()},
 }

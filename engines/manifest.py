@@ -151,7 +151,7 @@ class GraphRecord:
 
 
 def modulation_rows(zero_cond_t: bool) -> int:
-    """Modulation vectors a block: shift, scale, gate of attention, then of the feed-forward, for noise tokens, then
+    """Modulation vectors a block: shift, gain, gate of attention, then of the feed-forward, for noise tokens, then
     (``zero_cond_t``) for reference tokens, then for text tokens."""
     return 18 if zero_cond_t else 12
 
@@ -161,6 +161,7 @@ class ModulationTensor:
     """A tensor of the modulation weights: its place in the file, [out, in] or [out] as in the checkpoint."""
 
     name: str
+    dtype: Literal["float32", "bfloat16"]
     shape: tuple[int, ...]
     offset: int
 
@@ -169,11 +170,10 @@ class ModulationTensor:
 class ModulationRecord:
     """The weights that turn a timestep into modulation, for schedules that were not precomputed.
 
-    ``dtype`` is that of the weights, ``tables`` that in which the transformer uses what comes out of them.
+    ``tables`` is the dtype in which the transformer uses what comes out of them.
     """
 
     file: FileRecord
-    dtype: Literal["float32", "bfloat16"]
     tables: Literal["float32", "bfloat16"]
     tensors: tuple[ModulationTensor, ...]
     layers: int

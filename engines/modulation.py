@@ -37,6 +37,9 @@ SCHEDULES = "schedules"
 CHANNELS = 256
 """Sinusoidal channels of a timestep (transformer_qwenimage.py, QwenTimestepProjEmbeddings)."""
 
+GAINS = (1, 4)
+"""Of the six rows of a stream (shift, scale, gate of attention, then of the feed-forward) those that are scales."""
+
 Array = NDArray[np.float32]
 
 
@@ -88,9 +91,10 @@ def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
 def compute_tables(
     folder: Path, record: ModulationRecord, sigmas: Array, *, progress: Callable[[int, int], None] | None = None
 ) -> Array:
-    """float32 [S, L * M * D + 2 * D]: every block's rows, then scale and shift of the output norm.
+    """float32 [S, L * M * D + 2 * D]: every block's rows, then gain and shift of the output norm.
 
-    One block's weights are in memory at a time.
+    A gain is 1 + scale, by which a normed value is multiplied: the sum is taken here, in float32, so that a small gain
+    keeps its digits in whatever dtype the tables are stored. One block's weights are in memory at a time.
     """
     weights = Weights(folder, record)
     conditioning_SD = _conditioning(weights, timesteps(sigmas))
@@ -101,10 +105,16 @@ def compute_tables(
     streams.append((conditioning_SD, "txt_mod"))
     rows: list[Array] = []
     for layer in range(record.layers):
-        rows += [weights.linear(f"transformer_blocks.{layer}.{name}.1", x) for x, name in streams]
+        for x, name in streams:
+            values = weights.linear(f"transformer_blocks.{layer}.{name}.1", x)
+            for scale in GAINS:
+                values[:, scale * record.width : (scale + 1) * record.width] += 1
+            rows.append(values)
         if progress is not None:
             progress(layer + 1, record.layers)
-    rows.append(weights.linear("norm_out.linear", conditioning_SD))
+    last = weights.linear("norm_out.linear", conditioning_SD)
+    last[:, : record.width] += 1
+    rows.append(last)
     return np.ascontiguousarray(np.concatenate(rows, axis=1))
 
 
@@ -119,13 +129,13 @@ class Weights:
     def __init__(self, folder: Path, record: ModulationRecord) -> None:
         self._bytes = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
         self._tensors = {t.name: t for t in record.tensors}
-        self._dtype = np.dtype(np.uint16 if record.dtype == "bfloat16" else np.float32)
 
     def read(self, name: str) -> Array:
         """A tensor as float32."""
         tensor = self._tensors[name]
-        count = int(np.prod(tensor.shape)) * self._dtype.itemsize
-        raw = self._bytes[tensor.offset : tensor.offset + count].view(self._dtype).reshape(tensor.shape)
+        dtype = np.dtype(np.uint16 if tensor.dtype == "bfloat16" else np.float32)
+        count = int(np.prod(tensor.shape)) * dtype.itemsize
+        raw = self._bytes[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
         return _widen(raw)
 
     def linear(self, name: str, x: Array) -> Array:

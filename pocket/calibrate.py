@@ -19,7 +19,7 @@ from qie.compiler.cli_calibrate import describe
 from qie.compiler.samples import NEGATIVE, Sample
 from qie.compiler.sensitivity import measure
 
-SAMPLES = 24
+SAMPLES = 96
 
 SHAPES = ((SIDE, SIDE), (96, 160), (160, 96))
 """(height, width) of pictures, by turns."""
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--evidence", type=Path, help="JSON file for the ranking")
     options = parser.parse_args()
     calibration, rankings = measure(
-        open_checkpoint(str(options.checkpoint)), draw(), schemes=("fp8", "int8-smooth"), budget=options.budget
+        open_checkpoint(str(options.checkpoint)), draw(), schemes=("fp8", "int8-smooth"), budget=options.budget, most=24
     )
     write_calibration(calibration, options.checkpoint / FILE)
     if options.evidence is not None:

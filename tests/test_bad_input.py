@@ -458,7 +458,7 @@ def test_a_gpu_that_nothing_builds_for(
     monkeypatch.setattr("qie.compiler.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
     Path("small.toml").write_text('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     said = refusal(qie("build", checkpoint, "--gpu", "small.toml"))
-    assert_says(said, "the recipe small.toml builds vision for tensorrt-rtx or tensorrt.*use --gpu cpu, or --dry-run")
+    assert_says(said, "the recipe small.toml builds vision for tensorrt-rtx.*use --gpu cpu, or --dry-run")
     shown = qie("build", checkpoint, "--gpu", "small.toml", "--dry-run")
     assert shown.returncode == 0
     assert "no builder" in shown.stdout

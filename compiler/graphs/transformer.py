@@ -33,7 +33,7 @@ EPS = 1e-6
 """Epsilon of every norm (transformer_qwenimage.py, QwenImageTransformerBlock)."""
 
 Modulation = tuple[ir.Value, ir.Value, ir.Value]
-"""shift, scale and gate, [D] each."""
+"""shift, gain (1 + scale) and gate, [D] each."""
 
 
 def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
@@ -96,15 +96,15 @@ class Transformer(nn.Module):
         tokens = Tokens(op, latents_BNC, prompt_embeds_BLJ, reference_BRC)
         rotary = tuple(op.Expand(op.Unsqueeze(t, [0]), tokens.batch_11) for t in (cos_SE, sin_SE))
         rows = cast(op, modulation, "float32", dtype)
-        out_shift_scale = cast(op, modulation_out, "float32", dtype)
+        out_gain_shift = cast(op, modulation_out, "float32", dtype)
 
         image_BTD = self.img_in(op, cast(op, op.Concat(latents_BNC, reference_BRC, axis=1), "float32", dtype))
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
             row = op.Gather(rows, constant(op, i, "int64"), axis=0)
             image_BTD, text_BLD = block(op, image_BTD, text_BLD, row, rotary, tokens, last=i == config.layers - 1)
-        scale, shift = split(op, out_shift_scale, 2, axis=0)
-        noise_BND = modulated_norm(op, image_BTD, shift, scale, config.width, dtype)
+        gain, shift = split(op, out_gain_shift, 2, axis=0)
+        noise_BND = modulated_norm(op, image_BTD, shift, gain)
         velocity_BNC = cast(op, self.proj_out(op, noise_BND), dtype, "float32")
         return velocity_BNC, euler_step(op, latents_BNC, velocity_BNC, negative_BNC, guidance_1, dsigma_1)
 
@@ -180,7 +180,7 @@ class Block(nn.Module):
         return streams if self.config.zero_cond_t else (streams[0], streams[0], streams[1])
 
     def normed(self, op: Any, x_BSD: ir.Value, modulation: Modulation) -> ir.Value:
-        return modulated_norm(op, x_BSD, modulation[0], modulation[1], self.config.width, self.dtype)
+        return modulated_norm(op, x_BSD, modulation[0], modulation[1])
 
     def normed_image(
         self, op: Any, x_BTD: ir.Value, noise: Modulation, references: Modulation, tokens: Tokens
@@ -276,9 +276,9 @@ class FeedForward(nn.Module):
         return self.down(op, op.Gelu(self.up(op, x), approximate="tanh"))
 
 
-def modulated_norm(op: Any, x: ir.Value, shift: ir.Value, scale: ir.Value, width: int, dtype: DType) -> ir.Value:
-    """LayerNorm(x) * (1 + scale) + shift, as one LayerNormalization whose weight and bias are the modulation."""
-    return op.LayerNormalization(x, op.Add(scale, constant(op, 1.0, dtype)), shift, axis=-1, epsilon=EPS)
+def modulated_norm(op: Any, x: ir.Value, shift: ir.Value, gain: ir.Value) -> ir.Value:
+    """LayerNorm(x) * gain + shift, as one LayerNormalization whose weight and bias are the modulation."""
+    return op.LayerNormalization(x, gain, shift, axis=-1, epsilon=EPS)
 
 
 def euler_step(

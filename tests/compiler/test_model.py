@@ -19,7 +19,6 @@ from qie.engines.manifest import FileRecord, ModulationRecord
 
 MODULATION = ModulationRecord(
     file=FileRecord(path="modulation.weights", bytes=0, sha256=""),
-    dtype="float32",
     tables="float32",
     tensors=(),
     layers=2,

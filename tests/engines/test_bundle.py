@@ -84,7 +84,7 @@ def test_unknown(bundle: Path) -> None:
 
 
 def test_none_at_all(qie_home: Path) -> None:
-    with pytest.raises(BundleError, match=f"no bundle in {qie_home}/bundles; make one with `qie build CHECKPOINT"):
+    with pytest.raises(BundleError, match=f"no bundle in {qie_home}/bundles; make one with `qie build pocket"):
         locate(None)
 
 

@@ -53,13 +53,12 @@ def make(tmp_path: Path) -> Callable[..., Case]:
         for name, shape in shapes().items():
             content += bytes(-len(content) % 64)
             values = rng.normal(0, 0.5, shape).astype(stored)
-            tensors.append(ModulationTensor(name=name, shape=shape, offset=len(content)))
+            tensors.append(ModulationTensor(name=name, dtype=dtype, shape=shape, offset=len(content)))
             weights[name] = values.astype(np.float64)
             content += values.tobytes()
         (tmp_path / "modulation.weights").write_bytes(content)
         record = ModulationRecord(
             file=FileRecord(path="modulation.weights", bytes=len(content), sha256="0" * 64),
-            dtype=dtype,
             tables=tables,
             tensors=tuple(tensors),
             layers=LAYERS,
@@ -94,8 +93,11 @@ def expected(weights: dict[str, Float64], *, zero_cond_t: bool) -> Float64:
             streams = [(at_t, "img_mod"), (at_0, "img_mod"), (at_t, "txt_mod")]
             for x, stream in streams if zero_cond_t else (streams[0], streams[2]):
                 name = f"transformer_blocks.{layer}.{stream}.1"
-                row.append(weights[f"{name}.weight"] @ x + weights[f"{name}.bias"])
-        row.append(weights["norm_out.linear.weight"] @ at_t + weights["norm_out.linear.bias"])
+                parts = np.split(weights[f"{name}.weight"] @ x + weights[f"{name}.bias"], 6)
+                parts[1], parts[4] = 1 + parts[1], 1 + parts[4]
+                row += parts
+        scale, shift = np.split(weights["norm_out.linear.weight"] @ at_t + weights["norm_out.linear.bias"], 2)
+        row += [1 + scale, shift]
         rows.append(np.concatenate(row))
     return np.stack(rows)
 
