@@ -124,6 +124,7 @@ def run_segments(
             seen = [value for weight in piece.weights for value in watched.get(weight.name, ())]
             wanted = list(dict.fromkeys((*piece.makes, *(name for name in seen if name not in piece.reads))))
             session = _session(piece.write(Path(folder), readers, wanted))
+            results, found = [], {}
             for sample, values in enumerate(samples):
                 results = session.run(wanted, {name: values[name] for name in piece.reads})
                 found = dict(zip(wanted, results, strict=True))
@@ -131,7 +132,7 @@ def run_segments(
                 values |= {name: found[name] for name in piece.makes}
                 for name in [name for name in values if name not in later]:
                     del values[name]
-            del session
+            del session, results, found
         yield piece
 
 
@@ -149,6 +150,8 @@ def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as they stand, products in float32
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: no second copy
+    options.enable_cpu_mem_arena = False  # memory goes back between the nodes
     available = ort.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     return ort.InferenceSession(str(path), options, providers=providers)
