@@ -81,7 +81,7 @@ class Observer:
 
     def __init__(self, graph: Graph, readers: Readers, samples: int, language: LanguageConfig | None = None) -> None:
         self.graph, self.readers, self.samples = graph, readers, samples
-        self.reader = readers[graph.weights[0].part]
+        self.reader = readers[graph.part]
         names = linears(graph)
         self.inputs = {name: value for name, value in products(graph).items() if name in set(names)}
         self.attentions = attentions(graph)
@@ -114,11 +114,11 @@ class Observer:
         drawn: dict[str, Array] = {}
         for name in self._own(piece):
             value = self.inputs[name]
-            x = self._note(name, values[value])
+            x = values[value].reshape(-1, values[value].shape[-1])
+            most = np.abs(x).max(0)
+            _raise(self.most, name, most)
             if sample % 2 == 0:
-                self._fitted[name] = (
-                    self.most[name] if sample == 0 else np.maximum(self._fitted[name], np.abs(x).max(0))
-                )
+                _raise(self._fitted, name, most)
             if value not in drawn:
                 count = min(len(x), -(-ROWS // self.samples))
                 drawn[value] = x[np.sort(rng.choice(len(x), count, replace=False))]
@@ -128,14 +128,7 @@ class Observer:
         for weight, attention in self._attentions():
             if weight in own:
                 for name, value in zip(operands(attention), self.attentions[attention], strict=True):
-                    self._note(name, values[value])
-
-    def _note(self, name: str, value: Array) -> Array:
-        """Take the magnitudes of ``value`` [..., channels] into account; returns it as [tokens, channels]."""
-        x = value.reshape(-1, value.shape[-1])
-        most = np.abs(x).max(0)
-        self.most[name] = np.maximum(self.most[name], most) if name in self.most else most
-        return x
+                    _raise(self.most, name, np.abs(values[value]).reshape(-1, values[value].shape[-1]).max(0))
 
     def _attentions(self) -> list[tuple[str, str]]:
         """A weight in front of each attention, and its name."""
@@ -202,3 +195,8 @@ class Observer:
         if scheme.inputs is not None:
             inputs = group.most(np.max([self.most[name] for name in names], axis=0))
         return chosen, factor(inputs, widest, chosen)
+
+
+def _raise(most: dict[str, Array], name: str, found: Array) -> None:
+    """Let ``most`` of a name be at least what was found."""
+    most[name] = np.maximum(most[name], found) if name in most else found

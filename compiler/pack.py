@@ -119,7 +119,7 @@ def checkpoint_readers(plan: Plan) -> Mapping[Part, TensorReader]:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
     for part in plan.components:
         if part.groups:
-            name = part.graph.weights[0].part
+            name = part.graph.part
             readers[name] = smoothed_reader(readers[name], part.groups, part.factors)
     return readers
 

@@ -5,6 +5,7 @@ goes through QuantizeLinear and DequantizeLinear with a scale that calibration f
 as ONNX has it: TensorRT fuses it into 8-bit kernels, onnxruntime executes it as it stands.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -75,8 +76,7 @@ QUANTIZABLE: dict[Component, tuple[str, ...]] = {
 
 def linears(graph: Graph) -> tuple[str, ...]:
     """The linears of ``graph`` that may be quantized, by the name of their weight without ``.weight``, in order."""
-    patterns = QUANTIZABLE.get(graph.component, ())
-    return tuple(name for name in products(graph) if any(fnmatch(name, pattern) for pattern in patterns))
+    return tuple(name for name in products(graph) if _in_a_block(graph, name))
 
 
 def products(graph: Graph) -> dict[str, str]:
@@ -102,9 +102,10 @@ def kept(graph: Graph, keep: Sequence[str]) -> tuple[str, ...]:
         RecipeError: a pattern matches nothing.
     """
     names = linears(graph)
+    ways = _ways(names)
     found: set[str] = set()
     for pattern in keep:
-        matched = {name for name in names if any(fnmatch(way, pattern) for way in _ways(name, names))}
+        matched = {name for name in names if any(fnmatch(way, pattern) for way in ways[name])}
         if not matched:
             raise RecipeError(
                 f'components.{graph.component}.keep: "{pattern}" matches no linear of this model; they are named like '
@@ -114,12 +115,11 @@ def kept(graph: Graph, keep: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in found)
 
 
-def _ways(name: str, names: Sequence[str]) -> tuple[str, str]:
-    """``name``, and it with the number of its block counted from the end."""
-    parts = name.split(".")
-    place = next(i for i, part in enumerate(parts) if part.isdigit())
-    blocks = 1 + max(int(other.split(".")[place]) for other in names)
-    return name, ".".join([*parts[:place], str(int(parts[place]) - blocks), *parts[place + 1 :]])
+def _ways(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Each name -> itself, and it with the number of its block counted from the end."""
+    split = {name: re.split(r"\.(\d+)\.", name, maxsplit=1) for name in names}
+    blocks = 1 + max((int(number) for _, number, _ in split.values()), default=0)
+    return {name: (name, f"{before}.{int(number) - blocks}.{after}") for name, (before, number, after) in split.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -310,12 +310,16 @@ class _Writer:
         return output
 
 
+def _in_a_block(graph: Graph, name: str) -> bool:
+    """Whether a module is one of those that may be quantized."""
+    return any(fnmatch(name, pattern) for pattern in QUANTIZABLE.get(graph.component, ()))
+
+
 def _attentions(graph: Graph) -> Iterator[tuple[ir.Node, str, tuple[ir.Value, ir.Value, ir.Value]]]:
     """The attentions of blocks: node, name of the module, queries, keys and values."""
-    patterns = QUANTIZABLE.get(graph.component, ())
     for node in graph.model.graph:
         name = str(node.name).rpartition("/")[0].replace("/", ".")
-        if node.op_type == "Attention" and any(fnmatch(name, pattern) for pattern in patterns):
+        if node.op_type == "Attention" and _in_a_block(graph, name):
             q, k, v = node.inputs[:3]
             assert q is not None
             assert k is not None

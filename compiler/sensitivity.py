@@ -139,8 +139,8 @@ def measure(
     )
     found = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
     rankings = []
+    values = values_of(component, checkpoint, readers, samples[:most], progress) if schemes else []
     for scheme in schemes:
-        values = values_of(component, checkpoint, readers, samples[:most], progress)
         rankings.append(
             sensitivity(
                 checkpoint,
@@ -189,7 +189,7 @@ def _results(
     if names:
         language = LanguageConfig.from_config(checkpoint.text_encoder)
         made = apply(graph, quantization, names, calibration, language)
-        graph, part = made.graph, made.graph.weights[0].part
+        graph, part = made.graph, made.graph.part
         through[part] = smoothed_reader(readers[part], made.groups, made.factors)
         for sample in samples:
             if "modulation" in sample:

@@ -112,6 +112,11 @@ class Graph:
             weights=weights,
         )
 
+    @property
+    def part(self) -> Part:
+        """The part of the checkpoint that holds the weights."""
+        return self.weights[0].part
+
     def parameters(self) -> int:
         """Number of scalar weights; scales are none."""
         return sum(_size(w.shape) for w in self.weights if w.scale_of is None)
