@@ -7,6 +7,7 @@ onnxruntime executes, for all samples one after another, before the weights of t
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qie.compiler.graphs.weight import Part, Weight
 from qie.compiler.safetensor import TensorReader
 from qie.compiler.weights import write_weights
 
-__all__ = ["Segment", "Values", "run_segments", "segments"]
+__all__ = ["Segment", "Values", "loaded", "read_later", "run_segments", "segments"]
 
 BLOCK = re.compile(r"(?:^|/)((?:transformer_blocks|layers|blocks)\.\d+)(?:/|$)")
 """Of the scopes of a node, the block that it is in."""
@@ -119,21 +120,36 @@ def run_segments(
     """
     watched = watch or {}
     for number, piece in enumerate(pieces):
-        later = {name for after in pieces[number + 1 :] for name in after.reads} | set(pieces[-1].makes)
-        with tempfile.TemporaryDirectory(prefix="qie-") as folder:
-            seen = [value for weight in piece.weights for value in watched.get(weight.name, ())]
-            wanted = list(dict.fromkeys((*piece.makes, *(name for name in seen if name not in piece.reads))))
-            session = _session(piece.write(Path(folder), readers, wanted))
-            results, found = [], {}
+        later = read_later(pieces, number)
+        seen = [value for weight in piece.weights for value in watched.get(weight.name, ())]
+        with loaded(piece, readers, [name for name in seen if name not in piece.reads]) as compute:
             for sample, values in enumerate(samples):
-                results = session.run(wanted, {name: values[name] for name in piece.reads})
-                found = dict(zip(wanted, results, strict=True))
+                found = compute(values)
                 observer(piece, sample, values | found)
                 values |= {name: found[name] for name in piece.makes}
                 for name in [name for name in values if name not in later]:
                     del values[name]
-            del session, results, found
+                del found
         yield piece
+
+
+@contextmanager
+def loaded(
+    piece: Segment, readers: Mapping[Part, TensorReader], also: Sequence[str] = ()
+) -> Iterator[Callable[[Values], Values]]:
+    """A function from values of a sample to those that ``piece`` makes of them, and to the values ``also``."""
+    wanted = list(dict.fromkeys((*piece.makes, *also)))
+    with tempfile.TemporaryDirectory(prefix="qie-") as folder:
+        session = _session(piece.write(Path(folder), readers, wanted))
+        yield lambda values: dict(
+            zip(wanted, session.run(wanted, {name: values[name] for name in piece.reads}), strict=True)
+        )
+        del session
+
+
+def read_later(pieces: Sequence[Segment], number: int) -> frozenset[str]:
+    """What is read behind the piece of that number, and the outputs of the graph."""
+    return frozenset(name for after in pieces[number + 1 :] for name in after.reads) | frozenset(pieces[-1].makes)
 
 
 def _read(node: onnx.NodeProto) -> Iterator[str]:

@@ -6,7 +6,8 @@ which linears are chosen, and what is chosen is then measured together.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,18 +20,22 @@ from qie.compiler.calibration import Calibration
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
+from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.weight import Part
 from qie.compiler.quantize import apply, linears
 from qie.compiler.recipe import Quantization
 from qie.compiler.samples import Progress, Readers, Sample, run, values_of
-from qie.compiler.segments import Values
-from qie.compiler.smooth import smoothed_modulation, smoothed_reader
+from qie.compiler.segments import Segment, Values, loaded, read_later, segments
+from qie.compiler.smooth import Group, smoothed_modulation, smoothed_reader
 from qie.engines.files import qie_home
 from qie.engines.manifest import Component
 
 __all__ = ["Sensitivity", "choose", "errors_of", "measure", "sensitivity"]
 
 RESULTS: dict[Component, str] = {"transformer": "velocity", "language": "prompt_embeds"}
+
+CARRIED_BYTES = 4 * 2**30
+"""Of samples' values that one walk along the blocks carries at most, give or take a block's."""
 
 TRIES = 8
 """How often more is kept when the measured error is above the budget though the estimate was not."""
@@ -83,17 +88,14 @@ def sensitivity(
     names = linears(graph)
     stored = {weight.name: 2 * math.prod(weight.shape) for weight in graph.weights}
     sizes = {name: stored[f"{name}.weight"] for name in names}
-    exact = _results(checkpoint, readers, values, component)
+    exact, errors = _alone(checkpoint, readers, values, component, quantization, calibration, progress)
 
     def error(chosen: Sequence[str]) -> float:
-        found = _results(checkpoint, readers, values, component, quantization, chosen, calibration)
-        return errors_of(found, exact)
+        made = _quantized(checkpoint, readers, component, quantization, chosen, calibration)
+        samples = [made.read(sample) for sample in values]
+        run(made.graph, made.readers, samples, lambda what, done, total: None)
+        return errors_of([sample[RESULTS[component]] for sample in samples], exact)
 
-    errors = {}
-    for number, name in enumerate(names):
-        progress("sensitivity", number, len(names))
-        errors[name] = error([name])
-    progress("sensitivity", len(names), len(names))
     everything = error(names)
     keep: tuple[str, ...] = ()
     measured, aim = everything, budget
@@ -174,25 +176,95 @@ def errors_of(found: Sequence[NDArray[Any]], exact: Sequence[NDArray[Any]]) -> f
     return math.sqrt(wrong / sum(float(np.square(b).sum()) for b in exact))
 
 
-def _results(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Quantized:
+    """The float32 graph of a component with some of its linears quantized, and what gives it its weights."""
+
+    graph: Graph
+    readers: Readers
+    groups: tuple[Group, ...]
+    factors: Mapping[str, NDArray[np.float32]]
+
+    def read(self, sample: Values) -> Values:
+        """``sample`` as the graph reads it: with a modulation that divides what is smoothed."""
+        if "modulation" not in sample:
+            return dict(sample)
+        return sample | {"modulation": smoothed_modulation(sample["modulation"], self.groups, self.factors)}
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    readers: Readers,
+    component: Component,
+    quantization: Quantization,
+    names: Sequence[str],
+    calibration: Calibration,
+) -> _Quantized:
+    language = LanguageConfig.from_config(checkpoint.text_encoder)
+    made = apply(GRAPHS[component](checkpoint, "float32"), quantization, names, calibration, language)
+    part = made.graph.part
+    through = {**readers, part: smoothed_reader(readers[part], made.groups, made.factors)}
+    return _Quantized(graph=made.graph, readers=through, groups=made.groups, factors=made.factors)
+
+
+def _alone(
     checkpoint: Checkpoint,
     readers: Readers,
     values: Sequence[Values],
     component: Component,
-    quantization: Quantization = "none",
-    names: Sequence[str] = (),
-    calibration: Calibration | None = None,
-) -> list[NDArray[Any]]:
-    """The results of every sample, in float32 but for the linears ``names``."""
-    graph, through = GRAPHS[component](checkpoint, "float32"), dict(readers)
-    samples = [dict(sample) for sample in values]
-    if names:
-        language = LanguageConfig.from_config(checkpoint.text_encoder)
-        made = apply(graph, quantization, names, calibration, language)
-        graph, part = made.graph, made.graph.part
-        through[part] = smoothed_reader(readers[part], made.groups, made.factors)
-        for sample in samples:
-            if "modulation" in sample:
-                sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.factors)
-    run(graph, through, samples, lambda what, done, total: None)
-    return [sample[RESULTS[component]] for sample in samples]
+    quantization: Quantization,
+    calibration: Calibration,
+    progress: Progress,
+) -> tuple[list[NDArray[Any]], dict[str, float]]:
+    """The exact results of ``values``, and the error of each linear alone.
+
+    Nothing in front of a block depends on what is quantized in it, and behind it the blocks are the exact ones again. So
+    a walk along the blocks carries the values of all samples as they are with nothing quantized, and once more for each
+    linear whose block lies behind; every block's weights are read once for all of them. Where the carried values fill
+    CARRIED_BYTES, the other linears wait for another walk, from where the first of them is.
+    """
+    graph = GRAPHS[component](checkpoint, "float32")
+    pieces, names = segments(graph), linears(graph)
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
+    variants: dict[str, tuple[_Quantized, tuple[Segment, ...]]] = {}
+    for of_all_blocks in kinds.values():
+        made = _quantized(checkpoint, readers, component, quantization, of_all_blocks, calibration)
+        variants |= dict.fromkeys(of_all_blocks, (made, segments(made.graph)))
+    owned = {w.name.removesuffix(".weight"): number for number, piece in enumerate(pieces) for w in piece.weights}
+    done, total = 0, sum(len(pieces) - owned[name] for name in names)
+    errors: dict[str, float] = {}
+    start, first = [dict(sample) for sample in values], 0
+    while True:
+        exact, carried, waiting = start, dict[str, list[Values]](), None
+        for number in range(first, len(pieces)):
+            later, before = read_later(pieces, number), exact
+            with loaded(pieces[number], readers) as compute:
+                exact = [_kept(sample | compute(sample), later) for sample in before]
+                carried = {n: [_kept(s | compute(s), later) for s in samples] for n, samples in carried.items()}
+            for name in (name for name in names if owned[name] == number and name not in errors):
+                if waiting is None and _size(carried, pieces[number].makes) > CARRIED_BYTES:
+                    waiting = number, before
+                if waiting is not None:
+                    break
+                made, cut = variants[name]
+                with loaded(cut[number], made.readers) as compute:
+                    carried[name] = [_kept(sample | compute(made.read(sample)), later) for sample in before]
+            done += len(carried)
+            progress("sensitivity", done, total)
+        results = [sample[RESULTS[component]] for sample in exact]
+        for name, samples in carried.items():
+            errors[name] = errors_of([sample[RESULTS[component]] for sample in samples], results)
+        if waiting is None:
+            return results, {name: errors[name] for name in names}
+        first, start = waiting
+
+
+def _kept(values: Values, later: frozenset[str]) -> Values:
+    return {name: value for name, value in values.items() if name in later}
+
+
+def _size(carried: Mapping[str, Sequence[Values]], names: Sequence[str]) -> int:
+    """Bytes of the values of those names."""
+    return sum(s[name].nbytes for samples in carried.values() for s in samples for name in names if name in s)

@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         self.img_in = Linear(config.in_channels, config.width, dtype=dtype)
         self.txt_norm = RMSNorm(config.joint_width, dtype=dtype, eps=EPS)
         self.txt_in = Linear(config.joint_width, config.width, dtype=dtype)
-        self.transformer_blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.layers)])
+        self.transformer_blocks = nn.ModuleList([Block(config, dtype, number) for number in range(config.layers)])
         self.proj_out = Linear(config.width, config.in_channels, dtype=dtype)
 
     def forward(
@@ -101,8 +101,7 @@ class Transformer(nn.Module):
         image_BTD = self.img_in(op, cast(op, op.Concat(latents_BNC, reference_BRC, axis=1), "float32", dtype))
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
-            row = op.Gather(rows, constant(op, i, "int64"), axis=0)
-            image_BTD, text_BLD = block(op, image_BTD, text_BLD, row, rotary, tokens, last=i == config.layers - 1)
+            image_BTD, text_BLD = block(op, image_BTD, text_BLD, rows, rotary, tokens, last=i == config.layers - 1)
         gain, shift = split(op, out_gain_shift, 2, axis=0)
         noise_BND = modulated_norm(op, image_BTD, shift, gain)
         velocity_BNC = cast(op, self.proj_out(op, noise_BND), dtype, "float32")
@@ -137,10 +136,11 @@ INT64_MAX = 2**63 - 1
 class Block(nn.Module):
     """One double-stream block: joint attention and a feed-forward a stream, each modulated by the timestep."""
 
-    def __init__(self, config: TransformerConfig, dtype: DType) -> None:
+    def __init__(self, config: TransformerConfig, dtype: DType, number: int) -> None:
         super().__init__()
         self.config = config
         self.dtype: DType = dtype
+        self.number = number
         self.attn = JointAttention(config, dtype)
         self.img_mlp = FeedForward(config.width, dtype)
         self.txt_mlp = FeedForward(config.width, dtype)
@@ -150,12 +150,13 @@ class Block(nn.Module):
         op: Any,
         image_BTD: ir.Value,
         text_BLD: ir.Value,
-        row: ir.Value,
+        rows: ir.Value,
         rotary: tuple[ir.Value, ir.Value],
         tokens: Tokens,
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
+        row = op.Gather(rows, constant(op, self.number, "int64"), axis=0)
         noise, references, text = self.modulations(op, row)
         image = self.normed_image(op, image_BTD, noise[0], references[0], tokens)
         words = self.normed(op, text_BLD, text[0])

@@ -14,10 +14,21 @@ from qie.compiler.calibrate import calibrate
 from qie.compiler.calibration import Calibration, read_calibration, write_calibration
 from qie.compiler.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.components import GRAPHS
-from qie.compiler.quantize import linears
+from qie.compiler.configs import LanguageConfig
+from qie.compiler.quantize import apply, linears
 from qie.compiler.reference import load_reference
-from qie.compiler.samples import INSTRUCTIONS, Sample, draw_samples, language_values, read_images, transformer_values
-from qie.compiler.sensitivity import choose, errors_of, sensitivity
+from qie.compiler.samples import (
+    INSTRUCTIONS,
+    Sample,
+    draw_samples,
+    language_values,
+    read_images,
+    run,
+    transformer_values,
+    values_of,
+)
+from qie.compiler.sensitivity import RESULTS, choose, errors_of, sensitivity
+from qie.compiler.smooth import smoothed_modulation, smoothed_reader
 from qie.engines.errors import CalibrationError
 
 Qie = Callable[..., CompletedProcess[str]]
@@ -171,8 +182,6 @@ def test_sensitivity(
     scheme: Any,
 ) -> None:
     """The keep-list meets the budget, and an empty one does not."""
-    from qie.compiler.samples import values_of
-
     values = values_of(component, opened, readers, samples[:2], quiet)
     whole = sensitivity(opened, readers, values, found, component=component, quantization=scheme, budget=1.0)
     assert whole.keep == ()
@@ -183,6 +192,50 @@ def test_sensitivity(
     assert 0 < tight.kept_error <= tight.budget
     assert 0 < len(tight.keep) < len(tight.errors)
     assert tight.errors == whole.errors
+
+
+@pytest.mark.parametrize(("component", "scheme"), [("transformer", "int8-smooth"), ("language", "int8-smooth")])
+def test_each_linear_alone(
+    opened: Checkpoint,
+    readers: dict[Any, Any],
+    samples: tuple[Sample, ...],
+    found: Calibration,
+    component: Any,
+    scheme: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
+    values = values_of(component, opened, readers, samples[:2], quiet)
+    some = linears(GRAPHS[component](opened, "float32"))[::3]
+    results = {}
+    for name in ("", *some):
+        graph, through = GRAPHS[component](opened, "float32"), dict(readers)
+        own = [dict(sample) for sample in values]
+        if name:
+            made = apply(graph, scheme, [name], found, LanguageConfig.from_config(opened.text_encoder))
+            graph = made.graph
+            through[graph.part] = smoothed_reader(readers[graph.part], made.groups, made.factors)
+            for sample in own:
+                if component == "transformer":
+                    sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.factors)
+        run(graph, through, own, quiet)
+        results[name] = [sample[RESULTS[component]] for sample in own]
+
+    seen: list[tuple[int, int]] = []
+    walks = []
+    for most in (2**40, 0, 200_000):
+        monkeypatch.setattr("qie.compiler.sensitivity.CARRIED_BYTES", most)
+        seen.clear()
+        ranked = sensitivity(
+            opened, readers, values, found, component=component, quantization=scheme, budget=1.0,
+            progress=lambda _, done, total: seen.append((done, total)),
+        )  # fmt: skip
+        assert seen[-1][0] == seen[-1][1]
+        walks.append(len(seen))
+        assert list(ranked.errors) == list(linears(GRAPHS[component](opened, "float32")))
+        for name in some:
+            assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
+    assert walks[0] < walks[2] < walks[1]
 
 
 def test_errors_of_samples_are_taken_together() -> None:
