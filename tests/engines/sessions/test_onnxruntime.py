@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from qie.engines.bundle import open_bundle
 from qie.engines.errors import BundleError, EditError, EngineMismatchError
-from qie.engines.manifest import EngineRecord, ProfileRecord
+from qie.engines.manifest import EngineRecord, ProfileRecord, TensorSpec
 from qie.engines.sessions import onnxruntime as module
 from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -66,6 +67,35 @@ def test_copy(session: OnnxRuntimeSession) -> None:
 def test_wrong_tensors(session: OnnxRuntimeSession) -> None:
     with pytest.raises(EditError, match=r"onnxruntime failed in vae_encoder \(.*; try a smaller --size or fewer"):
         encode(session, IMAGE.astype(np.float32))
+
+
+@pytest.mark.parametrize(("kind", "attributes"), [("INT4", {"axis": 0, "block_size": 32}), ("INT8", {"axis": 1})])
+def test_weights_alone_are_quantized(
+    tmp_path: Path, record: EngineRecord, kind: str, attributes: dict[str, int]
+) -> None:
+    """Where a graph widens codes of weights before a product, its inputs keep their digits."""
+    rng = np.random.default_rng(0)
+    codes, x = rng.integers(-7, 8, (64, 16)), rng.normal(size=(3, 64)).astype(np.float32)
+    scales = rng.uniform(0.5, 1, (2, 16) if kind == "INT4" else 16).astype(np.float32)
+    weight = onnx.helper.make_tensor("codes", getattr(onnx.TensorProto, kind), codes.shape, codes.reshape(-1).tolist())
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], **attributes),
+            onnx.helper.make_node("MatMul", ["x", "weight"], ["y"]),
+        ],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (3, 16))],
+        [weight, onnx.numpy_helper.from_array(scales, "scales")],
+    )
+    opset = onnx.helper.make_opsetid("", 23)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=11), tmp_path / "g.onnx")
+    output = TensorSpec(name="y", dtype="float32", dims=(3, 16))
+    session = OnnxRuntimeSession(tmp_path, replace(record, path="g.onnx", outputs=(output,)), threads=1)
+    y = session.empty("y", {})
+    session.run({"x": session.upload(x)}, {"y": y})
+    widened = codes * (scales.repeat(32, axis=0) if kind == "INT4" else scales)
+    np.testing.assert_allclose(session.download(y), x @ widened, rtol=1e-4, atol=1e-4)
 
 
 def test_close(session: OnnxRuntimeSession) -> None:
