@@ -348,6 +348,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
                         "finish": c.finish,
                         "precision": c.precision,
                         "quantization": c.quantization,
+                        "attention": c.attention,
                         "nodes": c.nodes,
                         "parameters": c.parameters,
                         "bytes": c.bytes,
@@ -363,7 +364,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
         [
             c.component,
             _backend(c),
-            c.precision if c.quantization == "none" else f"{c.precision}, {c.quantization}",
+            _precision(c),
             str(c.nodes),
             human_count(c.parameters),
             human_bytes(c.bytes),
@@ -391,3 +392,12 @@ def _backend(part: "PlannedComponent") -> str:
     if part.finish is None:
         return part.backend or "no builder"
     return f"{part.backend}, graph" if part.backend is not None else "graph"
+
+
+def _precision(part: "PlannedComponent") -> str:
+    said = [part.precision]
+    if part.quantization != "none":
+        said.append(part.quantization)
+    if part.attention != "none":
+        said.append(f"{part.attention} attention")
+    return ", ".join(said)

@@ -48,7 +48,7 @@ class PlannedComponent:
     """One engine to be made of ``graph``; ``bytes`` are those of its weights.
 
     ``quantized`` linears of the ``linears`` that multiply by a weight are computed in the recipe's ``quantization``;
-    ``groups`` of them are smoothed by ``factors``.
+    ``groups`` of them are smoothed by ``factors``. ``attention`` is "fp8" where queries, keys and values are.
 
     ``backend`` is the one that this machine builds for, None where it can build for none of the recipe's. Where the
     recipe prefers one that must be built for on the GPU's machine, ``finish`` names it, and the graph stays in the
@@ -60,6 +60,7 @@ class PlannedComponent:
     finish: Backend | None
     precision: str
     quantization: str
+    attention: str
     graph: Graph
     nodes: int
     parameters: int
@@ -264,6 +265,7 @@ def _planned(
         finish=known[0] if elsewhere else None,
         precision=section.precision,
         quantization=section.quantization,
+        attention=section.attention,
         graph=graph,
         nodes=graph.model.graph.num_nodes(),
         parameters=graph.parameters(),
