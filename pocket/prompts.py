@@ -18,6 +18,9 @@ from qie.engines.vision import smart_resize
 
 __all__ = ["Prompter", "Prompts"]
 
+MOST_ASKED = 2
+"""Instructions in a prompt."""
+
 PROMPT_TOKENS = {1: 120, 2: 136}
 """Pictures -> tokens to which prompts are padded, so that few shapes are compiled."""
 
@@ -27,13 +30,15 @@ class Prompts:
     """B prompts, padded on the right.
 
     seen uint8 [B, K, h, w, 3] are the pictures as the vision tower's processor sizes them; input_ids, position_ids and
-    mask are [B, S], [3, B, S] and [B, S].
+    mask are [B, S], [3, B, S] and [B, S]; ends [B, 2] is the last token of each instruction in a prompt, 0 where there
+    is none.
     """
 
     seen: Tensor
     input_ids: Tensor
     position_ids: Tensor
     mask: Tensor
+    ends: Tensor
 
 
 class Prompter:
@@ -42,6 +47,7 @@ class Prompter:
     def __init__(self, configs: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(configs / "processor" / "tokenizer.json"))
         image_token = self.tokenizer.token_to_id("<|image_pad|>")
+        self.end_token = self.tokenizer.token_to_id("<|im_end|>")
         self.spec = PromptSpec(pipeline="edit_plus", image_token_id=image_token, merge_size=2)
 
     def prompts(self, samples: list[Sample]) -> Prompts:
@@ -54,13 +60,20 @@ class Prompter:
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for b, row in enumerate(rows):
+        ends = torch.zeros(len(rows), MOST_ASKED, dtype=torch.long)
+        for b, (row, s) in enumerate(zip(rows, samples, strict=True)):
             length = row.lengths[0]
+            behind = np.flatnonzero(row.input_ids[0] == self.end_token)[-1]
+            for number, end in enumerate(s.ends):
+                ends[b, number] = behind - 1 - self._tokens(s.text) + self._tokens(s.text[:end])
             ids[b, :length] = torch.from_numpy(row.input_ids[0])
             positions[:, b, :length] = torch.from_numpy(row.position_ids[:, 0])
             mask[b, :length] = 1
         seen = torch.from_numpy(seen.reshape(len(samples), pictures, *seen.shape[1:]))
-        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask)
+        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask, ends=ends)
+
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def look(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -20,10 +20,12 @@ OPTIONS = ("colour", "shape", "place")
 
 
 class Reader(nn.Module):
-    """The text encoder, asked to say from its last hidden state what the instruction was.
+    """The text encoder, asked at the end of every instruction what that was.
 
     The published model starts from a language model that can read, and never trains it. Without one the transformer
-    learns to do without words: it copies, and a thousand steps do not change that. The questions are left behind.
+    learns to do without words: it copies, and a thousand steps do not change that. The questions are the same for the
+    first and the second of two instructions, so that each is read by itself, whatever it stands beside; asked for both
+    at the end of the prompt, it learns which edits come together, and reads others wrong. They are left behind.
     """
 
     ANSWERS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -37,8 +39,7 @@ class Reader(nn.Module):
         self.text_encoder = Qwen2_5_VLForConditionalGeneration(config)
         self.text_encoder.lm_head.requires_grad_(False)
         width = config.text_config.hidden_size
-        self.questions = [(turn, key) for turn in range(2) for key in self.ANSWERS]
-        self.heads = nn.ModuleList([nn.Linear(width, 1 + len(self.ANSWERS[key])) for _, key in self.questions])
+        self.heads = nn.ModuleDict({key: nn.Linear(width, 1 + len(known)) for key, known in self.ANSWERS.items()})
         self.colours = nn.Linear(width, 3)
 
     def prompt(self, batch: Prompts) -> Tensor:
@@ -57,21 +58,24 @@ class Reader(nn.Module):
     def forward(self, prompts: Prompts, samples: list[Sample]) -> Tensor:
         """The mean cross entropy of the answers, and the square error of the mean colour of every image token."""
         hidden = self.prompt(prompts)
-        last = hidden[torch.arange(len(hidden)), prompts.mask.sum(1) - PREFIX_TOKENS - 1]
+        states, asked = self.said(hidden, prompts, samples)
         loss = hidden.new_zeros(())
-        for (turn, key), head in zip(self.questions, self.heads, strict=True):
-            wanted = torch.tensor([self.place(sample.asked, turn, key) for sample in samples])
-            loss = loss + functional.cross_entropy(head(last).float(), wanted)
+        for key, head in self.heads.items():
+            wanted = torch.tensor([self.place(step, key) for step in asked])
+            loss = loss + functional.cross_entropy(head(states).float(), wanted)
         shown = hidden[prompts.input_ids[:, PREFIX_TOKENS:] == self.text_encoder.config.image_token_id]
         seen = prompts.seen.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         colours = functional.avg_pool2d(seen, 28).permute(0, 2, 3, 1).reshape(-1, 3)
-        return loss / len(self.questions) + functional.mse_loss(self.colours(shown).float(), colours)
+        return loss / len(self.heads) + functional.mse_loss(self.colours(shown).float(), colours)
 
-    def place(self, asked: tuple[Instruction, ...], turn: int, key: str) -> int:
+    def said(self, hidden: Tensor, prompts: Prompts, samples: list[Sample]) -> tuple[Tensor, list[Instruction]]:
+        """The hidden states at the ends of all instructions, [N, D], and these."""
+        rows, numbers = torch.nonzero(prompts.ends, as_tuple=True)
+        states = hidden[rows, prompts.ends[rows, numbers] - PREFIX_TOKENS]
+        return states, [samples[int(b)].asked[int(number)] for b, number in zip(rows, numbers, strict=True)]
+
+    def place(self, step: Instruction, key: str) -> int:
         """The place of the answer, 0 where there is none."""
-        if turn >= len(asked):
-            return 0
-        step = asked[turn]
         value = step.name if key == "name" else dict(step.options).get(key)
         return 0 if value is None else 1 + self.ANSWERS[key].index(value)
 

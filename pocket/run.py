@@ -78,7 +78,8 @@ class Run:
             model.load_state_dict(state["model"], strict="optimizer" in state)  # a checkpoint has no more than weights
             if "optimizer" in state:
                 optimizer.load_state_dict(state["optimizer"])
-            self.average.mean, self.average.count = state["mean"], state["count"]
+            self.average.mean |= state["mean"]
+            self.average.count = state["count"]
             self.step = state["step"]
 
     def save(self) -> None:

@@ -30,16 +30,18 @@ _ENDINGS = ("", "", "", ".", " please", "!")
 _PHOTOGRAPH, _SCENE = 0.6, 0.2
 """Shares of the kinds of pictures; the rest are leaves."""
 
-_PAIR = 0.3
+_PAIR = 0.6
 """Share of samples with two edits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """``images`` and ``target`` are uint8 [H, W, 3]; ``asked`` is what ``text`` says, in its order."""
+    """``images`` and ``target`` are uint8 [H, W, 3]; ``asked`` is what ``text`` says, in its order, and ``ends`` where
+    each of these ends in the text, in characters."""
 
     images: tuple[NDArray[np.uint8], ...]
     text: str
+    ends: tuple[int, ...]
     asked: tuple[Instruction, ...]
     target: NDArray[np.uint8]
 
@@ -75,7 +77,8 @@ def sample(rng: np.random.Generator, height: int, width: int, *, pictures: int |
     for step in instructions:
         target = answer(step, Picture(image=target, foreground=source.foreground), second)
     images = (source.image, second.image) if second is not None else (source.image,)
-    return Sample(images=images, text=_words(rng, instructions), asked=tuple(instructions), target=target)
+    text, ends = _words(rng, instructions)
+    return Sample(images=images, text=text, ends=ends, asked=tuple(instructions), target=target)
 
 
 def _weights(names: Sequence[str]) -> NDArray[np.float64]:
@@ -84,7 +87,10 @@ def _weights(names: Sequence[str]) -> NDArray[np.float64]:
     return weights / weights.sum()
 
 
-def _words(rng: np.random.Generator, instructions: Sequence[Instruction]) -> str:
+def _words(rng: np.random.Generator, instructions: Sequence[Instruction]) -> tuple[str, tuple[int, ...]]:
+    """The instructions as one text, and the ends of each in it."""
     said = [say(step, int(rng.integers(len(EDITS[step.name].phrases)))) for step in instructions]
-    text = str(rng.choice(_JOINTS)).join(said) + str(rng.choice(_ENDINGS))
-    return text[0].upper() + text[1:] if rng.random() < 0.3 else text
+    joint = str(rng.choice(_JOINTS))
+    ends = tuple(len(joint.join(said[: number + 1])) for number in range(len(said)))
+    text = joint.join(said) + str(rng.choice(_ENDINGS))
+    return text[0].upper() + text[1:] if rng.random() < 0.3 else text, ends

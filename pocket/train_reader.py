@@ -1,6 +1,6 @@
 """Train the pocket model's text encoder: ``python -m pocket.train_reader FOLDER``.
 
-It learns to say what an instruction was (``pocket.reader.Reader``) and changes no more after that, as the published
+It learns to say what instructions were (``pocket.reader.Reader``) and changes no more after that, as the published
 model's, which a transformer is trained on. FOLDER/reader holds this training.
 """
 
@@ -33,7 +33,7 @@ ENDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--rate", type=float, default=0.03)
     options = parser.parse_args()
     torch.manual_seed(0)  # of the first weights; every step has a seed of its own, so that a resumed run is the same

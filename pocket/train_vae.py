@@ -3,7 +3,8 @@
 A video VAE's causal convolutions see nothing but zeros before a single frame, so the network is trained with their last
 slices as 2-D kernels, a third of the work, and written back as 3-D (``unfold``).
 
-At the end the decoder goes on alone, from latents that no longer change: an editor may be trained meanwhile.
+At the end the decoder goes on alone, most of all on photographs, from latents that no longer change: an editor may be
+trained meanwhile.
 
 The loss is the mean over images of log(mean squared error): a decibel counts the same on every image.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocket.muon import Muon, split
-from pocket.photographs import HELD_OUT, SIDE, square
+from pocket.photographs import HELD_OUT, SIDE, TRAINED, crop, square
 from pocket.run import Run, averaged, learning_rate
 from pocket.samples import picture, sample
 from qie.compiler.architecture import ARCHITECTURES
@@ -132,11 +133,18 @@ def psnr_db(found: Tensor, expected: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (found - expected).square().flatten(1).mean(1))
 
 
-def pool(seed: int) -> np.ndarray:
-    """uint8 [POOL, SIDE, SIDE, 3]: pictures and results of edits by turns."""
+def pool(seed: int, *, photographs: bool) -> np.ndarray:
+    """uint8 [POOL, SIDE, SIDE, 3]: pictures and results of edits by turns; or photographs, and a third of results."""
     rng = np.random.default_rng(seed)
-    draw = (lambda: picture(rng, SIDE, SIDE).image, lambda: sample(rng, SIDE, SIDE).target)
-    return np.stack([draw[i % 2]() for i in range(POOL)])
+
+    def photograph() -> np.ndarray:
+        return crop(rng, str(rng.choice(TRAINED)), SIDE, SIDE)
+
+    def result() -> np.ndarray:
+        return sample(rng, SIDE, SIDE).target
+
+    draw = (photograph, photograph, result) if photographs else (lambda: picture(rng, SIDE, SIDE).image, result)
+    return np.stack([draw[i % len(draw)]() for i in range(POOL)])
 
 
 def main() -> None:
@@ -170,7 +178,7 @@ def main() -> None:
         round_, place = divmod(run.step * BATCH, POOL)
         torch.manual_seed(run.step)
         if loaded != round_:
-            images, loaded = pool(round_), round_
+            images, loaded = pool(round_, photographs=run.step >= options.steps), round_
         x = to_unit(images[place : place + BATCH])[:, :, 0]
         if run.step < QUARTERED * options.steps:
             x = torch.cat([part for half in x[: BATCH // 2].chunk(2, 2) for part in half.chunk(2, 3)])

@@ -17,7 +17,7 @@ from pocket import train_editor, train_reader, train_vae
 from pocket.batches import Encoder, draw, importance, pack, source, unpack
 from pocket.checkpoint import FILES, read, write, write_configs
 from pocket.editor import Editor
-from pocket.edits import Instruction
+from pocket.edits import EDITS, Instruction, say
 from pocket.muon import Muon, orthogonal, split
 from pocket.prompts import Prompter
 from pocket.reader import Reader, to_patches
@@ -27,6 +27,7 @@ from qie.compiler.checkpoint import open_checkpoint
 from qie.compiler.model import check_parts, schedules
 from qie.compiler.recipe import load_recipe
 from qie.compiler.reference import load_reference
+from qie.engines.prompt import PREFIX_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,22 @@ def test_the_language_model_learns_to_read(training: Path) -> None:
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
+def test_what_is_asked_at_the_end_of_an_instruction(training: Path) -> None:
+    """Each instruction's last token, whatever comes behind it."""
+    prompter, rng = Prompter(training / "configs"), np.random.default_rng(0)
+    drawn = [draw(rng, (128, 128, 1)) for _ in range(40)]
+    assert {len(one.asked) for one in drawn} == {0, 1, 2}
+    prompts = prompter.prompts(drawn)
+    reader = Reader(training / "configs")
+    states, asked = reader.said(torch.arange(200.0)[:, None].expand(len(drawn), -1, 1), prompts, drawn)
+    assert asked == [step for one in drawn for step in one.asked]
+    places = iter(states[:, 0].long() + PREFIX_TOKENS)
+    for one, ids in zip(drawn, prompts.input_ids, strict=True):
+        for step in one.asked:
+            said = prompter.tokenizer.decode(ids[: next(places) + 1].tolist()).lower()
+            assert said.endswith(tuple(say(step, phrase).lower() for phrase in range(len(EDITS[step.name].phrases))))
+
+
 def test_a_step_of_the_editor_reaches_every_part(training: Path) -> None:
     model = Editor(training / "configs", compile_=False)
     form = (96, 160, 1)
@@ -214,9 +231,14 @@ def test_a_training_goes_on_from_a_checkpoint(training: Path, checkpoint: Path, 
     assert (tmp_path / "again" / "vae" / "config.json").read_bytes() == (
         checkpoint / "vae" / "config.json"
     ).read_bytes()
-    model = Editor(training / "configs", compile_=False)
-    run = Run(tmp_path / "training" / "editor", model, Muon([{"params": list(model.parameters())}]))
-    assert run.step == 1
+    for part, model in (
+        ("reader", Reader(training / "configs")),
+        ("editor", Editor(training / "configs", compile_=False)),
+    ):
+        run = Run(tmp_path / "training" / part, model, Muon([{"params": list(model.parameters()), "peak": 0.0}]))
+        assert run.step == 1
+        advance(run)  # with questions, which a checkpoint has not
+        assert Run(tmp_path / "training" / part, model, Muon([{"params": list(model.parameters())}])).step == 2
 
 
 def test_muon_makes_matrices_orthogonal() -> None:
