@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qie.compiler.calibrate import calibrate
 from qie.compiler.calibration import Calibration, read_calibration, write_calibration
-from qie.compiler.checkpoint import Checkpoint, open_checkpoint
+from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
-from qie.compiler.configs import LanguageConfig
-from qie.compiler.quantize import apply, linears
+from qie.compiler.quantize import linears
 from qie.compiler.reference import load_reference
+from qie.compiler.safetensor import TensorReader
 from qie.compiler.samples import (
     INSTRUCTIONS,
     Sample,
@@ -27,8 +26,6 @@ from qie.compiler.samples import (
     transformer_values,
     values_of,
 )
-from qie.compiler.sensitivity import RESULTS, choose, errors_of, sensitivity
-from qie.compiler.smooth import smoothed_modulation, smoothed_reader
 from qie.engines.errors import CalibrationError
 
 Qie = Callable[..., CompletedProcess[str]]
@@ -36,36 +33,6 @@ Qie = Callable[..., CompletedProcess[str]]
 
 def quiet(what: str, done: int, total: int) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def opened(checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(checkpoint))
-
-
-@pytest.fixture(scope="module")
-def readers(opened: Checkpoint) -> dict[Any, Any]:
-    return {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate([(150, 90), (80, 120)]):
-        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    (folder / "notes.txt").write_text("no picture")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def samples(pictures: Path) -> tuple[Sample, ...]:
-    return draw_samples(read_images(pictures), INSTRUCTIONS, 8)
-
-
-@pytest.fixture(scope="module")
-def found(opened: Checkpoint, readers: dict[Any, Any], samples: tuple[Sample, ...]) -> Calibration:
-    return calibrate(opened, readers, samples, model=opened.digest())
 
 
 def test_samples_meet_each_other(pictures: Path) -> None:
@@ -80,7 +47,11 @@ def test_samples_meet_each_other(pictures: Path) -> None:
 
 
 def test_what_is_seen_is_what_the_reference_computes(
-    checkpoint: Path, opened: Checkpoint, readers: dict[Any, Any], samples: tuple[Sample, ...], found: Calibration
+    checkpoint: Path,
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
 ) -> None:
     """The inputs of the reference's own linears, caught while it computes the same passes."""
     import torch
@@ -103,7 +74,6 @@ def test_what_is_seen_is_what_the_reference_computes(
 
     watch(reference.pipeline.transformer, "")
     words = language_values(opened, readers, samples, quiet)
-    from qie.compiler.samples import run
 
     run(GRAPHS["language"](opened, "float32"), readers, words, quiet)
     prompts = [values["prompt_embeds"] for values in words]
@@ -147,7 +117,11 @@ def test_the_language_model_is_seen_too(opened: Checkpoint, found: Calibration) 
 
 
 def test_calibrating_again_gives_the_same_bytes(
-    opened: Checkpoint, readers: dict[Any, Any], samples: tuple[Sample, ...], found: Calibration, tmp_path: Path
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
+    tmp_path: Path,
 ) -> None:
     again = calibrate(opened, readers, samples, model=opened.digest())
     for number, one in enumerate((found, again)):
@@ -161,86 +135,6 @@ def test_calibrating_again_gives_the_same_bytes(
         for scheme, factors in found.factors.items()
         for group, values in factors.items()
     )
-
-
-def test_choosing_what_to_keep() -> None:
-    """Most squared error a byte first, and no more than it takes."""
-    errors, sizes = {"a": 0.03, "b": 0.02, "c": 0.04, "d": 0.001}, {"a": 1, "b": 1, "c": 10, "d": 1}
-    assert choose(errors, sizes, 1.0) == ()
-    assert choose(errors, sizes, 0.046) == ("a",)
-    assert choose(errors, sizes, 0.0405) == ("a", "b")
-    assert choose(errors, sizes, 0.0) == ("a", "b", "c", "d")
-
-
-@pytest.mark.parametrize(("component", "scheme"), [("transformer", "fp8"), ("language", "w4a16")])
-def test_sensitivity(
-    opened: Checkpoint,
-    readers: dict[Any, Any],
-    samples: tuple[Sample, ...],
-    found: Calibration,
-    component: Any,
-    scheme: Any,
-) -> None:
-    """The keep-list meets the budget, and an empty one does not."""
-    values = values_of(component, opened, readers, samples[:2], quiet)
-    whole = sensitivity(opened, readers, values, found, component=component, quantization=scheme, budget=1.0)
-    assert whole.keep == ()
-    assert whole.kept_error == whole.everything > max(whole.errors.values())
-    tight = sensitivity(
-        opened, readers, values, found, component=component, quantization=scheme, budget=0.5 * whole.everything
-    )
-    assert 0 < tight.kept_error <= tight.budget
-    assert 0 < len(tight.keep) < len(tight.errors)
-    assert tight.errors == whole.errors
-
-
-@pytest.mark.parametrize(("component", "scheme"), [("transformer", "int8-smooth"), ("language", "int8-smooth")])
-def test_each_linear_alone(
-    opened: Checkpoint,
-    readers: dict[Any, Any],
-    samples: tuple[Sample, ...],
-    found: Calibration,
-    component: Any,
-    scheme: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
-    values = values_of(component, opened, readers, samples[:2], quiet)
-    some = linears(GRAPHS[component](opened, "float32"))[::3]
-    results = {}
-    for name in ("", *some):
-        graph, through = GRAPHS[component](opened, "float32"), dict(readers)
-        own = [dict(sample) for sample in values]
-        if name:
-            made = apply(graph, scheme, [name], found, LanguageConfig.from_config(opened.text_encoder))
-            graph = made.graph
-            through[graph.part] = smoothed_reader(readers[graph.part], made.groups, made.factors)
-            for sample in own:
-                if component == "transformer":
-                    sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.factors)
-        run(graph, through, own, quiet)
-        results[name] = [sample[RESULTS[component]] for sample in own]
-
-    seen: list[tuple[int, int]] = []
-    walks = []
-    for most in (2**40, 0, 200_000):
-        monkeypatch.setattr("qie.compiler.sensitivity.CARRIED_BYTES", most)
-        seen.clear()
-        ranked = sensitivity(
-            opened, readers, values, found, component=component, quantization=scheme, budget=1.0,
-            progress=lambda _, done, total: seen.append((done, total)),
-        )  # fmt: skip
-        assert seen[-1][0] == seen[-1][1]
-        walks.append(len(seen))
-        assert list(ranked.errors) == list(linears(GRAPHS[component](opened, "float32")))
-        for name in some:
-            assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
-    assert walks[0] < walks[2] < walks[1]
-
-
-def test_errors_of_samples_are_taken_together() -> None:
-    exact = [np.array([3.0, 4.0]), np.array([0.0, 12.0])]
-    assert errors_of([exact[0], exact[1] + 1.3 / np.sqrt(2)], exact) == pytest.approx(0.1)
 
 
 # Bad input
@@ -374,12 +268,15 @@ def test_reading_says_what_is_wrong_with_a_schema(found: Calibration, tmp_path: 
 
 
 def test_scales_are_those_of_modelopt(
-    checkpoint: Path, opened: Checkpoint, readers: dict[Any, Any], samples: tuple[Sample, ...], found: Calibration
+    checkpoint: Path,
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
 ) -> None:
     """NVIDIA's own calibration of the first block, over the same passes: ranges of inputs, and scales of weights."""
     quantization = pytest.importorskip("modelopt.torch.quantization")
     from qie.compiler.quantize import QUANTIZATION
-    from qie.compiler.samples import values_of
 
     values = values_of("transformer", opened, readers, samples, quiet)
     for scheme, config in (("fp8", quantization.FP8_DEFAULT_CFG), ("int8-smooth", quantization.INT8_DEFAULT_CFG)):

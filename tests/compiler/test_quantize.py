@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qie.compiler.calibration import Calibration
-from qie.compiler.checkpoint import Checkpoint, open_checkpoint
+from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph
@@ -21,16 +21,6 @@ from qie.compiler.segments import Segment, Values
 from qie.compiler.smooth import groups, smoothed_modulation, smoothed_reader
 from qie.engines.errors import CalibrationError, RecipeError
 from qie.engines.manifest import Component
-
-
-@pytest.fixture(scope="module")
-def opened(checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(checkpoint))
-
-
-@pytest.fixture(scope="module")
-def readers(opened: Checkpoint) -> dict[Any, TensorReader]:
-    return {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
 
 
 def inputs(graph: Graph, seed: int = 0) -> Values:
