@@ -114,7 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         vae_num_res_blocks=2,
     ),
     "pocket": Architecture(
-        schedule=(8, 1.0),
+        schedule=(4, 1.0),
         condition_area=96 * 96,
         num_layers=5,
         num_attention_heads=3,

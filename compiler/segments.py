@@ -141,10 +141,12 @@ def loaded(
     wanted = list(dict.fromkeys((*piece.makes, *also)))
     with tempfile.TemporaryDirectory(prefix="qie-") as folder:
         session = _session(piece.write(Path(folder), readers, wanted))
-        yield lambda values: dict(
-            zip(wanted, session.run(wanted, {name: values[name] for name in piece.reads}), strict=True)
-        )
-        del session
+
+        def compute(values: Values) -> Values:
+            made = session.run(wanted, {name: values[name] for name in piece.reads})
+            return dict(zip(wanted, made, strict=True))
+
+        yield compute
 
 
 def read_later(pieces: Sequence[Segment], number: int) -> frozenset[str]:

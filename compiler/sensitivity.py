@@ -218,10 +218,10 @@ def _alone(
 ) -> tuple[list[NDArray[Any]], dict[str, float]]:
     """The exact results of ``values``, and the error of each linear alone.
 
-    Nothing in front of a block depends on what is quantized in it, and behind it the blocks are the exact ones again. So
-    a walk along the blocks carries the values of all samples as they are with nothing quantized, and once more for each
-    linear whose block lies behind; every block's weights are read once for all of them. Where the carried values fill
-    CARRIED_BYTES, the other linears wait for another walk, from where the first of them is.
+    Nothing in front of a block depends on what is quantized in it, and behind it the blocks are the exact ones again.
+    So a walk along the blocks carries the values of all samples as they are with nothing quantized, and once more for
+    each linear whose block lies behind; every block's weights are read once for all of them. Where the carried values
+    fill CARRIED_BYTES, the other linears wait for another walk, from where the first of them is.
     """
     graph = GRAPHS[component](checkpoint, "float32")
     pieces, names = segments(graph), linears(graph)
