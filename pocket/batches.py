@@ -167,5 +167,5 @@ def draw(rng: np.random.Generator, form: tuple[int, int, int]) -> Sample:
     height, width, pictures = form
     found = sample(rng, height, width, pictures=pictures)
     if rng.random() < BLANK:
-        found = Sample(images=found.images, text=" ", ends=(), asked=(), target=found.images[0])
+        found = Sample(images=found.images, text=" ", marks=(), asked=(), target=found.images[0])
     return found

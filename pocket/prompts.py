@@ -10,16 +10,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pocket.samples import Sample
+from pocket.samples import Mark, Sample
 from qie.compiler.architecture import ARCHITECTURES
 from qie.engines.image import Areas, prepare
 from qie.engines.prompt import PromptSpec, encode
 from qie.engines.vision import smart_resize
 
 __all__ = ["Prompter", "Prompts"]
-
-MOST_ASKED = 2
-"""Instructions in a prompt."""
 
 PROMPT_TOKENS = {1: 120, 2: 136}
 """Pictures -> tokens to which prompts are padded, so that few shapes are compiled."""
@@ -30,15 +27,15 @@ class Prompts:
     """B prompts, padded on the right.
 
     seen uint8 [B, K, h, w, 3] are the pictures as the vision tower's processor sizes them; input_ids, position_ids and
-    mask are [B, S], [3, B, S] and [B, S]; ends [B, 2] is the last token of each instruction in a prompt, 0 where there
-    is none.
+    mask are [B, S], [3, B, S] and [B, S]. places [N, 2] are prompt and token of the ``marks`` of all texts.
     """
 
     seen: Tensor
     input_ids: Tensor
     position_ids: Tensor
     mask: Tensor
-    ends: Tensor
+    places: Tensor
+    marks: tuple[Mark, ...]
 
 
 class Prompter:
@@ -60,17 +57,19 @@ class Prompter:
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         positions = torch.zeros(3, len(rows), longest, dtype=torch.long)
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        ends = torch.zeros(len(rows), MOST_ASKED, dtype=torch.long)
+        places, marks = [], []
         for b, (row, s) in enumerate(zip(rows, samples, strict=True)):
             length = row.lengths[0]
             behind = np.flatnonzero(row.input_ids[0] == self.end_token)[-1]
-            for number, end in enumerate(s.ends):
-                ends[b, number] = behind - 1 - self._tokens(s.text) + self._tokens(s.text[:end])
+            for mark in s.marks:
+                places.append((b, int(behind) - 1 - self._tokens(s.text) + self._tokens(s.text[: mark.end])))
+                marks.append(mark)
             ids[b, :length] = torch.from_numpy(row.input_ids[0])
             positions[:, b, :length] = torch.from_numpy(row.position_ids[:, 0])
             mask[b, :length] = 1
         seen = torch.from_numpy(seen.reshape(len(samples), pictures, *seen.shape[1:]))
-        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask, ends=ends)
+        where = torch.tensor(places, dtype=torch.long).reshape(-1, 2)
+        return Prompts(seen=seen, input_ids=ids, position_ids=positions, mask=mask, places=where, marks=tuple(marks))
 
     def _tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)

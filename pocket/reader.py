@@ -11,16 +11,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from pocket.edits import EDITS, Instruction
 from pocket.prompts import Prompts
 from pocket.run import averaged
-from pocket.samples import Sample
 from qie.engines.prompt import PREFIX_TOKENS
 
 __all__ = ["Reader", "load", "to_patches"]
 
 OPTIONS = ("colour", "shape", "place")
 
+WORDS = 10.0
+"""Spread of embeddings to begin with: beside what blocks add, words of the usual 0.02 look all alike at the end."""
+
 
 class Reader(nn.Module):
-    """The text encoder, asked at the end of every instruction what that was.
+    """The text encoder, asked at the end of every instruction what that was, and of every option which.
 
     The published model starts from a language model that can read, and never trains it. Without one the transformer
     learns to do without words: it copies, and a thousand steps do not change that. The questions are the same for the
@@ -38,6 +40,7 @@ class Reader(nn.Module):
         config = Qwen2_5_VLConfig.from_pretrained(configs / "text_encoder")
         self.text_encoder = Qwen2_5_VLForConditionalGeneration(config)
         self.text_encoder.lm_head.requires_grad_(False)
+        nn.init.normal_(self.text_encoder.model.language_model.embed_tokens.weight, std=WORDS)
         width = config.text_config.hidden_size
         self.heads = nn.ModuleDict({key: nn.Linear(width, 1 + len(known)) for key, known in self.ANSWERS.items()})
         self.colours = nn.Linear(width, 3)
@@ -55,24 +58,23 @@ class Reader(nn.Module):
         ).last_hidden_state
         return hidden[:, PREFIX_TOKENS:]
 
-    def forward(self, prompts: Prompts, samples: list[Sample]) -> Tensor:
+    def forward(self, prompts: Prompts) -> Tensor:
         """The mean cross entropy of the answers, and the square error of the mean colour of every image token."""
         hidden = self.prompt(prompts)
-        states, asked = self.said(hidden, prompts, samples)
+        states = self.said(hidden, prompts)
         loss = hidden.new_zeros(())
         for key, head in self.heads.items():
-            wanted = torch.tensor([self.place(step, key) for step in asked])
-            loss = loss + functional.cross_entropy(head(states).float(), wanted)
+            marks = [number for number, mark in enumerate(prompts.marks) if mark.key in ("", key)]
+            wanted = torch.tensor([self.place(prompts.marks[number].step, key) for number in marks])
+            loss = loss + functional.cross_entropy(head(states[marks]).float(), wanted)
         shown = hidden[prompts.input_ids[:, PREFIX_TOKENS:] == self.text_encoder.config.image_token_id]
         seen = prompts.seen.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         colours = functional.avg_pool2d(seen, 28).permute(0, 2, 3, 1).reshape(-1, 3)
         return loss / len(self.heads) + functional.mse_loss(self.colours(shown).float(), colours)
 
-    def said(self, hidden: Tensor, prompts: Prompts, samples: list[Sample]) -> tuple[Tensor, list[Instruction]]:
-        """The hidden states at the ends of all instructions, [N, D], and these."""
-        rows, numbers = torch.nonzero(prompts.ends, as_tuple=True)
-        states = hidden[rows, prompts.ends[rows, numbers] - PREFIX_TOKENS]
-        return states, [samples[int(b)].asked[int(number)] for b, number in zip(rows, numbers, strict=True)]
+    def said(self, hidden: Tensor, prompts: Prompts) -> Tensor:
+        """The hidden states [N, D] at the marks of prompts."""
+        return hidden[prompts.places[:, 0], prompts.places[:, 1] - PREFIX_TOKENS]
 
     def place(self, step: Instruction, key: str) -> int:
         """The place of the answer, 0 where there is none."""

@@ -11,7 +11,7 @@ from pocket.edits import EDITS, Instruction, Picture, answer, instruction, say
 from pocket.photographs import TRAINED, crop
 from pocket.scenes import leaves, scene
 
-__all__ = ["HELD_OUT_PAIRS", "PAIRS", "Sample", "picture", "sample"]
+__all__ = ["HELD_OUT_PAIRS", "PAIRS", "Mark", "Sample", "picture", "sample"]
 
 PAIRS = tuple(
     (first, second)
@@ -34,14 +34,24 @@ _PAIR = 0.6
 """Share of samples with two edits."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a text, in characters from its start: there ``step`` has been said, or its option ``key`` where that
+    is not empty."""
+
+    end: int
+    step: Instruction
+    key: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """``images`` and ``target`` are uint8 [H, W, 3]; ``asked`` is what ``text`` says, in its order, and ``ends`` where
-    each of these ends in the text, in characters."""
+    """``images`` and ``target`` are uint8 [H, W, 3]; ``asked`` is what ``text`` says, in its order, and ``marks`` say
+    where."""
 
     images: tuple[NDArray[np.uint8], ...]
     text: str
-    ends: tuple[int, ...]
+    marks: tuple[Mark, ...]
     asked: tuple[Instruction, ...]
     target: NDArray[np.uint8]
 
@@ -65,10 +75,10 @@ def sample(rng: np.random.Generator, height: int, width: int, *, pictures: int |
     ]
     if rng.random() < _PAIR and pictures != 2:
         known = [p for p in PAIRS if p not in HELD_OUT_PAIRS and set(p) <= set(names)]
-        asked = list(known[rng.integers(len(known))])
+        asked = list(known[rng.choice(len(known), p=_weights(known))])
         rng.shuffle(asked)
     else:
-        asked = [str(rng.choice(names, p=_weights(names)))]
+        asked = [str(rng.choice(names, p=_weights([(name,) for name in names])))]
     source = scene(rng, height, width) if any(EDITS[name].scene for name in asked) else picture(rng, height, width)
     two = max(EDITS[name].pictures for name in asked) > 1
     second = picture(rng, height, width) if two else None
@@ -77,20 +87,29 @@ def sample(rng: np.random.Generator, height: int, width: int, *, pictures: int |
     for step in instructions:
         target = answer(step, Picture(image=target, foreground=source.foreground), second)
     images = (source.image, second.image) if second is not None else (source.image,)
-    text, ends = _words(rng, instructions)
-    return Sample(images=images, text=text, ends=ends, asked=tuple(instructions), target=target)
+    text, marks = _words(rng, instructions)
+    return Sample(images=images, text=text, marks=marks, asked=tuple(instructions), target=target)
 
 
-def _weights(names: Sequence[str]) -> NDArray[np.float64]:
-    """Edits with many options come more often, and those that move every token."""
-    weights = np.array([1 + 0.5 * len(EDITS[name].options) + 0.5 * (EDITS[name].kind == "geometry") for name in names])
+def _weights(asked: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """How often edits, or pairs of them, come: more often those with many options, and those that move every token."""
+
+    def weight(name: str) -> float:
+        edit = EDITS[name]
+        return 1 + 0.1 * sum(len(values) for values in edit.options.values()) + 0.5 * (edit.kind == "geometry")
+
+    weights = np.array([np.prod([weight(name) for name in names]) for names in asked])
     return weights / weights.sum()
 
 
-def _words(rng: np.random.Generator, instructions: Sequence[Instruction]) -> tuple[str, tuple[int, ...]]:
-    """The instructions as one text, and the ends of each in it."""
+def _words(rng: np.random.Generator, instructions: Sequence[Instruction]) -> tuple[str, tuple[Mark, ...]]:
+    """The instructions as one text, and where each of them and of their options has been said in it."""
     said = [say(step, int(rng.integers(len(EDITS[step.name].phrases)))) for step in instructions]
     joint = str(rng.choice(_JOINTS))
-    ends = tuple(len(joint.join(said[: number + 1])) for number in range(len(said)))
+    marks, start = [], 0
+    for step, words in zip(instructions, said, strict=True):
+        marks += [Mark(start + words.index(value) + len(value), step, key) for key, value in step.options]
+        marks.append(Mark(start + len(words), step))
+        start += len(words) + len(joint)
     text = joint.join(said) + str(rng.choice(_ENDINGS))
-    return text[0].upper() + text[1:] if rng.random() < 0.3 else text, ends
+    return text[0].upper() + text[1:] if rng.random() < 0.3 else text, tuple(marks)

@@ -27,7 +27,7 @@ __all__ = ["ENDS", "train_step"]
 ENDS = ("seer", *(f"transformer.{name}" for name in ("img_in", "txt_in", "proj_out", "norm_out", "time_text_embed")))
 """Where values come in and go out: no matrices for Muon."""
 
-POOLS, STEPS_A_POOL = 6, 512
+POOLS, STEPS_A_POOL = 3, 512
 """A new pool of samples comes after this many steps, and the oldest goes when there are so many."""
 
 SHIFT = 6.0

@@ -41,7 +41,7 @@ def main() -> None:
     write_configs(options.folder / "configs")
     reader, prompter = Reader(options.folder / "configs"), Prompter(options.folder / "configs")
     matrices, rest = split(reader, ENDS)
-    groups = [{"params": matrices, "matrices": True, "peak": options.rate}, {"params": rest, "peak": 1e-3}]
+    groups = [{"params": matrices, "matrices": True, "peak": options.rate}, {"params": rest, "peak": 3e-3}]
     run = Run(options.folder / "reader", reader, Muon(groups))
     started, losses = time.monotonic(), []
     while run.step < options.steps:
@@ -62,7 +62,7 @@ def train_step(reader: Reader, prompter: Prompter, step: int) -> float:
     form = forms[rng.choice(len(forms), p=list(FORMS.values()))]
     samples = [draw(rng, form) for _ in range(BATCH)]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = reader(prompter.prompts(samples), samples)
+        loss = reader(prompter.prompts(samples))
     loss.backward()
     return loss.item()
 

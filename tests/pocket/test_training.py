@@ -161,20 +161,19 @@ def test_the_language_model_learns_to_read(training: Path) -> None:
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
-def test_what_is_asked_at_the_end_of_an_instruction(training: Path) -> None:
-    """Each instruction's last token, whatever comes behind it."""
+def test_where_a_text_is_asked_about(training: Path) -> None:
+    """Each instruction's last token, whatever comes behind it, and each option's."""
     prompter, rng = Prompter(training / "configs"), np.random.default_rng(0)
     drawn = [draw(rng, (128, 128, 1)) for _ in range(40)]
     assert {len(one.asked) for one in drawn} == {0, 1, 2}
     prompts = prompter.prompts(drawn)
-    reader = Reader(training / "configs")
-    states, asked = reader.said(torch.arange(200.0)[:, None].expand(len(drawn), -1, 1), prompts, drawn)
-    assert asked == [step for one in drawn for step in one.asked]
-    places = iter(states[:, 0].long() + PREFIX_TOKENS)
-    for one, ids in zip(drawn, prompts.input_ids, strict=True):
-        for step in one.asked:
-            said = prompter.tokenizer.decode(ids[: next(places) + 1].tolist()).lower()
-            assert said.endswith(tuple(say(step, phrase).lower() for phrase in range(len(EDITS[step.name].phrases))))
+    states = Reader(training / "configs").said(torch.arange(200.0)[:, None].expand(len(drawn), -1, 1), prompts)
+    assert [mark.step for mark in prompts.marks if not mark.key] == [step for one in drawn for step in one.asked]
+    assert {mark.key for mark in prompts.marks} == {"", "colour", "shape", "place"}
+    for mark, (row, _), place in zip(prompts.marks, prompts.places, states[:, 0].long() + PREFIX_TOKENS, strict=True):
+        said = prompter.tokenizer.decode(prompts.input_ids[row, : place + 1].tolist()).lower()
+        phrases = [say(mark.step, phrase).lower() for phrase in range(len(EDITS[mark.step.name].phrases))]
+        assert said.endswith(dict(mark.step.options)[mark.key] if mark.key else tuple(phrases))
 
 
 def test_a_step_of_the_editor_reaches_every_part(training: Path) -> None:
