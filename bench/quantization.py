@@ -1,10 +1,11 @@
 """What quantization costs the pocket model: ``python bench/quantization.py --images FOLDER [--json FILE]``.
 
-Every scheme with and without what makes it good, in one run: the velocity at every step where the float32 model's own
-latents are fed (teacher-forced), the edits against the exact answers, and a step's time on this processor. The graphs
-are those of the engines, in a float32 carrier, executed by onnxruntime.
+Every scheme of the transformer with and without what makes it good, in one run: the velocity at every step where the
+float32 model's own latents are fed (teacher-forced), the edits against the exact answers, and a step's time on this
+processor. The graphs are those of the engines, in a float32 carrier, executed by onnxruntime.
 
-Then what calibration on a picture's own latents misses of true trajectories.
+Then every scheme of the language model: its prompt embeddings, and the edits. And what calibration on a picture's own
+latents misses of true trajectories.
 """
 
 import argparse
@@ -36,12 +37,13 @@ from qie.compiler.pack import build_bundle
 from qie.compiler.plan import make_plan
 from qie.compiler.quantize import QUANTIZATION, Scheme
 from qie.compiler.quantizer import Quantizer
-from qie.compiler.recipe import ComponentRecipe, Quantization, load_recipe
+from qie.compiler.recipe import Attention, ComponentRecipe, Quantization, load_recipe
 from qie.compiler.samples import INSTRUCTIONS, draw_samples, read_images
 from qie.compiler.sensitivity import errors_of
 from qie.engines.bundle import Bundle
 from qie.engines.editor import Editor, Request
 from qie.engines.files import qie_home
+from qie.engines.manifest import Component
 from qie.engines.modulation import modulation_tables
 from qie.engines.schedule import sigmas
 from qie.engines.terminal import table
@@ -52,12 +54,14 @@ FORCED = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way of quantizing the transformer: ``scheme`` in place of the one of that name, and what is ``kept``."""
+    """A way of quantizing ``component``: ``scheme`` in place of the one of that name, and what is ``kept``."""
 
     name: str
+    component: Component = "transformer"
     quantization: Quantization = "none"
     scheme: Scheme | None = None
     kept: bool = True
+    attention: Attention = "none"
 
 
 NAIVE = Scheme(weights=Quantizer(codes="int8"), inputs=Quantizer(codes="int8"), smooth=False)
@@ -67,11 +71,27 @@ VARIANTS = (
     Variant(name="none"),
     Variant(name="fp8", quantization="fp8"),
     Variant(name="fp8, nothing kept", quantization="fp8", kept=False),
+    Variant(name="fp8, and FP8 attention", quantization="fp8", attention="fp8"),
     Variant(name="int8-smooth", quantization="int8-smooth"),
     Variant(name="int8-smooth, nothing kept", quantization="int8-smooth", kept=False),
     Variant(name="int8 without smoothing", quantization="int8-smooth", scheme=ROUGH),
     Variant(name="int8 without smoothing, nothing kept", quantization="int8-smooth", scheme=ROUGH, kept=False),
     Variant(name="int8, naive min-max", quantization="int8-smooth", scheme=NAIVE, kept=False),
+    Variant(name="w8a16", quantization="w8a16"),
+)
+
+LANGUAGE = (
+    *(Variant(name=name, component="language", quantization=name) for name in QUANTIZATION),
+    *(
+        Variant(
+            name=f"{name} without smoothing",
+            component="language",
+            quantization=name,
+            scheme=replace(QUANTIZATION[name], smooth=False),
+        )
+        for name, scheme in QUANTIZATION.items()
+        if scheme.smooth
+    ),
 )
 
 
@@ -86,32 +106,59 @@ def main() -> None:
     known = read_calibration(options.calibration or options.checkpoint / "calibration.npz")
     asked = list(cases(phrases=options.phrases))
     forced = asked[:: len(asked) // FORCED][:FORCED]
-    found: dict[str, Any] = {"edits": len(asked), "variants": {}}
+    found: dict[str, Any] = {"edits": len(asked), "variants": {}, "language": {}}
     with tempfile.TemporaryDirectory() as folder:
         exact = Editor(build(options.checkpoint, VARIANTS[0], known, Path(folder) / "exact"))
         recorded = [record(exact, case) for case in forced]
-        for number, variant in enumerate(VARIANTS):
-            with replaced(variant):
-                bundle = build(options.checkpoint, variant, known, Path(folder) / str(number))
-            editor = Editor(bundle)
-            errors, seconds = teacher_forced(editor, recorded)
-            scores = score(partial(edit, editor, bundle.manifest.defaults.steps), asked)
-            (engine,) = (e for e in bundle.manifest.engines if e.component == "transformer")
-            quantization = engine.quantization
-            found["variants"][variant.name] = {
-                "velocity_relative_l2": errors,
-                "psnr_db": fmean(s.psnr_db for s in scores),
-                "nearest": fmean(s.nearest for s in scores),
-                "quantized": 0 if quantization is None else quantization.quantized,
-                "step_seconds": seconds,
-                "weight_bytes": engine.files[1].bytes,
-            }
-            editor.close()
+        for variant in VARIANTS:
+            with variant_editor(options.checkpoint, variant, known, Path(folder)) as editor:
+                errors, seconds = teacher_forced(editor, recorded)
+                found["variants"][variant.name] = {
+                    "velocity_relative_l2": errors,
+                    "step_seconds": seconds,
+                    **edits_of(editor, variant, asked),
+                }
         show(found["variants"])
+        prompts = [prompt_embeds(exact, case) for case in forced]
+        found["language"]["none"] = {"prompt_embeds_relative_l2": 0.0, **edits_of(exact, LANGUAGE[0], asked)}
+        for variant in LANGUAGE:
+            with variant_editor(options.checkpoint, variant, known, Path(folder)) as editor:
+                found["language"][variant.name] = {
+                    "prompt_embeds_relative_l2": errors_of([prompt_embeds(editor, case) for case in forced], prompts),
+                    **edits_of(editor, variant, asked),
+                }
+        show_language(found["language"])
         if options.images is not None:
             found["trajectories"] = trajectories(options, exact, Path(folder))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def variant_editor(checkpoint: Path, variant: Variant, known: Calibration, folder: Path) -> Iterator[Editor]:
+    """An editor of the pocket model that is quantized so."""
+    with replaced(variant), tempfile.TemporaryDirectory(dir=folder) as own:
+        editor = Editor(build(checkpoint, variant, known, Path(own) / "bundle"))
+        yield editor
+        editor.close()
+
+
+def edits_of(editor: Editor, variant: Variant, asked: Sequence[Case]) -> dict[str, Any]:
+    """How good the edits are, and what the weights of the variant's component take."""
+    manifest = editor.bundle.manifest
+    scores = score(partial(edit, editor, manifest.defaults.steps), asked)
+    (engine,) = (e for e in manifest.engines if e.component == variant.component)
+    return {
+        "psnr_db": fmean(s.psnr_db for s in scores),
+        "nearest": fmean(s.nearest for s in scores),
+        "quantized": 0 if engine.quantization is None else engine.quantization.quantized,
+        "weight_bytes": engine.files[1].bytes,
+    }
+
+
+def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
+    """What the transformer is told of an edit, [1, L, D]."""
+    return record(editor, case)[0][0]["prompt_embeds"]
 
 
 @contextmanager
@@ -129,11 +176,11 @@ def replaced(variant: Variant) -> Iterator[None]:
 def build(checkpoint: Path, variant: Variant, known: Calibration, destination: Path) -> Bundle:
     """The variant for the processor, with a float32 carrier."""
     recipe = load_recipe("cpu")
-    section = ComponentRecipe(precision="float32", quantization=variant.quantization)
+    section = ComponentRecipe(precision="float32", quantization=variant.quantization, attention=variant.attention)
     plan = make_plan(
         open_checkpoint(str(checkpoint)),
         recipe_name="cpu",
-        recipe=replace(recipe, components=replace(recipe.components, transformer=section)),
+        recipe=replace(recipe, components=replace(recipe.components, **{variant.component: section})),
         loras=[],
         destination=destination,
         calibration=known if variant.kept else replace(known, keep={}),
@@ -211,6 +258,25 @@ def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
     ]
     header = ("transformer", "linears", "first step", "middle", "last", "PSNR", "", "nearest", "weights", "a step here")
     print(table(rows, header=header, right=range(1, 10)))
+
+
+def show_language(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    plain = variants["none"]
+    rows = [
+        [
+            name,
+            str(v["quantized"]),
+            f"{100 * v['prompt_embeds_relative_l2']:.2f} %",
+            f"{v['psnr_db']:.2f}",
+            f"{v['psnr_db'] - plain['psnr_db']:+.2f}",
+            f"{v['nearest']:.1%}",
+            f"{v['weight_bytes'] / 1e6:.2f} MB",
+        ]
+        for name, v in variants.items()
+    ]
+    header = ("language model", "linears", "prompt embeddings", "PSNR", "", "nearest", "weights")
+    print()
+    print(table(rows, header=header, right=range(1, 7)))
 
 
 def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> dict[str, float]:

@@ -98,14 +98,14 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         np.savez(file, **arrays)
 
 
-def find_calibration(path: Path | None, checkpoint: Path) -> Calibration | None:
+def find_calibration(path: str | Path | None, checkpoint: Path) -> Calibration | None:
     """The calibration in the file ``path``, or the one that lies in the folder of the checkpoint; None without either.
 
     Raises:
         CalibrationError: see ``read_calibration``.
     """
     if path is not None:
-        return read_calibration(path)
+        return read_calibration(Path(path))
     own = checkpoint / FILE
     return read_calibration(own) if own.is_file() else None
 

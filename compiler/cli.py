@@ -42,7 +42,9 @@ LoraOption = Annotated[
 ]
 CalibrationOption = Annotated[
     Path | None,
-    typer.Option(help="File of `qie calibrate`, for recipes that quantize.", show_default="the checkpoint's own"),
+    typer.Option(
+        help="File of `qie calibrate`, for recipes that quantize.", show_default="the recipe's, or the checkpoint's own"
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
@@ -288,7 +290,7 @@ def _plan(
         recipe=recipe,
         loras=[open_lora(*parse_lora(text)) for text in loras or []],
         destination=destination,
-        calibration=find_calibration(calibration, checkpoint.path),
+        calibration=find_calibration(calibration or recipe.calibration, checkpoint.path),
     )
 
 

@@ -167,7 +167,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         qie=qie.__version__,
         model=model_record(checkpoint, digest=digest, modulation=modulation),
         loras=tuple(LoraRecord(name=o.name, sha256=o.digest(), weight=o.weight) for o in plan.loras),
-        recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe)),
+        recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
         limits=recipe.shape_limits(areas(checkpoint).vae_area),
         defaults=Defaults(
             steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -164,7 +164,8 @@ class Recipe:
     what ``nvidia-smi`` names as its total less about half a GiB for the CUDA context.
     ``backends`` are in order of preference. ``residency`` says whether all engines stay loaded or each is loaded for
     its turn. ``noise`` is the dtype in which the initial noise is drawn; diffusers draws it in the dtype of the
-    pipeline (pipeline_qwenimage_edit_plus.py, prepare_latents). The first of ``schedules`` is ``qie run``'s default.
+    pipeline (pipeline_qwenimage_edit_plus.py, prepare_latents). ``calibration`` is the path of a file of ``qie
+    calibrate``, for builds that name none. The first of ``schedules`` is ``qie run``'s default.
     """
 
     schema: Literal[1] = 1
@@ -174,6 +175,7 @@ class Recipe:
     backends: tuple[Backend, ...]
     residency: Residency = "resident"
     noise: Noise = "bfloat16"
+    calibration: str | None = None
     components: Components = field(default_factory=Components)
     shapes: Shapes = field(default_factory=Shapes)
     limits: Limits = field(default_factory=Limits)
@@ -186,7 +188,11 @@ class Recipe:
 
     def digest(self) -> str:
         """Return the sha256 (hex) of the resolved content; comments and file names do not count."""
-        return hashlib.sha256(to_toml(self).encode()).hexdigest()
+        return hashlib.sha256(to_toml(self.portable()).encode()).hexdigest()
+
+    def portable(self) -> "Recipe":
+        """Return the recipe without what holds on this machine alone, the path of a calibration."""
+        return replace(self, calibration=None)
 
     def backends_of(self, component: Component) -> tuple[Backend, ...]:
         """Return the backends that can run a component, in order of preference; never empty."""
@@ -277,6 +283,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     parent = table.pop("extends", None)
     settings = flatten(Recipe, table, path, beside=("extends",))
+    calibration = settings.get("calibration")
+    if calibration is not None and isinstance(calibration.value, str):
+        settings["calibration"] = Setting(value=str((path.parent / calibration.value).resolve()), file=path)
     if parent is None:
         return settings
     if not isinstance(parent, str):

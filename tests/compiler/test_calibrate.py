@@ -233,6 +233,15 @@ def test_the_command(
                 "--out", workplace / "b")  # fmt: skip
     assert again.returncode == 0, again.stderr
 
+    shipping = workplace / "shipping.toml"  # a recipe may name the file
+    shipping.write_text('extends = "q.toml"\ncalibration = "c.npz"\n')
+    shipped = qie("build", checkpoint, "--gpu", shipping, "--out", workplace / "s")
+    assert shipped.returncode == 0, shipped.stderr
+    assert (workplace / "s" / "calibration.npz").read_bytes() == (workplace / "c.npz").read_bytes()
+    assert str(workplace) not in (workplace / "s" / "manifest.json").read_text().replace(str(shipping), "")
+    (workplace / "c.npz").unlink()
+    assert "cannot read the calibration" in refusal(qie("build", checkpoint, "--gpu", shipping))
+
     for words, expected in (
         (("--images", workplace / "none"), "has no pictures"),
         (("--images", pictures, "--scheme", "int3"), "--scheme is 'int3'"),

@@ -267,6 +267,18 @@ def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, 'extends = "b/middle.toml"')).gpu == "Test GPU"
 
 
+def test_a_calibration_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    write(tmp_path, 'calibration = "c.npz"' + GPU, "a/base.toml")
+    recipe = load_recipe(write(tmp_path, 'extends = "a/base.toml"'))
+    assert recipe.calibration == str(tmp_path / "a" / "c.npz")
+    assert load_recipe(write(tmp_path, to_toml(recipe), "elsewhere/shown.toml")) == recipe
+    plain = load_recipe(write(tmp_path, GPU))
+    assert plain.calibration is None
+    assert recipe.portable() == plain
+    assert recipe.digest() == plain.digest()
+    assert "calibration in" in refusal(tmp_path, "calibration = 3" + GPU)
+
+
 def test_an_error_names_the_file_in_which_the_value_stands(tmp_path: Path) -> None:
     write(tmp_path, GPU + "[limits]\nhost_memory_gib = 0", "base.toml")
     with pytest.raises(RecipeError, match=r"host_memory_gib in .*base\.toml is 0"):
