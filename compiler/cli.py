@@ -366,7 +366,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
         [
             c.component,
             _backend(c),
-            _precision(c),
+            c.computes,
             str(c.nodes),
             human_count(c.parameters),
             human_bytes(c.bytes),
@@ -394,12 +394,3 @@ def _backend(part: "PlannedComponent") -> str:
     if part.finish is None:
         return part.backend or "no builder"
     return f"{part.backend}, graph" if part.backend is not None else "graph"
-
-
-def _precision(part: "PlannedComponent") -> str:
-    said = [part.precision]
-    if part.quantization != "none":
-        said.append(part.quantization)
-    if part.attention != "none":
-        said.append(f"{part.attention} attention")
-    return ", ".join(said)

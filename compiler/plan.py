@@ -71,6 +71,12 @@ class PlannedComponent:
     factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
+    def computes(self) -> str:
+        """In which types, for people: "bfloat16, fp8"."""
+        attention = f"{self.attention} attention" if self.attention != "none" else "none"
+        return ", ".join([self.precision, *(said for said in (self.quantization, attention) if said != "none")])
+
+    @property
     def kept_bytes(self) -> int:
         """What it takes in the bundle: the engine, and the graph where that stays beside it."""
         return self.bytes * (2 if self.backend is not None and self.finish is not None else 1)
