@@ -247,7 +247,7 @@ def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
         [
             name,
             str(v["quantized"]),
-            *(f"{100 * v['velocity_relative_l2'][i]:.2f} %" for i in (0, len(v["velocity_relative_l2"]) // 2, -1)),
+            *(f"{100 * error:.2f} %" for error in v["velocity_relative_l2"]),
             f"{v['psnr_db']:.2f}",
             f"{v['psnr_db'] - plain['psnr_db']:+.2f}",
             f"{v['nearest']:.1%}",
@@ -256,8 +256,9 @@ def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
         ]
         for name, v in variants.items()
     ]
-    header = ("transformer", "linears", "first step", "middle", "last", "PSNR", "", "nearest", "weights", "a step here")
-    print(table(rows, header=header, right=range(1, 10)))
+    steps = [f"step {number}" for number in range(1, len(plain["velocity_relative_l2"]) + 1)]
+    header = ("transformer", "linears", *steps, "PSNR", "", "nearest", "weights", "a step here")
+    print(table(rows, header=header, right=range(1, len(header))))
 
 
 def show_language(variants: Mapping[str, Mapping[str, Any]]) -> None:
