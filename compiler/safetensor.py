@@ -38,6 +38,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _STEMS = ("diffusion_pytorch_model", "model")
 """How diffusers and transformers name a component's weights."""
 
+_DIGITS = 300
+"""The most that a whole number in a config may have: floats end at 1.8e308."""
+
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself (tensor.rs, MAX_HEADER_SIZE)."""
@@ -148,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): download the checkpoint again") from error
     except ValueError as error:
@@ -156,6 +159,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object: download it again")
     return content
+
+
+def _whole(digits: str) -> int:
+    """A whole number of JSON; one that is too large for any float is a mistake."""
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsReader:

@@ -334,6 +334,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
         "is of 'FluxPipeline'; qie compiles QwenImageEditPipeline and QwenImageEditPlusPipeline",
     ),
     "config no JSON": (lambda c: cut(c / "transformer" / "config.json"), f"is not JSON .*: {DOWNLOAD}"),
+    "config with a number beyond all floats": (
+        lambda c: edited(c / "scheduler" / "scheduler_config.json", shift=10**400),
+        f"is not JSON .a number of 401 digits.: {DOWNLOAD}",
+    ),
     "config key missing": (
         lambda c: (c / "transformer" / "config.json").write_text("{}"),
         "transformer/config.json has no 'axes_dims_rope'; download the checkpoint again or restore its config",
