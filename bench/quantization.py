@@ -241,6 +241,15 @@ def teacher_forced(
     return [errors_of(f, e) for f, e in zip(found, exact, strict=True)], statistics.median(times)
 
 
+JUDGED = ("PSNR", "", "nearest")
+
+
+def judged(variant: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    """How good the edits are, in the columns JUDGED."""
+    change = variant["psnr_db"] - plain["psnr_db"]
+    return [f"{variant['psnr_db']:.2f}", f"{change:+.2f}", f"{variant['nearest']:.1%}"]
+
+
 def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
     plain = variants["none"]
     rows = [
@@ -248,16 +257,14 @@ def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
             name,
             str(v["quantized"]),
             *(f"{100 * error:.2f} %" for error in v["velocity_relative_l2"]),
-            f"{v['psnr_db']:.2f}",
-            f"{v['psnr_db'] - plain['psnr_db']:+.2f}",
-            f"{v['nearest']:.1%}",
+            *judged(v, plain),
             f"{v['weight_bytes'] / 1e6:.1f} MB",
             f"{1000 * v['step_seconds']:.1f} ms",
         ]
         for name, v in variants.items()
     ]
     steps = [f"step {number}" for number in range(1, len(plain["velocity_relative_l2"]) + 1)]
-    header = ("transformer", "linears", *steps, "PSNR", "", "nearest", "weights", "a step here")
+    header = ("transformer", "linears", *steps, *JUDGED, "weights", "a step here")
     print(table(rows, header=header, right=range(1, len(header))))
 
 
@@ -268,16 +275,14 @@ def show_language(variants: Mapping[str, Mapping[str, Any]]) -> None:
             name,
             str(v["quantized"]),
             f"{100 * v['prompt_embeds_relative_l2']:.2f} %",
-            f"{v['psnr_db']:.2f}",
-            f"{v['psnr_db'] - plain['psnr_db']:+.2f}",
-            f"{v['nearest']:.1%}",
+            *judged(v, plain),
             f"{v['weight_bytes'] / 1e6:.2f} MB",
         ]
         for name, v in variants.items()
     ]
-    header = ("language model", "linears", "prompt embeddings", "PSNR", "", "nearest", "weights")
+    header = ("language model", "linears", "prompt embeddings", *JUDGED, "weights")
     print()
-    print(table(rows, header=header, right=range(1, 7)))
+    print(table(rows, header=header, right=range(1, len(header))))
 
 
 def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> dict[str, float]:

@@ -20,13 +20,12 @@ from qie.compiler.calibration import Calibration
 from qie.compiler.checkpoint import Checkpoint
 from qie.compiler.components import GRAPHS
 from qie.compiler.configs import LanguageConfig
-from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.weight import Part
-from qie.compiler.quantize import apply, linears
+from qie.compiler.quantize import Quantized, apply, linears
 from qie.compiler.recipe import Quantization
 from qie.compiler.samples import Progress, Readers, Sample, run, values_of
 from qie.compiler.segments import Segment, Values, loaded, read_later, segments
-from qie.compiler.smooth import Group, smoothed_modulation, smoothed_reader
+from qie.compiler.smooth import smoothed_modulation, smoothed_reader
 from qie.engines.files import qie_home
 from qie.engines.manifest import Component
 
@@ -91,9 +90,9 @@ def sensitivity(
     exact, errors = _alone(checkpoint, readers, values, component, quantization, calibration, progress)
 
     def error(chosen: Sequence[str]) -> float:
-        made = _quantized(checkpoint, readers, component, quantization, chosen, calibration)
-        samples = [made.read(sample) for sample in values]
-        run(made.graph, made.readers, samples, lambda what, done, total: None)
+        variant = _variant(checkpoint, readers, component, quantization, chosen, calibration)
+        samples = [variant.read(sample) for sample in values]
+        run(variant.made.graph, variant.readers, samples, lambda what, done, total: None)
         return errors_of([sample[RESULTS[component]] for sample in samples], exact)
 
     everything = error(names)
@@ -177,34 +176,32 @@ def errors_of(found: Sequence[NDArray[Any]], exact: Sequence[NDArray[Any]]) -> f
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Quantized:
-    """The float32 graph of a component with some of its linears quantized, and what gives it its weights."""
+class _Variant:
+    """A component in float32 with some of its linears quantized, and what gives it its weights."""
 
-    graph: Graph
+    made: Quantized
     readers: Readers
-    groups: tuple[Group, ...]
-    factors: Mapping[str, NDArray[np.float32]]
 
     def read(self, sample: Values) -> Values:
         """``sample`` as the graph reads it: with a modulation that divides what is smoothed."""
         if "modulation" not in sample:
             return dict(sample)
-        return sample | {"modulation": smoothed_modulation(sample["modulation"], self.groups, self.factors)}
+        smoothed = smoothed_modulation(sample["modulation"], self.made.groups, self.made.factors)
+        return sample | {"modulation": smoothed}
 
 
-def _quantized(
+def _variant(
     checkpoint: Checkpoint,
     readers: Readers,
     component: Component,
     quantization: Quantization,
     names: Sequence[str],
     calibration: Calibration,
-) -> _Quantized:
+) -> _Variant:
     language = LanguageConfig.from_config(checkpoint.text_encoder)
     made = apply(GRAPHS[component](checkpoint, "float32"), quantization, names, calibration, language)
     part = made.graph.part
-    through = {**readers, part: smoothed_reader(readers[part], made.groups, made.factors)}
-    return _Quantized(graph=made.graph, readers=through, groups=made.groups, factors=made.factors)
+    return _Variant(made=made, readers={**readers, part: smoothed_reader(readers[part], made.groups, made.factors)})
 
 
 def _alone(
@@ -228,10 +225,10 @@ def _alone(
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
-    variants: dict[str, tuple[_Quantized, tuple[Segment, ...]]] = {}
+    variants: dict[str, tuple[_Variant, tuple[Segment, ...]]] = {}
     for of_all_blocks in kinds.values():
-        made = _quantized(checkpoint, readers, component, quantization, of_all_blocks, calibration)
-        variants |= dict.fromkeys(of_all_blocks, (made, segments(made.graph)))
+        variant = _variant(checkpoint, readers, component, quantization, of_all_blocks, calibration)
+        variants |= dict.fromkeys(of_all_blocks, (variant, segments(variant.made.graph)))
     owned = {w.name.removesuffix(".weight"): number for number, piece in enumerate(pieces) for w in piece.weights}
     done, total = 0, sum(len(pieces) - owned[name] for name in names)
     errors: dict[str, float] = {}
@@ -243,14 +240,14 @@ def _alone(
             with loaded(pieces[number], readers) as compute:
                 exact = [_kept(sample | compute(sample), later) for sample in before]
                 carried = {n: [_kept(s | compute(s), later) for s in samples] for n, samples in carried.items()}
-            for name in (name for name in names if owned[name] == number and name not in errors):
-                if waiting is None and _size(carried, pieces[number].makes) > CARRIED_BYTES:
+            own = [name for name in names if owned[name] == number and name not in errors]
+            for name in own if waiting is None else []:
+                if _size(carried, pieces[number].makes) > CARRIED_BYTES:
                     waiting = number, before
-                if waiting is not None:
                     break
-                made, cut = variants[name]
-                with loaded(cut[number], made.readers) as compute:
-                    carried[name] = [_kept(sample | compute(made.read(sample)), later) for sample in before]
+                variant, cut = variants[name]
+                with loaded(cut[number], variant.readers) as compute:
+                    carried[name] = [_kept(sample | compute(variant.read(sample)), later) for sample in before]
             done += len(carried)
             progress("sensitivity", done, total)
         results = [sample[RESULTS[component]] for sample in exact]

@@ -1,5 +1,7 @@
 """The ranking of linears: each alone is what it is in the whole model, and what is kept meets the budget."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,31 @@ from qie.compiler.configs import LanguageConfig
 from qie.compiler.quantize import apply, linears
 from qie.compiler.safetensor import TensorReader
 from qie.compiler.samples import Sample, run, values_of
-from qie.compiler.sensitivity import RESULTS, choose, errors_of, sensitivity
+from qie.compiler.segments import Values
+from qie.compiler.sensitivity import RESULTS, Sensitivity, choose, errors_of, sensitivity
 from qie.compiler.smooth import smoothed_modulation, smoothed_reader
 
 
 def quiet(what: str, done: int, total: int) -> None:
     pass
+
+
+Inputs = Callable[[Any], list[Values]]
+Rank = Callable[..., Sensitivity]
+
+
+@pytest.fixture(scope="module")
+def inputs(opened: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Inputs:
+    """What a component reads of two samples."""
+    return cache(lambda component: values_of(component, opened, readers, samples[:2], quiet))
+
+
+@pytest.fixture(scope="module")
+def rank(opened: Checkpoint, readers: dict[Any, TensorReader], inputs: Inputs, found: Calibration) -> Rank:
+    """``sensitivity`` of a component over these."""
+    return lambda component, scheme, **settings: sensitivity(
+        opened, readers, inputs(component), found, component=component, quantization=scheme, **settings
+    )
 
 
 def test_choosing_what_to_keep() -> None:
@@ -30,22 +51,12 @@ def test_choosing_what_to_keep() -> None:
 
 
 @pytest.mark.parametrize(("component", "scheme"), [("transformer", "fp8"), ("language", "w4a16")])
-def test_sensitivity(
-    opened: Checkpoint,
-    readers: dict[Any, TensorReader],
-    samples: tuple[Sample, ...],
-    found: Calibration,
-    component: Any,
-    scheme: Any,
-) -> None:
+def test_sensitivity(rank: Rank, component: Any, scheme: Any) -> None:
     """The keep-list meets the budget, and an empty one does not."""
-    values = values_of(component, opened, readers, samples[:2], quiet)
-    whole = sensitivity(opened, readers, values, found, component=component, quantization=scheme, budget=1.0)
+    whole = rank(component, scheme, budget=1.0)
     assert whole.keep == ()
     assert whole.kept_error == whole.everything > max(whole.errors.values())
-    tight = sensitivity(
-        opened, readers, values, found, component=component, quantization=scheme, budget=0.5 * whole.everything
-    )
+    tight = rank(component, scheme, budget=0.5 * whole.everything)
     assert 0 < tight.kept_error <= tight.budget
     assert 0 < len(tight.keep) < len(tight.errors)
     assert tight.errors == whole.errors
@@ -55,19 +66,19 @@ def test_sensitivity(
 def test_each_linear_alone(
     opened: Checkpoint,
     readers: dict[Any, TensorReader],
-    samples: tuple[Sample, ...],
     found: Calibration,
+    inputs: Inputs,
+    rank: Rank,
     component: Any,
     scheme: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
-    values = values_of(component, opened, readers, samples[:2], quiet)
     some = linears(GRAPHS[component](opened, "float32"))[::3]
     results = {}
     for name in ("", *some):
         graph, through = GRAPHS[component](opened, "float32"), dict(readers)
-        own = [dict(sample) for sample in values]
+        own = [dict(sample) for sample in inputs(component)]
         if name:
             made = apply(graph, scheme, [name], found, LanguageConfig.from_config(opened.text_encoder))
             graph = made.graph
@@ -83,10 +94,7 @@ def test_each_linear_alone(
     for most in (2**40, 0, 200_000):
         monkeypatch.setattr("qie.compiler.sensitivity.CARRIED_BYTES", most)
         seen.clear()
-        ranked = sensitivity(
-            opened, readers, values, found, component=component, quantization=scheme, budget=1.0,
-            progress=lambda _, done, total: seen.append((done, total)),
-        )  # fmt: skip
+        ranked = rank(component, scheme, budget=1.0, progress=lambda _, done, total: seen.append((done, total)))
         assert seen[-1][0] == seen[-1][1]
         walks.append(len(seen))
         assert list(ranked.errors) == list(linears(GRAPHS[component](opened, "float32")))
