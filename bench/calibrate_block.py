@@ -18,11 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from qie.compiler.calibrate import Observer
-from qie.compiler.configs import TransformerConfig
+from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.transformer import transformer
-from qie.compiler.segments import Values
-from qie.engines.latents import RotarySpec, rotary_tables
+from qie.compiler.quantization.blockwise import Values
+from qie.compiler.quantization.calibrate import Observer
+from qie.engines.bundle.specs import RotarySpec
+from qie.engines.inputs.rotary import rotary_tables
 
 BLOCKS = 60
 GRID = (32, 32)

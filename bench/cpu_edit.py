@@ -21,10 +21,10 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qie.compiler.checkpoint import POCKET
-from qie.engines.bundle import open_bundle
-from qie.engines.editor import Editor, Request
-from qie.engines.shapes import SIDE_MULTIPLE
+from qie.compiler.checkpoint.checkpoint import POCKET
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.editing.editor import Editor, Request
 from qie.engines.terminal import table
 
 PICTURE = ROOT / "docs" / "images" / "cat.jpg"
@@ -131,7 +131,7 @@ def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> di
     """One step of one edit."""
     import torch
 
-    from qie.compiler.reference import load_reference
+    from qie.compiler.validation.reference import load_reference
 
     calls: list[tuple[Any, Any]] = []
     with editor._session("transformer") as session:
@@ -181,7 +181,7 @@ def vae(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
     """One image to latents, and back."""
     import torch
 
-    from qie.compiler.reference import load_reference
+    from qie.compiler.validation.reference import load_reference
 
     reference = load_reference(options.checkpoint)
     image = reference.reference_image(Image.open(PICTURE))

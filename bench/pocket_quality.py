@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.plot import line_plot
 from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score, views
 from pocket.photographs import HELD_OUT, square
-from qie.compiler.checkpoint import POCKET
-from qie.engines.bundle import open_bundle
-from qie.engines.editor import Editor, Request
+from qie.compiler.checkpoint.checkpoint import POCKET
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.editing.editor import Editor, Request
 from qie.engines.terminal import table
 
 Rgb = NDArray[np.uint8]
@@ -131,7 +131,7 @@ def print_scores(scores: Sequence[Score], trips: dict[str, float]) -> None:
 
 def compare(checkpoint: Path, editor: Editor, steps: int, asked: Sequence[Case]) -> dict[str, float]:
     """The same edits by diffusers, from the same noise, on one picture."""
-    from qie.compiler.reference import load_reference
+    from qie.compiler.validation.reference import load_reference
 
     reference = load_reference(checkpoint)
     shown = views()[0].image

@@ -17,8 +17,8 @@ from pocket.judge import views
 from pocket.photographs import SIDE
 from pocket.samples import HELD_OUT_PAIRS
 from pocket.scenes import scene
-from qie.engines.bundle import open_bundle
-from qie.engines.editor import Editor, Request
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.editing.editor import Editor, Request
 
 COLUMNS, GAP, CAPTION = 4, 10, 34
 

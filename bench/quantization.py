@@ -29,23 +29,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.pocket_quality import SEED, edit
 from pocket.judge import Case, cases, score
-from qie.compiler.calibrate import Observer, calibrate
-from qie.compiler.calibration import Calibration, read_calibration, write_calibration
-from qie.compiler.checkpoint import POCKET, open_checkpoint
-from qie.compiler.components import GRAPHS
-from qie.compiler.pack import build_bundle
-from qie.compiler.plan import make_plan
-from qie.compiler.quantize import QUANTIZATION, Scheme
-from qie.compiler.quantizer import Quantizer
-from qie.compiler.recipe import Attention, ComponentRecipe, Quantization, load_recipe
-from qie.compiler.samples import INSTRUCTIONS, draw_samples, read_images
-from qie.compiler.sensitivity import errors_of
-from qie.engines.bundle import Bundle
-from qie.engines.editor import Editor, Request
+from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
+from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.quantization.calibrate import Observer, calibrate
+from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
+from qie.compiler.quantization.qdq import QUANTIZATION, Scheme
+from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
+from qie.compiler.quantization.sensitivity import errors_of
+from qie.compiler.recipe.schema import Attention, ComponentRecipe, Quantization, load_recipe
+from qie.compiler.weights.quantizer import Quantizer
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import Component
+from qie.engines.editing.editor import Editor, Request
 from qie.engines.files import qie_home
-from qie.engines.manifest import Component
-from qie.engines.modulation import modulation_tables
-from qie.engines.schedule import sigmas
+from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.schedule import sigmas
 from qie.engines.terminal import table
 
 FORCED = 6

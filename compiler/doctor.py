@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import qie
-from qie.engines.bundle import bundles, choose_engines, open_bundle
+from qie.engines.backends import BACKENDS, cuda_needed
+from qie.engines.bundle.bundle import bundles, open_bundle
 from qie.engines.errors import QieError
 from qie.engines.files import existing, qie_home
 from qie.engines.machine import Machine, this_machine, version_of
-from qie.engines.sessions import BACKENDS, cuda_needed
+from qie.engines.sessions.choose import choose_engines
 
 __all__ = ["Ability", "BundleReport", "Report", "examine"]
 

@@ -19,7 +19,7 @@ from pocket.train_vae import decode as vae_decode
 from pocket.train_vae import encode as vae_encode
 from pocket.train_vae import load as load_vae
 from pocket.train_vae import to_unit
-from qie.engines.prompt import PREFIX_TOKENS
+from qie.engines.inputs.prompt import PREFIX_TOKENS
 
 __all__ = ["BATCH", "POOL_BATCHES", "Batch", "Encoder", "draw", "importance", "pack", "pool", "unpack"]
 

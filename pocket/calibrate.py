@@ -13,11 +13,11 @@ from PIL import Image
 
 from pocket.photographs import SIDE
 from pocket.samples import sample
-from qie.compiler.calibration import FILE, write_calibration
-from qie.compiler.checkpoint import open_checkpoint
-from qie.compiler.cli_calibrate import describe
-from qie.compiler.samples import NEGATIVE, Sample
-from qie.compiler.sensitivity import measure
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.cli.calibrate import describe
+from qie.compiler.quantization.calibration import FILE, write_calibration
+from qie.compiler.quantization.samples import NEGATIVE, Sample
+from qie.compiler.quantization.sensitivity import measure
 
 SAMPLES = 96
 

@@ -1,6 +1,6 @@
 """The pocket checkpoint: ``python -m pocket.checkpoint FOLDER OUT`` writes what a training in FOLDER has come to.
 
-Configs and tokenizer are those of ``qie.compiler.random_checkpoint``; weights are bfloat16, named as diffusers and
+Configs and tokenizer are those of ``qie.compiler.synthetic.checkpoint``; weights are bfloat16, named as diffusers and
 transformers name them.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from pocket.edits import EDITS
 from pocket.run import averaged, begin
 from pocket.train_vae import unfold
-from qie.compiler.architecture import ARCHITECTURES
-from qie.compiler.random_checkpoint import write_checkpoint
+from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.compiler.synthetic.checkpoint import write_checkpoint
 
 __all__ = ["FILES", "read", "write", "write_configs"]
 

@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pocket.samples import Mark, Sample
-from qie.compiler.architecture import ARCHITECTURES
-from qie.engines.image import Areas, prepare
-from qie.engines.prompt import PromptSpec, encode
-from qie.engines.vision import smart_resize
+from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.engines.bundle.specs import Areas, PromptSpec
+from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prompt import encode
+from qie.engines.inputs.vision import smart_resize
 
 __all__ = ["Prompter", "Prompts"]
 

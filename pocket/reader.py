@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from pocket.edits import EDITS, Instruction
 from pocket.prompts import Prompts
 from pocket.run import averaged
-from qie.engines.prompt import PREFIX_TOKENS
+from qie.engines.inputs.prompt import PREFIX_TOKENS
 
 __all__ = ["Reader", "load", "to_patches"]
 

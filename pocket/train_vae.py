@@ -25,7 +25,7 @@ from pocket.muon import Muon, split
 from pocket.photographs import HELD_OUT, SIDE, TRAINED, crop, square
 from pocket.run import Run, averaged, learning_rate
 from pocket.samples import picture, sample
-from qie.compiler.architecture import ARCHITECTURES
+from qie.compiler.synthetic.architecture import ARCHITECTURES
 
 __all__ = ["Folded", "build", "fold", "load", "psnr_db", "unfold"]
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qie.compiler.checkpoint import open_checkpoint
-from qie.compiler.cli import main
-from qie.compiler.pack import build_bundle
-from qie.compiler.plan import make_plan
-from qie.compiler.random_checkpoint import ARCHITECTURES, write_checkpoint
-from qie.compiler.recipe import load_recipe
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.cli.app import main
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,7 +95,7 @@ def process() -> Callable[..., CompletedProcess[str]]:
     """The command line in a process of its own; ``before`` are the words of a command that starts it."""
 
     def call(*words: str | Path, before: tuple[str, ...] = ()) -> CompletedProcess[str]:
-        command = [*before, sys.executable, "-c", "from qie.compiler.cli import main; main()", *map(str, words)]
+        command = [*before, sys.executable, "-c", "from qie.compiler.cli.app import main; main()", *map(str, words)]
         return run(command, capture_output=True, text=True, check=False, timeout=60)
 
     return call

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from qie.compiler.build import BUILDERS
-from qie.compiler.random_checkpoint import ARCHITECTURES, write_checkpoint
+from qie.compiler.backends import BUILDERS
+from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.files import sha256_of
 
 Qie = Callable[..., CompletedProcess[str]]
@@ -151,7 +151,7 @@ def test_bad_seeds_and_texts_cost_no_engine(
     def fail(*_: object) -> None:
         raise AssertionError("an engine was loaded")
 
-    monkeypatch.setattr("qie.engines.editor.load", fail)
+    monkeypatch.setattr("qie.engines.editing.editor.load", fail)
     for words in (("x", "--seed", str(2**64)), ("",), ("x", "--steps", "0"), ("x", "--negative", "<|image_pad|>")):
         assert qie("run", "photo.png", *words, "--bundle", bundle).returncode == 2
 
@@ -411,7 +411,7 @@ def test_parts_of_different_models_are_found_before_anything_is_written(
     def fail(*_: object) -> None:
         raise AssertionError("the build has begun")
 
-    monkeypatch.setattr("qie.compiler.pack._fill", fail)
+    monkeypatch.setattr("qie.compiler.packing.pack._fill", fail)
     edited(copied / "text_encoder" / "config.json", image_token_id=5)
     assert qie("build", "bad").returncode == 2
 
@@ -459,7 +459,7 @@ def test_a_gpu_that_nothing_builds_for(
     qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its plan can be printed all the same."""
-    monkeypatch.setattr("qie.compiler.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
+    monkeypatch.setattr("qie.compiler.planning.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
     Path("small.toml").write_text('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     said = refusal(qie("build", checkpoint, "--gpu", "small.toml"))
     assert_says(said, "the recipe small.toml builds vision for tensorrt-rtx.*use --gpu cpu, or --dry-run")
@@ -573,7 +573,7 @@ def test_a_disk_that_is_full_at_a_late_stage(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(f"qie.compiler.pack.{function}", fail)
+    monkeypatch.setattr(f"qie.compiler.packing.pack.{function}", fail)
     assert_says(
         refusal(qie("build", checkpoint)), r"is full, [\d,]+ bytes are needed; make room, or choose another disk"
     )
@@ -588,7 +588,7 @@ def start_and_kill(checkpoint: Path, qie_home: Path, seen: str) -> None:
     schedules = "".join(f"[[schedules]]\nsteps = {n}\nguidance = 4.0\n" for n in range(700, 900))
     Path("long.toml").write_text(f'extends = "cpu"\n{schedules}')
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "mine"]
-    script = "from qie.compiler.cli import main; main()"
+    script = "from qie.compiler.cli.app import main; main()"
     with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL) as running:
         while not list(qie_home.glob(f"bundles/.mine.*.tmp/{seen}")):
             assert running.poll() is None
@@ -645,7 +645,7 @@ def test_a_larger_model_than_the_memory(qie: Qie, refusal: Refusal, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("qie.engines.bundle.open_bundle", fail)
+    monkeypatch.setattr("qie.engines.bundle.bundle.open_bundle", fail)
     assert_says(refusal(qie("run", "photo.png", "x")), "not enough memory .*; use a smaller --size")
 
 

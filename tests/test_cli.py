@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 import qie as package
-from qie.compiler.random_checkpoint import ARCHITECTURES, write_checkpoint
-from qie.engines.manifest import COMPONENTS
+from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
+from qie.engines.bundle.manifest import COMPONENTS
 
 Qie = Callable[..., CompletedProcess[str]]
 RUN = ("--steps", "2", "--cfg", "1")
@@ -36,7 +36,7 @@ import sys
 blocked, watched, *words = sys.argv[1:]
 sys.modules.update(dict.fromkeys(filter(None, blocked.split(","))))
 sys.argv = ["qie", *words]
-from qie.compiler.cli import main
+from qie.compiler.cli.app import main
 try:
     main()
 finally:
@@ -196,7 +196,7 @@ def test_the_published_model_costs_seconds_and_little_memory(
     folder = write_checkpoint(workplace / "2511", ARCHITECTURES["qwen-image-edit-2511"], weights=False)
     peak = "re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]"
     script = (
-        "import re, sys; from pathlib import Path; from qie.compiler.cli import main\n"
+        "import re, sys; from pathlib import Path; from qie.compiler.cli.app import main\n"
         f"try: main()\nfinally: print({peak}, file=sys.stderr)"
     )
     command = [sys.executable, "-c", script, words[0], str(folder), "--gpu", "l40s", words[1], "--json"]
@@ -412,7 +412,7 @@ def test_inspect(qie: Qie, bundle: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "deleted"), [("y\n", True), ("n\n", False), ("\n", False)])
 def test_rm_asks(named: str, qie_home: Path, answer: str, deleted: bool) -> None:
-    command = [sys.executable, "-c", "from qie.compiler.cli import main; main()", "rm", named]
+    command = [sys.executable, "-c", "from qie.compiler.cli.app import main; main()", "rm", named]
     done = subprocess.run(command, input=answer, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith(f"delete {qie_home.resolve() / 'bundles' / named}?")
@@ -481,7 +481,7 @@ def test_building_says_what_to_install(command: str, workplace: Path, checkpoint
 
 def test_bars_are_drawn_on_a_terminal(workplace: Path, bundle: Path) -> None:
     master, slave = pty.openpty()
-    script = "from qie.compiler.cli import main; main()"
+    script = "from qie.compiler.cli.app import main; main()"
     words = ("run", "photo.png", "make it red", "--bundle", str(bundle), "--steps", "3", "--cfg", "1")
     with subprocess.Popen(
         [sys.executable, "-c", script, *words],
@@ -514,7 +514,7 @@ def test_an_interrupted_build_leaves_nothing(workplace: Path, checkpoint: Path, 
     Path("long.toml").write_text(long)
     # A background job of a shell ignores SIGINT, and so would what the tests start if they run as one.
     attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script = attentive + "from qie.compiler.cli import main; main()"
+    script = attentive + "from qie.compiler.cli.app import main; main()"
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "long"]
     with subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -21,7 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from qie.compiler import cli
+from qie.compiler.cli import app as cli
 from qie.engines import errors
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def test_the_wheel_installs_one_command(distributions: Distributions) -> None:
     entry_points = configparser.ConfigParser()
     entry_points.read_string(dist_info(distributions.wheel, "entry_points.txt"))
     assert {section: dict(entry_points[section]) for section in entry_points.sections()} == {
-        "console_scripts": {"qie": "qie.compiler.cli:main"}
+        "console_scripts": {"qie": "qie.compiler.cli.app:main"}
     }
     assert callable(cli.main)
 
@@ -223,7 +223,9 @@ def test_what_the_wheel_installs_finds_its_recipes(distributions: Distributions,
     for name, content in distributions.wheel.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    script = "from qie.compiler import recipe; print(recipe.__file__, *recipe.recipe_names(), sep='\\n')"
+    script = (
+        "from qie.compiler.recipe import schema as recipe; print(recipe.__file__, *recipe.recipe_names(), sep='\\n')"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     file, *names = done.stdout.splitlines()
     assert Path(file).is_relative_to(tmp_path)
@@ -274,9 +276,9 @@ def test_every_module_imports_without(package: str, blocked: tuple[str, ...]) ->
 
 
 def test_the_test_of_imports_can_fail() -> None:
-    done = run_import(("numpy",), ["qie.engines", "qie.engines.latents"])
+    done = run_import(("numpy",), ["qie.engines", "qie.engines.inputs.rotary"])
     assert done.returncode == 1
-    assert done.stdout.startswith("qie.engines.latents: ")
+    assert done.stdout.startswith("qie.engines.inputs.rotary: ")
 
 
 def run_import(blocked: tuple[str, ...], modules: list[str]) -> subprocess.CompletedProcess[str]:

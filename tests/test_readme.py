@@ -12,10 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qie.compiler.architecture import ARCHITECTURES
-from qie.compiler.cli import app
-from qie.compiler.random_checkpoint import write_checkpoint
-from qie.engines.manifest import COMPONENTS
+from qie.compiler.cli.app import app
+from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.engines.bundle.manifest import COMPONENTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")))

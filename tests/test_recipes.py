@@ -7,9 +7,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from qie.compiler.recipe import ComponentRecipe, Components, Range, Recipe, load_recipe, recipe_names, to_toml
-from qie.compiler.recipe_toml import inline
-from qie.engines.shapes import fits
+from qie.compiler.recipe.schema import ComponentRecipe, Components, Range, Recipe, load_recipe, recipe_names, to_toml
+from qie.compiler.recipe.toml import inline
+from qie.engines.inputs.sizes import fits
 
 README = Path(__file__).parent.parent / "recipes" / "README.md"
 NAMES = ("a100", "a100-40gb", "a100-int8", "cpu", "h100", "l4", "l40s", "rtx4090", "rtx5090")

@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from qie.compiler.graphs.weight import DType, Layout, Part, Weight
-from qie.engines.manifest import Component, TensorSpec
+from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.weights.weight import DType, Layout, Weight
+from qie.engines.bundle.manifest import Component, TensorSpec
 
 __all__ = ["DTYPES", "IR_VERSION", "OPSET", "Graph", "Parameter", "constant", "write_graph"]
 
@@ -73,7 +74,7 @@ class Graph:
     def trace(
         cls,
         component: Component,
-        part: Part,
+        subfolder: Subfolder,
         dtype: DType,
         body: Callable[..., Sequence[ir.Value]],
         *,
@@ -94,7 +95,7 @@ class Graph:
         weights = tuple(
             Weight(
                 name=name,
-                part=part,
+                subfolder=subfolder,
                 shape=value.dims,
                 dtype=value.weight_dtype,
                 layout=value.layout,
@@ -113,9 +114,9 @@ class Graph:
         )
 
     @property
-    def part(self) -> Part:
-        """The part of the checkpoint that holds the weights."""
-        return self.weights[0].part
+    def subfolder(self) -> Subfolder:
+        """The subfolder of the checkpoint that holds the weights."""
+        return self.weights[0].subfolder
 
     def parameters(self) -> int:
         """Number of scalar weights; scales are none."""
@@ -141,7 +142,7 @@ class Graph:
 
     def digest(self) -> str:
         """sha256 of structure, weight names and layouts: equal graphs have equal digests."""
-        layouts = json.dumps([[w.name, w.part, w.dtype, w.layout] for w in self.weights])
+        layouts = json.dumps([[w.name, w.subfolder, w.dtype, w.layout] for w in self.weights])
         proto = self.proto("", None).SerializeToString(deterministic=True)
         return hashlib.sha256(proto + layouts.encode()).hexdigest()
 

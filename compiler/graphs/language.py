@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from qie.compiler.configs import LanguageConfig
+from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph, Parameter, constant
 from qie.compiler.graphs.layers import Linear, RMSNorm, attention, cast, rotate, silu
-from qie.compiler.graphs.weight import DType
-from qie.engines.manifest import TensorSpec
-from qie.engines.prompt import PREFIX_TOKENS
+from qie.compiler.weights.weight import DType
+from qie.engines.bundle.manifest import TensorSpec
+from qie.engines.inputs.prompt import PREFIX_TOKENS
 
 __all__ = ["language"]
 

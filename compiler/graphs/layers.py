@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from qie.compiler.graphs.graph import DTYPES, Parameter
-from qie.compiler.graphs.weight import DType, Layout
+from qie.compiler.weights.weight import DType, Layout
 
 __all__ = ["Linear", "RMSNorm", "attention", "cast", "loop", "rotate", "silu", "split"]
 

@@ -5,7 +5,7 @@ Architecture: diffusers ``models/transformers/transformer_qwenimage.py``; guidan
 What leaves the graph, and what enters it:
 
 - The timestep embedder, ``img_mod``, ``txt_mod`` and ``norm_out.linear`` depend on the timestep alone. Their outputs
-  are inputs here (``modulation``, ``modulation_out``), made by ``qie.engines.modulation``.
+  are inputs here (``modulation``, ``modulation_out``), made by ``qie.engines.inputs.modulation``.
 - Guidance with its norm rescale and the Euler update are in the graph. A pass without guidance takes zeros as
   ``negative_velocity`` and 1 as ``guidance``, which leaves its velocity exactly as it is.
 - In the last block only the noise tokens go on: their queries, attention rows and feed-forward are computed, the
@@ -21,11 +21,11 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from qie.compiler.configs import TransformerConfig
+from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.graph import Graph, constant
 from qie.compiler.graphs.layers import Linear, RMSNorm, attention, cast, rotate, split
-from qie.compiler.graphs.weight import DType
-from qie.engines.manifest import TensorSpec
+from qie.compiler.weights.weight import DType
+from qie.engines.bundle.manifest import TensorSpec
 
 __all__ = ["transformer"]
 

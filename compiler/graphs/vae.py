@@ -16,11 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from qie.compiler.configs import VaeConfig
+from qie.compiler.checkpoint.configs import VaeConfig
 from qie.compiler.graphs.graph import Graph, Parameter, constant
 from qie.compiler.graphs.layers import cast, loop, silu, split
-from qie.compiler.graphs.weight import DType
-from qie.engines.manifest import TensorSpec
+from qie.compiler.weights.weight import DType
+from qie.engines.bundle.manifest import TensorSpec
 
 __all__ = ["vae_decoder", "vae_encoder"]
 

@@ -1,7 +1,7 @@
 """The vision tower as a graph: Qwen2.5-VL's windowed vision transformer and its patch merger.
 
 Architecture: transformers ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``. Everything that depends on image sizes alone
-(the order of patches, windows, rotary tables) is an input, made by ``qie.engines.vision``, so the graph has no
+(the order of patches, windows, rotary tables) is an input, made by ``qie.engines.inputs.vision``, so the graph has no
 data-dependent shape: window attention is an equality mask over window ids, full attention one over image ids.
 
 Shape suffixes: P patches, V = P / merge² image tokens, D width, E half a head width.
@@ -13,11 +13,11 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from qie.compiler.configs import VisionConfig
+from qie.compiler.checkpoint.configs import VisionConfig
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.layers import Linear, RMSNorm, attention, cast, rotate, silu, split
-from qie.compiler.graphs.weight import DType
-from qie.engines.manifest import TensorSpec
+from qie.compiler.weights.weight import DType
+from qie.engines.bundle.manifest import TensorSpec
 
 __all__ = ["vision"]
 

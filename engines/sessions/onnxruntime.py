@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from qie.engines.bundle.manifest import EngineRecord
 from qie.engines.errors import BundleError, EditError, EngineMismatchError
 from qie.engines.files import qie_home
-from qie.engines.manifest import EngineRecord
 from qie.engines.sessions.session import Tensor
 
 __all__ = ["OnnxRuntimeSession", "version"]

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.manifest import EngineRecord, TensorSpec
 from qie.engines.errors import BundleError, EditError
 from qie.engines.files import qie_home, replacing
-from qie.engines.manifest import EngineRecord, TensorSpec
-from qie.engines.sessions import BACKENDS, cuda
+from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Block, Device, DeviceTensor
 
 __all__ = ["TensorRtSession"]

@@ -1,44 +1,42 @@
-"""What tests of quantization begin from: the tiny checkpoint, opened, and its calibration over a few samples."""
+"""Another worker in the place of the real one, and a machine with other GPUs."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from qie.compiler.calibrate import calibrate
-from qie.compiler.calibration import Calibration
-from qie.compiler.checkpoint import Checkpoint, open_checkpoint
-from qie.compiler.safetensor import TensorReader
-from qie.compiler.samples import INSTRUCTIONS, Sample, draw_samples, read_images
+from qie.compiler.backends.tensorrt import builder as tensorrt
+from qie.engines.machine import Gpu, Machine
+from tests.support.hand_made import Worker
 
 
-@pytest.fixture(scope="module")
-def opened(checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(checkpoint))
+@pytest.fixture
+def worker(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """Puts a script in the place of the worker; returns the file that is there once it was called."""
+
+    def put(script: str) -> Path:
+        folder = tmp_path_factory.mktemp("worker")
+        path = folder / "worker.py"
+        path.write_text(
+            "import json, os, signal, sys\nfrom pathlib import Path\n"
+            f"Path({str(folder / 'called')!r}).touch()\n"
+            "def tell(**message): print(json.dumps(message), flush=True)\n"
+            "def kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"{script}\n"
+        )
+        monkeypatch.setattr(tensorrt, "WORKER", path)
+        return folder / "called"
+
+    return put
 
 
-@pytest.fixture(scope="module")
-def readers(opened: Checkpoint) -> dict[Any, TensorReader]:
-    return {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the machine have GPUs of these compute capabilities."""
 
+    def pretend(*capabilities: str) -> None:
+        found = tuple(Gpu(name=f"GPU {c}", compute_capability=c, memory_gib=80.0, driver="600") for c in capabilities)
+        machine = Machine(system="Linux", processor="CPU", cores=2, memory_gib=24.0, gpus=found)
+        monkeypatch.setattr(tensorrt, "this_machine", lambda: machine)
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate([(150, 90), (80, 120)]):
-        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    (folder / "notes.txt").write_text("no picture")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def samples(pictures: Path) -> tuple[Sample, ...]:
-    return draw_samples(read_images(pictures), INSTRUCTIONS, 8)
-
-
-@pytest.fixture(scope="module")
-def found(opened: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Calibration:
-    return calibrate(opened, readers, samples, model=opened.digest())
+    return pretend

@@ -7,14 +7,14 @@ card, is skipped with its reason.
 from pathlib import Path
 
 import pytest
-from card import WIDE, Recorder, Run, build_for_card, edit_request, picture
 
-from qie.compiler.random_checkpoint import write_checkpoint
-from qie.engines import editor as editor_module
-from qie.engines.bundle import Bundle, open_bundle
-from qie.engines.editor import Editor
+from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.editing import editor as editor_module
+from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
-from qie.engines.sessions import load as load_session
+from qie.engines.sessions.load import load as load_session
+from tests.support.card import WIDE, Recorder, Run, build_for_card, edit_request, picture
 
 BACKENDS = ["tensorrt-rtx", "tensorrt", "onnxruntime"]
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from card import build_for_card, edit_request, picture, psnr_db, relative_l2
 
-from qie.engines.bundle import Bundle
-from qie.engines.denoise import StepState
-from qie.engines.editor import Edit, Editor
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.editing.denoise import StepState
+from qie.engines.editing.editor import Edit, Editor
+from tests.support.card import build_for_card, edit_request, picture, psnr_db, relative_l2
 
 BOUND_DB = 28.0
 """PSNR of an edit in bfloat16 against float32: the recipes' default gate."""

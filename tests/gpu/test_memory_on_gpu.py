@@ -4,12 +4,13 @@ import gc
 from pathlib import Path
 
 import pytest
-from card import build_for_card, edit_request
 
-from qie.engines.bundle import Bundle
-from qie.engines.editor import Editor
-from qie.engines.sessions import cuda, load, open_device
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.editing.editor import Editor
+from qie.engines.sessions import cuda
+from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.tensorrt import TensorRtSession
+from tests.support.card import build_for_card, edit_request
 
 MIB = 1 << 20
 CONTEXT = 64 * MIB

@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from judge import Side, SideOf, make_side
+from tests.support.parity import Side, SideOf, make_side
 
 
 @pytest.fixture(scope="session")

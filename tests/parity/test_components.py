@@ -2,23 +2,15 @@
 
 import numpy as np
 import pytest
-from judge import CASES, SideOf, pictures, relative_l2
 
-from qie.engines.image import prepare
-from qie.engines.latents import rotary_tables
-from qie.engines.modulation import modulation_tables
-from qie.engines.prompt import PREFIX_TOKENS, encode
-from qie.engines.vision import vision_inputs
+from qie.engines.inputs.image import prepare
+from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
+from qie.engines.inputs.rotary import rotary_tables
+from qie.engines.inputs.vision import vision_inputs
+from tests.support.parity import CASES, MANY, SideOf, pictures, relative_l2
 
 BOUND = 1e-4
-
-
-def counts(name: str) -> range:
-    """Numbers of reference images that the case's pipeline takes."""
-    return range(1, 2) if CASES[name].pipeline == "edit" else range(1, 4)
-
-
-MANY = [(name, count) for name in CASES for count in counts(name)]
 
 
 @pytest.mark.parametrize(("name", "count"), MANY)

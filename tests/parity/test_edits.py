@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from judge import CASES, SideOf, picture, pictures, psnr, relative_l2
-from test_components import MANY
 
-from qie.engines.denoise import StepState
-from qie.engines.editor import Request
+from qie.engines.editing.denoise import StepState
+from qie.engines.editing.editor import Request
+from tests.support.parity import CASES, MANY, SideOf, picture, pictures, psnr, relative_l2
 
 BOUND_DB = 55.0
 INSTRUCTION = "paint the wall blue"

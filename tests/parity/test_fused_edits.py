@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judge import TINY, Side, pictures, psnr
 from safetensors.numpy import save_file
 
-from qie.compiler.checkpoint import open_checkpoint
-from qie.compiler.lora import open_lora
-from qie.compiler.pack import build_bundle
-from qie.compiler.plan import make_plan
-from qie.compiler.random_checkpoint import write_checkpoint
-from qie.compiler.recipe import load_recipe
-from qie.engines.editor import Request
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.lora import open_lora
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.engines.editing.editor import Request
+from tests.support.parity import TINY, Side, pictures, psnr
 
 RANK = 4
 LAYERS = {

@@ -28,13 +28,13 @@ VAE = "test_components.py::test_vae[2511-0]"
 
 MUTANTS = {
     "rotary centring": Mutant(
-        "engines/latents.py", "np.arange(height) - (height - height // 2)", "np.arange(height)", TRANSFORMER
+        "engines/inputs/rotary.py", "np.arange(height) - (height - height // 2)", "np.arange(height)", TRANSFORMER
     ),
     "text start index": Mutant(
-        "engines/latents.py", "max(max(height // 2, width // 2)", "max(max(height, width)", TRANSFORMER
+        "engines/inputs/rotary.py", "max(max(height // 2, width // 2)", "max(max(height, width)", TRANSFORMER
     ),
     "frame index of references": Mutant(
-        "engines/latents.py", "_image_positions(i, *grid)", "_image_positions(0, *grid)", TRANSFORMER
+        "engines/inputs/rotary.py", "_image_positions(i, *grid)", "_image_positions(0, *grid)", TRANSFORMER
     ),
     "norm rescale": Mutant(
         "compiler/graphs/transformer.py",
@@ -43,11 +43,11 @@ MUTANTS = {
         TRANSFORMER,
     ),
     "mu from noise tokens only": Mutant(
-        "engines/editor.py", "noise_tokens=size.tokens", "noise_tokens=2 * size.tokens", EDIT
+        "engines/editing/editor.py", "noise_tokens=size.tokens", "noise_tokens=2 * size.tokens", EDIT
     ),
-    "shift_terminal": Mutant("engines/schedule.py", "if spec.shift_terminal and steps > 1:", "if False:", EDIT),
+    "shift_terminal": Mutant("engines/inputs/schedule.py", "if spec.shift_terminal and steps > 1:", "if False:", EDIT),
     "zero_cond_t on the image stream only": Mutant(
-        "engines/modulation.py", 'streams.append((conditioning_SD, "txt_mod"))',
+        "engines/inputs/modulation.py", 'streams.append((conditioning_SD, "txt_mod"))',
         'streams.append((streams[-1][0], "txt_mod"))', TRANSFORMER,
     ),
     "zero_cond_t on reference tokens": Mutant(
@@ -92,7 +92,7 @@ def run_in_copy(folder: Path, tests: list[str]) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in ("compiler", "engines", "recipes", "src", "tests/parity"):
+    for name in ("compiler", "engines", "recipes", "src", "tests/support", "tests/parity"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -12,13 +12,13 @@ from PIL import Image
 
 from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score
 from pocket.photographs import HELD_OUT, square
-from qie.compiler.calibration import read_calibration
-from qie.compiler.checkpoint import POCKET, open_checkpoint
-from qie.compiler.pack import build_bundle
-from qie.compiler.plan import make_plan
-from qie.compiler.recipe import ComponentRecipe, Quantization, load_recipe
-from qie.compiler.reference import load_reference
-from qie.engines.editor import Editor, Request
+from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.quantization.calibration import read_calibration
+from qie.compiler.recipe.schema import ComponentRecipe, Quantization, load_recipe
+from qie.compiler.validation.reference import load_reference
+from qie.engines.editing.editor import Editor, Request
 
 SEED = 7
 

@@ -23,11 +23,11 @@ from pocket.prompts import Prompter
 from pocket.reader import Reader, to_patches
 from pocket.run import Run, learning_rate
 from pocket.samples import sample
-from qie.compiler.checkpoint import open_checkpoint
-from qie.compiler.model import check_parts, schedules
-from qie.compiler.recipe import load_recipe
-from qie.compiler.reference import load_reference
-from qie.engines.prompt import PREFIX_TOKENS
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.model import check_parts, schedules
+from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.validation.reference import load_reference
+from qie.engines.inputs.prompt import PREFIX_TOKENS
 
 
 @pytest.fixture(scope="module")

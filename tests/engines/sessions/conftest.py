@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sessions.fake import Gpu
+from tests.support.fake_gpu import Gpu
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt"])

@@ -15,9 +15,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from qie.engines import sessions
-from qie.engines.bundle import open_bundle
+from qie.engines.bundle.bundle import open_bundle
 from qie.engines.sessions.tensorrt import DTYPES
-from sessions.fake import Context, Engine, Gpu, RtxEngine, Runtime, RuntimeCache, RuntimeConfig, runtime, tensorrt
+from tests.support.fake_gpu import (
+    Context,
+    Engine,
+    Gpu,
+    RtxEngine,
+    Runtime,
+    RuntimeCache,
+    RuntimeConfig,
+    runtime,
+    tensorrt,
+)
 
 FOLDER = Path(sessions.__file__).parent
 HOLDS = {

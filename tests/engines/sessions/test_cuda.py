@@ -9,7 +9,7 @@ import pytest
 from qie.engines.errors import EditError, EngineMismatchError
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import RUNS_AHEAD, Block, Device
-from sessions.fake import Code, Gpu, Misuse
+from tests.support.fake_gpu import Code, Gpu, Misuse
 
 ARRAYS = [
     np.arange(24, dtype=np.float32).reshape(2, 3, 4),

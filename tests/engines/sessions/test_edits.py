@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qie.engines.bundle import open_bundle
-from qie.engines.denoise import StepState
-from qie.engines.editor import Edit, Editor, Request
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.editing.denoise import StepState
+from qie.engines.editing.editor import Edit, Editor, Request
 from qie.engines.errors import EditError
-from qie.engines.manifest import COMPONENTS
-from sessions.fake import Code, Gpu, need
+from tests.support.fake_gpu import Code, Gpu, need
 
 STEPS = 4
 
@@ -157,7 +157,7 @@ def test_one_context_a_pass_however_many_edits(folder: Path, gpu: Gpu) -> None:
 
 def test_the_arena_is_the_largest_need_of_the_five(folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[int] = []
-    monkeypatch.setattr("sessions.fake.need", lambda shapes: needs.append(need(shapes)) or needs[-1])
+    monkeypatch.setattr("tests.support.fake_gpu.need", lambda shapes: needs.append(need(shapes)) or needs[-1])
     editor = editor_of(folder)
     editor.edit(request())
     assert editor._device is not None

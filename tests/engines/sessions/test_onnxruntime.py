@@ -11,9 +11,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from qie.engines.bundle import open_bundle
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.manifest import EngineRecord, ProfileRecord, TensorSpec
 from qie.engines.errors import BundleError, EditError, EngineMismatchError
-from qie.engines.manifest import EngineRecord, ProfileRecord, TensorSpec
 from qie.engines.sessions import onnxruntime as module
 from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
 

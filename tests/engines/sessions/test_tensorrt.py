@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qie.engines.bundle import open_bundle
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.manifest import Component, EngineRecord, TensorSpec
 from qie.engines.errors import BundleError, EditError
-from qie.engines.manifest import Component, EngineRecord, TensorSpec
-from qie.engines.sessions import load
 from qie.engines.sessions.device import Device
+from qie.engines.sessions.load import load
 from qie.engines.sessions.tensorrt import TensorRtSession
-from sessions.fake import Code, Context, Gpu, Misuse, RuntimeCache, need
+from tests.support.fake_gpu import Code, Context, Gpu, Misuse, RuntimeCache, need
 
 Arrays = dict[str, NDArray[Any]]
 DECODER = {"batch": 2, "rows": 4, "columns": 6}

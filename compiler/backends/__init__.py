@@ -1,0 +1,60 @@
+"""Builders: graph to engine, one file a backend; the two TensorRTs share theirs."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from qie.compiler.backends import onnxruntime
+from qie.compiler.backends.tensorrt.builder import TensorRT
+from qie.compiler.recipe.schema import Recipe
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord
+
+__all__ = ["BUILDERS", "Builder"]
+
+
+class Builder(Protocol):
+    """What a backend's builder offers; a module or an object."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether an engine is something else than its graph."""
+        ...
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether engines are built for the GPU at hand, so that another machine may have to."""
+        ...
+
+    def version(self) -> str:
+        """Version of the installed backend."""
+        ...
+
+    def unavailable(self, recipe: Recipe) -> str | None:
+        """Why this machine cannot build for the recipe's GPU, and what to do about it; None where it can."""
+        ...
+
+    def build(
+        self,
+        graph: GraphRecord,
+        folder: Path,
+        *,
+        key: str,
+        recipe: Recipe,
+        progress: Callable[[int, int], None] = ...,
+    ) -> EngineRecord:
+        """Make an engine of ``graph``, whose files lie in ``folder``, in the same folder.
+
+        Raises:
+            RecipeError, BuildError: the graph cannot become an engine for the recipe's GPU, or not on this machine.
+        """
+        ...
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "onnxruntime": onnxruntime,
+    "tensorrt-rtx": TensorRT(
+        backend="tensorrt-rtx", module="tensorrt_rtx", needs_gpu=False, mend="pip install 'qie[compile]'"
+    ),
+    "tensorrt": TensorRT(backend="tensorrt", module="tensorrt", needs_gpu=True, mend="pip install 'qie[tensorrt]'"),
+}
+"""Backend to its builder."""

@@ -1,0 +1,57 @@
+"""Which data types a GPU computes in, asked of a graph before a compiler is."""
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import TensorProto
+
+from qie.compiler.recipe.schema import FP8_CAPABILITY, Recipe
+from qie.engines.errors import RecipeError
+
+__all__ = ["check_datatypes"]
+
+FLOAT8 = frozenset(
+    (
+        TensorProto.FLOAT8E4M3FN,
+        TensorProto.FLOAT8E4M3FNUZ,
+        TensorProto.FLOAT8E5M2,
+        TensorProto.FLOAT8E5M2FNUZ,
+    )
+)
+
+TYPE_ATTRIBUTES = ("to", "output_dtype", "dtype")
+"""Attributes of nodes that name the type of what they make (Cast, QuantizeLinear, DequantizeLinear, ...)."""
+
+
+def check_datatypes(model: onnx.ModelProto, component: str, recipe: Recipe) -> None:
+    """Refuse a graph with FP8 tensors for a GPU that has no FP8.
+
+    Raises:
+        RecipeError: the recipe's compute capability is below 8.9.
+    """
+    wanted = recipe.compute_capability
+    if wanted is not None and float(wanted) >= float(FP8_CAPABILITY):
+        return
+    name = next((name for name, kind in _types(model.graph) if kind in FLOAT8), None)
+    if name is not None:
+        raise RecipeError(
+            f"the graph of {component} computes in FP8 (first in {name}), which needs compute capability "
+            f"{FP8_CAPABILITY} or later, and the {recipe.gpu} has {wanted or 'none'}; set components.{component}."
+            'quantization to "int8-smooth" or "none"'
+        )
+
+
+def _types(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:
+    """(name, element type) of everything in ``graph`` that names one."""
+    for tensor in graph.initializer:
+        yield tensor.name, tensor.data_type
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name, value.type.tensor_type.elem_type
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in TYPE_ATTRIBUTES:
+                yield node.name or node.op_type, attribute.i
+            if attribute.HasField("t"):
+                yield node.name or node.op_type, attribute.t.data_type
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _types(inner)

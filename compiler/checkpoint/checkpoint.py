@@ -1,0 +1,273 @@
+"""A folder or hub id becomes a checkpoint: its configs, its tensors by name, and a digest of its content."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qie.compiler.checkpoint.safetensors import SafetensorsReader, open_component, read_json
+from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
+from qie.engines.errors import CheckpointError
+from qie.engines.files import replacing
+
+__all__ = ["POCKET", "Checkpoint", "Pipeline", "open_checkpoint"]
+
+POCKET = Path(__file__).parents[2] / "recipes" / "pocket"
+"""The small trained model that comes with qie."""
+
+Pipeline = Literal["edit", "edit_plus"]
+"""Which of the two pipelines a checkpoint was made for: they differ in template, image areas and number of images."""
+
+_PIPELINES: dict[str, Pipeline] = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
+"""From `_class_name` of model_index.json (diffusers, pipelines/qwenimage)."""
+
+_CONFIGS = {
+    "transformer": "transformer/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "vae": "vae/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+_PREPROCESSOR = "processor/preprocessor_config.json"
+_TOKENIZER = tuple(
+    f"{folder}/{name}"
+    for folder in ("tokenizer", "processor")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+)
+
+_CONFIG_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.jinja")
+_WEIGHT_PATTERNS = (
+    "*/model.safetensors",
+    "*/model-*.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+    "*/diffusion_pytorch_model-*.safetensors",
+)
+"""What is fetched of a hub id; names with a variant, such as model.fp16.safetensors, are not."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1 << 24
+"""Bytes hashed between two reports of progress."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A diffusers-format folder of Qwen-Image-Edit or a model of the same architecture.
+
+    ``name`` is the hub id or the folder's name, ``revision`` the hub's commit (None for a plain folder). The fields
+    named for a component hold its config.json as it is written, ``preprocessor`` that of the image processor ({} where
+    there is none). ``complete`` is False where only configs and tokenizer were asked for.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    pipeline: Pipeline
+    complete: bool
+    model_index: Mapping[str, Any] = field(repr=False)
+    transformer: Mapping[str, Any] = field(repr=False)
+    text_encoder: Mapping[str, Any] = field(repr=False)
+    vae: Mapping[str, Any] = field(repr=False)
+    scheduler: Mapping[str, Any] = field(repr=False)
+    preprocessor: Mapping[str, Any] = field(repr=False)
+
+    def reader(self, subfolder: Subfolder) -> SafetensorsReader:
+        """The tensors of a component under their canonical names; only headers are read here.
+
+        Raises:
+            CheckpointError: the weights are missing, incomplete or damaged.
+        """
+        return open_component(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
+
+    def digest(self, *, cache: Path | None = None, progress: Progress | None = None) -> str:
+        """sha256 (hex) over the content of all configs, tokenizer files and, if ``complete``, weights.
+
+        The same content has the same digest wherever it lies. In the hub's cache the name of a large file's blob is
+        its sha256 already and is taken as such; other files are read. ``cache`` is a JSON file that remembers the
+        sha256 of files whose path, size, modification time and inode have not changed.
+
+        Raises:
+            CheckpointError: the weights are missing, incomplete or damaged, or a file cannot be read.
+        """
+        names = ("model_index.json", *_CONFIGS.values(), _PREPROCESSOR, *_TOKENIZER)
+        files = [self.path / name for name in names if (self.path / name).is_file()]
+        if self.complete:
+            for subfolder in SUBFOLDERS:
+                reader = self.reader(subfolder)
+                files += sorted({reader.source, *reader.files})
+        total = sum(file.stat().st_size for file in files)
+        known = _load_known(cache)
+        whole = hashlib.sha256()
+        done = 0
+        for file in files:
+            sha256 = _blob_sha256(file) or _remembered_sha256(file, known, done, total, progress)
+            whole.update(f"{file.relative_to(self.path).as_posix()}\0{sha256}\n".encode())
+            done += file.stat().st_size
+            if progress is not None:
+                progress(done, total)
+        if cache is not None:
+            _store_known(cache, known)
+        return whole.hexdigest()
+
+
+def open_checkpoint(source: str, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
+    """Open a checkpoint from a folder or from the hub, and check that nothing is missing before long work starts.
+
+    Args:
+        source: a folder in diffusers format; "pocket", the small trained model that comes with qie; or a hub id
+            ("owner/name"), which is looked up through huggingface_hub and its cache; what is cached works offline.
+        revision: branch, tag or commit of a hub id.
+        weights: False opens configs and tokenizer alone, and fetches nothing else of a hub id.
+
+    Raises:
+        CheckpointError: nothing is found, the pipeline is another one, a component or config is missing or damaged, or
+            (with ``weights``) a file of weights is missing, cut short or broken.
+    """
+    folder = Path(source).expanduser()
+    if source == POCKET.name and not (folder / "model_index.json").is_file():
+        folder = POCKET
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{source} is a folder and has no revision {revision!r}: leave the revision out")
+        path, name = folder.absolute(), folder.resolve().name
+    elif _HUB_ID.fullmatch(source):
+        path, name = _fetch(source, revision, weights), source
+        revision = path.name
+    else:
+        raise CheckpointError(
+            f"{source} is neither a folder, nor pocket, nor a hub id such as Qwen/Qwen-Image-Edit-2511"
+        )
+
+    index_file = path / "model_index.json"
+    if not index_file.is_file():
+        raise CheckpointError(f"{path} has no model_index.json: expected a checkpoint, a folder in diffusers format")
+    model_index = read_json(index_file)
+    pipeline = _PIPELINES.get(str(model_index.get("_class_name")))
+    if pipeline is None:
+        raise CheckpointError(
+            f"{index_file} is of {model_index.get('_class_name')!r}; qie compiles {' and '.join(_PIPELINES)}"
+        )
+    missing = [file for file in _CONFIGS.values() if not (path / file).is_file()]
+    if not any((path / file).is_file() for file in _TOKENIZER if file.endswith(("tokenizer.json", "vocab.json"))):
+        missing.append("tokenizer/tokenizer.json")
+    if missing:
+        raise CheckpointError(f"{path} is incomplete, it lacks {', '.join(missing)}: download the checkpoint again")
+    configs = {component: read_json(path / file) for component, file in _CONFIGS.items()}
+    for component, config in configs.items():
+        if config.get("quantization_config"):
+            raise CheckpointError(
+                f"{path / _CONFIGS[component]} says that its weights are quantized already: take the bfloat16 original"
+            )
+    checkpoint = Checkpoint(
+        path=path,
+        name=name,
+        revision=revision,
+        pipeline=pipeline,
+        complete=weights,
+        model_index=model_index,
+        preprocessor=read_json(path / _PREPROCESSOR) if (path / _PREPROCESSOR).is_file() else {},
+        **configs,
+    )
+    if weights:
+        for subfolder in SUBFOLDERS:
+            checkpoint.reader(subfolder)
+    return checkpoint
+
+
+def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
+    """The folder of a hub id in huggingface_hub's cache, named by its commit."""
+    try:
+        import huggingface_hub
+    except ImportError as problem:
+        raise CheckpointError(
+            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}): run "
+            "`pip install 'qie[compile]'`, or give a folder"
+        ) from None
+
+    wanted = [*_CONFIG_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # whatever the network raised, the cache may hold the checkpoint
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    hub_id, revision=revision, allow_patterns=wanted, local_files_only=True
+                )
+            )
+        except (OSError, ValueError):
+            command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{hub_id} is not in the cache, or not whole, and cannot be fetched ({reason}): check the id and run "
+                f"`{command}` where there is a network, or give a folder"
+            ) from error
+
+
+def _canonical_text_encoder(name: str) -> str:
+    """One name for old (`visual.`, `model.`) and new (`model.visual.`, `model.language_model.`) prefixes.
+
+    transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py: Qwen2_5_VLModel holds `visual` and `language_model`.
+    """
+    inner = name.removeprefix("model.")
+    if inner == name or inner.startswith(("visual.", "language_model.")):
+        return inner
+    return f"language_model.{inner}"
+
+
+def _blob_sha256(file: Path) -> str | None:
+    """The sha256 in the name of a blob of the hub's cache, or None.
+
+    snapshots/<commit>/…/file links to blobs/<name>; the name is a sha256 for large files and a git hash (40 digits)
+    for others. Only this first link is followed: a blob may itself link to a store with names of another hash.
+    """
+    if not file.is_symlink():
+        return None
+    blob = Path(os.path.normpath(file.parent / file.readlink()))
+    in_cache = blob.parent.name == "blobs" and blob.parent.with_name("snapshots") in file.parents
+    return blob.name if in_cache and _SHA256.fullmatch(blob.name) else None
+
+
+def _remembered_sha256(file: Path, known: dict[str, Any], done: int, total: int, progress: Progress | None) -> str:
+    stat = file.stat()
+    key = str(file.resolve())
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    match known.get(key):
+        case {"state": seen, "sha256": str(sha256)} if seen == state:
+            return sha256
+    content = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                content.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}): download the checkpoint again") from error
+    known[key] = {"state": state, "sha256": content.hexdigest()}
+    return content.hexdigest()
+
+
+def _load_known(cache: Path | None) -> dict[str, Any]:
+    """What the digest cache holds; a cache that is missing or damaged is empty."""
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        return read_json(cache)
+    except CheckpointError:
+        return {}
+
+
+def _store_known(cache: Path, known: dict[str, Any]) -> None:
+    """Write the digest cache atomically. Where that cannot be done, the next digest takes longer, nothing else."""
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as temporary:
+            temporary.write_text(json.dumps({**_load_known(cache), **known}), encoding="utf-8")

@@ -1,0 +1,277 @@
+"""A checkpoint's configs as typed dimensions, checked for what the graphs can express.
+
+Sources: the configs of diffusers' QwenImageTransformer2DModel and AutoencoderKLQwenImage, and of transformers'
+Qwen2_5_VLForConditionalGeneration (both the flat form of 2025 and the nested one of transformers 5).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qie.engines.bundle.manifest import modulation_rows
+from qie.engines.errors import CheckpointError, ExportError
+
+__all__ = ["LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Dimensions of the diffusion transformer."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    in_channels: int
+    joint_width: int
+    axes_dims: tuple[int, int, int]
+    zero_cond_t: bool
+
+    @property
+    def width(self) -> int:
+        """Width of both streams."""
+        return self.heads * self.head_dim
+
+    @property
+    def modulation_rows(self) -> int:
+        """Modulation vectors a block."""
+        return modulation_rows(self.zero_cond_t)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TransformerConfig":
+        """Read transformer/config.json.
+
+        Raises:
+            CheckpointError: a key is missing or inconsistent.
+            ExportError: the model uses an option that the graph does not express.
+        """
+        where = "transformer/config.json"
+        _refuse(where, config, guidance_embeds=False, use_additional_t_cond=False, use_layer3d_rope=False)
+        axes = _counts(where, config, "axes_dims_rope", 3)
+        result = cls(
+            layers=_count(where, config, "num_layers"),
+            heads=_count(where, config, "num_attention_heads"),
+            head_dim=_count(where, config, "attention_head_dim"),
+            in_channels=_count(where, config, "in_channels"),
+            joint_width=_count(where, config, "joint_attention_dim"),
+            axes_dims=(axes[0], axes[1], axes[2]),
+            zero_cond_t=bool(config.get("zero_cond_t", False)),
+        )
+        if sum(result.axes_dims) != result.head_dim:
+            raise CheckpointError(
+                f"{where}: axes_dims_rope {list(axes)} adds up to {sum(axes)}, but attention_head_dim is "
+                f"{result.head_dim}; the config does not belong to a Qwen-Image transformer"
+            )
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """Dimensions of the vision tower."""
+
+    depth: int
+    width: int
+    heads: int
+    intermediate: int
+    out_width: int
+    patch_width: int
+    merge_size: int
+    full_attention_blocks: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+    @classmethod
+    def from_config(cls, text_encoder: Mapping[str, Any]) -> "VisionConfig":
+        """Read the ``vision_config`` of text_encoder/config.json.
+
+        Raises:
+            CheckpointError: a key is missing or inconsistent.
+            ExportError: the model uses an option that the graph does not express.
+        """
+        where = "text_encoder/config.json vision_config"
+        config = _table("text_encoder/config.json", text_encoder, "vision_config")
+        _refuse(where, config, hidden_act="silu")
+        channels = _count(where, config, "in_channels" if "in_channels" in config else "in_chans", 3)
+        patch, frames = _count(where, config, "patch_size"), _count(where, config, "temporal_patch_size", 2)
+        result = cls(
+            depth=_count(where, config, "depth"),
+            width=_count(where, config, "hidden_size"),
+            heads=_count(where, config, "num_heads"),
+            intermediate=_count(where, config, "intermediate_size"),
+            out_width=_count(where, config, "out_hidden_size"),
+            patch_width=channels * frames * patch * patch,
+            merge_size=_count(where, config, "spatial_merge_size", 2),
+            full_attention_blocks=_counts(where, config, "fullatt_block_indexes", least=0),
+        )
+        _divides(where, "num_heads", result.heads, result.width)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageConfig:
+    """Dimensions of the decoder."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+    @classmethod
+    def from_config(cls, text_encoder: Mapping[str, Any]) -> "LanguageConfig":
+        """Read the decoder's part of text_encoder/config.json.
+
+        Raises:
+            CheckpointError: a key is missing or inconsistent.
+            ExportError: the model uses an option that the graph does not express.
+        """
+        where = "text_encoder/config.json"
+        config = {**text_encoder, **_table(where, text_encoder, "text_config")}
+        _refuse(where, config, hidden_act="silu", use_sliding_window=False)
+        rope = _table(where, config, "rope_parameters") or _table(where, config, "rope_scaling")
+        section = _counts(where, {"mrope_section": (16, 24, 24), **rope}, "mrope_section", 3)
+        heads = _count(where, config, "num_attention_heads")
+        result = cls(
+            layers=_count(where, config, "num_hidden_layers"),
+            width=_count(where, config, "hidden_size"),
+            heads=heads,
+            kv_heads=_count(where, config, "num_key_value_heads", heads),
+            intermediate=_count(where, config, "intermediate_size"),
+            vocabulary=_count(where, config, "vocab_size"),
+            eps=_positive(where, config, "rms_norm_eps"),
+            rope_theta=_positive(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta"),
+            mrope_section=(section[0], section[1], section[2]),
+        )
+        _divides(where, "num_attention_heads", result.heads, result.width)
+        _divides(where, "num_key_value_heads", result.kv_heads, result.heads)
+        if 2 * sum(section) != result.head_dim:
+            raise CheckpointError(
+                f"{where}: mrope_section {list(section)} adds up to {sum(section)}, expected half the head width "
+                f"({result.head_dim // 2}); the config does not belong to a Qwen2.5-VL text encoder"
+            )
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeConfig:
+    """Dimensions of the VAE."""
+
+    base_width: int
+    z_dim: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "VaeConfig":
+        """Read vae/config.json.
+
+        Raises:
+            CheckpointError: a key is missing or inconsistent.
+            ExportError: the model uses an option that the graph does not express.
+        """
+        where = "vae/config.json"
+        _refuse(where, config, input_channels=3, attn_scales=[])
+        result = cls(
+            base_width=_count(where, config, "base_dim"),
+            z_dim=_count(where, config, "z_dim"),
+            multipliers=_counts(where, config, "dim_mult"),
+            blocks=_count(where, config, "num_res_blocks"),
+            latents_mean=_numbers(where, config, "latents_mean"),
+            latents_std=_numbers(where, config, "latents_std"),
+        )
+        for key, values in (("latents_mean", result.latents_mean), ("latents_std", result.latents_std)):
+            if len(values) != result.z_dim:
+                raise CheckpointError(f"{where}: {key} has {len(values)} values, expected z_dim = {result.z_dim}")
+        if len(result.multipliers) != 4:
+            raise ExportError(
+                f"{where}: dim_mult has {len(result.multipliers)} levels; qie's latents are 1/8 of the image, "
+                "which takes 4"
+            )
+        return result
+
+
+def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
+    if key not in config:
+        raise CheckpointError(f"{where} has no {key!r}; download the checkpoint again or restore its config")
+    return config[key]
+
+
+def _wrong(where: str, key: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {key} = {found!r}, expected {expected}; restore the checkpoint's config")
+
+
+def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A nested object; absent or null is empty."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise _wrong(where, key, found, "an object")
+    return found
+
+
+def _count(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of at least 1; absent or null is the default, where there is one."""
+    found = config.get(key) or default if default is not None else _get(where, config, key)
+    if type(found) is not int or found < 1:
+        raise _wrong(where, key, found, "a whole number of at least 1")
+    return found
+
+
+def _counts(
+    where: str, config: Mapping[str, Any], key: str, length: int | None = None, *, least: int = 1
+) -> tuple[int, ...]:
+    found = _get(where, config, key)
+    if (
+        not isinstance(found, list | tuple)
+        or not all(type(count) is int and count >= least for count in found)
+        or len(found) != (length or len(found))
+    ):
+        raise _wrong(where, key, found, f"a list of {length or 'some'} whole numbers of at least {least}")
+    return tuple(found)
+
+
+def _number(where: str, config: Mapping[str, Any], key: str) -> float:
+    found = _get(where, config, key)
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise _wrong(where, key, found, "a number")
+    return float(found)
+
+
+def _positive(where: str, config: Mapping[str, Any], key: str) -> float:
+    found = _number(where, config, key)
+    if found <= 0:
+        raise _wrong(where, key, found, "a positive number")
+    return found
+
+
+def _numbers(where: str, config: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    found = _get(where, config, key)
+    if not isinstance(found, list | tuple):
+        raise _wrong(where, key, found, "a list of numbers")
+    return tuple(_number(where, {key: number}, key) for number in found)
+
+
+def _divides(where: str, key: str, part: int, whole: int) -> None:
+    if whole % part:
+        raise _wrong(where, key, part, f"a divisor of {whole}")
+
+
+def _refuse(where: str, config: Mapping[str, Any], **expected: Any) -> None:
+    """Options that the graphs do not express must be absent or have their usual value."""
+    for key, value in expected.items():
+        found = config.get(key, value)
+        if (found or value) != value:
+            raise ExportError(f"{where}: {key} = {found!r} is not supported, qie's graphs are written for {value!r}")

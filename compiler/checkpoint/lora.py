@@ -1,0 +1,225 @@
+"""LoRA files become differences that are added to the checkpoint's tensors while they are streamed.
+
+A LoRA holds for some linear layers two thin matrices, down [rank, in] and up [out, rank]. The layer's weight [out, in]
+becomes W + weight * alpha / rank * up @ down (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 4.1).
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_file
+from qie.engines.errors import CheckpointError
+
+__all__ = ["Lora", "fused_reader", "open_lora", "parse_lora"]
+
+_KEY = re.compile(
+    r"(?:transformer\.|diffusion_model\.|lora_unet_)?(?P<module>.+)\."
+    r"(?:(?P<down>lora_A|lora_down)(?:\.default)?\.weight|(?P<up>lora_B|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))"
+)
+"""The keys of diffusers and PEFT (lora_A, lora_B), of kohya (lora_unet_, lora_down, lora_up) and of Lightning."""
+
+_WEIGHT_SUFFIX = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
+
+_METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps the PEFT configuration of a LoRA (diffusers, loaders/lora_base.py)."""
+
+_SHOWN = 5
+"""How many keys an error lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pair:
+    module: str
+    down: str
+    up: str
+    shape: tuple[int, int]
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """An open LoRA: ``weight`` is the user's factor, ``name`` the file's name."""
+
+    path: Path
+    weight: float
+    reader: SafetensorsReader = field(repr=False)
+    pairs: Mapping[str, _Pair] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    def delta(self, part_key: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+        """What to add to the transformer's tensor ``part_key`` of this shape, float32 [out, in]; None if untouched.
+
+        Raises:
+            CheckpointError: the LoRA was made for a tensor of another shape.
+        """
+        pair = self._pair(part_key, shape)
+        if pair is None:
+            return None
+        down = self.reader.read(pair.down).astype(np.float32)
+        up = self.reader.read(pair.up).astype(np.float32)
+        difference: npt.NDArray[np.float32] = up @ down
+        difference *= np.float32(self.weight * pair.scale)
+        return difference
+
+    def digest(self) -> str:
+        """sha256 (hex) of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _pair(self, part_key: str, shape: tuple[int, ...]) -> _Pair | None:
+        pair = self.pairs.get(_flat(part_key.removesuffix(".weight"))) if part_key.endswith(".weight") else None
+        if pair is not None and pair.shape != shape:
+            raise CheckpointError(
+                f"{self.path} changes {part_key!r} as {list(pair.shape)}, but the checkpoint has {list(shape)}: "
+                "use a LoRA made for this model"
+            )
+        return pair
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Split "path:0.8" into path and weight; without a number after the last colon the weight is 1.0."""
+    match = _WEIGHT_SUFFIX.fullmatch(text)
+    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
+
+
+def open_lora(path: Path, weight: float) -> Lora:
+    """Open a LoRA file in the key style of diffusers, PEFT, kohya or Lightning.
+
+    alpha is the layer's own (`….alpha`), else that of diffusers' metadata in the file, else the rank.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no safetensors file; it holds something else than pairs of
+            matrices (differences of biases, DoRA, LoHa, LoKr); a pair is incomplete or its ranks differ; the weight is
+            not finite.
+    """
+    if not math.isfinite(weight):
+        raise CheckpointError(f"The weight of {path} is {weight}: expected a number such as 0.8")
+    reader = open_file(path)
+    found: dict[str, dict[str, str]] = {}
+    strange = []
+    for key in reader.names():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            strange.append(key)
+            continue
+        role = next(role for role in ("down", "up", "alpha") if match[role])
+        roles = found.setdefault(_flat(match["module"]), {"module": match["module"]})
+        if role in roles:
+            raise CheckpointError(f"{path} holds {roles[role]!r} and {key!r}, both the {role} of one layer: keep one")
+        roles[role] = key
+    if strange:
+        raise CheckpointError(
+            f"{path} holds {_some(strange)}; qie fuses pairs of lora_A/lora_B or lora_down/lora_up matrices, and no "
+            "differences of weights or biases (.diff, .diff_b), DoRA, LoHa or LoKr: use a plain LoRA"
+        )
+    if not found:
+        raise CheckpointError(f"{path} is empty: expected pairs of lora_A/lora_B or lora_down/lora_up matrices")
+    default_alpha = _metadata_alpha(reader)
+    pairs = {flat: _pair(reader, roles, default_alpha) for flat, roles in found.items()}
+    return Lora(path=path, weight=weight, reader=reader, pairs=pairs)
+
+
+def fused_reader(reader: TensorReader, loras: Sequence[Lora]) -> TensorReader:
+    """A reader of the transformer's tensors with all LoRAs added: float32 where touched, raw otherwise.
+
+    Raises:
+        CheckpointError: a LoRA has layers that the transformer has not, or of another shape.
+    """
+    layers = {_flat(name.removesuffix(".weight")): name for name in reader.names() if name.endswith(".weight")}
+    touched = set()
+    for lora in loras:
+        unknown = [pair.module for flat, pair in lora.pairs.items() if flat not in layers]
+        if unknown:
+            raise CheckpointError(
+                f"{lora.path} changes layers that the checkpoint's transformer has not: {_some(unknown)}; "
+                "use a LoRA made for this model"
+            )
+        for flat in lora.pairs:
+            lora._pair(layers[flat], reader.shape(layers[flat]))
+            touched.add(layers[flat])
+    return _FusedReader(reader=reader, loras=tuple(loras), touched=frozenset(touched))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FusedReader:
+    reader: TensorReader
+    loras: tuple[Lora, ...]
+    touched: frozenset[str]
+
+    def names(self) -> tuple[str, ...]:
+        return self.reader.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.reader.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return "float32" if name in self.touched else self.reader.dtype(name)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        raw = self.reader.read(name)
+        if name not in self.touched:
+            return raw
+        fused = raw.astype(np.float32)
+        for lora in self.loras:
+            difference = lora.delta(name, fused.shape)
+            if difference is not None:
+                fused += difference
+        return fused
+
+
+def _flat(module: str) -> str:
+    """A layer's name as kohya writes it, the one spelling that all key styles share."""
+    return module.replace(".", "_")
+
+
+def _some(keys: Sequence[str]) -> str:
+    rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(map(repr, keys[:_SHOWN])) + rest
+
+
+def _metadata_alpha(reader: SafetensorsReader) -> float | None:
+    """Alpha of all layers from the PEFT configuration that diffusers stores in the file, if it does."""
+    if _METADATA not in reader.metadata:
+        return None
+    try:
+        stored = json.loads(reader.metadata[_METADATA])
+        settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
+        alpha = None if settings.get("lora_alpha") is None else float(settings["lora_alpha"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{reader.source} has broken {_METADATA} ({error}): download it again") from error
+    unsupported = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if settings.get(key)]
+    if unsupported:
+        raise CheckpointError(f"{reader.source} uses {_some(unsupported)}, which qie does not fuse: use a plain LoRA")
+    return alpha
+
+
+def _pair(reader: SafetensorsReader, roles: Mapping[str, str], default_alpha: float | None) -> _Pair:
+    module = roles["module"]
+    absent = [role for role in ("down", "up") if role not in roles]
+    if absent:
+        raise CheckpointError(f"{reader.source} lacks the {' and the '.join(absent)} matrix of {module!r}")
+    down, up = reader.shape(roles["down"]), reader.shape(roles["up"])
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
+        raise CheckpointError(
+            f"{reader.source} has down {list(down)} and up {list(up)} for {module!r}, expected [rank, in], [out, rank]"
+        )
+    rank = down[0]
+    alpha = float(rank) if default_alpha is None else default_alpha
+    if "alpha" in roles:
+        if math.prod(reader.shape(roles["alpha"])) != 1:
+            raise CheckpointError(f"{reader.source}: {roles['alpha']!r} has more than one element, expected a number")
+        alpha = float(reader.read(roles["alpha"]).reshape(-1)[0])
+    return _Pair(module=module, down=roles["down"], up=roles["up"], shape=(up[0], down[1]), scale=alpha / rank)

@@ -1,0 +1,116 @@
+"""The checkpoint's tokenizer, without transformers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.safetensors import read_json
+from qie.engines.errors import CheckpointError
+
+__all__ = ["byte_level", "load_tokenizer"]
+
+_REQUIRED = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+"""The special tokens of the prompt template."""
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen splits text before byte-pair encoding (transformers, models/qwen2/tokenization_qwen2.py)."""
+
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer from tokenizer.json, or else from vocab.json and merges.txt, without truncation and padding.
+
+    Looks in the checkpoint's tokenizer/ first and in processor/ then. Gives the ids of transformers' Qwen2Tokenizer.
+
+    Raises:
+        CheckpointError: there is no vocabulary, it is damaged, or a special token of the prompt template is missing.
+    """
+    folders = [checkpoint.path / "tokenizer", checkpoint.path / "processor"]
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _from_file(folder / "tokenizer.json")
+            break
+    else:
+        for folder in folders:
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                tokenizer = _from_vocabulary(folder)
+                break
+        else:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tokenizer: expected tokenizer/tokenizer.json, or tokenizer/vocab.json with "
+                "merges.txt; download the checkpoint again"
+            )
+    missing = [token for token in _REQUIRED if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise CheckpointError(f"The tokenizer in {folder} lacks {', '.join(missing)}: download the checkpoint again")
+    return tokenizer
+
+
+def _from_file(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"{path} is no tokenizer ({error}): download it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_vocabulary(folder: Path) -> Tokenizer:
+    try:
+        model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(
+            f"{folder}/vocab.json and merges.txt are no vocabulary ({error}): download them again"
+        ) from error
+    tokenizer = byte_level(model)
+    for token_id, token in sorted(_added_tokens(folder).items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"{folder}: {token.content!r} has id {token_id}, but vocab.json leaves it "
+                f"{tokenizer.token_to_id(token.content)}: the files are of different downloads; download them again"
+            )
+    return tokenizer
+
+
+def byte_level(model: BPE) -> Tokenizer:
+    """A tokenizer that splits, encodes and decodes text as Qwen's does, by the pairs of ``model``."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _added_tokens(folder: Path) -> Mapping[int, AddedToken]:
+    """The tokens beside the vocabulary by id: with their flags where tokenizer_config.json has them."""
+    config = folder / "tokenizer_config.json"
+    described: Any = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+    try:
+        if described:
+            return {
+                int(token_id): AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS if flag in token})
+                for token_id, token in described.items()
+            }
+        plain = folder / "added_tokens.json"
+        if not plain.is_file():
+            return {}
+        return {
+            int(token_id): AddedToken(token, special=True, normalized=False)
+            for token, token_id in read_json(plain).items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has added tokens that cannot be read ({error}): download it again") from error

@@ -1,0 +1,50 @@
+"""The components: the one list of parts that become engines, and how each is written as a graph."""
+
+from collections.abc import Callable
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.configs import LanguageConfig, TransformerConfig, VaeConfig, VisionConfig
+from qie.compiler.graphs.graph import Graph
+from qie.compiler.graphs.language import language
+from qie.compiler.graphs.transformer import transformer
+from qie.compiler.graphs.vae import vae_decoder, vae_encoder
+from qie.compiler.graphs.vision import vision
+from qie.compiler.recipe.schema import Recipe
+from qie.compiler.weights.weight import DType
+from qie.engines.bundle.manifest import COMPONENTS, Component
+from qie.engines.errors import RecipeError
+
+__all__ = ["GRAPHS", "graph_dtype", "write_graph_of"]
+
+GRAPHS: dict[Component, Callable[[Checkpoint, DType], Graph]] = {
+    "vision": lambda c, dtype: vision(VisionConfig.from_config(c.text_encoder), dtype=dtype),
+    "language": lambda c, dtype: language(LanguageConfig.from_config(c.text_encoder), dtype=dtype),
+    "vae_encoder": lambda c, dtype: vae_encoder(VaeConfig.from_config(c.vae), dtype=dtype),
+    "transformer": lambda c, dtype: transformer(TransformerConfig.from_config(c.transformer), dtype=dtype),
+    "vae_decoder": lambda c, dtype: vae_decoder(VaeConfig.from_config(c.vae), dtype=dtype),
+}
+assert tuple(GRAPHS) == COMPONENTS
+
+
+def graph_dtype(recipe: Recipe, component: Component) -> DType:
+    """The dtype in which ``recipe`` wants ``component`` to compute.
+
+    Raises:
+        RecipeError: the graphs are not written in it.
+    """
+    precision = recipe.components[component].precision
+    if precision == "float16":
+        raise RecipeError(
+            f'components.{component}.precision is "float16"; the graphs are written in "float32" or "bfloat16"'
+        )
+    return precision
+
+
+def write_graph_of(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> Graph:
+    """The graph of ``component`` in the recipe's precision; no weight is read.
+
+    Raises:
+        CheckpointError, ExportError: the configs are incomplete or ask for what the graphs do not express.
+        RecipeError: see ``graph_dtype``.
+    """
+    return GRAPHS[component](checkpoint, graph_dtype(recipe, component))

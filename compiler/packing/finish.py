@@ -1,0 +1,58 @@
+"""Builds, on the machine of the GPU, the engines that a bundle still lacks; its graphs are all that this takes."""
+
+import shutil
+import tempfile
+from dataclasses import replace
+
+from qie.compiler.backends import BUILDERS
+from qie.compiler.packing.pack import Progress, build_engine, drop_graph, finish_folder, take_over, writing
+from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.bundle.manifest import Manifest
+from qie.engines.errors import BackendMissingError, BuildError, BundleError
+
+__all__ = ["finish_bundle"]
+
+
+def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, total: None) -> Bundle:
+    """Build an engine of every graph in ``bundle`` for the backend that its recipe prefers.
+
+    The new engines come before those that the bundle has already, the graphs are deleted. The bundle is replaced when
+    all is done, or stays as it is. ``progress``: see ``build_bundle``.
+
+    Raises:
+        BackendMissingError: this machine cannot build for the recipe's GPU.
+        BundleError: the bundle is damaged.
+        RecipeError, BuildError: nothing is left to finish, a builder failed, or the disk is full.
+    """
+    manifest = bundle.manifest
+    if not manifest.graphs:
+        raise BuildError(f"{bundle.path} has every engine that its recipe prefers: there is nothing to finish")
+    recipe = _recipe(manifest)
+    for graph in manifest.graphs:
+        if graph.backend not in BUILDERS:
+            raise BackendMissingError(f"{graph.component} waits for {graph.backend}, which this qie does not build for")
+        reason = BUILDERS[graph.backend].unavailable(recipe)
+        if reason is not None:
+            raise BackendMissingError(f"{graph.component} is not finished here: {reason}")
+    needed = sum(record.bytes for graph in manifest.graphs for record in graph.files)
+    free = shutil.disk_usage(bundle.path).free
+    if needed > free:
+        raise BuildError(f"finishing {bundle.path} needs {needed:,} bytes, and {free:,} are free; make room")
+    with writing(bundle.path, needed) as folder:
+        if not take_over(manifest.files(), bundle.path, folder):
+            raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")
+        engines = []
+        for graph in manifest.graphs:
+            engines.append(build_engine(graph.backend, graph, folder, recipe, progress))
+            drop_graph(graph, folder)
+        finish_folder(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
+    return open_bundle(str(bundle.path))
+
+
+def _recipe(manifest: Manifest) -> Recipe:
+    """The resolved recipe by which the bundle was built."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+        file.write(manifest.recipe.toml)
+        file.flush()
+        return load_recipe(file.name)

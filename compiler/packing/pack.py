@@ -1,0 +1,320 @@
+"""Carries out a plan: streams weights, builds engines, and packs everything into a bundle that is whole or absent."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import qie
+from qie.compiler.backends import BUILDERS
+from qie.compiler.checkpoint.configs import TransformerConfig
+from qie.compiler.checkpoint.lora import fused_reader
+from qie.compiler.checkpoint.model import areas, model_record, schedules
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.checkpoint.tokenizer import load_tokenizer
+from qie.compiler.graphs.graph import write_graph
+from qie.compiler.planning.estimate import check_fit
+from qie.compiler.planning.plan import (
+    Plan,
+    PlannedComponent,
+    check_buildable,
+    engine_key,
+    graph_keys,
+    kept_engines,
+    recipe_schedules,
+)
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.quantization import calibration
+from qie.compiler.quantization.smoothing import smoothed_reader
+from qie.compiler.recipe.schema import Recipe, to_toml
+from qie.compiler.weights.modulation import write_modulation
+from qie.compiler.weights.stream import write_weights
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.bundle.manifest import (
+    MANIFEST,
+    SCHEMA,
+    Defaults,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    LoraRecord,
+    Manifest,
+    ModulationRecord,
+    QuantizationRecord,
+    RecipeRecord,
+    write_manifest,
+)
+from qie.engines.errors import BuildError, BundleError
+from qie.engines.files import qie_home, replacing_folder, sha256_of
+from qie.engines.inputs.modulation import SCHEDULES, compute_tables, store_tables, table_name
+
+__all__ = [
+    "Progress",
+    "build_bundle",
+    "build_engine",
+    "checkpoint_readers",
+    "drop_graph",
+    "finish_folder",
+    "take_over",
+    "writing",
+]
+
+Progress = Callable[[str, int, int], None]
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def build_bundle(plan: Plan, *, progress: Progress = lambda what, done, total: None) -> Bundle:
+    """Build the bundle of ``plan`` and put it at its destination, in place of an earlier one.
+
+    Engines of the earlier bundle with an equal key and undamaged files are kept. ``progress`` is called with
+    (what is being done, bytes or units done, bytes or units in all).
+
+    Raises:
+        QieError: see ``check_buildable``, ``check_fit``, ``write_weights`` and the builders; nothing half-written is
+            left.
+    """
+    check_buildable(plan)
+    check_fit(plan)
+    with writing(plan.destination, plan.disk_bytes) as folder:
+        _fill(folder, plan, progress)
+    return open_bundle(str(plan.destination))
+
+
+@contextmanager
+def writing(destination: Path, needed: int) -> Iterator[Path]:
+    """A folder that takes the place of ``destination`` when the block ends well; it needs about so many bytes.
+
+    Raises:
+        BuildError: it cannot be written, or the disk is full.
+    """
+    try:
+        with replacing_folder(destination) as folder:
+            yield folder
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BuildError(
+                f"the disk of {destination} is full, {needed:,} bytes are needed; make room, or choose another disk "
+                "with --out"
+            ) from problem
+        raise BuildError(f"cannot write {destination} ({problem}); choose another place with --out") from problem
+
+
+def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
+    """Readers of all parts, the transformer's with the LoRAs fused, all with the smoothing of the plan.
+
+    Raises:
+        CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
+    """
+    readers: dict[Subfolder, TensorReader] = {
+        part: plan.checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")
+    }
+    if plan.loras:
+        readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
+    for part in plan.components:
+        if part.groups:
+            name = part.graph.subfolder
+            readers[name] = smoothed_reader(readers[name], part.groups, part.factors)
+    return readers
+
+
+def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
+    checkpoint, recipe = plan.checkpoint, plan.recipe
+    readers = checkpoint_readers(plan)
+    digest = checkpoint.digest(
+        cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
+    )
+    if plan.calibration is not None:
+        plan.calibration.check_model(digest)
+    keys = graph_keys(plan, digest)
+    old = _earlier(plan.destination)
+    kept = kept_engines(plan, keys, old)
+    engines: list[EngineRecord] = []
+    graphs: list[GraphRecord] = []
+    for part in plan.components:
+        start = time.perf_counter()
+        engine = kept.get(part.component)
+        if engine is not None and not (old is not None and take_over(engine_files(engine), old.path, folder)):
+            engine = None
+        if engine is None or part.finish is not None:
+            graph = _graph(part, plan, keys[part.component], readers, old, folder, progress)
+            if engine is None and part.backend is not None:
+                engine = build_engine(part.backend, graph, folder, recipe, progress)
+                engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+            if part.finish is not None:
+                graphs.append(graph)
+            elif engine is not None and engine.files != graph.files:
+                drop_graph(graph, folder)
+        if engine is not None:
+            engines.append(engine)
+    modulation = write_modulation(
+        TransformerConfig.from_config(checkpoint.transformer),
+        readers,
+        folder,
+        tables="bfloat16" if recipe.components.transformer.precision == "bfloat16" else "float32",
+        progress=partial(progress, "modulation"),
+    )
+    load_tokenizer(checkpoint).save(str(folder / TOKENIZER_FILE), pretty=False)
+    default = schedules(checkpoint, recipe)[0]
+    manifest = Manifest(
+        schema=SCHEMA,
+        qie=qie.__version__,
+        model=model_record(checkpoint, digest=digest, modulation=modulation),
+        loras=tuple(LoraRecord(name=o.name, sha256=o.digest(), weight=o.weight) for o in plan.loras),
+        recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
+        limits=recipe.shape_limits(areas(checkpoint).vae_area),
+        defaults=Defaults(
+            steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency
+        ),
+        tokenizer=_record(folder, TOKENIZER_FILE),
+        calibration=_calibration(folder, plan),
+        schedules=_write_schedules(folder, plan, modulation, progress),
+        engines=tuple(engines),
+        graphs=tuple(graphs),
+    )
+    finish_folder(manifest, folder)
+
+
+def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress) -> EngineRecord:
+    """Build an engine of ``graph``, whose files lie in ``folder``, into the same folder.
+
+    Raises:
+        RecipeError, BuildError: see the backend's builder.
+    """
+    return BUILDERS[backend].build(
+        graph,
+        folder,
+        key=engine_key(graph.key, backend, recipe, graph.profiles),
+        recipe=recipe,
+        progress=partial(progress, f"compile {graph.component}"),
+    )
+
+
+def drop_graph(graph: GraphRecord, folder: Path) -> None:
+    """Delete the files of ``graph``."""
+    for record in graph.files:
+        (folder / record.path).unlink()
+
+
+def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
+    """Everything of ``engine`` in its bundle."""
+    return engine.files if engine.structure is None else (*engine.files, engine.structure)
+
+
+def take_over(records: Sequence[FileRecord], old: Path, folder: Path) -> bool:
+    """Link files from the bundle ``old``; False, and none, where one is not what was built."""
+    if any(sha256_of(old / record.path) != record.sha256 for record in records):
+        return False
+    for record in records:
+        (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(old / record.path, folder / record.path)
+        except OSError:
+            shutil.copyfile(old / record.path, folder / record.path)
+    return True
+
+
+def finish_folder(manifest: Manifest, folder: Path) -> None:
+    """Write the manifest last, everything on the disk."""
+    _sync(folder)
+    write_manifest(manifest, folder)
+    _sync(folder / MANIFEST)
+
+
+def _graph(
+    part: PlannedComponent,
+    plan: Plan,
+    key: str,
+    readers: Mapping[Subfolder, TensorReader],
+    old: Bundle | None,
+    folder: Path,
+    progress: Progress,
+) -> GraphRecord:
+    """The graph of ``part`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
+    backend = part.finish or part.backend
+    assert backend is not None
+    shapes = profiles(part.graph, plan.recipe, plan.checkpoint)
+    if old is not None:
+        for graph in old.manifest.graphs:
+            if graph.key == key and take_over(graph.files, old.path, folder):
+                return replace(graph, backend=backend, profiles=shapes)
+    graph_name, weights_name = f"{part.component}.onnx", f"{part.component}.weights"
+    written = write_weights(
+        part.graph.weights, readers, folder / weights_name, progress=partial(progress, part.component)
+    )
+    write_graph(part.graph, folder / graph_name, weights_name, written.places)
+    weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
+    return GraphRecord(
+        component=part.component,
+        backend=backend,
+        dtype=part.graph.dtype,
+        key=key,
+        path=graph_name,
+        files=(_record(folder, graph_name), weights),
+        inputs=part.graph.inputs,
+        outputs=part.graph.outputs,
+        parameters=part.graph.parameters(),
+        quantization=_quantization(part),
+        profiles=shapes,
+    )
+
+
+def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
+    """The calibration of what is quantized, copied into ``folder``: it tells how the bundle came about, and serves the
+    next build."""
+    sections = [plan.recipe.components[part.component] for part in plan.components]
+    if plan.calibration is None or all(s.quantization == s.attention == "none" for s in sections):
+        return None
+    assert plan.calibration.source is not None
+    shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
+    return _record(folder, calibration.FILE)
+
+
+def _quantization(part: PlannedComponent) -> QuantizationRecord | None:
+    if part.quantization == "none":
+        return None
+    return QuantizationRecord(scheme=part.quantization, quantized=part.quantized, linears=part.linears)
+
+
+def _earlier(destination: Path) -> Bundle | None:
+    """The bundle at ``destination``, where there is one that opens."""
+    if not (destination / MANIFEST).is_file():
+        return None
+    try:
+        return open_bundle(str(destination))
+    except BundleError:
+        return None
+
+
+def _write_schedules(
+    folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
+) -> tuple[FileRecord, ...]:
+    """The modulation tables of the recipe's schedules."""
+    found = recipe_schedules(plan.checkpoint, plan.recipe)
+    records = []
+    for number, values in enumerate(found):
+        name = f"{SCHEDULES}/{table_name(modulation, values)}"
+        store_tables(compute_tables(folder, modulation, values), modulation, folder / name)
+        records.append(_record(folder, name))
+        progress("schedules", number + 1, len(found))
+    return tuple(records)
+
+
+def _record(folder: Path, name: str) -> FileRecord:
+    path = folder / name
+    return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

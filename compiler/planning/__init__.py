@@ -1,0 +1,1 @@
+"""What a build makes, whether it fits, and what it costs."""

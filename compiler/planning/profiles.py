@@ -1,0 +1,127 @@
+"""The shapes that an engine is built for: smallest, tuned-for and largest size of every free dim.
+
+They follow from the recipe's shapes and the areas to which the model brings its images, so that whatever the editor
+(``qie.engines.editing.editor``) makes of an edit within the recipe's limits is within the engine's. Sides are pixels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.model import areas
+from qie.compiler.checkpoint.processor import vision_spec
+from qie.compiler.graphs.graph import Graph
+from qie.compiler.recipe.schema import Range, Recipe
+from qie.engines.bundle.manifest import ProfileRecord
+from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size, VisionSpec
+from qie.engines.inputs.prompt import PREFIX_TOKENS
+from qie.engines.inputs.sizes import BUCKET_MULTIPLE, calculate_dimensions
+from qie.engines.inputs.vision import smart_resize
+
+__all__ = ["profiles"]
+
+INSTRUCTION_TOKENS = 60
+"""Text tokens beside those of the images in the edit that engines are tuned for."""
+
+
+def profiles(graph: Graph, recipe: Recipe, checkpoint: Checkpoint) -> tuple[ProfileRecord, ...]:
+    """The profile of every input of ``graph`` that has a free dim, in the order of the inputs.
+
+    Raises:
+        CheckpointError: the configs are incomplete.
+    """
+    spans = _spans(recipe, checkpoint)
+    if graph.component != "transformer":  # prompts, references and results go one by one
+        spans["batch"] = Range(min=1, opt=1, max=1)
+
+    def shape(dims: Sequence[int | str], end: Callable[[Range], int]) -> tuple[int, ...]:
+        return tuple(end(spans[d]) if isinstance(d, str) else d for d in dims)
+
+    return tuple(
+        ProfileRecord(
+            input=spec.name,
+            min=shape(spec.dims, lambda span: span.min),
+            opt=shape(spec.dims, lambda span: span.opt),
+            max=shape(spec.dims, lambda span: span.max),
+        )
+        for spec in graph.inputs
+        if any(isinstance(d, str) for d in spec.dims)
+    )
+
+
+def _spans(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Range]:
+    """Every free dim of every graph. What several images make together grows with their number."""
+    shapes, model = recipe.shapes, areas(checkpoint)
+    limits = recipe.shape_limits(model.vae_area)
+    most = 1 if checkpoint.pipeline == "edit" else shapes.references.max
+    references = _each(shapes.references, lambda count: min(count, most))
+    vision = vision_spec(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
+    condition = _sizes(model.condition_area or model.vae_area, limits, model.vae_area)
+    encoded = _sizes(model.vae_area, limits, model.vae_area)
+
+    patches = _several(references, [_patches(size, vision) for size in condition])
+    image_tokens = _each(patches, lambda count: count // vision.merge_size**2)
+    prompt = shapes.prompt_tokens
+    text_tokens = replace(prompt, opt=min(max(prompt.opt, image_tokens.opt + INSTRUCTION_TOKENS), prompt.max))
+    tuned = limits.buckets[0]
+    noise_tokens = Range(
+        min=(limits.min_side // SIDE_MULTIPLE) ** 2, opt=tuned.tokens, max=limits.max_area // SIDE_MULTIPLE**2
+    )
+    reference_tokens = _several(references, [size.tokens for size in encoded])
+    height = Range(min=limits.min_side, opt=tuned.height, max=limits.max_side)
+    width = Range(min=limits.min_side, opt=tuned.width, max=limits.max_side)
+    return {
+        "batch": shapes.batch,
+        "patches": patches,
+        "image_tokens": image_tokens,
+        "text_tokens": text_tokens,
+        "prompt_tokens": _each(text_tokens, lambda count: count + PREFIX_TOKENS),
+        "noise_tokens": noise_tokens,
+        "reference_tokens": reference_tokens,
+        "tokens": _sum(text_tokens, noise_tokens, reference_tokens),
+        "height": height,
+        "width": width,
+        "rows": _each(height, lambda side: side // SIDE_MULTIPLE),
+        "columns": _each(width, lambda side: side // SIDE_MULTIPLE),
+    }
+
+
+def _sizes(area: int, limits: ShapeLimits, model_area: int) -> list[Size]:
+    """The sizes at ``area`` that ``calculate_dimensions`` makes of the images that the engines take, a square first.
+
+    Those have any aspect ratio at which neither side is above ``limits.max_side`` at the model's own area. A size that
+    only an image just beyond that would get may be among them.
+    """
+    longest = round((limits.max_side + BUCKET_MULTIPLE / 2) * math.sqrt(area / model_area) / BUCKET_MULTIPLE)
+    found = [calculate_dimensions(area, 1)]
+    for columns in range(1, longest + 1):
+        least, most = (area / (columns + half) / BUCKET_MULTIPLE**2 for half in (0.5, -0.5))
+        for rows in range(max(round(least), 1), min(round(most), longest) + 1):
+            found.append(Size(width=columns * BUCKET_MULTIPLE, height=rows * BUCKET_MULTIPLE))
+    return found
+
+
+def _patches(size: Size, vision: VisionSpec) -> int:
+    """Patches that the vision tower's processor makes of an image."""
+    height, width = smart_resize(
+        size.height,
+        size.width,
+        factor=vision.patch_size * vision.merge_size,
+        min_pixels=vision.min_pixels,
+        max_pixels=vision.max_pixels,
+    )
+    return height * width // vision.patch_size**2
+
+
+def _several(number: Range, counts: Sequence[int]) -> Range:
+    """What ``number`` images make together, each one of ``counts``; the first of these is the usual one."""
+    return Range(min=number.min * min(counts), opt=number.opt * counts[0], max=number.max * max(counts))
+
+
+def _each(span: Range, change: Callable[[int], int]) -> Range:
+    return Range(min=change(span.min), opt=change(span.opt), max=change(span.max))
+
+
+def _sum(*spans: Range) -> Range:
+    return Range(min=sum(s.min for s in spans), opt=sum(s.opt for s in spans), max=sum(s.max for s in spans))

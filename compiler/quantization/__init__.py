@@ -1,0 +1,1 @@
+"""Schemes, Q/DQ rewriting and smoothing, and the calibration that they need."""

@@ -1,0 +1,147 @@
+"""Calibration files: what samples of edits said about the inputs of a model's linears.
+
+One .npz file of numpy's, without pickles: made once on any machine, used by every build of that model.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qie.compiler.recipe.schema import Quantization
+from qie.engines.errors import CalibrationError
+from qie.engines.files import replacing
+
+__all__ = ["FILE", "Calibration", "find_calibration", "read_calibration", "write_calibration"]
+
+SCHEMA = 1
+
+FILE = "calibration.npz"
+"""Its name in the folder of a checkpoint or a bundle."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """Statistics over ``samples`` forward passes, and what was decided from them.
+
+    model: digest of the checkpoint, name: what it is called
+    data: sha256 of the pictures, instructions and sigmas
+    most: linear -> the largest magnitude of each channel of its input [in]
+    factors: scheme -> group -> smoothing factors [channels]
+    alphas: scheme -> group -> the alpha that made them
+    keep: "component/scheme" -> linears that are not to be quantized, where that was measured
+    source: the file that it was read from, None before it is written; sha256 is that of its content
+    """
+
+    model: str
+    name: str
+    data: str
+    samples: int
+    most: Mapping[str, Array]
+    factors: Mapping[Quantization, Mapping[str, Array]] = field(default_factory=dict)
+    alphas: Mapping[Quantization, Mapping[str, float]] = field(default_factory=dict)
+    keep: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    source: Path | None = None
+    sha256: str | None = None
+
+    def check_model(self, digest: str) -> None:
+        """See that it is of the model with that digest.
+
+        Raises:
+            CalibrationError: it is of another one.
+        """
+        if self.model != digest:
+            raise CalibrationError(
+                f"{self.source} is of another model ({self.name}, {self.model[:12]}, not {digest[:12]}); calibrate "
+                "this one with `qie calibrate`"
+            )
+
+    def check_linears(self, names: Sequence[str]) -> None:
+        """See that it has statistics of the linears ``names``.
+
+        Raises:
+            CalibrationError: one is missing.
+        """
+        missing = [name for name in names if name not in self.most]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CalibrationError(
+                f"{self.source} has no statistics of {missing[0]!r}{more}; make it again with `qie calibrate`"
+            )
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write it to ``path``, over an earlier one; equal calibrations have equal bytes."""
+    about = {
+        "schema": SCHEMA,
+        "model": calibration.model,
+        "name": calibration.name,
+        "data": calibration.data,
+        "samples": calibration.samples,
+        "alphas": calibration.alphas,
+        "keep": calibration.keep,
+    }
+    arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)}
+    arrays |= {f"most/{name}": values for name, values in calibration.most.items()}
+    for scheme, factors in calibration.factors.items():
+        arrays |= {f"factor/{scheme}/{group}": values for group, values in factors.items()}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def find_calibration(path: str | Path | None, checkpoint: Path) -> Calibration | None:
+    """The calibration in the file ``path``, or the one that lies in the folder of the checkpoint; None without either.
+
+    Raises:
+        CalibrationError: see ``read_calibration``.
+    """
+    if path is not None:
+        return read_calibration(Path(path))
+    own = checkpoint / FILE
+    return read_calibration(own) if own.is_file() else None
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The calibration in the file ``path``.
+
+    Raises:
+        CalibrationError: it is not there, is something else, is damaged, or its statistics cannot be those of a model.
+    """
+    again = "make it again with `qie calibrate`"
+    try:
+        content = path.read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(arrays.pop("about").tobytes())
+        if about["schema"] != SCHEMA:
+            raise CalibrationError(f"{path} has schema {about['schema']!r}, this qie reads {SCHEMA}; {again}")
+        settings = {key: about[key] for key in ("model", "name", "data", "samples", "alphas", "keep")}
+    except OSError as problem:
+        raise CalibrationError(f"cannot read the calibration {path} ({problem.strerror}); check the path") from problem
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
+        raise CalibrationError(f"{path} is no calibration of qie's, or is damaged; {again}") from problem
+    most: dict[str, Array] = {}
+    factors: dict[Any, dict[str, Array]] = {}
+    for key, values in arrays.items():
+        kind, _, name = key.partition("/")
+        if values.dtype != np.float32 or values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
+            raise CalibrationError(f"{path}: {key} has elements that are no finite numbers from 0 up; {again}")
+        if kind == "most":
+            if not values.any():
+                raise CalibrationError(f"{path}: the input of {name} was always 0; {again} and other pictures")
+            most[name] = values
+        else:
+            scheme, _, group = name.partition("/")
+            if not values.all():
+                raise CalibrationError(f"{path}: {key} has factors of 0; {again}")
+            factors.setdefault(scheme, {})[group] = values
+    return Calibration(**settings, most=most, factors=factors, source=path, sha256=hashlib.sha256(content).hexdigest())

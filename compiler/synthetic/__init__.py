@@ -1,0 +1,1 @@
+"""Checkpoints of the real architecture with made-up weights, of any size."""

@@ -1,0 +1,1 @@
+"""The reference and the metrics by which engines are judged."""

@@ -1,0 +1,327 @@
+"""The torch pipeline of diffusers as the judge: whatever qie builds is compared with what these functions return.
+
+It runs on the CPU, without torchvision, and corrects diffusers in one place: with transformers 5 the pipelines no
+longer tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become
+those of plain text. Here they are as the model was trained. Needs ``qie[reference]``, imported by the first call.
+
+Shapes: B batch, N noise tokens, R reference tokens of one image, T = N + R of all images, C = 64 channels a token (or
+of a VAE latent or pixel), L prompt tokens, D prompt width, S tokens of the whole prompt, P vision patches, V = P / 4
+image tokens, I images, H W height and width. A grid is the (height, width) of an image in tokens, 16 pixels wide.
+All arrays are float32 unless said otherwise.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qie.compiler.checkpoint.model import CONDITION_AREA, VAE_AREA
+from qie.compiler.weights.weight import DType
+from qie.engines.errors import BackendMissingError, CheckpointError, EditError
+
+__all__ = ["Reference", "ReferencePrompt", "ReferenceStep", "load_reference", "randn"]
+
+Floats = NDArray[np.float32]
+
+_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferencePrompt:
+    """What the text encoder is given for one prompt, and what it makes of it.
+
+    ``input_ids`` int64 [S] and ``position_ids`` int64 [3, S] (time, height, width) include the template's prefix;
+    ``patches`` [P, 1176] and ``grid_thw`` int64 [I, 3] are the vision tower's input; ``embeds`` [L, D] is the last
+    hidden state after the final norm, without the prefix.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    patches: Floats
+    grid_thw: NDArray[np.int64]
+    embeds: Floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceStep:
+    """One step of an edit: from ``latents`` [N, C] at noise level ``sigma`` along ``velocity`` [N, C], which is the
+    transformer's output after guidance, to ``latents_next`` [N, C]."""
+
+    index: int
+    sigma: float
+    latents: Floats
+    velocity: Floats
+    latents_next: Floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A loaded pipeline. ``vae_area`` and ``condition_area`` are the pixels its images are resized to."""
+
+    pipeline: Any
+    dtype: DType
+    vae_area: int
+    condition_area: int
+
+    def vision(self, patches_P: Floats, grid_thw_I3: NDArray[np.int64]) -> Floats:
+        """The vision tower: patches [P, 1176] of images with ``grid_thw`` [I, 3] patches -> image embeddings [V, D]."""
+        visual = self.pipeline.text_encoder.model.visual
+        return _floats(visual(self._tensor(patches_P), grid_thw=_torch().from_numpy(grid_thw_I3)).pooler_output)
+
+    def prompt(self, images: Sequence[Image.Image], instruction: str) -> ReferencePrompt:
+        """Prepare and encode the prompt of an edit of RGB ``images`` in their original size."""
+        encoder = self.pipeline.text_encoder
+        given: dict[str, Any] = {}
+        handle = encoder.register_forward_pre_hook(lambda _, __, inputs: given.update(inputs), with_kwargs=True)
+        try:
+            embeds_BLD, _ = self.pipeline._get_qwen_prompt_embeds(instruction, self._condition_images(images))
+        finally:
+            handle.remove()
+        tokens = {key: given[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+        position_ids_3BS, _ = encoder.model.get_rope_index(**tokens)
+        return ReferencePrompt(
+            input_ids=given["input_ids"][0].numpy(),
+            position_ids=position_ids_3BS[:, 0].numpy(),
+            patches=_floats(given["pixel_values"]),
+            grid_thw=given["image_grid_thw"].numpy(),
+            embeds=_floats(embeds_BLD[0]),
+        )
+
+    def prompt_embeds(self, images: Sequence[Image.Image], instruction: str) -> Floats:
+        """The prompt embeddings [L, D] of an edit of RGB ``images`` in their original size."""
+        return self.prompt(images, instruction).embeds
+
+    def reference_image(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An RGB image as the pipeline resizes it for the VAE: uint8 [height, width, 3]."""
+        return np.asarray(self._resize(image, self.vae_area))
+
+    def encode_image(self, image_HWC: NDArray[np.uint8]) -> Floats:
+        """An image uint8 [height, width, 3], sides multiples of 16 -> normalized packed latents [R, C]."""
+        pixels_BCHW = self.pipeline.image_processor.preprocess(Image.fromarray(image_HWC))
+        latents_BCTHW = self.pipeline._encode_vae_image(pixels_BCHW.unsqueeze(2).to(self._torch_dtype), None)
+        _, channels, _, height, width = latents_BCTHW.shape
+        return _floats(self.pipeline._pack_latents(latents_BCTHW, 1, channels, height, width)[0])
+
+    def velocity(
+        self,
+        latents_BNC: Floats,
+        reference_BRC: Sequence[Floats],
+        prompt_embeds_BLD: Floats,
+        sigma: float,
+        grids: Sequence[tuple[int, int]],
+    ) -> Floats:
+        """One pass of the transformer, before guidance -> [B, N, C].
+
+        ``reference_BRC`` has one array a reference image, ``grids`` one grid for the noise and one a reference image.
+        """
+        hidden_BTC = self._tensor(np.concatenate([latents_BNC, *reference_BRC], axis=1))
+        batch, noise_tokens, _ = latents_BNC.shape
+        timestep_B = _torch().full((batch,), sigma * 1000).to(self._torch_dtype) / 1000
+        output_BTC = self.pipeline.transformer(
+            hidden_states=hidden_BTC,
+            encoder_hidden_states=self._tensor(prompt_embeds_BLD),
+            timestep=timestep_B,
+            img_shapes=[[(1, height, width) for height, width in grids]] * batch,
+            return_dict=False,
+        )[0]
+        return _floats(output_BTC[:, :noise_tokens])
+
+    def decode(self, latents_NC: Floats, height: int, width: int) -> NDArray[np.uint8]:
+        """Normalized packed latents [N, C] of a grid of ``height`` x ``width`` tokens -> uint8 [16 h, 16 w, 3]."""
+        pipeline, config = self.pipeline, self.pipeline.vae.config
+        token = 2 * pipeline.vae_scale_factor
+        packed_BNC = self._tensor(latents_NC)[None]
+        z_BCTHW = pipeline._unpack_latents(packed_BNC, height * token, width * token, pipeline.vae_scale_factor)
+        mean = self._tensor(np.asarray(config.latents_mean, np.float32)).view(1, -1, 1, 1, 1)
+        std = self._tensor(np.asarray(config.latents_std, np.float32)).view(1, -1, 1, 1, 1)
+        pixels_BCHW = pipeline.vae.decode(z_BCTHW / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return np.asarray(pipeline.image_processor.postprocess(pixels_BCHW, output_type="pil")[0])
+
+    def edit(
+        self,
+        images: Sequence[Image.Image],
+        instruction: str,
+        *,
+        negative: str = " ",
+        cfg: float = 4.0,
+        steps: int,
+        seed: int | None = None,
+        latents: Floats | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        on_step: Callable[[ReferenceStep], None] | None = None,
+    ) -> NDArray[np.uint8]:
+        """A whole edit by the pipeline itself -> uint8 [height, width, 3].
+
+        ``images`` are RGB in their original size. The noise is ``latents`` [N, C] or drawn from ``seed``. ``width`` and
+        ``height`` in pixels default to the model's area at the aspect ratio of the image. Guidance is off for
+        ``cfg`` <= 1. ``on_step`` sees every step.
+
+        Raises:
+            EditError: not exactly one of ``seed`` and ``latents``, or several images for a model that takes one.
+        """
+        if (seed is None) == (latents is None):
+            found = "neither seed nor latents are given" if seed is None else "both seed and latents are given"
+            raise EditError(f"{found}, but the noise comes from one of them: give one of the two")
+        if not self._plus and len(images) != 1:
+            raise EditError(
+                f"{len(images)} images for a model that takes one: give one, or use an Edit-Plus checkpoint"
+            )
+        with self._areas(), self._observed(on_step):
+            result = self.pipeline(
+                image=list(images) if self._plus else images[0],
+                prompt=instruction,
+                negative_prompt=negative if cfg > 1 else None,
+                true_cfg_scale=cfg,
+                num_inference_steps=steps,
+                generator=None if seed is None else _torch().Generator("cpu").manual_seed(seed),
+                latents=None if latents is None else self._tensor(latents)[None],
+                width=width,
+                height=height,
+            )
+        return np.asarray(result.images[0])
+
+    @property
+    def _plus(self) -> bool:
+        return type(self.pipeline).__name__ == "QwenImageEditPlusPipeline"
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules[type(self.pipeline).__module__]
+
+    @property
+    def _torch_dtype(self) -> Any:
+        return getattr(_torch(), self.dtype)
+
+    def _tensor(self, array: Floats) -> Any:
+        return _torch().tensor(array, dtype=self._torch_dtype)
+
+    def _resize(self, image: Image.Image, area: int) -> Any:
+        width, height, *_ = self._module.calculate_dimensions(area, image.width / image.height)
+        return self.pipeline.image_processor.resize(image, height, width)
+
+    def _condition_images(self, images: Sequence[Image.Image]) -> list[Any]:
+        """The images as the vision tower's preprocessor gets them: Edit has one size for it and the VAE, Plus two."""
+        return [self._resize(image, self.condition_area if self._plus else self.vae_area) for image in images]
+
+    @contextmanager
+    def _areas(self) -> Iterator[None]:
+        """Within it the pipeline's code resizes to the checkpoint's areas."""
+        module, original = self._module, self._module.calculate_dimensions
+        areas = {VAE_AREA: self.vae_area, CONDITION_AREA: self.condition_area}
+        module.calculate_dimensions = lambda area, ratio: original(areas[area], ratio)
+        try:
+            yield
+        finally:
+            module.calculate_dimensions = original
+
+    @contextmanager
+    def _observed(self, on_step: Callable[[ReferenceStep], None] | None) -> Iterator[None]:
+        """Within it the scheduler reports its steps."""
+        scheduler, original = self.pipeline.scheduler, self.pipeline.scheduler.step
+
+        def step(velocity_BNC: Any, timestep: Any, latents_BNC: Any, **options: Any) -> Any:
+            result = original(velocity_BNC, timestep, latents_BNC, **options)
+            if on_step is not None:
+                index = scheduler.step_index - 1
+                on_step(
+                    ReferenceStep(
+                        index=index,
+                        sigma=float(scheduler.sigmas[index]),
+                        latents=_floats(latents_BNC[0]),
+                        velocity=_floats(velocity_BNC[0]),
+                        latents_next=_floats(result[0][0]),
+                    )
+                )
+            return result
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+
+def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
+    """Load a checkpoint's pipeline on the CPU.
+
+    Raises:
+        BackendMissingError: torch, diffusers or transformers is not installed.
+        CheckpointError: the folder is no checkpoint of a pipeline that qie knows.
+    """
+    torch, diffusers = _torch(), _import("diffusers")
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise CheckpointError(f"{index_path} is missing: name a folder in the diffusers format")
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise CheckpointError(f"{index_path} is of {kind}: expected {' or '.join(_PIPELINES)}")
+    pipeline = getattr(diffusers, kind).from_pretrained(
+        folder, processor=_load_processor(folder / "processor"), dtype=getattr(torch, dtype), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
+        module.eval().requires_grad_(False)
+    pipeline.text_encoder.register_forward_pre_hook(_mark_image_tokens, with_kwargs=True)
+    areas = index.get("_qie", {})
+    return Reference(
+        pipeline=pipeline,
+        dtype=dtype,
+        vae_area=areas.get("vae_area", VAE_AREA),
+        condition_area=areas.get("condition_area", CONDITION_AREA),
+    )
+
+
+def randn(shape: Sequence[int], seed: int, dtype: DType = "float32") -> Floats:
+    """What ``torch.randn`` draws on the CPU in ``dtype`` from a new generator, as float32."""
+    torch = _torch()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return _floats(torch.randn(tuple(shape), generator=generator, dtype=getattr(torch, dtype)))
+
+
+def _mark_image_tokens(encoder: Any, arguments: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell the text encoder which tokens are an image's, so that it computes their positions in three dimensions."""
+    types_BS = (inputs["input_ids"] == encoder.config.image_token_id).int()
+    return arguments, {**inputs, "mm_token_type_ids": types_BS}
+
+
+def _load_processor(folder: Path) -> Any:
+    """The checkpoint's Qwen2VLProcessor for images and text alone, as its video part would need torchvision."""
+    transformers = _import("transformers")
+
+    class ImageTextProcessor(transformers.Qwen2VLProcessor):  # type: ignore[misc, name-defined]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    return ImageTextProcessor(
+        image_processor=transformers.Qwen2VLImageProcessorPil.from_pretrained(folder),
+        tokenizer=transformers.Qwen2Tokenizer.from_pretrained(folder),
+    )
+
+
+def _floats(tensor: Any) -> Floats:
+    floats: Floats = tensor.float().numpy()
+    return floats
+
+
+def _torch() -> Any:
+    return _import("torch")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendMissingError(
+            f"{name} is not installed ({error}), but the reference needs it: install qie[reference]"
+        ) from error

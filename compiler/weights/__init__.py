@@ -1,0 +1,1 @@
+"""Weights as names into the checkpoint, quantized and streamed one tensor at a time."""

@@ -1,0 +1,83 @@
+"""The modulation weights of a checkpoint, as the file from which the runtime makes its tables."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qie.compiler.checkpoint.configs import TransformerConfig
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.weights.stream import write_weights
+from qie.compiler.weights.weight import DType, Weight
+from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
+from qie.engines.inputs.modulation import CHANNELS
+
+__all__ = ["MODULATION_FILE", "modulation_dtype", "modulation_weights", "write_modulation"]
+
+MODULATION_FILE = "modulation.weights"
+
+
+def modulation_dtype(reader: TensorReader) -> DType:
+    """The dtype in which the modulation weights are kept: bfloat16 where the checkpoint is, else float32."""
+    return "bfloat16" if reader.dtype("norm_out.linear.weight") == "bfloat16" else "float32"
+
+
+def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
+    """Every tensor that depends on the timestep alone, in the checkpoint's own layout and names.
+
+    Matrices are of ``dtype``, biases of float32: smoothing takes 1 / s - 1 into them.
+    """
+    d = config.width
+    linears = {
+        "time_text_embed.timestep_embedder.linear_1": (d, CHANNELS),
+        "time_text_embed.timestep_embedder.linear_2": (d, d),
+        "norm_out.linear": (2 * d, d),
+    }
+    for layer in range(config.layers):
+        for stream in ("img_mod", "txt_mod"):
+            linears[f"transformer_blocks.{layer}.{stream}.1"] = (6 * d, d)
+    return tuple(
+        weight
+        for name, shape in linears.items()
+        for weight in (
+            Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype),
+            Weight(name=f"{name}.bias", subfolder="transformer", shape=shape[:1], dtype="float32"),
+        )
+    )
+
+
+def write_modulation(
+    config: TransformerConfig,
+    readers: Mapping[Subfolder, TensorReader],
+    folder: Path,
+    *,
+    tables: DType,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModulationRecord:
+    """Stream the modulation weights into ``folder``; bfloat16 stays so, every other dtype becomes float32.
+
+    ``tables`` is the dtype in which the transformer uses what is made from them.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+        BuildError: the disk is full.
+    """
+    dtype = modulation_dtype(readers["transformer"])
+    weights = modulation_weights(config, dtype)
+    written = write_weights(weights, readers, folder / MODULATION_FILE, progress=progress)
+    offsets = {entry.name: entry.offset for entry in written.entries}
+    return ModulationRecord(
+        file=FileRecord(path=MODULATION_FILE, bytes=written.bytes, sha256=written.sha256),
+        tables=tables,
+        tensors=tuple(
+            ModulationTensor(
+                name=w.name,
+                dtype="bfloat16" if w.dtype == "bfloat16" else "float32",
+                shape=w.shape,
+                offset=offsets[w.name],
+            )
+            for w in weights
+        ),
+        layers=config.layers,
+        width=config.width,
+        zero_cond_t=config.zero_cond_t,
+    )

@@ -1,0 +1,157 @@
+"""The constants of a model and the limits of its engines, as the manifest holds them.
+
+Plain data: what reads a manifest or a recipe needs neither numpy nor Pillow.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "MAX_INSTRUCTION_TOKENS",
+    "SIDE_MULTIPLE",
+    "Areas",
+    "PromptSpec",
+    "RotarySpec",
+    "SchedulerSpec",
+    "ShapeLimits",
+    "Size",
+    "VisionSpec",
+]
+
+SIDE_MULTIPLE = 16
+"""Every side is a multiple of this many pixels (diffusers pipeline_qwenimage_edit_plus.py: vae_scale_factor * 2)."""
+
+MAX_INSTRUCTION_TOKENS = 1024
+"""Longest instruction (tokenizer_max_length, and the limit of max_sequence_length, in the pipelines)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """The size of an image in pixels; printed as ``1024x768``."""
+
+    width: int
+    height: int
+
+    @property
+    def area(self) -> int:
+        """Square pixels."""
+        return self.width * self.height
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the transformer."""
+        return self.area // SIDE_MULTIPLE**2
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeLimits:
+    """What the engines of a bundle take; part of its manifest.
+
+    ``buckets`` (at least one) are the sizes that the engines are tuned for. Any other size is allowed whose sides are
+    multiples of 16 from ``min_side`` to ``max_side`` pixels and whose area is at most ``max_area`` square pixels.
+    ``batch_max`` is images a run, ``references_max`` images an edit, ``prompt_tokens_max`` text tokens an edit, image
+    tokens included, the template's prefix not.
+    """
+
+    buckets: tuple[Size, ...]
+    min_side: int
+    max_side: int
+    max_area: int
+    batch_max: int
+    references_max: int
+    prompt_tokens_max: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Areas:
+    """The areas in square pixels that a model's images are brought to.
+
+    vae_area: of the copy that the VAE encodes
+    condition_area: of the copy that the vision tower sees (Edit-Plus); None: it sees the VAE's copy (Edit)
+    """
+
+    vae_area: int
+    condition_area: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSpec:
+    """What the host must know of a vision tower and its processor.
+
+    patch_size: side of a patch in pixels
+    merge_size: side in patches of the square that becomes one token of the prompt
+    temporal_patch_size: frames in a patch; an image is repeated that often
+    window_size: side of an attention window in pixels
+    head_dim: channels of an attention head, a multiple of 4
+    rope_theta: base of the rotary wavelengths
+    min_pixels, max_pixels: limits of an image's area in square pixels
+    image_mean, image_std: per channel, on values of 0 .. 1
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    window_size: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    min_pixels: int
+    max_pixels: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSpec:
+    """What the prompt depends on.
+
+    pipeline: "edit" for QwenImageEditPipeline (one image), "edit_plus" for QwenImageEditPlusPipeline (one or more)
+    image_token_id: id of <|image_pad|>, image_token_id of text_encoder/config.json
+    merge_size: side in patches of the square that becomes one token, spatial_merge_size of the vision tower
+    max_instruction_tokens: longest instruction, in tokens of its own
+    """
+
+    pipeline: Literal["edit", "edit_plus"]
+    image_token_id: int
+    merge_size: int
+    max_instruction_tokens: int = MAX_INSTRUCTION_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotarySpec:
+    """The transformer's rotary embedding.
+
+    axes_dims: channels of a head for frame, height and width, `axes_dims_rope` of transformer/config.json; each even
+    theta: base of the wavelengths, 10000 in diffusers transformer_qwenimage.py
+    """
+
+    axes_dims: tuple[int, int, int]
+    theta: float = 10000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSpec:
+    """The options of a checkpoint's scheduler_config.json that decide its sigmas.
+
+    The defaults are those of diffusers scheduling_flow_match_euler_discrete.py, `FlowMatchEulerDiscreteScheduler`; the
+    pipelines fall back to the same four numbers for mu.
+
+    num_train_timesteps: timesteps of training; a step's timestep is sigma * num_train_timesteps
+    shift: factor of the static shift, used where use_dynamic_shifting is false
+    use_dynamic_shifting: shift by mu, which is linear in the number of noise tokens
+    base_shift, max_shift: mu at base_image_seq_len and at max_image_seq_len tokens
+    shift_terminal: sigma that the last step is stretched to; None or 0 leaves the schedule as it is
+    time_shift_type: formula of the dynamic shift
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    time_shift_type: Literal["exponential", "linear"] = "exponential"

@@ -1,0 +1,1 @@
+"""An edit: its request, its stages, the denoising loop, and the editor around them."""

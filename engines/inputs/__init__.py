@@ -1,0 +1,1 @@
+"""What the host computes for the engines: images, prompts, noise, schedules, modulation."""

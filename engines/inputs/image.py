@@ -1,0 +1,260 @@
+"""Images on the host: read a file, make the sizes that a pipeline wants, write the result.
+
+Shape suffixes: H W C height, width and the 3 channels of an image, uint8 in 0 .. 255, sRGB.
+"""
+
+import io
+import os
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from qie.engines.bundle.specs import Areas
+from qie.engines.errors import EditError
+from qie.engines.files import replacing
+from qie.engines.inputs.sizes import calculate_dimensions
+
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_PIXELS",
+    "Prepared",
+    "SourceImage",
+    "check_output",
+    "load_image",
+    "output_size",
+    "prepare",
+    "resize",
+    "save_image",
+    "to_uint8_HWC",
+]
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded: twice Pillow's MAX_IMAGE_PIXELS, where Pillow itself suspects a decompression bomb."""
+
+MAX_ASPECT = 200
+"""Longest side over shortest side (transformers image_processing_pil_qwen2_vl.py, `smart_resize`)."""
+
+_READERS: dict[re.Pattern[bytes], type[ImageFile.ImageFile]] = {
+    re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
+    re.compile(rb"\xff\xd8\xff"): JpegImageFile,
+    re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
+}
+"""First bytes of a file -> its reader. They are called by themselves because `Image.open` refuses or warns about large
+sizes without saying what they are."""
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error)
+"""What Pillow's readers raise for damaged files."""
+
+_CMS_MODES = {("RGB", "RGB "): "RGB", ("L", "GRAY"): "L", ("L", "RGB "): "RGB", ("CMYK", "CMYK"): "CMYK"}
+"""(mode of the image, colour space of its profile) -> mode in which the profile describes the image."""
+
+_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+"""Suffix of a file -> Pillow's name and options of its format."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceImage:
+    """An image as the pipelines take it.
+
+    image: mode RGB, 8 bits, sRGB, upright
+    notes: what was done to the file's content to make it so, for a person to read
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """The two copies of one image.
+
+    vision: mode RGB, for `vision.vision_inputs`
+    vae: uint8 [H, W, 3], for the VAE's graph
+    """
+
+    vision: Image.Image
+    vae: NDArray[np.uint8]
+
+
+def load_image(path: Path) -> SourceImage:
+    """Read a PNG, JPEG or WebP file, told apart by their content.
+
+    What is returned is the first frame, turned as its EXIF orientation says, converted to sRGB from its ICC profile,
+    flattened onto white and reduced to 8 bits a channel.
+    Raises EditError when the file is missing, empty, a folder, damaged or of another format, when it has more than
+    MAX_PIXELS (found before anything is decoded), and when one side is more than MAX_ASPECT times the other.
+    """
+    head, reader = _identify(path)
+    try:
+        with reader(path) as image:
+            _check_size(path, *image.size)
+            notes = []
+            if getattr(image, "is_animated", False):
+                notes.append(f"first of {getattr(image, 'n_frames', 'several')} frames used")
+            if reader is PngImageFile and head[24] == 16:  # bit depth in the IHDR chunk
+                notes.append("16-bit reduced to 8-bit")
+            image.load()
+            if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+                notes.append("EXIF orientation applied")
+            rgb, colour_notes = _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise EditError(f"{path} is too large an image ({error}); make it smaller.") from error
+    except _DECODE_ERRORS as error:
+        raise EditError(f"{path} is a damaged or truncated image ({error}); take an intact copy of it.") from error
+    return SourceImage(image=rgb, notes=(*notes, *colour_notes))
+
+
+def _identify(path: Path) -> tuple[bytes, type[ImageFile.ImageFile]]:
+    """The first bytes of a file and the reader for its content."""
+    if path.is_dir():
+        raise EditError(f"{path} is a folder; name one image file.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except FileNotFoundError as error:
+        raise EditError(f"There is no image {path}; check the path.") from error
+    except OSError as error:
+        raise EditError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    if not head:
+        raise EditError(f"{path} is an empty file; an image was expected.")
+    for signature, reader in _READERS.items():
+        if signature.match(head):
+            return head, reader
+    raise EditError(
+        f"{path} is not a PNG, JPEG or WebP image (it starts with {head[:8]!r}); convert it to one of these."
+    )
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise EditError(
+            f"{path} is {width:,} x {height:,} pixels, {width * height / 1e6:,.0f} megapixels, but at most "
+            f"{MAX_PIXELS / 1e6:,.0f} megapixels are read; make it smaller."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise EditError(
+            f"{path} is {width:,} x {height:,} pixels, but a side may be at most {MAX_ASPECT} times the other; crop it."
+        )
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Any mode that the readers give, as sRGB of mode RGB, and notes on what was lost or added."""
+    notes = []
+    profile = image.info.get("icc_profile")
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    alpha = None
+    colour_mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    image = image.convert(colour_mode)
+    if colour_mode != "RGB":
+        notes.append("grayscale expanded to RGB" if colour_mode == "L" else "CMYK converted to RGB")
+    rgb = image.convert("RGB")
+    if profile:
+        managed = _from_profile(image, profile)
+        if managed is None:
+            notes.append("unusable ICC profile ignored, colours taken as sRGB")
+        elif managed.tobytes() != rgb.tobytes():
+            notes.append("ICC profile converted to sRGB")
+            rgb = managed
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        notes.append("alpha channel flattened onto white")
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb, notes
+
+
+def _from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The image in sRGB; None where the profile is damaged or is not for images of this mode."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _CMS_MODES[image.mode, source.profile.xcolor_space]
+        return ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        return None
+
+
+def output_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
+    """(width, height) of about `area` square pixels at the aspect of `image_size` (width, height); multiples of 32.
+
+    For the last image of an edit and the model's `vae_area`, the default size of the result (diffusers
+    pipeline_qwenimage_edit_plus.py, `__call__`; its further rounding to multiples of 16 changes nothing).
+    Raises EditError when a side would be rounded to nothing.
+    """
+    size = calculate_dimensions(area, image_size[0] / image_size[1])
+    if not (size.width and size.height):
+        raise EditError(
+            f"An image of {image_size[0]} x {image_size[1]} pixels is too narrow for this model, which works on "
+            f"{area} square pixels; crop it."
+        )
+    return size.width, size.height
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image at another size in pixels, by Lanczos (diffusers image_processor.py, `VaeImageProcessor.resize`)."""
+    return image.resize((width, height), resample=Image.Resampling.LANCZOS)
+
+
+def to_uint8_HWC(image: Image.Image) -> NDArray[np.uint8]:
+    """An image of mode RGB as its own array: uint8 [H, W, 3]."""
+    return np.array(image, dtype=np.uint8)
+
+
+def prepare(image: Image.Image, areas: Areas) -> Prepared:
+    """The vision tower's and the VAE's copy of an image, as the model's pipeline makes them.
+
+    Edit-Plus makes both from the original; Edit makes one and uses it for both.
+    Raises EditError when the image is too narrow for an area.
+    """
+    vae = resize(image, *output_size(image.size, areas.vae_area))
+    vision = vae
+    if areas.condition_area is not None:
+        vision = resize(image, *output_size(image.size, areas.condition_area))
+    return Prepared(vision=vision, vae=to_uint8_HWC(vae))
+
+
+def check_output(path: Path) -> None:
+    """See that an image can be written to `path` before work is spent on it.
+
+    Raises EditError for a suffix other than .png, .jpg, .jpeg and .webp, and for a folder that is missing or may not be
+    written to.
+    """
+    if path.suffix.lower() not in _WRITERS:
+        raise EditError(f"{path} names no format that can be written; end it in one of {', '.join(_WRITERS)}.")
+    if not path.parent.is_dir():
+        raise EditError(f"There is no folder {path.parent} to write {path.name} into; make it or choose another.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise EditError(f"{path} cannot be written (it is a folder, or its folder is read-only); choose another place.")
+
+
+def save_image(image_HWC: NDArray[np.uint8], path: Path) -> None:
+    """Write an image, uint8 [H, W, 3], in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
+
+    The file appears whole or not at all; an existing one is replaced.
+    Raises EditError as `check_output` does, and when the file cannot be written.
+    """
+    check_output(path)
+    format_name, options = _WRITERS[path.suffix.lower()]
+    try:
+        with replacing(path) as temporary:
+            Image.fromarray(image_HWC).save(temporary, format=format_name, **options)
+    except (OSError, ValueError) as error:
+        raise EditError(f"{path} cannot be written ({error}); choose another place or format.") from error

@@ -1,0 +1,192 @@
+"""Modulation tables: what the timestep says to every block, made once for a schedule.
+
+A third of the transformer's parameters depend on the timestep alone. They are not in the engine; a schedule's tables
+are read from the bundle, or computed here by streaming those weights once, block by block, and then cached.
+
+Formulas: diffusers ``models/embeddings.py`` (get_timestep_embedding, TimestepEmbedding) and
+``models/transformers/transformer_qwenimage.py`` (QwenTimestepProjEmbeddings, QwenImageTransformerBlock.forward).
+Shape suffixes: S steps, D width, L layers, M rows a block.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qie.engines.bundle.manifest import ModulationRecord
+from qie.engines.files import replacing
+
+__all__ = [
+    "SCHEDULES",
+    "Tables",
+    "compute_tables",
+    "modulation_tables",
+    "store_tables",
+    "table_name",
+    "timesteps",
+]
+
+SCHEDULES = "schedules"
+"""Folder of precomputed tables in a bundle."""
+
+CHANNELS = 256
+"""Sinusoidal channels of a timestep (transformer_qwenimage.py, QwenTimestepProjEmbeddings)."""
+
+GAINS = (1, 4)
+"""Of the six rows of a stream (shift, scale, gate of attention, then of the feed-forward) those that are scales."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    """The modulation of each step: float32 ``blocks`` [S, L, M * D] and ``out`` [S, 2 * D], contiguous step by step."""
+
+    blocks: Array
+    out: Array
+
+
+def modulation_tables(
+    folder: Path,
+    record: ModulationRecord,
+    sigmas: Array,
+    *,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tables:
+    """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
+
+    A file that is damaged counts as absent; where the cache cannot be written, the next call computes again.
+    ``progress`` is called with (blocks done, blocks) while computing.
+    """
+    name = table_name(record, sigmas)
+    for place in (folder / SCHEDULES / name, cache / name):
+        stored = _load(place, record, len(sigmas) - 1)
+        if stored is not None:
+            return _tables(stored, record)
+    flat = compute_tables(folder, record, sigmas, progress=progress)
+    with contextlib.suppress(OSError):
+        store_tables(flat, record, cache / name)
+    return _tables(_stored(flat, record), record)
+
+
+def table_name(record: ModulationRecord, sigmas: Array) -> str:
+    """File name of the tables of ``sigmas``: a digest of all that decides their content."""
+    decided_by = f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
+    return f"{hashlib.sha256(decided_by.encode()).hexdigest()[:32]}.npy"
+
+
+def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
+    """Write ``flat`` [S, everything] in the dtype in which the engine uses it, bfloat16 as its bits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, _stored(flat, record), allow_pickle=False)
+
+
+def compute_tables(
+    folder: Path, record: ModulationRecord, sigmas: Array, *, progress: Callable[[int, int], None] | None = None
+) -> Array:
+    """float32 [S, L * M * D + 2 * D]: every block's rows, then gain and shift of the output norm.
+
+    A gain is 1 + scale, by which a normed value is multiplied: the sum is taken here, in float32, so that a small gain
+    keeps its digits in whatever dtype the tables are stored. One block's weights are in memory at a time.
+    """
+    weights = Weights(folder, record)
+    conditioning_SD = _conditioning(weights, timesteps(sigmas))
+    streams = [(conditioning_SD, "img_mod")]
+    if record.zero_cond_t:
+        zero_SD = np.broadcast_to(_conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
+        streams.append((zero_SD, "img_mod"))
+    streams.append((conditioning_SD, "txt_mod"))
+    rows: list[Array] = []
+    for layer in range(record.layers):
+        for x, name in streams:
+            values = weights.linear(f"transformer_blocks.{layer}.{name}.1", x)
+            for scale in GAINS:
+                values[:, scale * record.width : (scale + 1) * record.width] += 1
+            rows.append(values)
+        if progress is not None:
+            progress(layer + 1, record.layers)
+    last = weights.linear("norm_out.linear", conditioning_SD)
+    last[:, : record.width] += 1
+    rows.append(last)
+    return np.ascontiguousarray(np.concatenate(rows, axis=1))
+
+
+def timesteps(sigmas: Array) -> Array:
+    """What the model sees at each step, float32 [S]: sigma * 1000 / 1000, rounded as diffusers rounds it."""
+    return (sigmas[:-1] * np.float32(1000)) / np.float32(1000)
+
+
+class Weights:
+    """The modulation weights of a bundle, mapped and widened one tensor at a time."""
+
+    def __init__(self, folder: Path, record: ModulationRecord) -> None:
+        self._bytes = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
+        self._tensors = {t.name: t for t in record.tensors}
+
+    def read(self, name: str) -> Array:
+        """A tensor as float32."""
+        tensor = self._tensors[name]
+        dtype = np.dtype(np.uint16 if tensor.dtype == "bfloat16" else np.float32)
+        count = int(np.prod(tensor.shape)) * dtype.itemsize
+        raw = self._bytes[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
+        return _widen(raw)
+
+    def linear(self, name: str, x: Array) -> Array:
+        """``x @ weight.T + bias`` with the checkpoint's [out, in] weight."""
+        return x @ self.read(f"{name}.weight").T + self.read(f"{name}.bias")
+
+
+def _conditioning(weights: Weights, timestep_S: Array) -> Array:
+    """Silu of the timestep's embedding, float32 [S, D]: the input of every modulation layer."""
+    half = CHANNELS // 2
+    frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = np.float32(1000) * (timestep_S[:, None] * frequencies)
+    channels = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    hidden: Array = _silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
+    return _silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
+
+
+def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generic] | None:
+    """The array in a file of tables; None where there is none, or another one than these steps' is expected."""
+    try:
+        stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    shape = (steps, record.values)
+    dtype = np.uint16 if record.tables == "bfloat16" else np.float32
+    return stored if stored.shape == shape and stored.dtype == dtype else None
+
+
+def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:
+    return _narrow(flat) if record.tables == "bfloat16" else flat
+
+
+def _tables(stored: NDArray[np.generic], record: ModulationRecord) -> Tables:
+    flat = _widen(stored)
+    blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
+    return Tables(blocks=blocks.reshape(len(flat), record.layers, -1), out=out)
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp overflows to infinity, and the quotient is the 0 that it should be
+        return np.asarray(x / (np.float32(1) + np.exp(-x)), np.float32)
+
+
+def _widen(raw: NDArray[np.generic]) -> Array:
+    """bfloat16 bits (uint16) or float32 as float32."""
+    if raw.dtype == np.uint16:
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.asarray(raw, dtype=np.float32)
+
+
+def _narrow(x: Array) -> NDArray[np.uint16]:
+    """float32 as bfloat16 bits, rounded to nearest even."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

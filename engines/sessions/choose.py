@@ -1,0 +1,110 @@
+"""Which engines of a bundle fit this machine, and why the others do not."""
+
+from qie.engines.backends import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
+from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
+from qie.engines.machine import Machine, this_machine
+
+__all__ = ["choose_engines", "refusal"]
+
+
+def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
+    """The first engine of each component that fits this machine.
+
+    Raises:
+        EngineMismatchError: a component has engines, none of which fits.
+        BackendMissingError: the only thing in the way is a package that is not installed.
+        BundleError: a component has no engine at all.
+    """
+    machine = this_machine() if any(e.compute_capability != "cpu" for e in bundle.manifest.engines) else None
+    chosen: dict[Component, EngineRecord] = {}
+    for component in COMPONENTS:
+        engines = [e for e in bundle.manifest.engines if e.component == component]
+        if not engines and any(graph.component == component for graph in bundle.manifest.graphs):
+            raise BundleError(
+                f"bundle {bundle.path} has the graph of {component} and no engine yet; run `qie build --finish "
+                f"{bundle.path}` on the machine with its GPU"
+            )
+        if not engines:
+            raise BundleError(f"bundle {bundle.path} has no engine for {component}; build it again with `qie build`")
+        obstacles = [_obstacle(engine, machine) for engine in engines]
+        fitting = [engine for engine, obstacle in zip(engines, obstacles, strict=True) if obstacle is None]
+        if not fitting:
+            missing = all(isinstance(obstacle, BackendMissingError) for obstacle in obstacles)
+            kind = BackendMissingError if missing else EngineMismatchError
+            raise kind("; ".join(dict.fromkeys(str(obstacle) for obstacle in obstacles)))
+        chosen[component] = fitting[0]
+    return chosen
+
+
+def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
+    """Why ``machine`` (None: this one) cannot run ``engine``, with what to do about it; None where it can."""
+    obstacle = _obstacle(engine, machine)
+    return None if obstacle is None else str(obstacle)
+
+
+def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
+    """What keeps ``machine`` from running ``engine``: the first of GPU, backend, driver and version."""
+    target = f"{engine.component} is built for {engine.backend}/{engine.compute_capability}"
+    backend = BACKENDS.get(engine.backend)
+    if backend is None:
+        return EngineMismatchError(
+            f"{target}, which this qie cannot execute; build for this machine with `qie build --gpu cpu`"
+        )
+    on_gpu = engine.compute_capability != "cpu"
+    if on_gpu:
+        machine = machine or this_machine()
+        if obstacle := _gpu_obstacle(target, engine, machine):
+            return obstacle
+    if not available(engine.backend):
+        return BackendMissingError(f"{target}, which is not installed here; run `{backend.install}`")
+    if on_gpu and engine.backend == "onnxruntime" and not serves_gpu():
+        return BackendMissingError(
+            f"{target}, and the onnxruntime that is installed here uses the processor alone; run "
+            "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
+        )
+    return _version_obstacle(target, engine, machine)
+
+
+def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
+    if not machine.gpus:
+        return EngineMismatchError(
+            f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this machine with "
+            "`qie build --gpu cpu`"
+        )
+    if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
+        found = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
+        return EngineMismatchError(
+            f"{target}, and this machine has {found}; build for that GPU with `qie build --gpu NAME`, "
+            "`qie recipes` lists the names"
+        )
+    return None
+
+
+def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
+    """Engines of TensorRT need a driver that serves its CUDA, and the version that built them."""
+    backend = BACKENDS[engine.backend]
+    if not backend.bound or machine is None:
+        return None
+    packages = dict(backend.distributions)
+    needed = cuda_needed(engine.backend)
+    served = None if machine.cuda is None else int(machine.cuda.partition(".")[0])
+    if served is not None and needed > served:
+        older = f"'cuda-python<{served + 1}' {packages[served]}" if served in packages else ""
+        mend = f"update the driver, or run `pip install {older}`" if older else "update the driver"
+        return EngineMismatchError(
+            f"{target}, whose packages here need a driver for CUDA {needed}, and driver {machine.gpus[0].driver} "
+            f"serves CUDA {machine.cuda}; {mend}"
+        )
+    try:
+        installed = version(engine.backend)
+    except BackendMissingError as problem:
+        return problem
+    if installed != engine.backend_version:
+        return EngineMismatchError(
+            f"{target} by version {engine.backend_version}, and version {installed} is installed, which cannot load "
+            f"it; build the bundle again with `qie build`, or run `pip install {distribution(engine.backend)}=="
+            f"{engine.backend_version}`"
+        )
+    return None

@@ -1,0 +1,70 @@
+"""Loads engines: a session for each, and the device that sessions on a GPU share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qie.engines.backends import BACKENDS, available
+from qie.engines.bundle.manifest import EngineRecord
+from qie.engines.errors import BackendMissingError
+from qie.engines.sessions.session import Session
+
+if TYPE_CHECKING:
+    from qie.engines.sessions.device import Device
+
+__all__ = ["load", "open_device"]
+
+
+def open_device(engines: Iterable[EngineRecord], *, graphs: bool = True) -> Device | None:
+    """What the sessions of ``engines`` share on a GPU; None where none of them takes part.
+
+    ``graphs`` allows them to work with CUDA graphs.
+
+    Raises:
+        EngineMismatchError: CUDA offers no GPU of the engines' compute capability.
+    """
+    for engine in engines:
+        if engine.backend in ("tensorrt", "tensorrt-rtx"):
+            from qie.engines.sessions.device import Device
+
+            return Device(engine.compute_capability, graphs=graphs)
+    return None
+
+
+def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Session:
+    """Load ``engine`` of the bundle ``folder`` with its backend, on the ``device`` that ``open_device`` gave.
+
+    Raises:
+        BackendMissingError: the backend's package is not installed.
+        BundleError: the backend cannot load the engine.
+        EditError: the GPU has no room for it.
+    """
+    if not available(engine.backend):
+        known = BACKENDS.get(engine.backend)
+        raise BackendMissingError(
+            f"{engine.component} is built for {engine.backend}, which is not installed here; "
+            f"run `{known.install if known else 'pip install --upgrade qie'}`"
+        )
+    return _LOADERS[engine.backend](folder, engine, device)
+
+
+def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
+    from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(folder, engine)
+
+
+def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
+    from qie.engines.sessions.tensorrt import TensorRtSession
+
+    assert device is not None
+    return TensorRtSession(folder, engine, device)
+
+
+_LOADERS: dict[str, Callable[[Path, EngineRecord, Device | None], Session]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt-rtx": _tensorrt,
+    "tensorrt": _tensorrt,
+}

@@ -1,0 +1,140 @@
+"""TensorRT's own calls, against a stand-in that has its names and none of those that only TensorRT for RTX has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qie.compiler.backends.tensorrt.worker import compile_engine
+
+
+class StandIn:
+    """Notes what is asked of it. What both TensorRTs have alike is proven with the real TensorRT for RTX elsewhere."""
+
+    def __init__(self, plan: bytes | None = b"plan", errors: tuple[str, ...] = ()) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.plan, self.errors = plan, errors
+        self.NetworkDefinitionCreationFlag = SimpleNamespace()
+        self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
+        self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+        self.BuilderFlag = SimpleNamespace(TF32="tf32", WEIGHT_STREAMING="streaming")
+        self.PreviewFeature = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="resize")
+        self.ILogger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal"})
+        self.IProgressMonitor = type("IProgressMonitor", (), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace if name.startswith("__") else self._part(name)
+
+    def _part(self, name: str) -> Any:
+        if name == "Builder":
+            return self._builder
+        if name == "OnnxParser":
+            return lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True)
+        raise AttributeError(name)
+
+    def _builder(self, logger: Any) -> Any:
+        profile = SimpleNamespace(
+            set_shape=lambda *a: self.asked.append(("shape", *a)), get_shape=lambda name: [(1,), (2,), (3,)]
+        )
+        return SimpleNamespace(
+            create_network=lambda flags: SimpleNamespace(num_layers=self.asked.append(("network", flags)) or 0),
+            create_builder_config=self._config,
+            create_optimization_profile=lambda: profile,
+            build_serialized_network=lambda network, config: self._build(logger, config),
+        )
+
+    def _config(self) -> Any:
+        note = self.asked.append
+        return SimpleNamespace(
+            set_memory_pool_limit=lambda *a: note(("limit", *a)),
+            set_flag=lambda flag: note(("set", flag)),
+            set_preview_feature=lambda feature, on: note(("preview", feature, on)),
+            clear_flag=lambda flag: note(("clear", flag)),
+            add_optimization_profile=lambda profile: note(("profile",)),
+            create_timing_cache=lambda known: note(("cache", known)) or SimpleNamespace(serialize=lambda: known + b"+"),
+            set_timing_cache=lambda cache, ignore_mismatch: note(("use cache", ignore_mismatch)),
+        )
+
+    def _build(self, logger: Any, config: Any) -> bytes | None:
+        monitor = config.progress_monitor
+        monitor.phase_start("all", None, 2)
+        monitor.phase_start("half", "all", 4)
+        for step in range(4):
+            if not monitor.step_complete("half", step):
+                return None
+        monitor.phase_finish("half")
+        monitor.step_complete("all", 0)
+        monitor.phase_start("half", "all", 4)  # the number does not fall
+        monitor.step_complete("half", 0)
+        for error in self.errors:
+            logger.log(self.ILogger.ERROR, error)  # type: ignore[attr-defined]
+        logger.log("info", "Total Activation Memory: 12345 bytes")
+        return self.plan
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "onnx": "graph.onnx",
+        "engine": str(tmp_path / "engine"),
+        "weights_bytes": 100,
+        "profiles": [["x", [1], [2], [3]]],
+        "workspace_bytes": 7 * 2**30,
+        "compute_capability": "8.0",
+        "weight_streaming": True,
+        "timing_cache": str(tmp_path / "cache"),
+    }
+
+
+def told(trt: Any, job: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    compile_engine(trt, job, lambda message: messages.append(dict(message)) or True)  # type: ignore[func-returns-value]
+    return messages
+
+
+def test_tensorrt_is_told_what_the_recipe_says(job: dict[str, Any]) -> None:
+    stand_in = StandIn()
+    messages = told(stand_in, job)
+    assert ("limit", "workspace", 7 * 2**30) in stand_in.asked
+    assert ("set", "streaming") in stand_in.asked
+    assert ("clear", "tf32") in stand_in.asked
+    assert ("preview", "resize", True) in stand_in.asked
+    assert ("shape", "x", [1], [2], [3]) in stand_in.asked
+    assert ("network", 0) in stand_in.asked  # strongly typed is all there is
+    done = messages[-1]["done"]
+    assert done["profiles"] == [["x", [1], [2], [3]]]
+    assert done["activation_bytes"] == 12345
+    assert Path(job["engine"]).read_bytes() == b"plan"
+    rising = [m["progress"] for m in messages[:-1]]
+    assert rising == sorted(set(rising))
+    assert rising[0] == 700 // 8  # a quarter of a half
+    stand_in = StandIn()
+    told(stand_in, {**job, "weight_streaming": False})
+    assert ("set", "streaming") not in stand_in.asked
+
+
+def test_the_timing_cache_grows(job: dict[str, Any]) -> None:
+    for known in (b"", b"+", b"++"):
+        stand_in = StandIn()
+        told(stand_in, job)
+        assert ("cache", known) in stand_in.asked
+        assert ("use cache", False) in stand_in.asked
+        assert Path(job["timing_cache"]).read_bytes() == known + b"+"
+    told(StandIn(plan=None), job)
+    assert Path(job["timing_cache"]).read_bytes() == b"+++"
+
+
+def test_an_error_in_the_log_of_a_good_build_is_none(job: dict[str, Any]) -> None:
+    """TensorRT logs tactics that it skips for want of memory as errors."""
+    errors = ("tactic 7 ran out of memory",)
+    assert "done" in told(StandIn(errors=errors), job)[-1]
+    assert told(StandIn(plan=None, errors=errors), job)[-1] == {"failed": list(errors)}
+
+
+def test_the_worker_stops_when_nobody_listens(job: dict[str, Any]) -> None:
+    messages: list[Mapping[str, Any]] = []
+    compile_engine(StandIn(), job, lambda message: bool(messages.append(message)))  # type: ignore[func-returns-value]
+    assert [m for m in messages if "progress" in m] == messages[:1]
+    assert "failed" in messages[-1]

@@ -1,0 +1,31 @@
+"""Engines that onnxruntime executes: for the processor they are loaded once, for a GPU they carry shapes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qie.compiler.backends import BUILDERS
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.recipe.schema import load_recipe
+from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.errors import BuildError
+from tests.support.hand_made import SHAPES, linear, planned, record, small
+
+
+def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
+    plan = planned(checkpoint, tmp_path / "out", replace(small("l40s"), backends=("onnxruntime",)))
+    bundle = build_bundle(plan)
+    assert [engine.component for engine in bundle.manifest.engines] == list(COMPONENTS)
+    for engine, part in zip(bundle.manifest.engines, plan.components, strict=True):
+        assert (engine.backend, engine.compute_capability) == ("onnxruntime", "8.9")
+        assert engine.profiles == profiles(part.graph, plan.recipe, plan.checkpoint)
+        assert [file.path for file in engine.files] == [f"{engine.component}.onnx", f"{engine.component}.weights"]
+
+
+def test_the_processor_has_no_kernels_for_bfloat16(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="onnxruntime .* does not load the graph"):  # it lacks kernels for bfloat16
+        BUILDERS["onnxruntime"].build(
+            record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=load_recipe("cpu")
+        )

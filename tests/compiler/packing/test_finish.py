@@ -1,0 +1,117 @@
+"""Bundles whose engines are yet to be built on the machine of the GPU."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import cast
+
+import pytest
+
+from qie.compiler.backends import BUILDERS, Builder
+from qie.compiler.backends.tensorrt.builder import TensorRT
+from qie.compiler.packing.finish import finish_bundle
+from qie.compiler.packing.pack import build_bundle
+from qie.engines.bundle.bundle import Bundle, open_bundle, verify
+from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.errors import BackendMissingError, BuildError, BundleError
+from qie.engines.files import sha256_of
+from qie.engines.sessions.choose import choose_engines
+from tests.support.hand_made import Worker, planned, small
+
+
+@pytest.fixture
+def unfinished(checkpoint: Path, tmp_path: Path) -> Bundle:
+    """Graphs alone: nothing here builds for Hopper."""
+    bundle = build_bundle(planned(checkpoint, tmp_path / "bundle", small("h100")))
+    assert bundle.manifest.engines == ()
+    assert [graph.component for graph in bundle.manifest.graphs] == list(COMPONENTS)
+    verify(bundle)
+    return bundle
+
+
+def test_graphs_alone_do_not_run(unfinished: Bundle) -> None:
+    with pytest.raises(BundleError, match="has the graph of vision and no engine yet; run `qie build --finish"):
+        choose_engines(unfinished)
+
+
+def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
+    before = unfinished.manifest
+    with pytest.raises(BackendMissingError, match="vision is not finished here: tensorrt is not installed; run"):
+        finish_bundle(unfinished)
+    assert open_bundle(str(unfinished.path)).manifest == before
+
+
+@pytest.fixture
+def left_from_a100(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """What is built for the A100 without one. From then on TensorRT for RTX plays the TensorRT of a machine with it."""
+    bundle = build_bundle(planned(checkpoint, tmp_path / "bundle", small("a100")))
+    there = TensorRT(backend="tensorrt", module="tensorrt_rtx", needs_gpu=False, mend="")
+    monkeypatch.setitem(cast(dict[str, Builder], BUILDERS), "tensorrt", there)
+    return bundle
+
+
+def test_finishing(left_from_a100: Bundle) -> None:
+    """The preferred engines come first, the others stay, the graphs go."""
+    before, calls = left_from_a100.manifest, set()
+    finished = finish_bundle(left_from_a100, progress=lambda what, done, total: calls.add(what))
+    engines = finished.manifest.engines
+    assert [(e.component, e.backend) for e in engines[:5]] == [(component, "tensorrt") for component in COMPONENTS]
+    assert engines[5:] == before.engines
+    assert finished.manifest.graphs == ()
+    assert calls == {f"compile {component}" for component in COMPONENTS}
+    assert list(finished.path.glob("*.onnx")) == []
+    assert replace(finished.manifest, engines=before.engines, graphs=before.graphs) == before
+    verify(finished)
+    with pytest.raises(BuildError, match="there is nothing to finish"):
+        finish_bundle(finished)
+
+
+def test_a_rebuild_keeps_what_was_finished(left_from_a100: Bundle, checkpoint: Path) -> None:
+    finished = finish_bundle(left_from_a100)
+    calls: set[str] = set()
+    plan = planned(checkpoint, finished.path, small("a100"))
+    again = build_bundle(plan, progress=lambda what, done, total: calls.add(what))
+    assert again.manifest.engines == finished.manifest.engines[:5]
+    assert not any(what.startswith("compile") for what in calls)
+
+
+def test_a_failed_finish_leaves_the_bundle_as_it_was(left_from_a100: Bundle, worker: Worker) -> None:
+    before = {path: sha256_of(path) for path in left_from_a100.path.rglob("*") if path.is_file()}
+    worker("sys.exit('broken')")
+    with pytest.raises(BuildError, match="made no engine of vision: broken"):
+        finish_bundle(left_from_a100)
+    assert {path: sha256_of(path) for path in left_from_a100.path.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_bundle_is_not_finished(left_from_a100: Bundle) -> None:
+    file = left_from_a100.path / "transformer.weights"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="is damaged; build the bundle again"):
+        finish_bundle(left_from_a100)
+
+
+def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess[str]]) -> None:
+    path = left_from_a100.path
+    shown = qie("build", "--finish", path, "--dry-run").stdout
+    assert shown == f"{path} lacks " + ", ".join(f"{component} for tensorrt" for component in COMPONENTS) + "\n"
+    planned_json = json.loads(qie("build", "--finish", path, "--dry-run", "--json").stdout)
+    assert planned_json["components"][0] == {"component": "vision", "backend": "tensorrt"}
+    assert open_bundle(str(path)).manifest == left_from_a100.manifest
+    done = json.loads(qie("build", "--finish", path, "--json").stdout)
+    assert (done["bundle"], done["unfinished"]) == (str(path), [])
+    assert qie("build", "--finish", path).returncode == 2  # nothing is left
+
+
+def test_the_build_says_what_is_yet_to_be_built(
+    checkpoint: Path, tmp_path: Path, qie: Callable[..., CompletedProcess[str]]
+) -> None:
+    plain = '[components.transformer]\nquantization = "none"\n'
+    (tmp_path / "mine.toml").write_text(f'extends = "h100"\n[shapes]\nmin_side = 32\n{plain}')
+    done = qie("build", checkpoint, "--gpu", tmp_path / "mine.toml", "--out", tmp_path / "out")
+    assert "tensorrt builds on the machine with the GPU only (H100 80GB): the graphs stay in the bundle" in done.stdout
+    assert f"on the GPU's machine: qie build --finish {tmp_path / 'out'}\n" in done.stdout
+    assert "edit with" not in done.stdout

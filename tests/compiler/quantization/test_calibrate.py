@@ -1,0 +1,333 @@
+"""Calibration: what it sees is what the reference computes, and its files say no when they should."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.quantization.calibrate import calibrate
+from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
+from qie.compiler.quantization.qdq import linears
+from qie.compiler.quantization.samples import (
+    INSTRUCTIONS,
+    Sample,
+    draw_samples,
+    language_values,
+    read_images,
+    run,
+    transformer_values,
+    values_of,
+)
+from qie.compiler.validation.reference import load_reference
+from qie.engines.errors import CalibrationError
+
+Qie = Callable[..., CompletedProcess[str]]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_samples_meet_each_other(pictures: Path) -> None:
+    drawn = draw_samples(read_images(pictures), INSTRUCTIONS, 32)
+    shares = sorted(sample.share for sample in drawn)
+    assert shares[0] < 0.05 and shares[-1] > 0.95
+    assert max(np.diff(shares)) < 0.05
+    assert sum(sample.text == " " for sample in drawn) == 8
+    assert {sample.text for sample in drawn} > set(INSTRUCTIONS[:2])
+    assert len({round(sample.image.width / sample.image.height, 1) for sample in drawn}) >= 4
+    assert draw_samples(read_images(pictures), INSTRUCTIONS, 32)[7].text == drawn[7].text
+
+
+def test_what_is_seen_is_what_the_reference_computes(
+    checkpoint: Path,
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
+) -> None:
+    """The inputs of the reference's own linears, caught while it computes the same passes."""
+    import torch
+
+    reference = load_reference(checkpoint)
+    most: dict[str, np.ndarray] = {}
+
+    def watch(module: torch.nn.Module, prefix: str) -> list[Any]:
+        hooks = []
+        for name, linear in module.named_modules():
+            key = prefix + name
+            if key in found.most:
+
+                def see(_: Any, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
+                    x = inputs[0].detach().abs().flatten(0, -2).amax(0).numpy()
+                    most[key] = np.maximum(most[key], x) if key in most else x
+
+                hooks.append(linear.register_forward_pre_hook(see))
+        return hooks
+
+    watch(reference.pipeline.transformer, "")
+    words = language_values(opened, readers, samples, quiet)
+
+    run(GRAPHS["language"](opened, "float32"), readers, words, quiet)
+    prompts = [values["prompt_embeds"] for values in words]
+    for sample, prompt in zip(samples, prompts, strict=True):
+        np.testing.assert_allclose(
+            reference.prompt_embeds([sample.image], sample.text), prompt[0], rtol=1e-3, atol=1e-4
+        )
+    steps = transformer_values(opened, readers, samples, prompts, quiet)
+    from qie.compiler.checkpoint.model import areas
+    from qie.engines.inputs.image import prepare
+
+    for sample, values in zip(samples, steps, strict=True):
+        expected = reference.encode_image(prepare(sample.image, areas(opened)).vae).reshape(values["reference"].shape)
+        np.testing.assert_allclose(values["reference"], expected, rtol=1e-3, atol=1e-4)
+        grid = grid_of(opened, sample)
+        reference.velocity(
+            values["latents"], [values["reference"]], values["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
+        )
+    seen = [name for name in found.most if name in most]
+    assert set(seen) == set(linears(GRAPHS["transformer"](opened, "float32")))
+    noise_alone = (
+        "transformer_blocks.1.attn.to_q",
+        "transformer_blocks.1.attn.to_out.0",
+        "transformer_blocks.1.img_mlp",
+    )
+    for name in seen:
+        if name.startswith(
+            noise_alone
+        ):  # the references' tokens end in the last block, and the reference computes them
+            assert (found.most[name] <= most[name] * 1.002 + 1e-3).all(), name
+        else:
+            np.testing.assert_allclose(found.most[name], most[name], rtol=2e-3, atol=1e-3, err_msg=name)
+
+
+def test_the_language_model_is_seen_too(opened: Checkpoint, found: Calibration) -> None:
+    names = linears(GRAPHS["language"](opened, "float32"))
+    assert names
+    assert all(found.most[name].shape == (w.shape[0],) for name in names
+               for w in GRAPHS["language"](opened, "float32").weights if w.name == f"{name}.weight")  # fmt: skip
+    assert found.factors["int8-smooth"].keys() == found.alphas["int8-smooth"].keys()
+
+
+def test_calibrating_again_gives_the_same_bytes(
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
+    tmp_path: Path,
+) -> None:
+    again = calibrate(opened, readers, samples, model=opened.digest())
+    for number, one in enumerate((found, again)):
+        write_calibration(one, tmp_path / f"{number}.npz")
+    assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
+    back = read_calibration(tmp_path / "0.npz")
+    assert back.most.keys() == found.most.keys()
+    assert (back.model, back.name, back.samples, back.data) == (found.model, found.name, 8, found.data)
+    assert all(
+        np.array_equal(back.factors[scheme][group], values)
+        for scheme, factors in found.factors.items()
+        for group, values in factors.items()
+    )
+
+
+# Bad input
+
+
+def damaged(found: Calibration, path: Path, **fields: Any) -> Path:
+    values = {name: getattr(found, name) for name in Calibration.__dataclass_fields__} | fields
+    write_calibration(Calibration(**values), path)
+    return path
+
+
+def test_a_calibration_of_another_model(
+    qie: Qie, checkpoint: Path, found: Calibration, tmp_path: Path, refusal: Callable[[Any], str]
+) -> None:
+    file = damaged(found, tmp_path / "c.npz", model="0" * 64)
+    done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
+    said = refusal(done)
+    assert "is of another model (tiny, 000000000000, not" in said
+    assert "qie calibrate" in said
+    assert not (tmp_path / "b").exists()
+
+
+def recipe(folder: Path, scheme: str = "int8-smooth") -> Path:
+    path = folder / "q.toml"
+    path.write_text(
+        f'extends = "cpu"\n[components]\ntransformer = {{ precision = "float32", quantization = "{scheme}" }}\n'
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda most, name: most.pop(name), "has no statistics of"),
+        (lambda most, name: most.update({name: most[name] * np.nan}), "no finite numbers from 0 up"),
+        (lambda most, name: most.update({name: most[name] * 0}), "was always 0"),
+        (lambda most, name: most.update({name: -most[name]}), "no finite numbers from 0 up"),
+    ],
+)
+def test_bad_statistics(
+    qie: Qie,
+    checkpoint: Path,
+    found: Calibration,
+    tmp_path: Path,
+    refusal: Callable[[Any], str],
+    change: Callable[[dict[str, np.ndarray], str], None],
+    expected: str,
+) -> None:
+    most = dict(found.most)
+    change(most, "transformer_blocks.0.attn.to_q")
+    file = damaged(found, tmp_path / "c.npz", most=most)
+    done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
+    assert expected in refusal(done)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x93NUMPY"])
+def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refusal: Any, content: bytes) -> None:
+    (tmp_path / "c.npz").write_bytes(content)
+    done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "c.npz")
+    assert "is no calibration of qie's, or is damaged" in refusal(done)
+    done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "none.npz")
+    assert "cannot read the calibration" in refusal(done)
+    done = qie("build", checkpoint, "--gpu", recipe(tmp_path))
+    assert "needs a calibration of this model: make one with `qie calibrate`" in refusal(done)
+
+
+def test_the_command(
+    qie: Qie, checkpoint: Path, pictures: Path, workplace: Path, refusal: Callable[[Any], str]
+) -> None:
+    """Calibrate, build with it, edit; the bundle keeps what it was calibrated with."""
+    (workplace / "words.txt").write_text("make it red\n\nadd a hat\n")
+    done = qie(
+        "calibrate", checkpoint, "--images", pictures, "--instructions", "words.txt", "--samples", "4", "--sensitivity",
+        "--scheme", "int8-smooth", "--budget", "0.004", "-o", "c.npz", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["linears"] > 20
+    (ranking,) = said["sensitivity"]
+    assert ranking["kept_error"] <= 0.004 < ranking["everything"]
+    assert json.loads((workplace / "c.sensitivity.json").read_text()) == said["sensitivity"]
+    built = qie(
+        "build", checkpoint, "--gpu", recipe(workplace), "--calibration", "c.npz", "--out", workplace / "b", "--json"
+    )
+    assert built.returncode == 0, built.stderr
+    engines = json.loads(qie("inspect", workplace / "b", "--json").stdout)["manifest"]["engines"]
+    assert "int8-smooth in" in qie("inspect", workplace / "b").stdout
+    (record,) = [e["quantization"] for e in engines if e["component"] == "transformer"]
+    assert record["scheme"] == "int8-smooth"
+    assert record["quantized"] == len(ranking["errors"]) - len(ranking["keep"])
+    assert (workplace / "b" / "calibration.npz").read_bytes() == (workplace / "c.npz").read_bytes()
+    done = qie("run", "photo.png", "make it red", "--bundle", workplace / "b", "--steps", "2", "-o", "o.png")
+    assert done.returncode == 0, done.stderr
+    again = qie("build", checkpoint, "--gpu", recipe(workplace), "--calibration", workplace / "b" / "calibration.npz",
+                "--out", workplace / "b")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+
+    shipping = workplace / "shipping.toml"  # a recipe may name the file
+    shipping.write_text('extends = "q.toml"\ncalibration = "c.npz"\n')
+    shipped = qie("build", checkpoint, "--gpu", shipping, "--out", workplace / "s")
+    assert shipped.returncode == 0, shipped.stderr
+    assert (workplace / "s" / "calibration.npz").read_bytes() == (workplace / "c.npz").read_bytes()
+    assert str(workplace) not in (workplace / "s" / "manifest.json").read_text().replace(str(shipping), "")
+    (workplace / "c.npz").unlink()
+    assert "cannot read the calibration" in refusal(qie("build", checkpoint, "--gpu", shipping))
+
+    for words, expected in (
+        (("--images", workplace / "none"), "has no pictures"),
+        (("--images", pictures, "--scheme", "int3"), "--scheme is 'int3'"),
+        (("--images", pictures, "--component", "vision"), "--component is 'vision'"),
+    ):
+        assert expected in refusal(qie("calibrate", checkpoint, *words))
+    (workplace / "empty.txt").write_text("\n")
+    assert "has no instruction" in refusal(
+        qie("calibrate", checkpoint, "--images", pictures, "--instructions", "empty.txt")
+    )
+
+
+def test_a_calibration_in_the_checkpoint_is_found(
+    checkpoint: Path, found: Calibration, tmp_path: Path, qie: Qie
+) -> None:
+    import shutil
+
+    folder = tmp_path / "with"
+    shutil.copytree(checkpoint, folder)
+    write_calibration(found, folder / "calibration.npz")
+    done = qie("build", folder, "--gpu", recipe(tmp_path), "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_says_what_is_wrong_with_a_schema(found: Calibration, tmp_path: Path, monkeypatch: Any) -> None:
+    import qie.compiler.quantization.calibration as module
+
+    monkeypatch.setattr(module, "SCHEMA", 99)
+    write_calibration(found, tmp_path / "c.npz")
+    monkeypatch.undo()
+    with pytest.raises(CalibrationError, match="has schema 99, this qie reads 1"):
+        read_calibration(tmp_path / "c.npz")
+
+
+def test_scales_are_those_of_modelopt(
+    checkpoint: Path,
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    samples: tuple[Sample, ...],
+    found: Calibration,
+) -> None:
+    """NVIDIA's own calibration of the first block, over the same passes: ranges of inputs, and scales of weights."""
+    quantization = pytest.importorskip("modelopt.torch.quantization")
+    from qie.compiler.quantization.qdq import QUANTIZATION
+
+    values = values_of("transformer", opened, readers, samples, quiet)
+    for scheme, config in (("fp8", quantization.FP8_DEFAULT_CFG), ("int8-smooth", quantization.INT8_DEFAULT_CFG)):
+        rules, reference = QUANTIZATION[scheme], load_reference(checkpoint)
+        assert rules.inputs is not None
+
+        def passes(_: Any, reference: Any = reference) -> None:
+            for sample, one in zip(samples, values, strict=True):
+                grid = grid_of(opened, sample)
+                reference.velocity(
+                    one["latents"], [one["reference"]], one["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
+                )
+
+        block = quantization.quantize(reference.pipeline.transformer.transformer_blocks[0], config, passes)
+        compared = 0
+        for name, linear in block.named_modules():
+            key = f"transformer_blocks.0.{name}"
+            if key in found.most:
+                scale = float(linear.input_quantizer.amax) / rules.inputs.highest
+                assert float(rules.inputs.scale_of(found.most[key].max())) == pytest.approx(scale, rel=2e-3)
+                weight = readers["transformer"].read(f"{key}.weight").astype(np.float32)
+                theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.highest
+                ours = rules.weights.scale(weight.T)
+                np.testing.assert_allclose(ours if len(theirs) > 1 else ours.max(), theirs, rtol=1e-5)
+                compared += 1
+        assert (
+            compared == sum(name.startswith("transformer_blocks.0.") for name in found.most if "attn." not in name) + 8
+        )
+
+
+def grid_of(opened: Checkpoint, sample: Sample) -> tuple[int, int]:
+    """(height, width) in tokens."""
+    from qie.compiler.checkpoint.model import areas
+    from qie.engines.inputs.image import prepare
+
+    height, width, _ = prepare(sample.image, areas(opened)).vae.shape
+    return height // 16, width // 16
+
+
+def sigma_of(opened: Checkpoint, sample: Sample) -> float:
+    from qie.compiler.checkpoint.model import scheduler_spec
+    from qie.engines.inputs.schedule import sigmas
+
+    height, width = grid_of(opened, sample)
+    return float(sigmas(scheduler_spec(opened), steps=40, noise_tokens=height * width)[int(sample.share * 40)])

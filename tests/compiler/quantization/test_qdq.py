@@ -1,0 +1,268 @@
+"""Q/DQ graphs: what onnxruntime makes of them is what the quantizers say, and the rest of the graph is as it was."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.configs import LanguageConfig
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.graphs.graph import Graph
+from qie.compiler.quantization.blockwise import Segment, Values
+from qie.compiler.quantization.calibration import Calibration
+from qie.compiler.quantization.qdq import QUANTIZATION, apply, by_recipe, kept, linears, products, quantize
+from qie.compiler.quantization.samples import run
+from qie.compiler.quantization.smoothing import groups, smoothed_modulation, smoothed_reader
+from qie.compiler.recipe.schema import ComponentRecipe
+from qie.engines.bundle.manifest import Component
+from qie.engines.errors import CalibrationError, RecipeError
+
+
+def inputs(graph: Graph, seed: int = 0) -> Values:
+    """Inputs of the transformer or the language model, of plausible sizes and ranges."""
+    rng = np.random.default_rng(seed)
+    if graph.component == "language":
+        return {
+            "input_ids": rng.integers(0, 500, (1, 70)),
+            "image_embeds": rng.standard_normal((4, graph.inputs[1].dims[1])).astype(np.float32),
+            "image_index": np.where(np.arange(70) < 4, np.arange(70), -1)[None],
+            "position_ids": np.tile(np.arange(70), (3, 1, 1)),
+        }
+    sizes = {"batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25}
+    made = {spec.name: rng.standard_normal(spec.shape(sizes)).astype(np.float32) for spec in graph.inputs}
+    angles = rng.uniform(0, 6, made["rotary_cos"].shape)
+    made |= {"rotary_cos": np.cos(angles).astype(np.float32), "rotary_sin": np.sin(angles).astype(np.float32)}
+    made["negative_velocity"][:] = 0
+    made["guidance"][:] = 1
+    made["modulation"] *= np.float32(0.3)
+    return made
+
+
+RESULT = {"transformer": "velocity", "language": "prompt_embeds"}
+
+
+def result(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> np.ndarray:
+    samples = [dict(values)]
+    run(graph, readers, samples, lambda *_: None)
+    return samples[0][RESULT[graph.component]]
+
+
+def distance(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def calibration(graph: Graph, readers: dict[Any, TensorReader], values: Values, **fields: Any) -> Calibration:
+    """From one sample."""
+    most = {name: np.abs(x).reshape(-1, x.shape[-1]).max(0) for name, x in seen(graph, readers, values).items()}
+    return Calibration(model="m", name="tiny", data="d", samples=1, most=most, **fields)
+
+
+def seen(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> dict[str, np.ndarray]:
+    """The input of every linear that may be quantized."""
+    names = linears(graph)
+    read = {name: value for name, value in products(graph).items() if name in names}
+    found: dict[str, np.ndarray] = {}
+
+    def observe(piece: Segment, sample: int, here: Values) -> None:
+        own = {weight.name.removesuffix(".weight") for weight in piece.weights}
+        found.update({name: here[value].copy() for name, value in read.items() if name in own})
+
+    watch = {f"{name}.weight": [value] for name, value in read.items()}
+    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, observer=observe)
+    return found
+
+
+@pytest.mark.parametrize("component", ["transformer", "language"])
+@pytest.mark.parametrize("scheme", ["fp8", "int8-smooth", "w8a16", "w4a16"])
+def test_onnxruntime_computes_what_the_quantizers_say(
+    opened: Checkpoint, readers: dict[Any, TensorReader], component: Component, scheme: Any
+) -> None:
+    """Every product of the quantized graph, against numpy: rounded inputs times rounded weights."""
+    graph = GRAPHS[component](opened, "float32")
+    names = linears(graph)
+    before = products(graph)
+    made = {name: next(iter(node.outputs)).name for node in graph.model.graph for name in names
+            if node.op_type == "MatMul" and node.inputs[1].name == f"{name}.weight"}  # fmt: skip
+    values = inputs(graph)
+    known = calibration(GRAPHS[component](opened, "float32"), readers, values)
+    language = LanguageConfig.from_config(opened.text_encoder)
+    graph = apply(graph, scheme, names, known, language).graph
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def observe(piece: Segment, sample: int, here: Values) -> None:
+        own = {weight.name.removesuffix(".weight") for weight in piece.weights if weight.scale_of is None}
+        found.update({name: (here[before[name]].copy(), here[made[name]].copy()) for name in own.intersection(names)})
+
+    watch = {f"{name}.weight": (before[name], made[name]) for name in names}
+    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, observer=observe)
+    rules = QUANTIZATION[scheme]
+    for name, (x, y) in found.items():
+        weight = readers[graph.weights[0].subfolder].read(f"{name}.weight").astype(np.float32).T
+        if rules.inputs is not None:
+            x = rules.inputs.rounded(x, rules.inputs.scale_of(known.most[name].max()))
+        assert distance(y, x @ rules.weights.rounded(weight)) < 1e-5, name
+    assert len(found) == len(names)
+
+
+@pytest.mark.parametrize("component", ["transformer", "language"])
+def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
+    """Weights, norms, modulation and the graph's own division together: the function is the same."""
+    graph = GRAPHS[component](opened, "float32")
+    values = inputs(graph)
+    exact = result(graph, readers, values)
+    rng = np.random.default_rng(1)
+    language = LanguageConfig.from_config(opened.text_encoder)
+    smoothed = groups(component, linears(graph), language)
+    assert {name for group in smoothed for name in group.readers} == set(linears(graph))
+    part = graph.weights[0].subfolder
+    sizes = {w.name: w.shape[0] for w in graph.weights}
+    factors = {
+        g.name: np.exp(rng.uniform(-1, 1, sizes[f"{g.readers[0]}.weight"] // g.shared)).astype(np.float32)
+        for g in smoothed
+    }
+    explicit = {n: g.spread(factors[g.name]) for g in smoothed if not g.makers for n in g.readers}
+    graph = quantize(GRAPHS[component](opened, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
+    changed = dict(values)
+    if component == "transformer":
+        changed["modulation"] = smoothed_modulation(values["modulation"], smoothed, factors)
+    through = {**readers, part: smoothed_reader(readers[part], smoothed, factors)}
+    assert distance(result(graph, through, changed), exact) < 1e-5
+    for number, group in enumerate(smoothed):
+        if group.makers:
+            half = [*smoothed[:number], replace(group, makers=()), *smoothed[number + 1 :]]
+            through = {**readers, part: smoothed_reader(readers[part], half, factors)}
+            rows = changed
+            if component == "transformer":
+                rows = {**values, "modulation": smoothed_modulation(values["modulation"], half, factors)}
+            assert distance(result(graph, through, rows), exact) > 1e-4, group.name
+
+
+def test_smoothed_modulation_is_that_of_smoothed_weights(
+    opened: Checkpoint, readers: dict[Any, TensorReader], tmp_path: Path
+) -> None:
+    from qie.compiler.checkpoint.configs import TransformerConfig
+    from qie.compiler.weights.modulation import write_modulation
+    from qie.engines.inputs.modulation import compute_tables
+
+    graph = GRAPHS["transformer"](opened, "float32")
+    config = TransformerConfig.from_config(opened.transformer)
+    smoothed = groups("transformer", linears(graph))
+    rng = np.random.default_rng(0)
+    factors = {g.name: np.exp(rng.uniform(-1, 1, config.width)).astype(np.float32) for g in smoothed if g.makers}
+    smoothed = tuple(g for g in smoothed if g.makers)
+    tables = []
+    for number, reader in enumerate(
+        (readers["transformer"], smoothed_reader(readers["transformer"], smoothed, factors))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        record = write_modulation(config, {**readers, "transformer": reader}, folder, tables="float32")
+        flat = compute_tables(folder, record, np.array([0.7, 0], np.float32))
+        tables.append(flat[0, : -2 * config.width].reshape(config.layers, -1))
+    np.testing.assert_allclose(smoothed_modulation(tables[0], smoothed, factors), tables[1], rtol=1e-4, atol=1e-4)
+    assert distance(tables[0], tables[1]) > 0.1
+
+
+def test_smoothing_helps_where_channels_differ(opened: Checkpoint, readers: dict[Any, TensorReader]) -> None:
+    """A few channels a hundred times as large as the others ruin INT8 without smoothing, and not with it."""
+    from qie.compiler.quantization.smoothing import factor
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 64)).astype(np.float32)
+    x[:, [3, 17]] *= 100
+    w = rng.standard_normal((64, 32)).astype(np.float32)
+    scheme = QUANTIZATION["int8-smooth"]
+    assert scheme.inputs is not None
+
+    def error(factors: np.ndarray) -> float:
+        made = scheme.inputs.rounded(x / factors) @ scheme.weights.rounded(w * factors[:, None])
+        return distance(made, x @ w)
+
+    smooth = factor(np.abs(x).max(0), np.abs(w).max(1), 0.5)
+    assert error(smooth) < 0.3 * error(np.ones(64, np.float32))
+
+
+def test_keep(opened: Checkpoint) -> None:
+    graph = GRAPHS["transformer"](opened, "float32")
+    names = linears(graph)
+    blocks = sorted({name.split(".")[1] for name in names})
+    last = f"transformer_blocks.{blocks[-1]}."
+    assert kept(graph, ["transformer_blocks.-1.*"]) == tuple(n for n in names if n.startswith(last))
+    assert kept(graph, ["*.to_q", "*.net.2"]) == tuple(n for n in names if n.endswith((".to_q", ".net.2")))
+    assert not any("mod" in n or n in ("img_in", "txt_in", "proj_out") for n in names)
+    with pytest.raises(RecipeError, match=r"keep: \"\*\.to_x\" matches no linear"):
+        kept(graph, ["*.to_x"])
+
+
+def test_what_was_measured_goes_before_the_recipe(opened: Checkpoint, readers: dict[Any, TensorReader]) -> None:
+    language = LanguageConfig.from_config(opened.text_encoder)
+
+    def quantized(patterns: Sequence[str], **fields: Any) -> set[str]:
+        graph = GRAPHS["transformer"](opened, "float32")
+        known = calibration(GRAPHS["transformer"](opened, "float32"), readers, inputs(graph), **fields)
+        section = ComponentRecipe(precision="float32", quantization="fp8", keep=tuple(patterns))
+        return set(by_recipe(graph, section, known, language).linears)
+
+    names = set(linears(GRAPHS["transformer"](opened, "float32")))
+    one = sorted(names)[0]
+    assert quantized([]) == names
+    assert quantized(["*.to_q"]) == {n for n in names if not n.endswith(".to_q")}
+    assert quantized(["*.to_q"], keep={"transformer/fp8": [one]}) == names - {one}
+    assert quantized(["*.to_q"], keep={"transformer/int8-smooth": [one]}) == {n for n in names if "to_q" not in n}
+    with pytest.raises(RecipeError, match="leaves nothing to quantize"):
+        quantized(["*"])
+
+
+def test_weights_take_a_half_or_a_quarter(opened: Checkpoint) -> None:
+    from qie.compiler.weights.stream import total_bytes
+
+    graph = GRAPHS["transformer"](opened, "bfloat16")
+    names = linears(graph)
+    codes = sum(np.prod(w.shape) for w in graph.weights if w.name.removesuffix(".weight") in names)
+    plain = total_bytes(graph.weights)
+    for scheme, size in (("fp8", 1), ("int8-smooth", 1), ("w4a16", 0.5)):
+        made = quantize(
+            GRAPHS["transformer"](opened, "bfloat16"), QUANTIZATION[scheme], names, dict.fromkeys(names, 1.0), {}
+        )
+        scales = sum(4 * np.prod(w.shape) for w in made.weights if w.scale_of)
+        assert total_bytes(made.weights) <= plain - (2 - size) * codes + 4096 * len(names) + 64 * len(names) + scales
+        assert made.parameters() == graph.parameters()
+
+
+def test_a_linear_without_statistics(opened: Checkpoint) -> None:
+    graph = GRAPHS["transformer"](opened, "float32")
+    known = Calibration(model="m", name="tiny", data="d", samples=1, most={}, source=Path("c.npz"))
+    with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
+        apply(graph, "fp8", linears(graph), known, LanguageConfig.from_config(opened.text_encoder))
+
+
+@pytest.mark.parametrize("component", ["transformer", "language"])
+def test_attention_in_fp8(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
+    """Queries, keys and values go through E4M3, and nothing else changes."""
+    from qie.compiler.quantization.calibrate import Observer
+    from qie.compiler.quantization.qdq import ATTENTION, attentions, operands
+
+    language = LanguageConfig.from_config(opened.text_encoder)
+    plain = GRAPHS[component](opened, "float32")
+    values = inputs(plain)
+    exact = result(plain, readers, values)
+    observer = Observer(GRAPHS[component](opened, "float32"), readers, 1, language)
+    observer.run([dict(values)], lambda *_: None)
+    names = attentions(plain)
+    assert len(names) == 2
+    most = {name: observer.most[name] for attention in names for name in operands(attention)}
+    known = Calibration(model="m", name="tiny", data="d", samples=1, most=most)
+    section = ComponentRecipe(precision="float32", attention="fp8")
+    graph = by_recipe(GRAPHS[component](opened, "float32"), section, known, language).graph
+    nodes = [node.op_type for node in graph.model.graph]
+    assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
+    assert graph.weights == plain.weights
+    assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
+    assert ATTENTION.codes == "float8_e4m3fn"
+    with pytest.raises(CalibrationError, match="no statistics of .*query"):
+        by_recipe(GRAPHS[component](opened, "float32"), section, replace(known, most={}), language)

@@ -1,0 +1,108 @@
+"""The ranking of linears: each alone is what it is in the whole model, and what is kept meets the budget."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.configs import LanguageConfig
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.quantization.blockwise import Values
+from qie.compiler.quantization.calibration import Calibration
+from qie.compiler.quantization.qdq import apply, linears
+from qie.compiler.quantization.samples import Sample, run, values_of
+from qie.compiler.quantization.sensitivity import RESULTS, Sensitivity, choose, errors_of, sensitivity
+from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+Inputs = Callable[[Any], list[Values]]
+Rank = Callable[..., Sensitivity]
+
+
+@pytest.fixture(scope="module")
+def inputs(opened: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Inputs:
+    """What a component reads of two samples."""
+    return cache(lambda component: values_of(component, opened, readers, samples[:2], quiet))
+
+
+@pytest.fixture(scope="module")
+def rank(opened: Checkpoint, readers: dict[Any, TensorReader], inputs: Inputs, found: Calibration) -> Rank:
+    """``sensitivity`` of a component over these."""
+    return lambda component, scheme, **settings: sensitivity(
+        opened, readers, inputs(component), found, component=component, quantization=scheme, **settings
+    )
+
+
+def test_choosing_what_to_keep() -> None:
+    """Most squared error a byte first, and no more than it takes."""
+    errors, sizes = {"a": 0.03, "b": 0.02, "c": 0.04, "d": 0.001}, {"a": 1, "b": 1, "c": 10, "d": 1}
+    assert choose(errors, sizes, 1.0) == ()
+    assert choose(errors, sizes, 0.046) == ("a",)
+    assert choose(errors, sizes, 0.0405) == ("a", "b")
+    assert choose(errors, sizes, 0.0) == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(("component", "scheme"), [("transformer", "fp8"), ("language", "w4a16")])
+def test_sensitivity(rank: Rank, component: Any, scheme: Any) -> None:
+    """The keep-list meets the budget, and an empty one does not."""
+    whole = rank(component, scheme, budget=1.0)
+    assert whole.keep == ()
+    assert whole.kept_error == whole.everything > max(whole.errors.values())
+    tight = rank(component, scheme, budget=0.5 * whole.everything)
+    assert 0 < tight.kept_error <= tight.budget
+    assert 0 < len(tight.keep) < len(tight.errors)
+    assert tight.errors == whole.errors
+
+
+@pytest.mark.parametrize(("component", "scheme"), [("transformer", "int8-smooth"), ("language", "int8-smooth")])
+def test_each_linear_alone(
+    opened: Checkpoint,
+    readers: dict[Any, TensorReader],
+    found: Calibration,
+    inputs: Inputs,
+    rank: Rank,
+    component: Any,
+    scheme: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
+    some = linears(GRAPHS[component](opened, "float32"))[::3]
+    results = {}
+    for name in ("", *some):
+        graph, through = GRAPHS[component](opened, "float32"), dict(readers)
+        own = [dict(sample) for sample in inputs(component)]
+        if name:
+            made = apply(graph, scheme, [name], found, LanguageConfig.from_config(opened.text_encoder))
+            graph = made.graph
+            through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.factors)
+            for sample in own:
+                if component == "transformer":
+                    sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.factors)
+        run(graph, through, own, quiet)
+        results[name] = [sample[RESULTS[component]] for sample in own]
+
+    seen: list[tuple[int, int]] = []
+    walks = []
+    for most in (2**40, 0, 200_000):
+        monkeypatch.setattr("qie.compiler.quantization.sensitivity.CARRIED_BYTES", most)
+        seen.clear()
+        ranked = rank(component, scheme, budget=1.0, progress=lambda _, done, total: seen.append((done, total)))
+        assert seen[-1][0] == seen[-1][1]
+        walks.append(len(seen))
+        assert list(ranked.errors) == list(linears(GRAPHS[component](opened, "float32")))
+        for name in some:
+            assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
+    assert walks[0] < walks[2] < walks[1]
+
+
+def test_errors_of_samples_are_taken_together() -> None:
+    exact = [np.array([3.0, 4.0]), np.array([0.0, 12.0])]
+    assert errors_of([exact[0], exact[1] + 1.3 / np.sqrt(2)], exact) == pytest.approx(0.1)

@@ -1,0 +1,367 @@
+"""The recipe reader: strictness, inheritance, contradictions, sizes, writing."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from qie.compiler.recipe.schema import Range, Recipe, Schedule, load_recipe, recipe_names, to_toml
+from qie.engines.bundle.specs import Size
+from qie.engines.errors import RecipeError
+
+GPU = """
+gpu = "Test GPU"
+compute_capability = "8.9"
+memory_gib = 24
+backends = ["tensorrt"]
+"""
+MODEL_AREA = 1024 * 1024
+
+
+def write(folder: Path, text: str, name: str = "mine.toml") -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(folder: Path, text: str) -> str:
+    """Return the message with which a recipe is refused, which always names its file."""
+    path = write(folder, text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert path in str(caught.value)
+    return str(caught.value).replace(path, "FILE")
+
+
+def test_a_short_recipe_takes_every_default(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GPU))
+    assert recipe == Recipe(gpu="Test GPU", compute_capability="8.9", memory_gib=24.0, backends=("tensorrt",))
+    assert type(recipe.memory_gib) is float
+    assert recipe.components["transformer"].precision == "bfloat16"
+    assert recipe.schedules[0] == Schedule(steps=40, guidance=4.0, sizes="all")
+
+
+def test_names_are_found_whatever_their_case() -> None:
+    assert load_recipe("L40S") == load_recipe("l40s")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("l40", r'no recipe "l40", did you mean "l40s"\? qie has a100, a100-40gb, .*rtx5090, or give the path'),
+        ("voodoo", r'no recipe "voodoo"; qie has a100, .*rtx5090, or give the path of a \.toml file'),
+        ("", r'no recipe ""; qie has'),
+        ("../recipes/cpu", r"no recipe"),
+    ],
+)
+def test_an_unknown_name_lists_the_names(name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*absent\.toml \(No such file"):
+        load_recipe(str(tmp_path / "absent.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*folder\.toml \(Is a directory"):
+        load_recipe(str(tmp_path / "folder.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b'gpu = "\xff"')
+    with pytest.raises(RecipeError, match=r"bytes\.toml is not valid TOML"):
+        load_recipe(str(tmp_path / "bytes.toml"))
+    assert "FILE is not valid TOML" in refusal(tmp_path, "gpu = ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpuu = 1", 'unknown key "gpuu" in FILE; did you mean "gpu"?'),
+        ('extend = "l40s"', 'unknown key "extend" in FILE; did you mean "extends"?'),
+        ("[shapes]\nmin_sides = 64", 'unknown key "shapes.min_sides" in FILE; did you mean "shapes.min_side"?'),
+        ("[shapes]\nbatch = { mx = 2 }", 'unknown key "shapes.batch.mx" in FILE; did you mean "shapes.batch.max"?'),
+        ("[limitz]", 'unknown key "limitz" in FILE; did you mean "limits"?'),
+        ("[components.vae]", 'unknown key "components.vae" in FILE; '),
+        ("[gates]\nzzz = 1", 'unknown key "gates.zzz" in FILE; known here: component_relative_l2, velocity'),
+        (
+            "[[schedules]]\nstep = 4\nguidance = 1.0",
+            'unknown key "schedules[0].step" in FILE; did you mean "schedules[0].steps"?',
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, GPU + text)
+
+
+@pytest.mark.parametrize("key", ["gpu", "memory_gib", "backends"])
+def test_a_required_key_is_missed(tmp_path: Path, key: str) -> None:
+    text = "\n".join(line for line in GPU.splitlines() if not line.startswith(key))
+    assert f'the key "{key}" is missing in FILE' in refusal(tmp_path, text)
+
+
+def test_a_required_key_of_a_schedule_is_missed(tmp_path: Path) -> None:
+    assert 'the key "schedules[0].guidance" is missing' in refusal(tmp_path, GPU + "[[schedules]]\nsteps = 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schema = 2", "schema in FILE is 2; it must be 1"),
+        ("schema = true", "schema in FILE is true; it must be 1"),
+        ("schema = 1.0", "schema in FILE is 1.0; it must be 1"),
+        ("noise = 'float16'", 'noise in FILE is "float16"; it must be "float32" or "bfloat16"'),
+        ("residency = 'loose'", 'residency in FILE is "loose"; it must be "resident" or "sequential"'),
+        ("shapes = 3", "shapes in FILE is 3; it must be a table"),
+        ("shapes = { batch = 3 }", "shapes.batch in FILE is 3; it must be a table"),
+        ("schedules = 3", "schedules in FILE is 3; it must be an array"),
+        ("schedules = [3]", "schedules[0] in FILE is 3; it must be a table"),
+        ("extends = 3", 'extends in FILE is 3; it must be a string like "l40s"'),
+        ("[shapes]\nmin_side = 100", "is 100; it must be a whole number from 16 to 4096 pixels, a multiple of 16"),
+        ("[shapes]\nmin_side = 0", "it must be a whole number from 16 to 4096 pixels"),
+        ("[shapes]\nmin_side = 64.0", "is 64.0; it must be a whole number"),
+        ("[shapes]\nmin_side = true", "is true; it must be a whole number"),
+        ("[shapes]\nbatch = { min = 0 }", "shapes.batch.min in FILE is 0; it must be a whole number from 1 to"),
+        ("[shapes]\narea_scale_max = 0.5", "it must be a number from 1 to 16 times the model's area"),
+        ("[shapes]\naspect_ratios = ['16x9']", 'shapes.aspect_ratios[0] in FILE is "16x9"; it must be a string like'),
+        ("[shapes]\naspect_ratios = ['0:1']", "it must be a string like"),
+        ("[shapes]\naspect_ratios = '1:1'", "it must be an array"),
+        ("[limits]\nhost_memory_gib = -1", "limits.host_memory_gib in FILE is -1; it must be a number from 0.25 to"),
+        ("[limits]\nhost_memory_gib = nan", "is nan; it must be a number"),
+        ("[limits]\nhost_memory_gib = inf", "is inf; it must be a number"),
+        (f"[limits]\nhost_memory_gib = {10**400}", "it must be a number from 0.25 to 4096 GiB"),
+        ("[limits]\nhost_memory_gib = '32'", 'is "32"; it must be a number'),
+        ("[gates]\nedit_ssim = 1.5", "it must be a number from 0 to 1"),
+        ("[components.vision]\nprecision = 'fp16'", 'must be "float32" or "bfloat16" or "float16"'),
+        ("[components.vision]\nkeep = [1]", "components.vision.keep[0] in FILE is 1; it must be a string"),
+        ("[components.vision]\nkeep = [1979-05-27]", "keep[0] in FILE is 1979-05-27; it must be a string"),
+        ("schedules = [{ steps = 0, guidance = 1 }]", "schedules[0].steps in FILE is 0; it must be a whole number"),
+        ("schedules = [{ steps = 4, guidance = 0.5 }]", "schedules[0].guidance in FILE is 0.5; it must be a number"),
+        ("schedules = [{ steps = 4, guidance = 1, sizes = 'some' }]", 'is "some"; it must be "all"'),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, text: str, message: str) -> None:
+    tables_last = text + GPU if not text.startswith("[") else GPU + text
+    assert message in refusal(tmp_path, tables_last)
+
+
+def test_a_capability_is_a_string(tmp_path: Path) -> None:
+    text = GPU.replace('"8.9"', "8.9")
+    assert 'compute_capability in FILE is 8.9; it must be a string like "8.9"' in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[components.transformer]\nprecision = 'float16'", 'transformer.precision in FILE is "float16", which overf'),
+        ("[components.vae_encoder]\nquantization = 'fp8'", "vae_encoder is not quantized"),
+        ("[components.vision]\nquantization = 'int8-smooth'", "vision is not quantized"),
+        ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder is not quantized"),
+        ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
+        ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; it must hold min <="),
+        ("[shapes]\nprompt_tokens = { min = 300 }", "shapes.prompt_tokens in FILE is { min = 300, opt = 256"),
+        ("[shapes]\nreferences = { max = 4 }", "shapes.references.max in FILE is 4; the models take at most 3"),
+        ("[shapes]\naspect_ratios = []", "shapes.aspect_ratios in FILE is empty"),
+        (
+            "[[schedules]]\nsteps = 4\nguidance = 1\nsizes = ['7:5']",
+            "schedules[0].sizes in FILE has 7:5, not in shapes",
+        ),
+        ("[[schedules]]\nsteps = 4\nguidance = 1\nsizes = []", "schedules[0].sizes in FILE is empty"),
+    ],
+)
+def test_keys_that_contradict_each_other(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, GPU + text)
+
+
+def test_a_recipe_needs_a_schedule(tmp_path: Path) -> None:
+    assert "schedules in FILE is empty" in refusal(tmp_path, "schedules = []" + GPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "allowed"), [("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("12.0", True)]
+)
+def test_fp8_needs_the_hardware(tmp_path: Path, capability: str, allowed: bool) -> None:
+    text = GPU.replace("8.9", capability) + "[components.transformer]\nquantization = 'fp8'"
+    if allowed:
+        assert load_recipe(write(tmp_path, text)).components.transformer.quantization == "fp8"
+    else:
+        message = refusal(tmp_path, text)
+        assert f"needs compute capability 8.9 or later, not Test GPU ({capability}); use" in message
+
+
+def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
+    """FP8 it has: onnxruntime computes what comes out of the codes, which is how a scheme is judged without a GPU."""
+    load_recipe(write(tmp_path, 'extends = "cpu"\n[components.language]\nquantization = "fp8"'))
+    assert 'components.vision.precision in FILE is "bfloat16", for which onnxruntime has no kernels' in refusal(
+        tmp_path, 'extends = "cpu"\n[components.vision]\nprecision = "bfloat16"'
+    )
+    assert "backends in FILE has tensorrt, which needs a GPU" in refusal(
+        tmp_path, 'extends = "cpu"\nbackends = ["onnxruntime", "tensorrt"]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("backends", "missing"), [('"tensorrt-llm"', "vision"), ('"vllm"', "vae_encoder"), ("", "vision")]
+)
+def test_every_component_needs_a_backend(tmp_path: Path, backends: str, missing: str) -> None:
+    message = refusal(tmp_path, GPU.replace('"tensorrt"', backends))
+    assert f"backends in FILE has none that runs {missing}" in message
+
+
+def test_backends_of_a_component_keep_their_order(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GPU.replace('"tensorrt"', '"tensorrt-llm", "tensorrt", "vllm"')))
+    assert recipe.backends_of("language") == ("tensorrt-llm", "tensorrt", "vllm")
+    assert recipe.backends_of("vision") == ("tensorrt", "vllm")
+    assert recipe.backends_of("transformer") == ("tensorrt",)
+
+
+def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        GPU
+        + """
+        [shapes]
+        aspect_ratios = ["1:1", "4:3"]
+        min_side = 64
+        batch = { min = 2, opt = 3, max = 5 }
+        [components.transformer]
+        keep = ["a", "b"]
+        [[schedules]]
+        steps = 30
+        guidance = 2.0
+        [[schedules]]
+        steps = 4
+        guidance = 1.0
+        """,
+        "base/base.toml",
+    )
+    child = """
+        extends = "base/base.toml"
+        gpu = "Child"
+        [shapes]
+        aspect_ratios = ["3:2"]
+        batch = { max = 7 }
+        [components.transformer]
+        quantization = "fp8"
+        [[schedules]]
+        steps = 6
+        guidance = 1.0
+        """
+    recipe = load_recipe(write(tmp_path, child))
+    assert (recipe.gpu, recipe.memory_gib) == ("Child", 24.0)
+    assert recipe.shapes.aspect_ratios == ("3:2",)
+    assert recipe.shapes.min_side == 64
+    assert recipe.shapes.batch == Range(min=2, opt=3, max=7)
+    assert recipe.components.transformer.keep == ("a", "b")
+    assert recipe.components.transformer.quantization == "fp8"
+    assert recipe.schedules == (Schedule(steps=6, guidance=1.0),)
+
+
+def test_extends_a_shipped_recipe_even_under_its_own_name(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, 'extends = "l40s"\nmemory_gib = 40', "l40s.toml"))
+    assert recipe == dataclasses.replace(load_recipe("l40s"), memory_gib=40.0)
+
+
+def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
+    write(tmp_path, GPU, "a/base.toml")
+    write(tmp_path, 'extends = "../a/base.toml"', "b/middle.toml")
+    assert load_recipe(write(tmp_path, 'extends = "b/middle.toml"')).gpu == "Test GPU"
+
+
+def test_a_calibration_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    write(tmp_path, 'calibration = "c.npz"' + GPU, "a/base.toml")
+    recipe = load_recipe(write(tmp_path, 'extends = "a/base.toml"'))
+    assert recipe.calibration == str(tmp_path / "a" / "c.npz")
+    assert load_recipe(write(tmp_path, to_toml(recipe), "elsewhere/shown.toml")) == recipe
+    plain = load_recipe(write(tmp_path, GPU))
+    assert plain.calibration is None
+    assert recipe.portable() == plain
+    assert recipe.digest() == plain.digest()
+    assert "calibration in" in refusal(tmp_path, "calibration = 3" + GPU)
+
+
+def test_an_error_names_the_file_in_which_the_value_stands(tmp_path: Path) -> None:
+    write(tmp_path, GPU + "[limits]\nhost_memory_gib = 0", "base.toml")
+    with pytest.raises(RecipeError, match=r"host_memory_gib in .*base\.toml is 0"):
+        load_recipe(write(tmp_path, 'extends = "base.toml"'))
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        ({"mine": "mine"}, "mine.toml -> mine.toml"),
+        ({"mine": "a", "a": "b", "b": "a"}, "a.toml -> b.toml -> a.toml"),
+    ],
+)
+def test_a_circle_is_an_error(tmp_path: Path, files: dict[str, str], circle: str) -> None:
+    for name, parent in files.items():
+        write(tmp_path, f'extends = "./{parent}.toml"', f"{name}.toml")
+    with pytest.raises(RecipeError, match=re.escape(f"in a circle ({circle})")):
+        load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_an_unknown_parent_lists_the_names(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r'no recipe "l41s", did you mean "l40s"'):
+        load_recipe(write(tmp_path, 'extends = "l41s"'))
+
+
+def test_strings_survive_writing(tmp_path: Path) -> None:
+    keep = ('quote " and \\', "tab\tnewline\n", "del\x7f nul\x00", "ünï 🐈")
+    recipe = load_recipe(write(tmp_path, GPU))
+    components = dataclasses.replace(
+        recipe.components, transformer=dataclasses.replace(recipe.components.transformer, keep=keep)
+    )
+    recipe = dataclasses.replace(
+        recipe, components=components, schedules=(Schedule(steps=3, guidance=1.1, sizes=("1:1", "16:9")),)
+    )
+    assert load_recipe(write(tmp_path, to_toml(recipe))) == recipe
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    recipe = load_recipe("l40s")
+    assert re.fullmatch("[0-9a-f]{64}", recipe.digest())
+    assert load_recipe(write(tmp_path, '# a remark\nextends = "l40s"')).digest() == recipe.digest()
+    changed = load_recipe(write(tmp_path, 'extends = "l40s"\n[gates]\nedit_ssim = 0.86'))
+    assert changed.digest() != recipe.digest()
+    assert len({load_recipe(name).digest() for name in recipe_names()}) == len(recipe_names())
+
+
+def test_a_recipe_is_hashable_and_frozen() -> None:
+    recipe = load_recipe("cpu")
+    assert {recipe: 1}[load_recipe("cpu")] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.gpu = "other"  # type: ignore[misc]
+
+
+def test_buckets_follow_the_area_and_are_unique(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GPU + '[shapes]\naspect_ratios = ["1:1", "2:2", "16:9", "9:16"]'))
+    assert recipe.buckets(MODEL_AREA) == (
+        Size(width=1024, height=1024),
+        Size(width=1376, height=768),
+        Size(width=768, height=1376),
+    )
+    assert recipe.buckets(256 * 256)[1] == Size(width=352, height=192)
+
+
+def test_schedule_sizes(tmp_path: Path) -> None:
+    text = GPU + "[[schedules]]\nsteps = 4\nguidance = 1\nsizes = ['16:9', '1:1']"
+    recipe = load_recipe(write(tmp_path, text))
+    wide_and_square = (Size(width=1376, height=768), Size(width=1024, height=1024))
+    assert recipe.schedule_sizes(recipe.schedules[0], MODEL_AREA) == wide_and_square
+    everywhere = Schedule(steps=4, guidance=1.0)
+    assert recipe.schedule_sizes(everywhere, MODEL_AREA) == recipe.buckets(MODEL_AREA)
+
+
+@pytest.mark.parametrize(
+    ("scale", "max_side", "max_area"), [(1.0, 1568, 1184 * 896), (1.5, 1920, 1572864), (4.0, 3136, 4 * MODEL_AREA)]
+)
+def test_shape_limits(tmp_path: Path, scale: float, max_side: int, max_area: int) -> None:
+    limits = load_recipe(write(tmp_path, GPU + f"[shapes]\narea_scale_max = {scale}")).shape_limits(MODEL_AREA)
+    assert (limits.max_side, limits.max_area, limits.min_side) == (max_side, max_area, 128)
+    assert (limits.batch_max, limits.references_max, limits.prompt_tokens_max) == (4, 3, 2560)
+
+
+def test_the_buckets_of_a_small_model_are_always_taken() -> None:
+    recipe = load_recipe("l40s")
+    limits = recipe.shape_limits(128 * 128)
+    assert limits.min_side == 96 < recipe.shapes.min_side == 128
+    assert Size(width=160, height=96) in limits.buckets

@@ -1,0 +1,305 @@
+"""Modulation tables: equal to an independent evaluation, however they were come by, and never read when damaged."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
+from qie.engines.bundle.specs import SchedulerSpec
+from qie.engines.inputs import modulation as module
+from qie.engines.inputs.modulation import SCHEDULES, Tables, compute_tables, modulation_tables, store_tables, table_name
+from qie.engines.inputs.modulation import timesteps as timesteps_of
+from qie.engines.inputs.schedule import sigmas
+
+LAYERS, WIDTH, CHANNELS = 3, 8, 256
+SIGMAS = sigmas(SchedulerSpec(use_dynamic_shifting=True, shift_terminal=0.02), steps=5, noise_tokens=64)
+
+Float64 = NDArray[np.float64]
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    linears = {
+        "time_text_embed.timestep_embedder.linear_1": (WIDTH, CHANNELS),
+        "time_text_embed.timestep_embedder.linear_2": (WIDTH, WIDTH),
+        "norm_out.linear": (2 * WIDTH, WIDTH),
+    }
+    for layer in range(LAYERS):
+        for stream in ("img_mod", "txt_mod"):
+            linears[f"transformer_blocks.{layer}.{stream}.1"] = (6 * WIDTH, WIDTH)
+    return {
+        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+        for name, shape in linears.items()
+        for kind in ("weight", "bias")
+    }
+
+
+Case = tuple[Path, ModulationRecord, dict[str, Float64]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Case]:
+    """A folder with random modulation weights, its record, and the same weights in float64."""
+
+    def make(*, dtype: Any = "float32", tables: Any = "float32", zero_cond_t: bool = True) -> Case:
+        rng = np.random.default_rng(0)
+        stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+        content, tensors, weights = b"", [], {}
+        for name, shape in shapes().items():
+            content += bytes(-len(content) % 64)
+            values = rng.normal(0, 0.5, shape).astype(stored)
+            tensors.append(ModulationTensor(name=name, dtype=dtype, shape=shape, offset=len(content)))
+            weights[name] = values.astype(np.float64)
+            content += values.tobytes()
+        (tmp_path / "modulation.weights").write_bytes(content)
+        record = ModulationRecord(
+            file=FileRecord(path="modulation.weights", bytes=len(content), sha256="0" * 64),
+            tables=tables,
+            tensors=tuple(tensors),
+            layers=LAYERS,
+            width=WIDTH,
+            zero_cond_t=zero_cond_t,
+        )
+        return tmp_path, record, weights
+
+    return make
+
+
+def silu(x: Float64) -> Float64:
+    return x / (1 + np.exp(-x))
+
+
+def conditioning(weights: dict[str, Float64], timestep: float) -> Float64:
+    """silu(MLP(sinusoids of 1000 t)): cosines first, wavelengths from 2 pi to 20000 pi, exclusive."""
+    frequencies = 10000.0 ** (-np.arange(CHANNELS // 2) / (CHANNELS // 2))
+    x = np.concatenate([np.cos(1000 * timestep * frequencies), np.sin(1000 * timestep * frequencies)])
+    for layer in ("linear_1", "linear_2"):
+        name = f"time_text_embed.timestep_embedder.{layer}"
+        x = silu(weights[f"{name}.weight"] @ x + weights[f"{name}.bias"])
+    return x
+
+
+def expected(weights: dict[str, Float64], *, zero_cond_t: bool) -> Float64:
+    rows = []
+    for timestep in SIGMAS[:-1].astype(np.float64):
+        at_t, at_0 = conditioning(weights, timestep), conditioning(weights, 0.0)
+        row = []
+        for layer in range(LAYERS):
+            streams = [(at_t, "img_mod"), (at_0, "img_mod"), (at_t, "txt_mod")]
+            for x, stream in streams if zero_cond_t else (streams[0], streams[2]):
+                name = f"transformer_blocks.{layer}.{stream}.1"
+                parts = np.split(weights[f"{name}.weight"] @ x + weights[f"{name}.bias"], 6)
+                parts[1], parts[4] = 1 + parts[1], 1 + parts[4]
+                row += parts
+        scale, shift = np.split(weights["norm_out.linear.weight"] @ at_t + weights["norm_out.linear.bias"], 2)
+        row += [1 + scale, shift]
+        rows.append(np.concatenate(row))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("zero_cond_t", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_against_float64(make: Callable[..., Case], dtype: str, zero_cond_t: bool) -> None:
+    folder, record, weights = make(dtype=dtype, zero_cond_t=zero_cond_t)
+    flat = compute_tables(folder, record, SIGMAS)
+    wanted = expected(weights, zero_cond_t=zero_cond_t)
+    assert flat.dtype == np.float32
+    assert flat.shape == wanted.shape
+    assert wanted.std() > 0.5
+    # 1000 t is rounded to float32 before its cosine: an error of up to 3e-5 in an angle of 1000
+    np.testing.assert_allclose(flat, wanted, rtol=0, atol=3e-4)
+    assert np.linalg.norm(flat - wanted) / np.linalg.norm(wanted) < 2e-5
+
+
+def test_shapes_and_order(make: Callable[..., Case], tmp_path: Path) -> None:
+    folder, record, _ = make()
+    tables = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "cache")
+    flat = compute_tables(folder, record, SIGMAS)
+    assert tables.blocks.shape == (5, LAYERS, 18 * WIDTH)
+    assert tables.out.shape == (5, 2 * WIDTH)
+    assert np.array_equal(np.concatenate([tables.blocks.reshape(5, -1), tables.out], axis=1), flat)
+    references = tables.blocks[:, :, 6 * WIDTH : 12 * WIDTH]
+    np.testing.assert_allclose(references, np.broadcast_to(references[:1], references.shape), atol=1e-5)  # t = 0
+    assert not np.array_equal(tables.blocks[0, :, : 6 * WIDTH], tables.blocks[1, :, : 6 * WIDTH])
+
+
+def test_timesteps_are_rounded_as_diffusers_does() -> None:
+    """sigma * 1000 / 1000 in float32 is not always sigma."""
+    spec = SchedulerSpec(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192)
+    values = sigmas(spec, steps=40, noise_tokens=4096)
+    seen = timesteps_of(values)
+    assert seen.dtype == np.float32
+    assert len(seen) == 40
+    assert list(seen) == [np.float32(np.float32(s * np.float32(1000)) / np.float32(1000)) for s in values[:-1]]
+    assert not np.array_equal(seen, values[:-1])
+
+
+def test_progress_goes_block_by_block(make: Callable[..., Case]) -> None:
+    folder, record, _ = make()
+    seen: list[tuple[int, int]] = []
+    compute_tables(folder, record, SIGMAS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(n + 1, LAYERS) for n in range(LAYERS)]
+
+
+def test_large_values_do_not_warn() -> None:
+    """silu of a very negative number is 0, and exp of it overflows on the way."""
+    assert list(module._silu(np.array([-1e4, 0, 100], np.float32))) == [0, 0, 100]
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("count", [1 << 16])
+def test_bfloat16_rounds_to_nearest_even(count: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 1, count).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, count)
+    halfway = (rng.integers(0, 1 << 15, 1000, np.uint32) << 16 | 0x8000).view(np.float32)
+    x = np.concatenate([x.astype(np.float32), halfway[np.isfinite(halfway)], [np.float32(0), np.float32(-0.0)]])
+    narrow = module._narrow(x)
+    assert narrow.dtype == np.uint16
+    assert np.array_equal(narrow, x.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_every_bfloat16_survives_a_round_trip() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+    wide = module._widen(bits)
+    finite = np.isfinite(wide)
+    assert finite.sum() > 65000
+    assert np.array_equal(module._narrow(wide[finite]), bits[finite])
+    assert np.array_equal(wide[finite], bits.view(ml_dtypes.bfloat16).astype(np.float32)[finite])
+
+
+# Stored, cached, computed
+
+
+def equal(one: Tables, other: Tables) -> bool:
+    return np.array_equal(one.blocks, other.blocks) and np.array_equal(one.out, other.out)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for every time that tables were computed."""
+    calls: list[int] = []
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return compute_tables(*args, **kwargs)
+
+    monkeypatch.setattr(module, "compute_tables", compute)
+    return calls
+
+
+@pytest.mark.parametrize("tables", ["float32", "bfloat16"])
+def test_cached_once_and_then_read(make: Callable[..., Case], tmp_path: Path, computed: list[int], tables: str) -> None:
+    folder, record, _ = make(tables=tables)
+    cache = tmp_path / "cache" / "modulation"
+    first = modulation_tables(folder, record, SIGMAS, cache=cache)
+    (file,) = cache.iterdir()
+    assert file.name == table_name(record, SIGMAS)
+    assert np.load(file, allow_pickle=False).dtype == (np.uint16 if tables == "bfloat16" else np.float32)
+    inode = file.stat().st_ino
+    second = modulation_tables(folder, record, SIGMAS, cache=cache)
+    assert computed == [1]
+    assert file.stat().st_ino == inode
+    assert equal(first, second)  # what was computed has the precision of what is stored
+    if tables == "bfloat16":
+        bits = first.blocks.view(np.uint32)
+        assert (bits & 0xFFFF == 0).all()
+
+
+@pytest.mark.parametrize("tables", ["float32", "bfloat16"])
+def test_precomputed_tables_are_those_that_would_be_computed(
+    make: Callable[..., Case], tmp_path: Path, computed: list[int], tables: str
+) -> None:
+    folder, record, _ = make(tables=tables)
+    wanted = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "cache")
+    assert computed == [1]
+    store_tables(compute_tables(folder, record, SIGMAS), record, folder / SCHEDULES / table_name(record, SIGMAS))
+    found = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "other")
+    assert computed == [1]
+    assert equal(found, wanted)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_build_precomputes_what_the_runtime_would_compute(bundle: Path, tmp_path: Path, computed: list[int]) -> None:
+    opened = open_bundle(str(bundle))
+    record = opened.manifest.model.modulation
+    for size in opened.manifest.limits.buckets:
+        for steps in (20, 8, 4):
+            values = sigmas(opened.manifest.model.scheduler, steps=steps, noise_tokens=size.area // 256)
+            stored = modulation_tables(bundle, record, values, cache=tmp_path)
+            assert computed == []
+            flat = compute_tables(bundle, record, values)
+            assert np.array_equal(np.concatenate([stored.blocks.reshape(steps, -1), stored.out], axis=1), flat)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def pickled(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+def transposed(path: Path) -> None:
+    flat = np.load(path)
+    with path.open("wb") as file:
+        np.save(file, np.ascontiguousarray(flat.T))
+
+
+def as_float64(path: Path) -> None:
+    flat = np.load(path)
+    with path.open("wb") as file:
+        np.save(file, flat.astype(np.float64))
+
+
+@pytest.mark.parametrize("place", ["bundle", "cache"])
+@pytest.mark.parametrize(
+    "damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 500), pickled, transposed,
+               as_float64],
+)  # fmt: skip
+def test_damaged_tables_are_made_again(
+    make: Callable[..., Case], tmp_path: Path, damage: Callable[[Path], None], place: str
+) -> None:
+    folder, record, _ = make()
+    cache = tmp_path / "cache"
+    wanted = modulation_tables(folder, record, SIGMAS, cache=cache)
+    name = table_name(record, SIGMAS)
+    if place == "bundle":
+        (folder / SCHEDULES).mkdir()
+        (cache / name).rename(folder / SCHEDULES / name)
+        damage(folder / SCHEDULES / name)
+    else:
+        damage(cache / name)
+    assert equal(modulation_tables(folder, record, SIGMAS, cache=cache), wanted)
+    assert np.array_equal(np.load(cache / name), compute_tables(folder, record, SIGMAS))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(make: Callable[..., Case], tmp_path: Path) -> None:
+    folder, record, _ = make(tables="bfloat16")
+    wanted = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "cache")
+    (tmp_path / "file").write_text("in the way")
+    assert equal(modulation_tables(folder, record, SIGMAS, cache=tmp_path / "file" / "cache"), wanted)
+
+
+def test_the_name_depends_on_weights_and_schedule(make: Callable[..., Case]) -> None:
+    _, record, _ = make()
+    other_weights = replace(record, file=replace(record.file, sha256="1" * 64))
+    names = {table_name(record, SIGMAS), table_name(other_weights, SIGMAS), table_name(record, SIGMAS[1:])}
+    assert len(names) == 3
+    assert table_name(record, SIGMAS.copy()) in names
+
+
+def test_the_weights_of_a_bundle_are_mapped_not_read(bundle: Path) -> None:
+    opened: Bundle = open_bundle(str(bundle))
+    weights = module.Weights(bundle, opened.manifest.model.modulation)
+    assert isinstance(weights._bytes, np.memmap)
+    with pytest.raises(KeyError):
+        weights.read("no.such.tensor")

@@ -1,0 +1,286 @@
+"""Which engine runs on which machine, and the sentence that says why not: GPU, capability, backend, driver, version."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from qie.compiler import doctor
+from qie.engines import backends
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, write_manifest
+from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
+from qie.engines.machine import Gpu, Machine
+from qie.engines.sessions import choose as module
+from qie.engines.sessions.choose import choose_engines, refusal
+
+L40S = Gpu(name="NVIDIA L40S", compute_capability="8.9", memory_gib=45.0, driver="570.86.15")
+A100 = Gpu(name="NVIDIA A100 80GB", compute_capability="8.0", memory_gib=80.0, driver="570.86.15")
+INSTALLED = {"cuda-bindings": "12.9.1", "tensorrt-rtx-cu12": "1.7.1.116", "tensorrt-cu12": "10.13.3.9"}
+VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.13.3.9"}
+
+
+def machine(*gpus: Gpu, cuda: str | None = "12.8") -> Machine:
+    return Machine(system="test", processor="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=cuda)
+
+
+@pytest.fixture(autouse=True)
+def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All backends, for CUDA 12, on a machine with an L40S; a test takes away what it is about."""
+    monkeypatch.setattr(backends, "installed", lambda name: True)
+    monkeypatch.setattr(backends, "version_of", INSTALLED.get)
+    monkeypatch.setattr(module, "version", VERSIONS.__getitem__)
+    monkeypatch.setattr(module, "serves_gpu", lambda: True)
+    monkeypatch.setattr(module, "this_machine", lambda: machine(L40S))
+
+
+@pytest.fixture
+def opened(bundle: Path) -> Bundle:
+    return open_bundle(str(bundle))
+
+
+def engine(opened: Bundle, backend: str = "tensorrt-rtx", capability: str = "8.9", **changes: Any) -> EngineRecord:
+    version = VERSIONS.get(backend, "1.23")
+    record = replace(opened.manifest.engines[0], backend=backend, compute_capability=capability)
+    return replace(record, **{"backend_version": version} | changes)
+
+
+def with_engines(opened: Bundle, *kinds: dict[str, Any]) -> Bundle:
+    """The bundle with, for every component, an engine of every kind."""
+    engines = tuple(replace(e, **kind) for e in opened.manifest.engines for kind in kinds)
+    return replace(opened, manifest=replace(opened.manifest, engines=engines))
+
+
+RTX = {"backend": "tensorrt-rtx", "compute_capability": "8.9", "backend_version": VERSIONS["tensorrt-rtx"]}
+TENSORRT = {"backend": "tensorrt", "compute_capability": "8.0", "backend_version": VERSIONS["tensorrt"]}
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability"),
+    [("tensorrt-rtx", "8.9"), ("tensorrt", "8.9"), ("onnxruntime", "8.9"), ("onnxruntime", "cpu")],
+)
+def test_what_fits(opened: Bundle, backend: str, capability: str) -> None:
+    assert refusal(engine(opened, backend, capability), machine(L40S)) is None
+    assert refusal(engine(opened, backend, capability), machine(A100, L40S)) is None
+
+
+def test_the_processor_needs_no_look_at_the_machine(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: pytest.fail("the machine was looked at"))
+    assert len(choose_engines(opened)) == len(COMPONENTS)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt", "onnxruntime"])
+def test_no_gpu(opened: Bundle, backend: str) -> None:
+    assert refusal(engine(opened, backend), machine()) == (
+        f"vision is built for {backend}/8.9, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for "
+        "this machine with `qie build --gpu cpu`"
+    )
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt", "onnxruntime"])
+def test_another_gpu(opened: Bundle, backend: str) -> None:
+    assert refusal(engine(opened, backend), machine(A100, A100)) == (
+        f"vision is built for {backend}/8.9, and this machine has NVIDIA A100 80GB (8.0); build for that GPU with "
+        "`qie build --gpu NAME`, `qie recipes` lists the names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "lacks", "install"),
+    [
+        ("tensorrt-rtx", "tensorrt_rtx", "pip install 'qie[rtx]'"),
+        ("tensorrt-rtx", "cuda.bindings", "pip install 'qie[rtx]'"),
+        ("tensorrt", "tensorrt", "pip install 'qie[tensorrt]'"),
+        ("onnxruntime", "onnxruntime", "pip install qie"),
+    ],
+)
+def test_a_backend_that_is_not_installed(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, lacks: str, install: str
+) -> None:
+    monkeypatch.setattr(backends, "installed", lambda name: name != lacks)
+    expected = f"vision is built for {backend}/8.9, which is not installed here; run `{install}`"
+    assert refusal(engine(opened, backend), machine(L40S)) == expected
+    with pytest.raises(BackendMissingError, match=re.escape(expected)):
+        choose_engines(with_engines(opened, RTX | {"backend": backend}))
+
+
+def test_an_onnxruntime_without_a_gpu(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "serves_gpu", lambda: False)
+    assert refusal(engine(opened, "onnxruntime"), machine(L40S)) == (
+        "vision is built for onnxruntime/8.9, and the onnxruntime that is installed here uses the processor alone; run "
+        "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
+    )
+    assert refusal(engine(opened, "onnxruntime", "cpu"), machine(L40S)) is None
+
+
+def test_a_driver_that_is_too_old_for_what_is_installed(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INSTALLED, "cuda-bindings", "13.4.4")
+    assert refusal(engine(opened), machine(L40S)) == (
+        "vision is built for tensorrt-rtx/8.9, whose packages here need a driver for CUDA 13, and driver 570.86.15 "
+        "serves CUDA 12.8; update the driver, or run `pip install 'cuda-python<13' tensorrt-rtx-cu12`"
+    )
+    assert refusal(engine(opened), machine(L40S, cuda="13.1")) is None
+    assert refusal(engine(opened), machine(L40S, cuda=None)) is None  # the session finds out
+    assert refusal(engine(opened, "onnxruntime"), machine(L40S)) is None
+
+
+def test_a_driver_for_which_there_are_no_packages(opened: Bundle) -> None:
+    said = refusal(engine(opened, "tensorrt"), machine(L40S, cuda="11.4"))
+    assert said is not None
+    assert said.endswith("need a driver for CUDA 12, and driver 570.86.15 serves CUDA 11.4; update the driver")
+
+
+def test_a_package_for_a_later_cuda(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INSTALLED, "tensorrt-cu13", "10.13.3.9")
+    assert "need a driver for CUDA 13" in str(refusal(engine(opened, "tensorrt"), machine(L40S)))
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_an_engine_of_another_version(opened: Bundle, backend: str) -> None:
+    package = f"{backend}-cu12"
+    assert refusal(engine(opened, backend, backend_version="1.6.0.9"), machine(L40S)) == (
+        f"vision is built for {backend}/8.9 by version 1.6.0.9, and version {VERSIONS[backend]} is installed, which "
+        f"cannot load it; build the bundle again with `qie build`, or run `pip install {package}==1.6.0.9`"
+    )
+
+
+def test_onnxruntime_runs_graphs_of_any_version(opened: Bundle) -> None:
+    for capability in ("cpu", "8.9"):
+        assert refusal(engine(opened, "onnxruntime", capability, backend_version="0.1"), machine(L40S)) is None
+
+
+def test_a_backend_that_does_not_load(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(backends, "import_module", broken)
+    monkeypatch.setattr(module, "version", backends.version)
+    said = refusal(engine(opened), machine(L40S))
+    assert said == (
+        "tensorrt-rtx is installed but does not load (libnvinfer.so.10: cannot open shared object file); install it "
+        "again with `pip install 'qie[rtx]'`"
+    )
+
+
+def test_a_backend_that_nobody_knows(opened: Bundle) -> None:
+    assert refusal(engine(opened, "abacus"), machine(L40S)) == (
+        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with `qie build --gpu "
+        "cpu`"
+    )
+
+
+# Chosen
+
+
+def test_the_first_that_fits(opened: Bundle) -> None:
+    several = with_engines(opened, TENSORRT, RTX, {})
+    assert {e.backend for e in choose_engines(several).values()} == {"tensorrt-rtx"}
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(A100, "tensorrt"), (L40S, "tensorrt-rtx"), (None, "onnxruntime")])
+def test_a_bundle_for_several_machines(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, backend: str
+) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: machine(*filter(None, [gpu])))
+    chosen = choose_engines(with_engines(opened, RTX, TENSORRT, {}))
+    assert {e.backend for e in chosen.values()} == {backend}
+    assert list(chosen) == list(COMPONENTS)
+
+
+def test_every_reason_is_said(opened: Bundle) -> None:
+    old = RTX | {"backend_version": "1.0"}
+    with pytest.raises(
+        EngineMismatchError, match="vision .*by version 1.0.*; vision is built for tensorrt/8.0, and this"
+    ):
+        choose_engines(with_engines(opened, old, TENSORRT))
+
+
+def test_the_machine_is_looked_at_once(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(module, "this_machine", lambda: looks.append(1) or machine(L40S))
+    choose_engines(with_engines(opened, TENSORRT, RTX))
+    assert len(looks) == 1
+
+
+def test_an_unfinished_bundle(opened: Bundle) -> None:
+    record = opened.manifest.engines[-1]
+    kept = {f: getattr(record, f) for f in ("component", "key", "path", "files", "inputs", "outputs", "parameters")}
+    graph = GraphRecord(**kept, backend="tensorrt", dtype="bfloat16", profiles=())
+    manifest = replace(opened.manifest, engines=opened.manifest.engines[:-1], graphs=(graph,))
+    with pytest.raises(BundleError, match=f"graph of {record.component} and no engine yet; run `qie build --finish "):
+        choose_engines(replace(opened, manifest=manifest))
+
+
+# Shown
+
+
+Qie = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def named(opened: Bundle, qie_home: Path) -> str:
+    """A bundle with a name whose engines are for another GPU, files and all."""
+    folder = qie_home / "bundles" / "foreign"
+    folder.mkdir(parents=True)
+    for record in opened.manifest.files():
+        (folder / record.path).parent.mkdir(exist_ok=True)
+        (folder / record.path).hardlink_to(opened.path / record.path)
+    write_manifest(with_engines(opened, TENSORRT).manifest, folder)
+    return folder.name
+
+
+def test_inspect_shows_the_reason_of_each_engine(qie: Qie, named: str) -> None:
+    done = qie("inspect", named)
+    for component in COMPONENTS:
+        assert f"{component} is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9)" in done.stdout
+    rows = json.loads(qie("inspect", named, "--json").stdout)["engines"]
+    assert [row["runs_here"] for row in rows] == [False] * len(COMPONENTS)
+    assert all("`qie build --gpu NAME`" in row["reason"] for row in rows)
+
+
+def test_run_is_refused_before_anything_is_loaded(
+    qie: Qie, named: str, workplace: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qie.engines.editing.editor.load", lambda *_: pytest.fail("an engine was loaded"))
+    said = refusal(qie("run", "photo.png", "make it red", "--bundle", named))
+    assert said.startswith(
+        "vision is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9); build for that GPU"
+    )
+
+
+def test_doctor_shows_bundles_gpu_and_driver(qie: Qie, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "this_machine", lambda: machine(L40S))
+    text = qie("doctor").stdout
+    assert "NVIDIA L40S, compute capability 8.9, 45 GiB, driver 570.86.15 (CUDA 12.8)" in text
+    assert re.search(rf"^{named} +vision is built for tensorrt/8.0, and this machine has", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("of", "gpus", "cuda", "missing", "mend"),
+    [
+        ("tensorrt-rtx", (), "12.8", ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"),
+        ("tensorrt-rtx", (L40S,), "11.8", ("a driver for CUDA 12",), "update the driver, which serves CUDA 11.8"),
+        ("tensorrt-rtx", (L40S,), "12.8", (), None),
+        ("tensorrt", (L40S,), "12.8", (), None),
+        ("onnxruntime on a GPU", (L40S,), "12.8", (), None),
+        ("onnxruntime", (), None, (), None),
+    ],
+)
+def test_doctor_on_backends(
+    monkeypatch: pytest.MonkeyPatch,
+    of: str,
+    gpus: tuple[Gpu, ...],
+    cuda: str | None,
+    missing: tuple[str, ...],
+    mend: str | None,
+) -> None:
+    monkeypatch.setattr(doctor, "this_machine", lambda: machine(*gpus, cuda=cuda))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
+    (ability,) = [a for a in doctor.examine().abilities if a.what == f"run engines of {of}"]
+    assert (ability.missing, ability.mend, ability.ready) == (missing, mend, not missing)

@@ -1,0 +1,1 @@
+"""What tests share: checkpoints, images, bundles, metrics, and a GPU made of Python."""

@@ -1,0 +1,138 @@
+"""What the tests on a GPU work with: bundles for the card at hand, requests, recorded runs, and distances."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import Component, EngineRecord
+from qie.engines.editing.editor import Request
+from qie.engines.errors import BackendMissingError
+from qie.engines.machine import this_machine
+from qie.engines.sessions.choose import choose_engines
+from qie.engines.sessions.session import Session
+
+STEPS = 6
+
+WIDE = replace(
+    ARCHITECTURES["tiny"],
+    num_attention_heads=24,
+    attention_head_dim=128,
+    axes_dims_rope=(16, 56, 56),
+    text_hidden_size=2048,
+    text_layers=6,
+    text_heads=16,
+    text_kv_heads=2,
+    text_intermediate_size=8192,
+    text_mrope_section=(16, 24, 24),
+)
+"""Two transformer layers of the published width and a language model of a similar size: about 1.5 GB in bfloat16."""
+
+RECIPE = """\
+schema = 1
+gpu = "the card at hand"
+compute_capability = "{capability}"
+memory_gib = {memory}
+backends = ["{backend}"]
+noise = "float32"
+residency = "{residency}"
+
+[shapes]
+min_side = 32
+
+[limits]
+build_workspace_gib = {workspace}
+"""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def build_for_card(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
+    """The bundle of ``checkpoint`` for this card and ``backend``; skips where there can be none."""
+    card = this_machine().gpus[0]
+    memory = card.memory_gib or this_machine().memory_gib
+    path = destination.with_suffix(".toml")
+    path.write_text(
+        RECIPE.format(
+            capability=card.compute_capability,
+            memory=memory,
+            backend=backend,
+            residency=residency,
+            workspace=min(4.0, memory / 2),
+        )
+    )
+    plan = make_plan(
+        open_checkpoint(str(checkpoint)),
+        recipe_name=str(path),
+        recipe=load_recipe(str(path)),
+        loras=[],
+        destination=destination,
+    )
+    try:
+        bundle = build_bundle(plan)
+        choose_engines(bundle)
+    except BackendMissingError as problem:
+        pytest.skip(str(problem))
+    return bundle
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 15, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def edit_request(**changes: Any) -> Request:
+    base: dict[str, Any] = {
+        "images": [picture(150, 90)],
+        "instructions": ["make it red"],
+        "seeds": [3],
+        "steps": STEPS,
+        "guidance": 4.0,
+    }
+    return Request(**(base | changes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run of an engine on the processor: what went in, what came out, and the sizes of the outputs' free dims."""
+
+    component: Component
+    inputs: Arrays
+    outputs: Arrays
+
+
+class Recorder:
+    """A session that remembers its runs."""
+
+    def __init__(self, session: Session, record: EngineRecord, runs: list[Run]) -> None:
+        self._session, self._component, self._runs = session, record.component, runs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        before = {name: np.array(self._session.download(tensor)) for name, tensor in inputs.items()}
+        self._session.run(inputs, outputs)
+        after = {name: np.array(self._session.download(tensor)) for name, tensor in outputs.items()}
+        self._runs.append(Run(component=self._component, inputs=before, outputs=after))
+
+
+def relative_l2(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    difference = found.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def psnr_db(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -1,0 +1,87 @@
+"""What the builders' tests share: recipes and plans for small models, and graphs of a few nodes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.planning.plan import Plan, make_plan
+from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.engines.bundle.manifest import FileRecord, GraphRecord, ProfileRecord, TensorSpec
+from qie.engines.files import sha256_of
+
+Worker = Callable[[str], Path]
+"""Puts a script in the place of the real worker; returns the file that is there once it was called."""
+
+
+def small(name: str) -> Recipe:
+    """The recipe in bfloat16, for models of small areas too, and for a machine that has little memory."""
+    recipe = load_recipe(name)
+    plain = replace(recipe.components, transformer=replace(recipe.components.transformer, quantization="none", keep=()))
+    return replace(
+        recipe,
+        components=plain,
+        shapes=replace(recipe.shapes, min_side=32),
+        limits=replace(recipe.limits, build_workspace_gib=2.0),
+    )
+
+
+def planned(checkpoint: Path, destination: Path, recipe: Recipe) -> Plan:
+    return make_plan(
+        open_checkpoint(str(checkpoint)), recipe_name="own", recipe=recipe, loras=(), destination=destination
+    )
+
+
+def record(folder: Path, model: onnx.ModelProto, **shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> GraphRecord:
+    """``model`` as the transformer's graph in ``folder``, with (min, max) of each input."""
+    path = folder / "transformer.onnx"
+    path.write_bytes(model.SerializeToString())
+    return GraphRecord(
+        component="transformer",
+        backend="tensorrt-rtx",
+        dtype="bfloat16",
+        key="0" * 64,
+        path=path.name,
+        files=(FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)),),
+        inputs=(TensorSpec(name="x", dtype="bfloat16", dims=("n", 64)),),
+        outputs=(TensorSpec(name="y", dtype="bfloat16", dims=("n", 64)),),
+        parameters=0,
+        profiles=tuple(ProfileRecord(input=name, min=low, opt=high, max=high) for name, (low, high) in shapes.items()),
+    )
+
+
+def model_of(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], *inputs: Any) -> onnx.ModelProto:
+    inputs = inputs or (helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["n", 64]),)
+    outputs = [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, None)]
+    graph = helper.make_graph(nodes, "g", list(inputs), outputs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+def linear(op: str = "MatMul") -> onnx.ModelProto:
+    """One product of x [n, 64] with random weights."""
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(ml_dtypes.bfloat16)
+    return model_of([helper.make_node(op, ["x", "w"], ["y"], name="product")], [numpy_helper.from_array(weights, "w")])
+
+
+def fp8_linear() -> onnx.ModelProto:
+    """The same with both operands in FP8, dequantized to bfloat16."""
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(ml_dtypes.float8_e4m3fn)
+    scales = [numpy_helper.from_array(np.array(0.5, np.float32), name) for name in ("sx", "sw")]
+    zero = numpy_helper.from_array(np.array(0, ml_dtypes.float8_e4m3fn), "zero")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x32"], to=TensorProto.FLOAT),
+        helper.make_node("QuantizeLinear", ["x32", "sx", "zero"], ["x8"], name="quantize"),
+        helper.make_node("DequantizeLinear", ["x8", "sx", "zero"], ["xd"], output_dtype=TensorProto.BFLOAT16),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zero"], ["wd"], output_dtype=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["xd", "wd"], ["y"], name="product"),
+    ]
+    return model_of(nodes, [numpy_helper.from_array(weights, "w"), zero, *scales])
+
+
+SHAPES = {"x": ((1, 64), (256, 64))}

@@ -1,0 +1,127 @@
+"""What the parity tests share: small checkpoints of every generation, built and loaded beside the reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
+from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.compiler.validation.reference import Reference, load_reference
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.editing.editor import Editor
+
+TINY = ARCHITECTURES["tiny"]
+
+CASES: dict[str, Architecture] = {
+    "edit": replace(TINY, pipeline="edit", zero_cond_t=False, text_names="old"),
+    "2509": replace(TINY, zero_cond_t=False),
+    "2511": TINY,
+    "2511-wide": replace(
+        TINY,
+        num_layers=3,
+        num_attention_heads=3,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        text_hidden_size=96,
+        text_layers=3,
+        text_heads=4,
+        text_kv_heads=2,
+        text_intermediate_size=80,
+        text_mrope_section=(2, 4, 6),
+        vision_depth=3,
+        vision_hidden_size=48,
+        vision_heads=3,
+        vision_fullatt_block_indexes=(0, 2),
+        vae_base_dim=4,
+        vae_num_res_blocks=2,
+    ),
+    "2509-one-head": replace(
+        TINY,
+        zero_cond_t=False,
+        num_layers=1,
+        num_attention_heads=1,
+        attention_head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        text_names="old",
+        condition_area=168 * 168,
+        vae_area=96 * 96,
+    ),
+}
+"""Checkpoints of the three generations (Edit, 2509, 2511) in several widths, head counts and splits of the axes."""
+
+SHAPES = ((150, 90), (77, 170), (128, 128))
+"""Sizes in pixels of the images that edits are made from: landscape, a narrow portrait, square."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A checkpoint with qie's bundle of it on one side and diffusers on the other."""
+
+    folder: Path
+    bundle: Bundle
+
+    @cached_property
+    def reference(self) -> Reference:
+        return load_reference(self.folder)
+
+    @cached_property
+    def editor(self) -> Editor:
+        return Editor(self.bundle)
+
+
+def make_side(name: str, folder: Path) -> Side:
+    """Write the checkpoint ``name`` of CASES and build it for the CPU."""
+    write_checkpoint(folder / name, CASES[name], seed=7)
+    plan = make_plan(
+        open_checkpoint(str(folder / name)),
+        recipe_name="cpu",
+        recipe=load_recipe("cpu"),
+        loras=(),
+        destination=folder / f"{name}-bundle",
+    )
+    return Side(folder / name, build_bundle(plan))
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Smooth colours with some noise: something an autoencoder is not lost on."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [picture(*SHAPES[i], seed=i) for i in range(count)]
+
+
+def relative_l2(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    assert found.shape == expected.shape
+    difference = np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64))
+    return float(difference / np.linalg.norm(expected.astype(np.float64)))
+
+
+def psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
+    """dB; infinite for equal images."""
+    assert found.shape == expected.shape
+    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+SideOf = Callable[[str], Side]
+
+
+def counts(name: str) -> range:
+    """Numbers of reference images that the case's pipeline takes."""
+    return range(1, 2) if CASES[name].pipeline == "edit" else range(1, 4)
+
+
+MANY = [(name, count) for name in CASES for count in counts(name)]

@@ -1,0 +1,49 @@
+"""A plugin of pytest that lets the tests in tests/gpu run on the fake GPU: everything of them but the builder.
+
+PYTHONPATH=. pytest -p tests.support.pretend tests/gpu
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.packing.pack import build_bundle
+from qie.compiler.planning.plan import make_plan
+from qie.compiler.recipe.schema import load_recipe
+from qie.engines import machine
+from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.sessions.choose import choose_engines
+from tests.support import card
+from tests.support.fake_gpu import Gpu
+
+GPU = Gpu()
+BACKENDS = ("tensorrt-rtx", "tensorrt")
+BUILT: dict[Path, Path] = {}
+
+
+def build_for_card(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
+    """What ``card.build_for_card`` does, with engines that the fake executes."""
+    if backend not in BACKENDS:
+        pytest.skip(f"the fake does not execute {backend}")
+    if checkpoint not in BUILT:
+        plan = make_plan(
+            open_checkpoint(str(checkpoint)),
+            recipe_name="cpu",
+            recipe=load_recipe("cpu"),
+            loras=[],
+            destination=destination.parent / "on-cpu",
+        )
+        BUILT[checkpoint] = build_bundle(plan).path
+    bundle = open_bundle(str(GPU.retarget(BUILT[checkpoint], destination, backend, residency=residency)))
+    choose_engines(bundle)
+    return bundle
+
+
+patch = pytest.MonkeyPatch()
+GPU.install(patch, *BACKENDS)
+patch.setattr(machine, "this_machine", GPU.machine)
+patch.setattr(card, "build_for_card", build_for_card)
+narrow = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24), "text_hidden_size": 512}
+patch.setattr(card, "WIDE", replace(card.WIDE, **narrow, text_heads=4, text_intermediate_size=1024, text_layers=2))
