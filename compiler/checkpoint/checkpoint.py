@@ -5,26 +5,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qie.compiler.checkpoint.safetensors import SafetensorsReader, open_component, read_json
+from qie.compiler.checkpoint.model import Model, parse_model
+from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_component, read_json
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import replacing
 
-__all__ = ["POCKET", "Checkpoint", "Pipeline", "open_checkpoint"]
+__all__ = ["POCKET", "Checkpoint", "open_checkpoint"]
 
 POCKET = Path(__file__).parents[2] / "recipes" / "pocket"
 """The small trained model that comes with qie."""
-
-Pipeline = Literal["edit", "edit_plus"]
-"""Which of the two pipelines a checkpoint was made for: they differ in template, image areas and number of images."""
-
-_PIPELINES: dict[str, Pipeline] = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
-"""From `_class_name` of model_index.json (diffusers, pipelines/qwenimage)."""
 
 _CONFIGS = {
     "transformer": "transformer/config.json",
@@ -61,30 +56,35 @@ Progress = Callable[[int, int], None]
 class Checkpoint:
     """A diffusers-format folder of Qwen-Image-Edit or a model of the same architecture.
 
-    ``name`` is the hub id or the folder's name, ``revision`` the hub's commit (None for a plain folder). The fields
-    named for a component hold its config.json as it is written, ``preprocessor`` that of the image processor ({} where
-    there is none). ``complete`` is False where only configs and tokenizer were asked for.
+    Attributes:
+        path: the folder.
+        name: the hub id, or the folder's name.
+        revision: the hub's commit, None for a plain folder.
+        complete: whether the weights are there; False where only configs and tokenizer were asked for.
+        model: what the configs say.
     """
 
     path: Path
     name: str
     revision: str | None
-    pipeline: Pipeline
     complete: bool
-    model_index: Mapping[str, Any] = field(repr=False)
-    transformer: Mapping[str, Any] = field(repr=False)
-    text_encoder: Mapping[str, Any] = field(repr=False)
-    vae: Mapping[str, Any] = field(repr=False)
-    scheduler: Mapping[str, Any] = field(repr=False)
-    preprocessor: Mapping[str, Any] = field(repr=False)
+    model: Model = field(repr=False)
 
     def reader(self, subfolder: Subfolder) -> SafetensorsReader:
-        """The tensors of a component under their canonical names; only headers are read here.
+        """The tensors of a subfolder under their canonical names; only headers are read here.
 
         Raises:
             CheckpointError: the weights are missing, incomplete or damaged.
         """
         return open_component(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
+
+    def readers(self) -> dict[Subfolder, TensorReader]:
+        """The tensors of every subfolder; only headers are read here.
+
+        Raises:
+            CheckpointError: the weights are missing, incomplete or damaged.
+        """
+        return {subfolder: self.reader(subfolder) for subfolder in SUBFOLDERS}
 
     def digest(self, *, cache: Path | None = None, progress: Progress | None = None) -> str:
         """sha256 (hex) over the content of all configs, tokenizer files and, if ``complete``, weights.
@@ -135,49 +135,46 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
         folder = POCKET
     if folder.is_dir():
         if revision is not None:
-            raise CheckpointError(f"{source} is a folder and has no revision {revision!r}: leave the revision out")
+            raise CheckpointError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
         path, name = folder.absolute(), folder.resolve().name
     elif _HUB_ID.fullmatch(source):
         path, name = _fetch(source, revision, weights), source
         revision = path.name
     else:
         raise CheckpointError(
-            f"{source} is neither a folder, nor pocket, nor a hub id such as Qwen/Qwen-Image-Edit-2511"
+            f"there is no checkpoint {source!r}; name a folder, pocket, or a hub id such as Qwen/Qwen-Image-Edit-2511"
         )
 
     index_file = path / "model_index.json"
     if not index_file.is_file():
-        raise CheckpointError(f"{path} has no model_index.json: expected a checkpoint, a folder in diffusers format")
-    model_index = read_json(index_file)
-    pipeline = _PIPELINES.get(str(model_index.get("_class_name")))
-    if pipeline is None:
-        raise CheckpointError(
-            f"{index_file} is of {model_index.get('_class_name')!r}; qie compiles {' and '.join(_PIPELINES)}"
-        )
+        raise CheckpointError(f"{path} has no model_index.json; name a checkpoint, a folder in diffusers format")
     missing = [file for file in _CONFIGS.values() if not (path / file).is_file()]
     if not any((path / file).is_file() for file in _TOKENIZER if file.endswith(("tokenizer.json", "vocab.json"))):
         missing.append("tokenizer/tokenizer.json")
     if missing:
-        raise CheckpointError(f"{path} is incomplete, it lacks {', '.join(missing)}: download the checkpoint again")
-    configs = {component: read_json(path / file) for component, file in _CONFIGS.items()}
-    for component, config in configs.items():
+        raise CheckpointError(f"{path} is incomplete, it lacks {', '.join(missing)}; download the checkpoint again")
+    configs = {name: read_json(path / file) for name, file in _CONFIGS.items()}
+    for subfolder, config in configs.items():
         if config.get("quantization_config"):
             raise CheckpointError(
-                f"{path / _CONFIGS[component]} says that its weights are quantized already: take the bfloat16 original"
+                f"{path / _CONFIGS[subfolder]} is the config of a quantized checkpoint, expected bfloat16 weights; "
+                "take the original checkpoint"
             )
+    preprocessor = path / _PREPROCESSOR
+    model = parse_model(
+        model_index=read_json(index_file),
+        preprocessor=read_json(preprocessor) if preprocessor.is_file() else {},
+        **configs,
+    )
     checkpoint = Checkpoint(
         path=path,
         name=name,
         revision=revision,
-        pipeline=pipeline,
         complete=weights,
-        model_index=model_index,
-        preprocessor=read_json(path / _PREPROCESSOR) if (path / _PREPROCESSOR).is_file() else {},
-        **configs,
+        model=model,
     )
     if weights:
-        for subfolder in SUBFOLDERS:
-            checkpoint.reader(subfolder)
+        checkpoint.readers()
     return checkpoint
 
 
@@ -187,7 +184,7 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
         import huggingface_hub
     except ImportError as problem:
         raise CheckpointError(
-            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}): run "
+            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}); run "
             "`pip install 'qie[compile]'`, or give a folder"
         ) from None
 
@@ -205,7 +202,7 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
             command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(
-                f"{hub_id} is not in the cache, or not whole, and cannot be fetched ({reason}): check the id and run "
+                f"{hub_id} is not in the cache, or not whole, and cannot be fetched ({reason}); check the id and run "
                 f"`{command}` where there is a network, or give a folder"
             ) from error
 
@@ -250,7 +247,7 @@ def _remembered_sha256(file: Path, known: dict[str, Any], done: int, total: int,
                 if progress is not None:
                     progress(done, total)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}): download the checkpoint again") from error
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); download the checkpoint again") from error
     known[key] = {"state": state, "sha256": content.hexdigest()}
     return content.hexdigest()
 

@@ -59,8 +59,8 @@ class TransformerConfig:
         )
         if sum(result.axes_dims) != result.head_dim:
             raise CheckpointError(
-                f"{where}: axes_dims_rope {list(axes)} adds up to {sum(axes)}, but attention_head_dim is "
-                f"{result.head_dim}; the config does not belong to a Qwen-Image transformer"
+                f"{where}: axes_dims_rope {list(axes)} adds up to {sum(axes)}, expected "
+                f"attention_head_dim = {result.head_dim}; restore the config of a Qwen-Image transformer"
             )
         return result
 
@@ -159,7 +159,7 @@ class LanguageConfig:
         if 2 * sum(section) != result.head_dim:
             raise CheckpointError(
                 f"{where}: mrope_section {list(section)} adds up to {sum(section)}, expected half the head width "
-                f"({result.head_dim // 2}); the config does not belong to a Qwen2.5-VL text encoder"
+                f"({result.head_dim // 2}); restore the config of a Qwen2.5-VL text encoder"
             )
         return result
 
@@ -195,18 +195,20 @@ class VaeConfig:
         )
         for key, values in (("latents_mean", result.latents_mean), ("latents_std", result.latents_std)):
             if len(values) != result.z_dim:
-                raise CheckpointError(f"{where}: {key} has {len(values)} values, expected z_dim = {result.z_dim}")
+                raise CheckpointError(
+                    f"{where}: {key} has {len(values)} values, expected z_dim = {result.z_dim}; restore the config"
+                )
         if len(result.multipliers) != 4:
             raise ExportError(
-                f"{where}: dim_mult has {len(result.multipliers)} levels; qie's latents are 1/8 of the image, "
-                "which takes 4"
+                f"{where}: dim_mult has {len(result.multipliers)} levels, expected 4 for latents of 1/8 "
+                "of the image; use a checkpoint of Qwen-Image-Edit"
             )
         return result
 
 
 def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
     if key not in config:
-        raise CheckpointError(f"{where} has no {key!r}; download the checkpoint again or restore its config")
+        raise CheckpointError(f"{where} has no {key!r}; restore the checkpoint's config")
     return config[key]
 
 
@@ -274,4 +276,7 @@ def _refuse(where: str, config: Mapping[str, Any], **expected: Any) -> None:
     for key, value in expected.items():
         found = config.get(key, value)
         if (found or value) != value:
-            raise ExportError(f"{where}: {key} = {found!r} is not supported, qie's graphs are written for {value!r}")
+            raise ExportError(
+                f"{where}: {key} = {found!r} is not supported, the graphs are written for {value!r}; use a checkpoint "
+                "of Qwen-Image-Edit"
+            )

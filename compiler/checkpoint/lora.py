@@ -83,7 +83,7 @@ class Lora:
         pair = self.pairs.get(_flat(part_key.removesuffix(".weight"))) if part_key.endswith(".weight") else None
         if pair is not None and pair.shape != shape:
             raise CheckpointError(
-                f"{self.path} changes {part_key!r} as {list(pair.shape)}, but the checkpoint has {list(shape)}: "
+                f"{self.path} changes {part_key!r} as {list(pair.shape)}, but the checkpoint has {list(shape)}; "
                 "use a LoRA made for this model"
             )
         return pair
@@ -106,7 +106,7 @@ def open_lora(path: Path, weight: float) -> Lora:
             not finite.
     """
     if not math.isfinite(weight):
-        raise CheckpointError(f"The weight of {path} is {weight}: expected a number such as 0.8")
+        raise CheckpointError(f"the weight of {path} is {weight}; give a number such as 0.8")
     reader = open_file(path)
     found: dict[str, dict[str, str]] = {}
     strange = []
@@ -118,15 +118,17 @@ def open_lora(path: Path, weight: float) -> Lora:
         role = next(role for role in ("down", "up", "alpha") if match[role])
         roles = found.setdefault(_flat(match["module"]), {"module": match["module"]})
         if role in roles:
-            raise CheckpointError(f"{path} holds {roles[role]!r} and {key!r}, both the {role} of one layer: keep one")
+            raise CheckpointError(f"{path} holds {roles[role]!r} and {key!r}, both the {role} of one layer; keep one")
         roles[role] = key
     if strange:
         raise CheckpointError(
-            f"{path} holds {_some(strange)}; qie fuses pairs of lora_A/lora_B or lora_down/lora_up matrices, and no "
-            "differences of weights or biases (.diff, .diff_b), DoRA, LoHa or LoKr: use a plain LoRA"
+            f"{path} holds {_some(strange)}, expected pairs of lora_A/lora_B or lora_down/lora_up matrices without "
+            "differences of weights or biases (.diff, .diff_b), DoRA, LoHa or LoKr; use a plain LoRA"
         )
     if not found:
-        raise CheckpointError(f"{path} is empty: expected pairs of lora_A/lora_B or lora_down/lora_up matrices")
+        raise CheckpointError(
+            f"{path} is empty, expected pairs of lora_A/lora_B or lora_down/lora_up matrices; use a plain LoRA"
+        )
     default_alpha = _metadata_alpha(reader)
     pairs = {flat: _pair(reader, roles, default_alpha) for flat, roles in found.items()}
     return Lora(path=path, weight=weight, reader=reader, pairs=pairs)
@@ -199,10 +201,10 @@ def _metadata_alpha(reader: SafetensorsReader) -> float | None:
         settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
         alpha = None if settings.get("lora_alpha") is None else float(settings["lora_alpha"])
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{reader.source} has broken {_METADATA} ({error}): download it again") from error
+        raise CheckpointError(f"{reader.source} has broken {_METADATA} ({error}); download it again") from error
     unsupported = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if settings.get(key)]
     if unsupported:
-        raise CheckpointError(f"{reader.source} uses {_some(unsupported)}, which qie does not fuse: use a plain LoRA")
+        raise CheckpointError(f"{reader.source} uses {_some(unsupported)}, which qie does not fuse; use a plain LoRA")
     return alpha
 
 
@@ -210,16 +212,19 @@ def _pair(reader: SafetensorsReader, roles: Mapping[str, str], default_alpha: fl
     module = roles["module"]
     absent = [role for role in ("down", "up") if role not in roles]
     if absent:
-        raise CheckpointError(f"{reader.source} lacks the {' and the '.join(absent)} matrix of {module!r}")
+        raise CheckpointError(
+            f"{reader.source} lacks the {' and the '.join(absent)} matrix of {module!r}; download it again"
+        )
     down, up = reader.shape(roles["down"]), reader.shape(roles["up"])
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
         raise CheckpointError(
-            f"{reader.source} has down {list(down)} and up {list(up)} for {module!r}, expected [rank, in], [out, rank]"
+            f"{reader.source} has down {list(down)} and up {list(up)} for {module!r}, expected [rank, in] and "
+            "[out, rank]; use a plain LoRA"
         )
     rank = down[0]
     alpha = float(rank) if default_alpha is None else default_alpha
     if "alpha" in roles:
         if math.prod(reader.shape(roles["alpha"])) != 1:
-            raise CheckpointError(f"{reader.source}: {roles['alpha']!r} has more than one element, expected a number")
+            raise CheckpointError(f"{reader.source}: {roles['alpha']!r} has more than one element; use a plain LoRA")
         alpha = float(reader.read(roles["alpha"]).reshape(-1)[0])
     return _Pair(module=module, down=roles["down"], up=roles["up"], shape=(up[0], down[1]), scale=alpha / rank)

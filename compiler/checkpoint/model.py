@@ -1,167 +1,169 @@
-"""What the runtime must know of a checkpoint: its constants, read from its configs into the manifest's model record."""
+"""The model of a checkpoint: everything that its configs say, parsed once when the checkpoint is opened."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from qie.compiler.checkpoint import processor, scheduler
-from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import TransformerConfig, VaeConfig, VisionConfig
-from qie.compiler.checkpoint.tokenizer import load_tokenizer
-from qie.compiler.recipe.schema import Recipe, Schedule
-from qie.engines.bundle.manifest import ModelRecord, ModulationRecord
-from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, VisionSpec
+from qie.compiler.checkpoint.configs import LanguageConfig, TransformerConfig, VaeConfig, VisionConfig
+from qie.compiler.checkpoint.processor import parse_processor
+from qie.compiler.checkpoint.scheduler import parse_scheduler
+from qie.compiler.recipe.schema import REFERENCES_MAX, Recipe, Schedule
+from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.errors import CheckpointError
-from qie.engines.inputs.prompt import PREFIX_TOKENS, check_prefix
 
-__all__ = [
-    "CONDITION_AREA",
-    "VAE_AREA",
-    "areas",
-    "check_parts",
-    "model_record",
-    "prompt_spec",
-    "rotary_spec",
-    "scheduler_spec",
-    "schedules",
-    "vision_spec",
-]
+__all__ = ["CONDITION_AREA", "VAE_AREA", "Model", "Pipeline", "parse_model"]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
 """Pixels (pipeline_qwenimage_edit_plus.py, VAE_IMAGE_SIZE and CONDITION_IMAGE_SIZE)."""
 
+Pipeline = Literal["edit", "edit_plus"]
+"""Which of the two pipelines a checkpoint was made for: they differ in template, image areas and number of images."""
 
-def areas(checkpoint: Checkpoint) -> Areas:
-    """The image areas of the checkpoint: the pipeline's, or those that a small model names in model_index.json.
+_PIPELINES: dict[str, Pipeline] = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
+"""``_class_name`` of model_index.json to pipeline (diffusers, pipelines/qwenimage)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """Everything that the configs of a checkpoint say.
+
+    Attributes:
+        pipeline: the diffusers pipeline that the checkpoint was made for.
+        transformer, vision, language, vae: dimensions of the components.
+        processor: how the host prepares images for the vision tower.
+        scheduler: the options that decide the sigmas of an edit.
+        areas: areas that images are resized to, in square pixels.
+        image_token_id: token that image embeddings replace in the prompt.
+        schedule: default steps and guidance of a model that is not one of the published ones, None elsewhere.
+        about: what such a model tells its users, None elsewhere.
+    """
+
+    pipeline: Pipeline
+    transformer: TransformerConfig
+    vision: VisionConfig
+    language: LanguageConfig
+    vae: VaeConfig
+    processor: VisionSpec
+    scheduler: SchedulerSpec
+    areas: Areas
+    image_token_id: int
+    schedule: Schedule | None = None
+    about: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision.out_width != self.transformer.joint_width:
+            raise CheckpointError(
+                f"the text encoder is {self.vision.out_width} wide, the transformer expects "
+                f"{self.transformer.joint_width}; take all components from one checkpoint"
+            )
+        if self.transformer.in_channels != 4 * self.vae.z_dim:
+            raise CheckpointError(
+                f"the transformer takes {self.transformer.in_channels} channels a token, the VAE makes "
+                f"{4 * self.vae.z_dim}; take all components from one checkpoint"
+            )
+
+    @property
+    def prompt(self) -> PromptSpec:
+        """What prompts depend on."""
+        return PromptSpec(pipeline=self.pipeline, image_token_id=self.image_token_id, merge_size=self.vision.merge_size)
+
+    @property
+    def rotary(self) -> RotarySpec:
+        """The transformer's rotary embedding."""
+        return RotarySpec(axes_dims=self.transformer.axes_dims)
+
+    @property
+    def references_max(self) -> int:
+        """Images that an edit may take: one for the Edit pipeline, up to three for Edit-Plus (their model cards)."""
+        return 1 if self.pipeline == "edit" else REFERENCES_MAX
+
+    def limits(self, recipe: Recipe) -> ShapeLimits:
+        """What engines of this model built by ``recipe`` take."""
+        limits = recipe.shape_limits(self.areas.vae_area)
+        return replace(limits, references_max=min(limits.references_max, self.references_max))
+
+    def schedules(self, recipe: Recipe) -> tuple[Schedule, ...]:
+        """The schedules of a build, the default of its edits first: the model's own, then the recipe's."""
+        return recipe.schedules if self.schedule is None else (self.schedule, *recipe.schedules)
+
+
+def parse_model(
+    *,
+    model_index: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+    text_encoder: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+) -> Model:
+    """The model that the configs of a checkpoint describe; ``preprocessor`` is empty where there is none.
 
     Raises:
-        CheckpointError: "_qie" in model_index.json is malformed.
+        CheckpointError: a config is incomplete or malformed, or the components do not belong together.
+        ExportError: the model uses an option that the graphs do not express.
     """
-    own = _own(checkpoint)
-    return Areas(
-        vae_area=own.get("vae_area", VAE_AREA),
-        condition_area=None if checkpoint.pipeline == "edit" else own.get("condition_area", CONDITION_AREA),
+    pipeline = _PIPELINES.get(str(model_index.get("_class_name")))
+    if pipeline is None:
+        raise CheckpointError(
+            f"model_index.json is for {model_index.get('_class_name')!r}, expected {' or '.join(_PIPELINES)}; "
+            "name a checkpoint of Qwen-Image-Edit"
+        )
+    own = _own(model_index)
+    vision = VisionConfig.from_config(text_encoder)
+    image_token_id = text_encoder.get("image_token_id")
+    if type(image_token_id) is not int:
+        raise CheckpointError(
+            f"text_encoder/config.json: image_token_id = {image_token_id!r}, expected a whole number; restore the "
+            "checkpoint's config"
+        )
+    return Model(
+        pipeline=pipeline,
+        transformer=TransformerConfig.from_config(transformer),
+        vision=vision,
+        language=LanguageConfig.from_config(text_encoder),
+        vae=VaeConfig.from_config(vae),
+        processor=parse_processor(text_encoder["vision_config"], preprocessor),
+        scheduler=parse_scheduler(scheduler),
+        areas=Areas(
+            vae_area=own.get("vae_area", VAE_AREA),
+            condition_area=None if pipeline == "edit" else own.get("condition_area", CONDITION_AREA),
+        ),
+        image_token_id=image_token_id,
+        schedule=Schedule(**own["schedule"]) if "schedule" in own else None,
+        about=own.get("about"),
     )
 
 
-def schedules(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Schedule, ...]:
-    """The schedules of a build, the first being the default of its edits: the model's own, then the recipe's.
-
-    Raises:
-        CheckpointError: "_qie" in model_index.json is malformed.
-    """
-    own = _own(checkpoint).get("schedule")
-    return recipe.schedules if own is None else (Schedule(**own), *recipe.schedules)
-
-
-def _own(checkpoint: Checkpoint) -> dict[str, Any]:
+def _own(model_index: Mapping[str, Any]) -> dict[str, Any]:
     """What a model that is not one of the published ones says of itself, under "_qie" in model_index.json."""
-    own = checkpoint.model_index.get("_qie", {})
-    area, schedule = {"vae_area", "condition_area"}, {"steps", "guidance"}
+    own = model_index.get("_qie", {})
+    areas = {"vae_area", "condition_area"}
     if (
         not isinstance(own, dict)
-        or not own.keys() <= area | {"schedule", "about"}
+        or not own.keys() <= areas | {"schedule", "about"}
         or not isinstance(own.get("about", ""), str)
-        or not all(_is_count(own[key], 32 * 32) for key in area & own.keys())
+        or not all(_is_count(own[key], 32 * 32) for key in areas & own.keys())
     ):
         raise CheckpointError(
-            f"model_index.json: _qie = {own!r}; expected vae_area and condition_area, both at least 1024 pixels, "
-            "schedule and about, or no _qie"
+            f"model_index.json: _qie = {own!r}, expected vae_area and condition_area of at least 1024 pixels, schedule "
+            "and about; correct or remove _qie"
         )
-    mine = own.get("schedule")
-    if mine is not None and not (
-        isinstance(mine, dict)
-        and mine.keys() == schedule
-        and _is_count(mine["steps"], 1)
-        and isinstance(mine["guidance"], int | float)
-        and 1 <= mine["guidance"] <= 100
+    schedule = own.get("schedule")
+    if schedule is not None and not (
+        isinstance(schedule, dict)
+        and schedule.keys() == {"steps", "guidance"}
+        and _is_count(schedule["steps"], 1)
+        and isinstance(schedule["guidance"], int | float)
+        and not isinstance(schedule["guidance"], bool)
+        and 1 <= schedule["guidance"] <= 100
     ):
         raise CheckpointError(
-            f"model_index.json: _qie.schedule = {mine!r}; expected steps, at least 1, and guidance, from 1 to 100"
+            f"model_index.json: _qie.schedule = {schedule!r}, expected at least 1 step and guidance from 1 to 100; "
+            "correct or remove the schedule"
         )
-    return own
+    return {key: value for key, value in own.items() if value is not None}
 
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def scheduler_spec(checkpoint: Checkpoint) -> SchedulerSpec:
-    """The checkpoint's noise schedule."""
-    return scheduler.scheduler_spec(checkpoint.scheduler)
-
-
-def vision_spec(checkpoint: Checkpoint) -> VisionSpec:
-    """How pictures are prepared for the vision tower."""
-    return processor.vision_spec(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
-
-
-def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
-    """What prompts depend on."""
-    return PromptSpec(
-        pipeline=checkpoint.pipeline,
-        image_token_id=checkpoint.text_encoder["image_token_id"],
-        merge_size=VisionConfig.from_config(checkpoint.text_encoder).merge_size,
-    )
-
-
-def rotary_spec(checkpoint: Checkpoint) -> RotarySpec:
-    """The transformer's rotary embedding."""
-    return RotarySpec(axes_dims=TransformerConfig.from_config(checkpoint.transformer).axes_dims)
-
-
-def check_parts(checkpoint: Checkpoint) -> None:
-    """See that the parts of ``checkpoint`` belong together; configs and tokenizer alone are read.
-
-    Raises:
-        CheckpointError: a config is incomplete, parts do not belong together, or the vocabulary is another one than
-            that for which the template and the pipeline were made.
-    """
-    vision = VisionConfig.from_config(checkpoint.text_encoder)
-    transformer = TransformerConfig.from_config(checkpoint.transformer)
-    vae = VaeConfig.from_config(checkpoint.vae)
-    if vision.out_width != transformer.joint_width:
-        raise CheckpointError(
-            f"the text encoder is {vision.out_width} wide, the transformer expects {transformer.joint_width}; "
-            "they are parts of different models"
-        )
-    if transformer.in_channels != 4 * vae.z_dim:
-        raise CheckpointError(
-            f"the transformer takes {transformer.in_channels} channels a token, the VAE makes {4 * vae.z_dim}; "
-            "they are parts of different models"
-        )
-    vision_spec(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    prefix = check_prefix(tokenizer)
-    if prefix != PREFIX_TOKENS:
-        raise CheckpointError(
-            f"the tokenizer splits the template's prefix into {prefix} tokens, the pipeline drops {PREFIX_TOKENS}; "
-            "restore the tokenizer of the checkpoint"
-        )
-    found, expected = checkpoint.text_encoder.get("image_token_id"), tokenizer.token_to_id("<|image_pad|>")
-    if found != expected:
-        raise CheckpointError(
-            f"text_encoder/config.json: image_token_id = {found!r}, but <|image_pad|> is {expected} in the tokenizer; "
-            "take both from the same checkpoint"
-        )
-
-
-def model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
-    """The model record of a ``checkpoint`` whose parts belong together (``check_parts``).
-
-    Raises:
-        CheckpointError: a config is incomplete.
-    """
-    return ModelRecord(
-        name=checkpoint.name,
-        revision=checkpoint.revision,
-        digest=digest,
-        pipeline=checkpoint.pipeline,
-        areas=areas(checkpoint),
-        scheduler=scheduler_spec(checkpoint),
-        vision=vision_spec(checkpoint),
-        prompt=prompt_spec(checkpoint),
-        rotary=rotary_spec(checkpoint),
-        latent_channels=VaeConfig.from_config(checkpoint.vae).z_dim,
-        modulation=modulation,
-        about=_own(checkpoint).get("about"),
-    )

@@ -7,7 +7,7 @@ from qie.engines.bundle.specs import VisionSpec
 from qie.engines.errors import CheckpointError
 from qie.engines.records import is_number
 
-__all__ = ["vision_spec"]
+__all__ = ["parse_processor"]
 
 _VISION_DEFAULTS: dict[str, Any] = {
     "patch_size": 14,
@@ -39,12 +39,14 @@ _PROCESSOR_DEFAULTS: dict[str, Any] = _FIXED | {
 """transformers image_processing_pil_qwen2_vl.py, `Qwen2VLImageProcessorPil`; mean and std are those of CLIP."""
 
 
-def vision_spec(vision_config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionSpec:
-    """The spec in `vision_config` of text_encoder/config.json and in preprocessor_config.json, both parsed.
+def parse_processor(vision_config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionSpec:
+    """The spec in ``vision_config`` of text_encoder/config.json and in preprocessor_config.json, both parsed.
 
-    What is absent or null takes the default of transformers. The limits stand in min_pixels and max_pixels or,
-    where those are missing, in the size's shortest_edge and longest_edge (areas, in spite of their names).
-    Raises CheckpointError when the processor does not fit the tower or prepares images in another way.
+    Absent or null options take the defaults of transformers. The limits are ``min_pixels`` and ``max_pixels`` or, where
+    those are missing, ``shortest_edge`` and ``longest_edge`` of ``size`` (areas, in spite of their names).
+
+    Raises:
+        CheckpointError: the processor does not fit the tower, or prepares images in a way that qie does not follow.
     """
     tower = _VISION_DEFAULTS | _present(vision_config)
     processor = _PROCESSOR_DEFAULTS | _present(preprocessor)
@@ -56,8 +58,8 @@ def vision_spec(vision_config: Mapping[str, Any], preprocessor: Mapping[str, Any
     for option, expected in required.items():
         if processor[option] != expected:
             raise CheckpointError(
-                f"preprocessor_config.json has {option} = {processor[option]!r}, but this vision tower needs "
-                f"{expected!r}: take both files from the same checkpoint."
+                f"preprocessor_config.json: {option} = {processor[option]!r}, expected {expected!r} for this vision "
+                "tower; take both files from the same checkpoint"
             )
     size = processor["size"]
     if not isinstance(size, Mapping):
@@ -88,8 +90,8 @@ def vision_spec(vision_config: Mapping[str, Any], preprocessor: Mapping[str, Any
 
 def _malformed(option: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"preprocessor_config.json has {option} = {value!r}, expected {expected}: take the file from the published "
-        "checkpoint."
+        f"preprocessor_config.json: {option} = {value!r}, expected {expected}; take the file from the published "
+        "checkpoint"
     )
 
 

@@ -110,7 +110,7 @@ class SafetensorsReader:
 
     def _find(self, name: str) -> _Tensor:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.source} has no tensor {name!r}: download the checkpoint again")
+            raise CheckpointError(f"{self.source} has no tensor {name!r}; download the checkpoint again")
         return self.tensors[name]
 
 
@@ -130,7 +130,7 @@ def open_component(folder: Path, canonical: Callable[[str], str] = str) -> Safet
         if single.is_file():
             return open_file(single, canonical)
     wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
-    raise CheckpointError(f"{folder} holds no weights: expected {wanted}; download the checkpoint again")
+    raise CheckpointError(f"{folder} holds no weights, expected {wanted}; download the checkpoint again")
 
 
 def open_file(path: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:
@@ -153,11 +153,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): download the checkpoint again") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); download the checkpoint again") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from error
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object: download it again")
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object; download it again")
     return content
 
 
@@ -173,7 +173,7 @@ def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsRea
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in places.values()
     ):
-        raise CheckpointError(f"{index} has no usable weight_map (tensor to shard file): download it again")
+        raise CheckpointError(f"{index} has no usable weight_map (tensor to shard file); download it again")
     headers: dict[str, dict[str, _Tensor]] = {}
     for name, shard in places.items():
         if shard in headers:
@@ -181,14 +181,14 @@ def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsRea
         path = index.with_name(shard)
         if not path.is_file():
             raise CheckpointError(
-                f"{path} is missing: {index.name} names it for {name!r} and others; download the checkpoint again"
+                f"{path} is missing, {index.name} names it for {name!r} and others; download the checkpoint again"
             )
         headers[shard] = _read_header(path)[0]
     for name, shard in places.items():
         if name not in headers[shard]:
             raise CheckpointError(
-                f"{index.with_name(shard)} has no tensor {name!r}, though {index.name} says so: "
-                "shards and index are of different downloads; download the checkpoint again"
+                f"{index.with_name(shard)} has no tensor {name!r}, though {index.name} says so, "
+                "so shards and index are of different downloads; download the checkpoint again"
             )
     stored = {name: headers[shard][name] for name, shard in places.items()}
     tensors = _rename(index, stored, canonical)
@@ -200,7 +200,7 @@ def _rename(source: Path, stored: dict[str, _Tensor], canonical: Callable[[str],
     tensors: dict[str, _Tensor] = {}
     for name, tensor in stored.items():
         if canonical(name) in tensors:
-            raise CheckpointError(f"{source} holds {canonical(name)!r} twice, under an old and a new prefix: keep one")
+            raise CheckpointError(f"{source} holds {canonical(name)!r} twice, under an old and a new prefix; keep one")
         tensors[canonical(name)] = tensor
     return tensors
 
@@ -213,12 +213,13 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else -1
             if not 2 <= length <= min(size - _LENGTH_BYTES, _LONGEST_HEADER):
                 raise CheckpointError(
-                    f"{path} is cut short or no safetensors file ({size} bytes, header of {length}): download it again"
+                    f"{path} is cut short or not a safetensors file ({size} bytes, header of {length}); "
+                    "download it again"
                 )
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): check the path or download it again"
+            f"{path} cannot be read ({error.strerror}); check the path or download it again"
         ) from error
     try:
         header = json.loads(text)
@@ -226,18 +227,18 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
         base = _LENGTH_BYTES + length
         tensors = {name: _parse_entry(path, name, entry, base) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a broken header ({error!r}): download it again") from error
+        raise CheckpointError(f"{path} has a broken header ({error!r}); download it again") from error
     end = base
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
         if tensor.offset != end:
-            raise CheckpointError(f"{path} has a gap or an overlap at tensor {name!r}: download it again")
+            raise CheckpointError(f"{path} has a gap or an overlap at tensor {name!r}; download it again")
         end = tensor.offset + tensor.length
         if end > size:
             raise CheckpointError(
-                f"{path} is cut short: tensor {name!r} ends at byte {end}, the file at {size}; download it again"
+                f"{path} is cut short, tensor {name!r} ends at byte {end}, the file at {size}; download it again"
             )
     if end != size:
-        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor: download it again")
+        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor; download it again")
     return tensors, metadata
 
 

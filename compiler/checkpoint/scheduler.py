@@ -8,7 +8,7 @@ from qie.engines.errors import CheckpointError
 from qie.engines.inputs.schedule import LARGEST_SHIFT
 from qie.engines.records import is_number
 
-__all__ = ["scheduler_spec"]
+__all__ = ["parse_scheduler"]
 
 _CLASS = "FlowMatchEulerDiscreteScheduler"
 _UNSUPPORTED = (
@@ -20,34 +20,35 @@ _UNSUPPORTED = (
 )
 
 
-def scheduler_spec(config: Mapping[str, Any]) -> SchedulerSpec:
+def parse_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
     """The spec in a parsed scheduler_config.json; absent options take the defaults.
 
-    Raises CheckpointError for another scheduler class, for an option that changes the schedule in a way that qie
-    does not follow, and for a value of the wrong kind.
+    Raises:
+        CheckpointError: the scheduler is of another class, an option changes the schedule in a way that qie does not
+            follow, or a value is of the wrong kind.
     """
     if config.get("_class_name", _CLASS) != _CLASS:
         raise CheckpointError(
-            f"scheduler_config.json is for {config['_class_name']}, but an edit's steps are those of {_CLASS}: "
-            "take the scheduler folder of the published checkpoint."
+            f"scheduler_config.json is for {config['_class_name']}, expected {_CLASS}; take the scheduler folder of "
+            "the published checkpoint"
         )
     for option in _UNSUPPORTED:
         if config.get(option):
             raise CheckpointError(
-                f"scheduler_config.json sets {option}, which qie does not support: set it to false or remove it."
+                f"scheduler_config.json sets {option}, which qie does not support; set it to false or remove it"
             )
     known = {name: config[name] for name in SchedulerSpec.__dataclass_fields__ if name in config}
     for name, value in known.items():
         if not _is_valid(name, value):
             raise CheckpointError(
-                f"scheduler_config.json holds {name} = {value!r}, which is not a value of that option: "
-                "take the scheduler folder of the published checkpoint."
+                f"scheduler_config.json: {name} = {value!r}, which is not a value of that option; take the scheduler "
+                "folder of the published checkpoint"
             )
     spec = SchedulerSpec(**known)
     if not spec.base_image_seq_len < spec.max_image_seq_len:
         raise CheckpointError(
-            f"scheduler_config.json holds base_image_seq_len = {spec.base_image_seq_len}, which is not below "
-            f"max_image_seq_len = {spec.max_image_seq_len}: take the scheduler folder of the published checkpoint."
+            f"scheduler_config.json: base_image_seq_len = {spec.base_image_seq_len}, expected less than "
+            f"max_image_seq_len = {spec.max_image_seq_len}; take the scheduler folder of the published checkpoint"
         )
     return spec
 

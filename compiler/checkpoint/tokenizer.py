@@ -10,8 +10,9 @@ from tokenizers.models import BPE
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import read_json
 from qie.engines.errors import CheckpointError
+from qie.engines.inputs.prompt import PREFIX, PREFIX_TOKENS
 
-__all__ = ["byte_level", "load_tokenizer"]
+__all__ = ["byte_level", "check_tokenizer", "load_tokenizer"]
 
 _REQUIRED = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 """The special tokens of the prompt template."""
@@ -24,15 +25,16 @@ _WORDS = (
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer from tokenizer.json, or else from vocab.json and merges.txt, without truncation and padding.
 
-    Looks in the checkpoint's tokenizer/ first and in processor/ then. Gives the ids of transformers' Qwen2Tokenizer.
+    ``path`` is the folder of a checkpoint; tokenizer/ comes before processor/. The ids are those of transformers'
+    Qwen2Tokenizer.
 
     Raises:
         CheckpointError: there is no vocabulary, it is damaged, or a special token of the prompt template is missing.
     """
-    folders = [checkpoint.path / "tokenizer", checkpoint.path / "processor"]
+    folders = [path / "tokenizer", path / "processor"]
     for folder in folders:
         if (folder / "tokenizer.json").is_file():
             tokenizer = _from_file(folder / "tokenizer.json")
@@ -44,20 +46,41 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
                 break
         else:
             raise CheckpointError(
-                f"{checkpoint.path} has no tokenizer: expected tokenizer/tokenizer.json, or tokenizer/vocab.json with "
+                f"{path} has no tokenizer, expected tokenizer/tokenizer.json, or tokenizer/vocab.json with "
                 "merges.txt; download the checkpoint again"
             )
     missing = [token for token in _REQUIRED if tokenizer.token_to_id(token) is None]
     if missing:
-        raise CheckpointError(f"The tokenizer in {folder} lacks {', '.join(missing)}: download the checkpoint again")
+        raise CheckpointError(f"the tokenizer in {folder} lacks {', '.join(missing)}; download the checkpoint again")
     return tokenizer
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Check that the tokenizer is the one for which the template, the pipeline and the text encoder were made.
+
+    Raises:
+        CheckpointError: it is not, or see ``load_tokenizer``.
+    """
+    tokenizer = load_tokenizer(checkpoint.path)
+    prefix = len(tokenizer.encode(PREFIX, add_special_tokens=False).ids)
+    if prefix != PREFIX_TOKENS:
+        raise CheckpointError(
+            f"the tokenizer splits the template's prefix into {prefix} tokens, expected {PREFIX_TOKENS}; restore the "
+            "tokenizer of the checkpoint"
+        )
+    image_token_id, expected = checkpoint.model.image_token_id, tokenizer.token_to_id("<|image_pad|>")
+    if image_token_id != expected:
+        raise CheckpointError(
+            f"text_encoder/config.json: image_token_id = {image_token_id}, but <|image_pad|> is {expected} in the "
+            "tokenizer; take both from the same checkpoint"
+        )
 
 
 def _from_file(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"{path} is no tokenizer ({error}): download it again") from error
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -68,7 +91,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
         model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(
-            f"{folder}/vocab.json and merges.txt are no vocabulary ({error}): download them again"
+            f"{folder}/vocab.json and merges.txt are not a vocabulary ({error}); download them again"
         ) from error
     tokenizer = byte_level(model)
     for token_id, token in sorted(_added_tokens(folder).items()):
@@ -76,7 +99,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
         if tokenizer.token_to_id(token.content) != token_id:
             raise CheckpointError(
                 f"{folder}: {token.content!r} has id {token_id}, but vocab.json leaves it "
-                f"{tokenizer.token_to_id(token.content)}: the files are of different downloads; download them again"
+                f"{tokenizer.token_to_id(token.content)}, so the files are of different downloads; download them again"
             )
     return tokenizer
 
@@ -113,4 +136,4 @@ def _added_tokens(folder: Path) -> Mapping[int, AddedToken]:
             for token, token_id in read_json(plain).items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has added tokens that cannot be read ({error}): download it again") from error
+        raise CheckpointError(f"{folder} has added tokens that cannot be read ({error}); download it again") from error

@@ -337,7 +337,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
             {
                 "model": plan.checkpoint.name,
                 "revision": plan.checkpoint.revision,
-                "pipeline": plan.checkpoint.pipeline,
+                "pipeline": plan.model.pipeline,
                 "recipe": plan.recipe_name,
                 "destination": str(plan.destination),
                 "bytes": plan.bytes,
@@ -360,7 +360,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
             }
         )
     loras = ", ".join(f"{o.name}:{o.weight:g}" for o in plan.loras) or "none"
-    typer.echo(f"{plan.checkpoint.name} ({plan.checkpoint.pipeline}) by recipe {plan.recipe_name}, LoRAs: {loras}")
+    typer.echo(f"{plan.checkpoint.name} ({plan.model.pipeline}) by recipe {plan.recipe_name}, LoRAs: {loras}")
     typer.echo(f"into {plan.destination}\n")
     rows = [
         [

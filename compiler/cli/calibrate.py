@@ -43,7 +43,7 @@ def calibrate(
 ) -> None:
     """Run samples of edits through a model, block by block, and write what quantization must know of it."""
     from qie.compiler.checkpoint.checkpoint import open_checkpoint
-    from qie.compiler.checkpoint.model import check_parts
+    from qie.compiler.checkpoint.tokenizer import check_tokenizer
     from qie.compiler.quantization.calibration import write_calibration
     from qie.compiler.quantization.qdq import QUANTIZATION
     from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
@@ -59,7 +59,7 @@ def calibrate(
     asked = INSTRUCTIONS if instructions is None else _lines(instructions)
     drawn = draw_samples(read_images(images), asked, samples)
     checkpoint = open_checkpoint(model, revision=revision)
-    check_parts(checkpoint)
+    check_tokenizer(checkpoint)
     with Bars(enabled=not as_json) as bars:
         found, rankings = measure(
             checkpoint,

@@ -41,7 +41,7 @@ def describe(found: Estimate) -> str:
     guidance = f"guidance {work.guidance:g} (two passes a step)" if work.passes > 1 else "no guidance"
     return "\n".join(
         [
-            f"{plan.checkpoint.name} ({plan.checkpoint.pipeline}) by recipe {plan.recipe_name} for {recipe.gpu}",
+            f"{plan.checkpoint.name} ({plan.model.pipeline}) by recipe {plan.recipe_name} for {recipe.gpu}",
             "",
             "A build, and the memory of its engines in the largest edit that the recipe allows",
             "",

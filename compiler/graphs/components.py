@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import LanguageConfig, TransformerConfig, VaeConfig, VisionConfig
+from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.language import language
 from qie.compiler.graphs.transformer import transformer
@@ -16,12 +15,12 @@ from qie.engines.errors import RecipeError
 
 __all__ = ["GRAPHS", "graph_dtype", "write_graph_of"]
 
-GRAPHS: dict[Component, Callable[[Checkpoint, DType], Graph]] = {
-    "vision": lambda c, dtype: vision(VisionConfig.from_config(c.text_encoder), dtype=dtype),
-    "language": lambda c, dtype: language(LanguageConfig.from_config(c.text_encoder), dtype=dtype),
-    "vae_encoder": lambda c, dtype: vae_encoder(VaeConfig.from_config(c.vae), dtype=dtype),
-    "transformer": lambda c, dtype: transformer(TransformerConfig.from_config(c.transformer), dtype=dtype),
-    "vae_decoder": lambda c, dtype: vae_decoder(VaeConfig.from_config(c.vae), dtype=dtype),
+GRAPHS: dict[Component, Callable[[Model, DType], Graph]] = {
+    "vision": lambda model, dtype: vision(model.vision, dtype=dtype),
+    "language": lambda model, dtype: language(model.language, dtype=dtype),
+    "vae_encoder": lambda model, dtype: vae_encoder(model.vae, dtype=dtype),
+    "transformer": lambda model, dtype: transformer(model.transformer, dtype=dtype),
+    "vae_decoder": lambda model, dtype: vae_decoder(model.vae, dtype=dtype),
 }
 assert tuple(GRAPHS) == COMPONENTS
 
@@ -40,11 +39,10 @@ def graph_dtype(recipe: Recipe, component: Component) -> DType:
     return precision
 
 
-def write_graph_of(component: Component, checkpoint: Checkpoint, recipe: Recipe) -> Graph:
+def write_graph_of(component: Component, model: Model, recipe: Recipe) -> Graph:
     """The graph of ``component`` in the recipe's precision; no weight is read.
 
     Raises:
-        CheckpointError, ExportError: the configs are incomplete or ask for what the graphs do not express.
         RecipeError: see ``graph_dtype``.
     """
-    return GRAPHS[component](checkpoint, graph_dtype(recipe, component))
+    return GRAPHS[component](model, graph_dtype(recipe, component))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import qie
 from qie.compiler.backends import BUILDERS
-from qie.compiler.checkpoint.configs import TransformerConfig
+from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.lora import fused_reader
-from qie.compiler.checkpoint.model import areas, model_record, schedules
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
@@ -45,6 +44,7 @@ from qie.engines.bundle.manifest import (
     GraphRecord,
     LoraRecord,
     Manifest,
+    ModelRecord,
     ModulationRecord,
     QuantizationRecord,
     RecipeRecord,
@@ -112,9 +112,7 @@ def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
     Raises:
         CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
     """
-    readers: dict[Subfolder, TensorReader] = {
-        part: plan.checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")
-    }
+    readers = plan.checkpoint.readers()
     if plan.loras:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
     for part in plan.components:
@@ -154,21 +152,21 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         if engine is not None:
             engines.append(engine)
     modulation = write_modulation(
-        TransformerConfig.from_config(checkpoint.transformer),
+        plan.model.transformer,
         readers,
         folder,
         tables="bfloat16" if recipe.components.transformer.precision == "bfloat16" else "float32",
         progress=partial(progress, "modulation"),
     )
-    load_tokenizer(checkpoint).save(str(folder / TOKENIZER_FILE), pretty=False)
-    default = schedules(checkpoint, recipe)[0]
+    load_tokenizer(checkpoint.path).save(str(folder / TOKENIZER_FILE), pretty=False)
+    default = plan.model.schedules(recipe)[0]
     manifest = Manifest(
         schema=SCHEMA,
         qie=qie.__version__,
-        model=model_record(checkpoint, digest=digest, modulation=modulation),
+        model=_model_record(checkpoint, digest=digest, modulation=modulation),
         loras=tuple(LoraRecord(name=o.name, sha256=o.digest(), weight=o.weight) for o in plan.loras),
         recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
-        limits=recipe.shape_limits(areas(checkpoint).vae_area),
+        limits=plan.model.limits(recipe),
         defaults=Defaults(
             steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency
         ),
@@ -239,7 +237,7 @@ def _graph(
     """The graph of ``part`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
     backend = part.finish or part.backend
     assert backend is not None
-    shapes = profiles(part.graph, plan.recipe, plan.checkpoint)
+    shapes = profiles(part.graph, plan.recipe, plan.model)
     if old is not None:
         for graph in old.manifest.graphs:
             if graph.key == key and take_over(graph.files, old.path, folder):
@@ -262,6 +260,24 @@ def _graph(
         parameters=part.graph.parameters(),
         quantization=_quantization(part),
         profiles=shapes,
+    )
+
+
+def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
+    model = checkpoint.model
+    return ModelRecord(
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        digest=digest,
+        pipeline=model.pipeline,
+        areas=model.areas,
+        scheduler=model.scheduler,
+        vision=model.processor,
+        prompt=model.prompt,
+        rotary=model.rotary,
+        latent_channels=model.vae.z_dim,
+        modulation=modulation,
+        about=model.about,
     )
 
 
@@ -296,7 +312,7 @@ def _write_schedules(
     folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
 ) -> tuple[FileRecord, ...]:
     """The modulation tables of the recipe's schedules."""
-    found = recipe_schedules(plan.checkpoint, plan.recipe)
+    found = recipe_schedules(plan.model, plan.recipe)
     records = []
     for number, values in enumerate(found):
         name = f"{SCHEDULES}/{table_name(modulation, values)}"

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qie.compiler.checkpoint.model import schedules
 from qie.compiler.graphs.graph import DTYPES, Graph
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
@@ -122,7 +121,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
     """
     work = workload(plan) if work is None else work
     sizes, largest = sizes_of(plan, work), largest_sizes(plan)
-    steps = max(work.steps, *(schedule.steps for schedule in schedules(plan.checkpoint, plan.recipe)))
+    steps = max(work.steps, *(schedule.steps for schedule in plan.model.schedules(plan.recipe)))
     runs: Mapping[Component, int] = {
         "vision": 1,
         "language": work.passes,

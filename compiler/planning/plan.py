@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 import qie
 from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import LanguageConfig, TransformerConfig
 from qie.compiler.checkpoint.lora import Lora
-from qie.compiler.checkpoint.model import areas, check_parts, scheduler_spec, schedules
+from qie.compiler.checkpoint.model import Model
+from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.planning.profiles import profiles
@@ -107,6 +107,11 @@ class Plan:
     destination: Path
 
     @property
+    def model(self) -> Model:
+        """What the configs of the checkpoint say."""
+        return self.checkpoint.model
+
+    @property
     def bytes(self) -> int:
         """Size of the bundle, to within the graphs and the tokenizer."""
         return sum(c.kept_bytes for c in self.components) + self.modulation_bytes + self.tables_bytes
@@ -134,18 +139,19 @@ def make_plan(
         CheckpointError, ExportError, RecipeError: configs or recipe cannot be expressed.
         CalibrationError: the calibration lacks a linear.
     """
-    config = TransformerConfig.from_config(checkpoint.transformer)
+    model = checkpoint.model
+    config = model.transformer
     stored = modulation_dtype(checkpoint.reader("transformer")) if checkpoint.complete else "bfloat16"
     modulation = modulation_weights(config, stored)
     size = 4 if graph_dtype(recipe, "transformer") == "float32" else 2
-    steps = sum(len(s) - 1 for s in recipe_schedules(checkpoint, recipe))
+    steps = sum(len(s) - 1 for s in recipe_schedules(model, recipe))
     return Plan(
         checkpoint=checkpoint,
         recipe_name=recipe_name,
         recipe=recipe,
         loras=tuple(loras),
         calibration=calibration,
-        components=tuple(_planned(component, checkpoint, recipe, calibration) for component in GRAPHS),
+        components=tuple(_planned(component, model, recipe, calibration) for component in GRAPHS),
         modulation_bytes=total_bytes(modulation),
         table_steps=steps,
         tables_bytes=steps * size * config.width * (config.layers * config.modulation_rows + 2),
@@ -153,13 +159,12 @@ def make_plan(
     )
 
 
-def recipe_schedules(checkpoint: Checkpoint, recipe: Recipe) -> list[NDArray[np.float32]]:
+def recipe_schedules(model: Model, recipe: Recipe) -> list[NDArray[np.float32]]:
     """The distinct schedules (sigmas, float32 [S + 1]) of the recipe at the sizes that it names."""
-    spec, area = scheduler_spec(checkpoint), areas(checkpoint).vae_area
     found = {}
-    for schedule in schedules(checkpoint, recipe):
-        for size in recipe.schedule_sizes(schedule, area):
-            values = sigmas(spec, steps=schedule.steps, noise_tokens=size.tokens)
+    for schedule in model.schedules(recipe):
+        for size in recipe.schedule_sizes(schedule, model.areas.vae_area):
+            values = sigmas(model.scheduler, steps=schedule.steps, noise_tokens=size.tokens)
             found[values.tobytes()] = values
     return list(found.values())
 
@@ -189,7 +194,7 @@ def check_buildable(plan: Plan) -> None:
                 f'the recipe {plan.recipe_name} quantizes {part.component} ("{asked[0]}"), which needs a '
                 "calibration of this model: make one with `qie calibrate` and name it with --calibration"
             )
-    check_parts(plan.checkpoint)
+    check_tokenizer(plan.checkpoint)
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
         raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")
@@ -238,9 +243,7 @@ def kept_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None
     if old is None:
         return {}
     keys = {
-        p.component: engine_key(
-            graphs[p.component], p.backend, plan.recipe, profiles(p.graph, plan.recipe, plan.checkpoint)
-        )
+        p.component: engine_key(graphs[p.component], p.backend, plan.recipe, profiles(p.graph, plan.recipe, plan.model))
         for p in plan.components
         if p.backend is not None
     }
@@ -254,13 +257,11 @@ def bundle_name(checkpoint: Checkpoint, recipe_name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
 
 
-def _planned(
-    component: Component, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None
-) -> PlannedComponent:
+def _planned(component: Component, model: Model, recipe: Recipe, calibration: Calibration | None) -> PlannedComponent:
     section = recipe.components[component]
-    plain = write_graph_of(component, checkpoint, recipe)
+    plain = write_graph_of(component, model, recipe)
     total = len(products(plain))
-    made = by_recipe(plain, section, calibration, LanguageConfig.from_config(checkpoint.text_encoder))
+    made = by_recipe(plain, section, calibration, model.language)
     graph = made.graph
     known = [b for b in recipe.backends_of(component) if b in BUILDERS]
     backend = next((b for b in known if BUILDERS[b].unavailable(recipe) is None), None)

@@ -8,9 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.model import areas
-from qie.compiler.checkpoint.processor import vision_spec
+from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.recipe.schema import Range, Recipe
 from qie.engines.bundle.manifest import ProfileRecord
@@ -19,19 +17,15 @@ from qie.engines.inputs.prompt import PREFIX_TOKENS
 from qie.engines.inputs.sizes import BUCKET_MULTIPLE, calculate_dimensions
 from qie.engines.inputs.vision import smart_resize
 
-__all__ = ["profiles"]
+__all__ = ["INSTRUCTION_TOKENS", "patch_count", "profiles"]
 
 INSTRUCTION_TOKENS = 60
 """Text tokens beside those of the images in the edit that engines are tuned for."""
 
 
-def profiles(graph: Graph, recipe: Recipe, checkpoint: Checkpoint) -> tuple[ProfileRecord, ...]:
-    """The profile of every input of ``graph`` that has a free dim, in the order of the inputs.
-
-    Raises:
-        CheckpointError: the configs are incomplete.
-    """
-    spans = _spans(recipe, checkpoint)
+def profiles(graph: Graph, recipe: Recipe, model: Model) -> tuple[ProfileRecord, ...]:
+    """The profile of every input of ``graph`` that has a free dim, in the order of the inputs."""
+    spans = _spans(recipe, model)
     if graph.component != "transformer":  # prompts, references and results go one by one
         spans["batch"] = Range(min=1, opt=1, max=1)
 
@@ -50,18 +44,15 @@ def profiles(graph: Graph, recipe: Recipe, checkpoint: Checkpoint) -> tuple[Prof
     )
 
 
-def _spans(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Range]:
+def _spans(recipe: Recipe, model: Model) -> dict[str, Range]:
     """Every free dim of every graph. What several images make together grows with their number."""
-    shapes, model = recipe.shapes, areas(checkpoint)
-    limits = recipe.shape_limits(model.vae_area)
-    most = 1 if checkpoint.pipeline == "edit" else shapes.references.max
-    references = _each(shapes.references, lambda count: min(count, most))
-    vision = vision_spec(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
-    condition = _sizes(model.condition_area or model.vae_area, limits, model.vae_area)
-    encoded = _sizes(model.vae_area, limits, model.vae_area)
+    shapes, areas, limits = recipe.shapes, model.areas, model.limits(recipe)
+    references = _each(shapes.references, lambda count: min(count, model.references_max))
+    condition = _sizes(areas.condition_area or areas.vae_area, limits, areas.vae_area)
+    encoded = _sizes(areas.vae_area, limits, areas.vae_area)
 
-    patches = _several(references, [_patches(size, vision) for size in condition])
-    image_tokens = _each(patches, lambda count: count // vision.merge_size**2)
+    patches = _several(references, [patch_count(size, model.processor) for size in condition])
+    image_tokens = _each(patches, lambda count: count // model.processor.merge_size**2)
     prompt = shapes.prompt_tokens
     text_tokens = replace(prompt, opt=min(max(prompt.opt, image_tokens.opt + INSTRUCTION_TOKENS), prompt.max))
     tuned = limits.buckets[0]
@@ -102,16 +93,16 @@ def _sizes(area: int, limits: ShapeLimits, model_area: int) -> list[Size]:
     return found
 
 
-def _patches(size: Size, vision: VisionSpec) -> int:
-    """Patches that the vision tower's processor makes of an image."""
+def patch_count(size: Size, processor: VisionSpec) -> int:
+    """Patches that the image processor makes of an image of ``size``."""
     height, width = smart_resize(
         size.height,
         size.width,
-        factor=vision.patch_size * vision.merge_size,
-        min_pixels=vision.min_pixels,
-        max_pixels=vision.max_pixels,
+        factor=processor.patch_size * processor.merge_size,
+        min_pixels=processor.min_pixels,
+        max_pixels=processor.max_pixels,
     )
-    return height * width // vision.patch_size**2
+    return height * width // processor.patch_size**2
 
 
 def _several(number: Range, counts: Sequence[int]) -> Range:

@@ -63,9 +63,8 @@ def calibrate(
         EditError: a picture or an instruction is one that the model cannot take.
     """
     words = language_values(checkpoint, readers, samples, progress)
-    graphs = {component: GRAPHS[component](checkpoint, "float32") for component in SMOOTHED}
-    config = LanguageConfig.from_config(checkpoint.text_encoder)
-    language = Observer(graphs["language"], readers, len(samples), config)
+    graphs = {component: GRAPHS[component](checkpoint.model, "float32") for component in SMOOTHED}
+    language = Observer(graphs["language"], readers, len(samples), checkpoint.model.language)
     language.run(words, progress)
     prompts = [values["prompt_embeds"] for values in words]
     steps = transformer_values(checkpoint, readers, samples, prompts, progress)

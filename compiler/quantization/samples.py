@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import TransformerConfig
-from qie.compiler.checkpoint.model import areas, prompt_spec, rotary_spec, scheduler_spec, vision_spec
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
@@ -126,9 +124,9 @@ def language_values(
     checkpoint: Checkpoint, readers: Readers, samples: Sequence[Sample], progress: Progress
 ) -> list[Values]:
     """What the language model reads of each sample; the vision tower runs for it."""
-    tokenizer, spec, sizes = load_tokenizer(checkpoint), prompt_spec(checkpoint), areas(checkpoint)
-    tower_spec = vision_spec(checkpoint)
-    seen = [vision_inputs([prepare(s.image, sizes).vision], tower_spec) for s in samples]
+    model = checkpoint.model
+    tokenizer, spec, sizes = load_tokenizer(checkpoint.path), model.prompt, model.areas
+    seen = [vision_inputs([prepare(s.image, sizes).vision], model.processor) for s in samples]
     towers: list[Values] = [
         {
             "patches": s.patches,
@@ -140,7 +138,7 @@ def language_values(
         }
         for s in seen
     ]
-    run(GRAPHS["vision"](checkpoint, "float32"), readers, towers, progress)
+    run(GRAPHS["vision"](checkpoint.model, "float32"), readers, towers, progress)
     values: list[Values] = []
     for sample, grids, tower in zip(samples, (s.grids for s in seen), towers, strict=True):
         tokens = encode(tokenizer, [sample.text], grids, spec, allow_blank=True)
@@ -164,9 +162,10 @@ def transformer_values(
 ) -> list[Values]:
     """What the transformer reads of each sample, whose prompt embeddings [1, L, D] are known; the VAE's encoder runs
     for it, and the modulation of every sigma is computed."""
-    sizes, scheduler, rotary = areas(checkpoint), scheduler_spec(checkpoint), rotary_spec(checkpoint)
+    model = checkpoint.model
+    sizes, scheduler, rotary = model.areas, model.scheduler, model.rotary
     encoded: list[Values] = [{"image": prepare(s.image, sizes).vae[None]} for s in samples]
-    run(GRAPHS["vae_encoder"](checkpoint, "float32"), readers, encoded, progress)
+    run(GRAPHS["vae_encoder"](checkpoint.model, "float32"), readers, encoded, progress)
     latents = [values["latents"] for values in encoded]
     grids = [(found.shape[1], found.shape[2]) for found in latents]
     strengths = [
@@ -174,9 +173,7 @@ def transformer_values(
         for s, (h, w) in zip(samples, grids, strict=True)
     ]
     with tempfile.TemporaryDirectory(prefix="qie-") as folder:
-        record = write_modulation(
-            TransformerConfig.from_config(checkpoint.transformer), readers, Path(folder), tables="float32"
-        )
+        record = write_modulation(model.transformer, readers, Path(folder), tables="float32")
         tables = compute_tables(
             Path(folder),
             record,
@@ -213,7 +210,7 @@ def values_of(
     words = language_values(checkpoint, readers, samples, progress)
     if component == "language":
         return words
-    run(GRAPHS["language"](checkpoint, "float32"), readers, words, progress)
+    run(GRAPHS["language"](checkpoint.model, "float32"), readers, words, progress)
     return transformer_values(checkpoint, readers, samples, [v["prompt_embeds"] for v in words], progress)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.quantization.blockwise import Segment, Values, loaded, read_later, segments
@@ -83,7 +82,7 @@ def sensitivity(
     progress: Progress = lambda what, done, total: None,
 ) -> Sensitivity:
     """The ranking of ``component`` over ``values`` (``quantization.samples``) and the keep-list for ``budget``."""
-    graph = GRAPHS[component](checkpoint, "bfloat16")
+    graph = GRAPHS[component](checkpoint.model, "bfloat16")
     names = linears(graph)
     stored = {weight.name: 2 * math.prod(weight.shape) for weight in graph.weights}
     sizes = {name: stored[f"{name}.weight"] for name in names}
@@ -198,8 +197,8 @@ def _variant(
     names: Sequence[str],
     calibration: Calibration,
 ) -> _Variant:
-    language = LanguageConfig.from_config(checkpoint.text_encoder)
-    made = apply(GRAPHS[component](checkpoint, "float32"), quantization, names, calibration, language)
+    language = checkpoint.model.language
+    made = apply(GRAPHS[component](checkpoint.model, "float32"), quantization, names, calibration, language)
     part = made.graph.subfolder
     return _Variant(made=made, readers={**readers, part: smoothed_reader(readers[part], made.groups, made.factors)})
 
@@ -220,7 +219,7 @@ def _alone(
     each linear whose block lies behind; every block's weights are read once for all of them. Where the carried values
     fill CARRIED_BYTES, the other linears wait for another walk, from where the first of them is.
     """
-    graph = GRAPHS[component](checkpoint, "float32")
+    graph = GRAPHS[component](checkpoint.model, "float32")
     pieces, names = segments(graph), linears(graph)
     kinds: dict[str, list[str]] = {}
     for name in names:

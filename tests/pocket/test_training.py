@@ -24,7 +24,7 @@ from pocket.reader import Reader, to_patches
 from pocket.run import Run, learning_rate
 from pocket.samples import sample
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.checkpoint.model import check_parts, schedules
+from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.validation.reference import load_reference
 from qie.engines.inputs.prompt import PREFIX_TOKENS
@@ -213,8 +213,8 @@ def test_an_error_of_the_latents_counts_as_it_shows(training: Path) -> None:
 
 def test_the_checkpoint_is_one_of_qie(checkpoint: Path) -> None:
     opened = open_checkpoint(str(checkpoint))
-    check_parts(opened)
-    default = schedules(opened, load_recipe("cpu"))[0]
+    check_tokenizer(opened)
+    default = opened.model.schedules(load_recipe("cpu"))[0]
     assert default.guidance == 1.0
     assert sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) < 24e6
     assert json.loads((checkpoint / "vae" / "config.json").read_text())["latents_std"][15] == pytest.approx(1.5)

@@ -20,7 +20,7 @@ def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
     assert [engine.component for engine in bundle.manifest.engines] == list(COMPONENTS)
     for engine, part in zip(bundle.manifest.engines, plan.components, strict=True):
         assert (engine.backend, engine.compute_capability) == ("onnxruntime", "8.9")
-        assert engine.profiles == profiles(part.graph, plan.recipe, plan.checkpoint)
+        assert engine.profiles == profiles(part.graph, plan.recipe, plan.model)
         assert [file.path for file in engine.files] == [f"{engine.component}.onnx", f"{engine.component}.weights"]
 
 

@@ -22,10 +22,42 @@ from qie.engines.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FILES = {
-    "transformer/config.json": {"num_layers": 2},
-    "text_encoder/config.json": {"hidden_size": 8},
-    "vae/config.json": {"z_dim": 16},
-    "scheduler/scheduler_config.json": {"shift": 1.0},
+    "transformer/config.json": {
+        "num_layers": 2,
+        "num_attention_heads": 1,
+        "attention_head_dim": 8,
+        "in_channels": 64,
+        "joint_attention_dim": 8,
+        "axes_dims_rope": [2, 2, 4],
+    },
+    "text_encoder/config.json": {
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 8,
+        "vocab_size": 5,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_section": [1, 1, 2]},
+        "image_token_id": 4,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 8,
+            "num_heads": 1,
+            "intermediate_size": 8,
+            "out_hidden_size": 8,
+            "patch_size": 14,
+            "fullatt_block_indexes": [0],
+        },
+    },
+    "vae/config.json": {
+        "base_dim": 8,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * 16,
+        "latents_std": [1.0] * 16,
+    },
+    "scheduler/scheduler_config.json": {"shift": 1.5},
     "processor/preprocessor_config.json": {"patch_size": 14},
     "tokenizer/vocab.json": {"a": 0},
 }
@@ -69,20 +101,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_opens_a_folder(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
-    assert (checkpoint.name, checkpoint.revision, checkpoint.pipeline) == ("model", None, "edit_plus")
-    assert checkpoint.transformer == {"num_layers": 2}
-    assert checkpoint.text_encoder == {"hidden_size": 8}
-    assert checkpoint.vae == {"z_dim": 16}
-    assert checkpoint.scheduler == {"shift": 1.0}
-    assert checkpoint.preprocessor == {"patch_size": 14}
-    assert checkpoint.model_index["_class_name"] == "QwenImageEditPlusPipeline"
+    assert (checkpoint.name, checkpoint.revision, checkpoint.model.pipeline) == ("model", None, "edit_plus")
+    model = checkpoint.model
+    assert (model.transformer.layers, model.language.layers, model.vision.depth, model.vae.z_dim) == (2, 3, 1, 16)
+    assert (model.scheduler.shift, model.processor.patch_size, model.image_token_id) == (1.5, 14, 4)
 
 
 def test_pipeline_of_the_single_image_model(folder: Path) -> None:
     write_json(folder / "model_index.json", {"_class_name": "QwenImageEditPipeline"})
     (folder / "processor/preprocessor_config.json").unlink()
-    checkpoint = open_checkpoint(str(folder))
-    assert (checkpoint.pipeline, checkpoint.preprocessor) == ("edit", {})
+    model = open_checkpoint(str(folder)).model
+    assert (model.pipeline, model.references_max, model.processor.merge_size) == ("edit", 1, 2)
 
 
 def test_configs_alone_are_enough_without_weights(folder: Path) -> None:
@@ -159,14 +188,16 @@ def test_sharded_files_in_the_naming_of_diffusers(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named_with_its_file(folder: Path) -> None:
     reader = open_checkpoint(str(folder)).reader("text_encoder")
     for call in (reader.shape, reader.dtype, reader.read):
-        with pytest.raises(CheckpointError, match=rf"{INDEX} has no tensor 'nothing': download"):
+        with pytest.raises(CheckpointError, match=rf"{INDEX} has no tensor 'nothing'; download"):
             call("nothing")
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "/no/such/folder", "nothing", ""])
 def test_neither_folder_nor_hub_id(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder, nor pocket, nor a hub id|has no model_index"):
+    with pytest.raises(
+        CheckpointError, match="there is no checkpoint '.*'; name a folder, pocket, or a hub id|has no model_index"
+    ):
         open_checkpoint(source)
 
 
@@ -200,7 +231,10 @@ def test_a_config_that_is_no_json_object(folder: Path, file: str, text: str) -> 
 
 def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
     write_json(folder / "transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
-    with pytest.raises(CheckpointError, match=r"transformer/config\.json .*bfloat16 original"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"transformer/config\.json .*quantized checkpoint, expected bfloat16 weights; take the original",
+    ):
         open_checkpoint(str(folder))
 
 
@@ -246,12 +280,12 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (cut_tail, f"is cut short: tensor '{UP}'"),
+        (cut_tail, f"is cut short, tensor '{UP}'"),
         (cut_header, "is cut short"),
         (cut_all, "is cut short"),
         (add_tail, "has 1 bytes after its last tensor"),
         (delete, "is missing"),
-        (no_safetensors, "no safetensors file"),
+        (no_safetensors, "not a safetensors file"),
         (other_header(lambda h: h[UP].update(shape=[4, 3])), UP),
         (other_header(lambda h: h[UP].update(shape=[-4, -2])), UP),
         (other_header(lambda h: h[UP].update(data_offsets=[0, 16])), "gap or an overlap"),

@@ -141,7 +141,11 @@ def test_vae(published: Path) -> None:
         ("language", {"text_config__use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ("vae", {"attn_scales": [1.0]}, r"attn_scales = \[1.0\] is not supported"),
         ("vae", {"input_channels": 4}, "input_channels = 4 is not supported"),
-        ("vae", {"dim_mult": [1, 2, 4]}, "dim_mult has 3 levels; qie's latents are 1/8 of the image, which takes 4"),
+        (
+            "vae",
+            {"dim_mult": [1, 2, 4]},
+            "dim_mult has 3 levels, expected 4 for latents of 1/8 of the image; use a checkpoint",
+        ),
     ],
 )
 def test_what_the_graphs_do_not_express(published: Path, part: str, change: dict[str, Any], said: str) -> None:
@@ -164,11 +168,15 @@ def test_the_usual_value_of_an_option_is_fine(published: Path, part: str, change
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
-        ("transformer", {"num_layers": None}, "transformer/config.json has no 'num_layers'; download .* or restore"),
+        (
+            "transformer",
+            {"num_layers": None},
+            "transformer/config.json has no 'num_layers'; restore the checkpoint's config",
+        ),
         ("transformer", {"num_layers": 0}, "num_layers = 0, expected a whole number of at least 1; restore"),
         ("transformer", {"num_attention_heads": 2.0}, "num_attention_heads = 2.0, expected a whole number"),
         ("transformer", {"axes_dims_rope": [16, 112]}, r"axes_dims_rope = \[16, 112\], expected a list of 3 whole"),
-        ("transformer", {"axes_dims_rope": [16, 56, 64]}, "adds up to 136, but attention_head_dim is 128"),
+        ("transformer", {"axes_dims_rope": [16, 56, 64]}, "adds up to 136, expected attention_head_dim = 128; restore"),
         ("transformer", {"axes_dims_rope": "16"}, "axes_dims_rope = '16', expected a list"),
         ("vision", {"vision_config": None}, "vision_config has no 'patch_size'"),
         ("vision", {"vision_config": [1]}, r"vision_config = \[1\], expected an object"),

@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.layers import loop
@@ -34,9 +35,9 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny", TINY, weights=False)
-    return open_checkpoint(str(folder), weights=False)
+    return open_checkpoint(str(folder), weights=False).model
 
 
 def counted(found: Cost) -> dict[str, int]:
@@ -46,39 +47,39 @@ def counted(found: Cost) -> dict[str, int]:
 # Operations
 
 
-def test_the_transformer_against_a_hand_count(configs: Checkpoint) -> None:
+def test_the_transformer_against_a_hand_count(model: Model) -> None:
     d, layers, joint, channels = 64, TINY.num_layers, TINY.text_hidden_size, TINY.in_channels
     tokens = N + R + L
     block = 12 * d * d * tokens  # q, k, v, out and twice 4 d, for every token of both streams
     last = d * d * (N + 2 * tokens + N + 8 * N)  # keys and values of all, the rest of the noise alone
     ends = (N + R) * channels * d + L * joint * d + N * d * channels
-    assert counted(cost(GRAPHS["transformer"](configs, "bfloat16"), SIZES)) == {
+    assert counted(cost(GRAPHS["transformer"](model, "bfloat16"), SIZES)) == {
         "gemm": 2 * B * ((layers - 1) * block + last + ends),
         "attention": 4 * B * d * tokens * ((layers - 1) * tokens + N),
     }
 
 
-def test_the_language_model_against_a_hand_count(configs: Checkpoint) -> None:
+def test_the_language_model_against_a_hand_count(model: Model) -> None:
     d, inner = TINY.text_hidden_size, TINY.text_intermediate_size
     kv = d // TINY.text_heads * TINY.text_kv_heads
-    assert counted(cost(GRAPHS["language"](configs, "bfloat16"), SIZES)) == {
+    assert counted(cost(GRAPHS["language"](model, "bfloat16"), SIZES)) == {
         "gemm": 2 * B * S * TINY.text_layers * (2 * d * d + 2 * d * kv + 3 * d * inner),
         "attention": 4 * B * S * S * d * TINY.text_layers,
     }
 
 
-def test_the_vision_tower_against_a_hand_count(configs: Checkpoint) -> None:
+def test_the_vision_tower_against_a_hand_count(model: Model) -> None:
     d, inner, merged = TINY.vision_hidden_size, TINY.vision_intermediate_size, 4 * TINY.vision_hidden_size
     blocks = TINY.vision_depth * P * (4 * d * d + 3 * d * inner)
     ends = P * 3 * 2 * 14 * 14 * d + V * (merged * merged + merged * TINY.text_hidden_size)
-    assert counted(cost(GRAPHS["vision"](configs, "bfloat16"), SIZES)) == {
+    assert counted(cost(GRAPHS["vision"](model, "bfloat16"), SIZES)) == {
         "gemm": 2 * (blocks + ends),
         "attention": 4 * P * P * d * TINY.vision_depth,
     }
 
 
 @pytest.mark.parametrize(("component", "side", "scale"), [("vae_encoder", 1, 1 / 4), ("vae_decoder", 1 / 8, 4)])
-def test_the_vae_against_a_hand_count(configs: Checkpoint, component: Component, side: float, scale: float) -> None:
+def test_the_vae_against_a_hand_count(model: Model, component: Component, side: float, scale: float) -> None:
     """Kernels in the order of the tensors; a resampling one works at the pixels that it makes."""
     pixels, latents = 16 * ROWS * 16 * COLUMNS, 2 * ROWS * 2 * COLUMNS
     outer = {"vae_encoder": "quant_conv", "vae_decoder": "post_quant_conv"}[component]
@@ -88,7 +89,7 @@ def test_the_vae_against_a_hand_count(configs: Checkpoint, component: Component,
         operations += int(2 * B * area) * math.prod(shape)
     operations += 2 * B * latents * math.prod(tensor_shapes(TINY)["vae"][f"{outer}.weight"])
     width = TINY.vae_base_dim * TINY.vae_dim_mult[-1]
-    assert counted(cost(GRAPHS[component](configs, "bfloat16"), SIZES)) == {
+    assert counted(cost(GRAPHS[component](model, "bfloat16"), SIZES)) == {
         "convolution": operations,
         "attention": 4 * B * latents * latents * width,
     }
@@ -178,9 +179,9 @@ def test_quantized_weights_are_read_as_they_are_stored() -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_the_activation_peak_is_that_of_a_watched_run(configs: Checkpoint, component: Component) -> None:
+def test_the_activation_peak_is_that_of_a_watched_run(model: Model, component: Component) -> None:
     """onnxruntime's own arrays, as if made and freed one node at a time; the few bytes of shapes are among them."""
-    graph = GRAPHS[component](configs, "float32")
+    graph = GRAPHS[component](model, "float32")
     model = graph.proto("", None)
     arrays = values_of(graph, model)
     ends = {value.name for value in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
@@ -219,11 +220,11 @@ def values_of(graph: Graph, model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     return dict(zip(outputs, map(np.asarray, session.run(outputs, feeds)), strict=True))
 
 
-def test_no_attention_has_a_score_tensor_for_all_queries(configs: Checkpoint) -> None:
+def test_no_attention_has_a_score_tensor_for_all_queries(model: Model) -> None:
     def peak(component: Component, tokens: int) -> int:
         sizes = SIZES | {"batch": 1, "noise_tokens": tokens, "tokens": tokens + R + L}
         sizes |= {"rows": tokens // 32, "columns": 32, "height": tokens // 2, "width": 512}
-        return cost(GRAPHS[component](configs, "bfloat16"), sizes).activation_bytes
+        return cost(GRAPHS[component](model, "bfloat16"), sizes).activation_bytes
 
     for component in ("transformer", "vae_encoder", "vae_decoder"):
         assert peak(component, 4096) < 2.1 * peak(component, 2048), component

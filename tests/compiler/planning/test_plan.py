@@ -83,7 +83,7 @@ def test_sizes_follow_the_precision(make: Make) -> None:
 def test_schedules_that_are_equal_are_planned_once(make: Make) -> None:
     """Sizes of one area, and schedules that differ in guidance alone, share their tables."""
     plan = make()
-    schedules = recipe_schedules(plan.checkpoint, plan.recipe)
+    schedules = recipe_schedules(plan.model, plan.recipe)
     keys = {values.tobytes() for values in schedules}
     assert len(keys) == len(schedules)
     areas = {size.area for size in plan.recipe.buckets(128 * 128)}
@@ -135,9 +135,9 @@ def test_quantization(make: Make) -> None:
 
 def test_parts_of_different_models(make: Make) -> None:
     plan = make()
-    other = {**plan.checkpoint.text_encoder, "image_token_id": 1}
+    other = replace(plan.model, image_token_id=1)
     with pytest.raises(CheckpointError, match="take both from the same checkpoint"):
-        check_buildable(replace(plan, checkpoint=replace(plan.checkpoint, text_encoder=other)))
+        check_buildable(replace(plan, checkpoint=replace(plan.checkpoint, model=other)))
 
 
 def test_destinations(make: Make, bundle: Path, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from qie.compiler.checkpoint.model import areas
-from qie.compiler.checkpoint.processor import vision_spec
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import write_graph_of
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import Range, Recipe, load_recipe
@@ -19,32 +18,32 @@ from qie.engines.inputs.image import output_size
 from qie.engines.inputs.sizes import resolve_size
 from qie.engines.inputs.vision import smart_resize
 
-Of = Callable[[str], Checkpoint]
+Of = Callable[[str], Model]
 
 
 @pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Of:
-    """Checkpoints without weights by the name of their architecture."""
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Of:
+    """Models by the name of their architecture."""
     folder, made = tmp_path_factory.mktemp("profiles"), {}
 
-    def find(name: str) -> Checkpoint:
+    def find(name: str) -> Model:
         if name not in made:
             write_checkpoint(folder / name, ARCHITECTURES[name], weights=False)
-            made[name] = open_checkpoint(str(folder / name), weights=False)
+            made[name] = open_checkpoint(str(folder / name), weights=False).model
         return made[name]
 
     return find
 
 
-def shapes(component: Component, recipe: Recipe, checkpoint: Checkpoint) -> dict[str, ProfileRecord]:
+def shapes(component: Component, recipe: Recipe, model: Model) -> dict[str, ProfileRecord]:
     """The profile of every input by its name."""
-    found = profiles(write_graph_of(component, checkpoint, recipe), recipe, checkpoint)
+    found = profiles(write_graph_of(component, model, recipe), recipe, model)
     assert len({p.input for p in found}) == len(found)
     return {p.input: p for p in found}
 
 
-def test_the_published_transformer(checkpoint_of: Of) -> None:
-    found = shapes("transformer", load_recipe("l40s"), checkpoint_of("qwen-image-edit-2511"))
+def test_the_published_transformer(model_of: Of) -> None:
+    found = shapes("transformer", load_recipe("l40s"), model_of("qwen-image-edit-2511"))
     assert list(found) == ["latents", "reference", "prompt_embeds", "rotary_cos", "rotary_sin", "negative_velocity"]
     # 1024 x 1024 pixels are 4096 tokens, 128 x 128 are 64; the largest bucket has a few more than the first.
     latents, reference, prompt, cos = (found[name] for name in ("latents", "reference", "prompt_embeds", "rotary_cos"))
@@ -58,10 +57,10 @@ def test_the_published_transformer(checkpoint_of: Of) -> None:
     assert cos.min == (latents.min[1] + reference.min[1] + prompt.min[1], 64)
 
 
-def test_the_published_encoders(checkpoint_of: Of) -> None:
+def test_the_published_encoders(model_of: Of) -> None:
     """What the vision tower sees has 384 x 384 pixels, 28 x 28 patches or 196 tokens; the Edit model's 1024 x 1024."""
     recipe = load_recipe("l40s")
-    plus, edit = checkpoint_of("qwen-image-edit-2511"), checkpoint_of("qwen-image-edit")
+    plus, edit = model_of("qwen-image-edit-2511"), model_of("qwen-image-edit")
     assert shapes("vision", recipe, plus)["patches"].opt == (784, 1176)
     assert shapes("vision", recipe, plus)["raster_index"].opt == (196,)
     assert shapes("vision", recipe, edit)["patches"].opt == (5476, 1176)
@@ -74,11 +73,11 @@ def test_the_published_encoders(checkpoint_of: Of) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("name", ["tiny", "tiny-edit", "demo", "qwen-image-edit", "qwen-image-edit-2511"])
-def test_a_profile_is_in_order_and_has_every_free_dim(checkpoint_of: Of, component: Component, name: str) -> None:
-    checkpoint, recipe = checkpoint_of(name), small(load_recipe("a100"))
-    graph = write_graph_of(component, checkpoint, recipe)
+def test_a_profile_is_in_order_and_has_every_free_dim(model_of: Of, component: Component, name: str) -> None:
+    model, recipe = model_of(name), small(load_recipe("a100"))
+    graph = write_graph_of(component, model, recipe)
     free = [spec for spec in graph.inputs if any(isinstance(dim, str) for dim in spec.dims)]
-    found = profiles(graph, recipe, checkpoint)
+    found = profiles(graph, recipe, model)
     assert [p.input for p in found] == [spec.name for spec in free]
     sizes: dict[str, tuple[int, int, int]] = {}
     for spec, profile in zip(free, found, strict=True):
@@ -97,24 +96,23 @@ def small(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-edit", "demo", "qwen-image-edit", "qwen-image-edit-2511"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_what_the_editor_makes_fits(checkpoint_of: Of, name: str, scale: float) -> None:
+def test_what_the_editor_makes_fits(model_of: Of, name: str, scale: float) -> None:
     """Images of any aspect ratio up to that of the recipe's flattest bucket, results of any size within the limits."""
-    checkpoint = checkpoint_of(name)
+    model = model_of(name)
     recipe = small(load_recipe("l40s"))
     recipe = replace(recipe, shapes=replace(recipe.shapes, area_scale_max=scale))
-    model, limits = areas(checkpoint), recipe.shape_limits(areas(checkpoint).vae_area)
-    vision = vision_spec(checkpoint.text_encoder["vision_config"], checkpoint.preprocessor)
-    found = {component: shapes(component, recipe, checkpoint) for component in COMPONENTS}
+    areas, limits, vision = model.areas, model.limits(recipe), model.processor
+    found = {component: shapes(component, recipe, model) for component in COMPONENTS}
     rng = random.Random(0)
     for _ in range(2000):
-        number = 1 if checkpoint.pipeline == "edit" else rng.randint(1, 3)
+        number = 1 if model.pipeline == "edit" else rng.randint(1, 3)
         patches = reference_tokens = 0
         for _ in range(number):
             image = (round(1000 * 2 ** rng.uniform(-1.222, 1.222)), 1000)  # up to 21:9
-            width, height = output_size(image, model.vae_area)
+            width, height = output_size(image, areas.vae_area)
             reference_tokens += width * height // 256
             check(found["vae_encoder"], image=(1, height, width, 3))
-            seen = output_size(image, model.condition_area or model.vae_area)
+            seen = output_size(image, areas.condition_area or areas.vae_area)
             rows, columns = smart_resize(
                 seen[1], seen[0], factor=28, min_pixels=vision.min_pixels, max_pixels=vision.max_pixels
             )
@@ -140,8 +138,8 @@ def check(found: dict[str, ProfileRecord], **wanted: tuple[int, ...]) -> None:
         assert all(low <= size <= high for low, size, high in ends), (name, shape, found[name])
 
 
-def test_the_recipe_decides(checkpoint_of: Of) -> None:
-    recipe, checkpoint = load_recipe("l40s"), checkpoint_of("qwen-image-edit-2511")
+def test_the_recipe_decides(model_of: Of) -> None:
+    recipe, model = load_recipe("l40s"), model_of("qwen-image-edit-2511")
     changed = replace(
         recipe.shapes,
         batch=Range(min=2, opt=3, max=5),
@@ -150,11 +148,11 @@ def test_the_recipe_decides(checkpoint_of: Of) -> None:
         min_side=256,
         aspect_ratios=("3:4",),
     )
-    found = shapes("transformer", replace(recipe, shapes=changed), checkpoint)
+    found = shapes("transformer", replace(recipe, shapes=changed), model)
     assert found["latents"].min == (2, 256, 64)
     assert found["latents"].opt == (3, 896 * 1184 // 256, 64)
     assert found["reference"].opt == (3, 2 * 4096, 64)
     assert found["prompt_embeds"].min[1] == 20
     assert found["prompt_embeds"].opt[1] == 400  # two images and an instruction are more than 30 tokens, and than 400
-    assert shapes("vae_decoder", replace(recipe, shapes=changed), checkpoint)["latents"].max[0] == 1
-    assert shapes("language", replace(recipe, shapes=changed), checkpoint)["input_ids"].max == (1, 464)
+    assert shapes("vae_decoder", replace(recipe, shapes=changed), model)["latents"].max[0] == 1
+    assert shapes("language", replace(recipe, shapes=changed), model)["input_ids"].max == (1, 464)

@@ -40,7 +40,7 @@ def draw(graph: Graph) -> Values:
 def test_pieces_are_the_whole(checkpoint: Path, component: Component, tmp_path: Path) -> None:
     opened = open_checkpoint(str(checkpoint))
     readers: dict[Any, TensorReader] = {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
-    graph = GRAPHS[component](opened, "float32")
+    graph = GRAPHS[component](opened.model, "float32")
     inputs = draw(graph)
     written = write_weights(graph.weights, readers, tmp_path / "weights")
     write_graph(graph, tmp_path / "graph.onnx", "weights", written.places)
@@ -48,7 +48,7 @@ def test_pieces_are_the_whole(checkpoint: Path, component: Component, tmp_path: 
     names = [spec.name for spec in graph.outputs]
     expected = dict(zip(names, whole.run(names, inputs), strict=True))
 
-    pieces = segments(GRAPHS[component](opened, "float32"))
+    pieces = segments(GRAPHS[component](opened.model, "float32"))
     samples = [dict(inputs), dict(inputs)]
     held = []
     for piece in run_segments(pieces, readers, samples):
@@ -69,7 +69,7 @@ def test_pieces_are_the_whole(checkpoint: Path, component: Component, tmp_path: 
 
 
 def test_a_block_has_its_own_weights_and_no_others(checkpoint: Path) -> None:
-    graph = GRAPHS["transformer"](open_checkpoint(str(checkpoint)), "float32")
+    graph = GRAPHS["transformer"](open_checkpoint(str(checkpoint)).model, "float32")
     pieces = segments(graph)
     assert [piece.name for piece in pieces] == ["beginning", "transformer_blocks.0", "transformer_blocks.1"]
     for piece in pieces[1:-1]:

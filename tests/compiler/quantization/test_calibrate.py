@@ -75,25 +75,26 @@ def test_what_is_seen_is_what_the_reference_computes(
     watch(reference.pipeline.transformer, "")
     words = language_values(opened, readers, samples, quiet)
 
-    run(GRAPHS["language"](opened, "float32"), readers, words, quiet)
+    run(GRAPHS["language"](opened.model, "float32"), readers, words, quiet)
     prompts = [values["prompt_embeds"] for values in words]
     for sample, prompt in zip(samples, prompts, strict=True):
         np.testing.assert_allclose(
             reference.prompt_embeds([sample.image], sample.text), prompt[0], rtol=1e-3, atol=1e-4
         )
     steps = transformer_values(opened, readers, samples, prompts, quiet)
-    from qie.compiler.checkpoint.model import areas
     from qie.engines.inputs.image import prepare
 
     for sample, values in zip(samples, steps, strict=True):
-        expected = reference.encode_image(prepare(sample.image, areas(opened)).vae).reshape(values["reference"].shape)
+        expected = reference.encode_image(prepare(sample.image, opened.model.areas).vae).reshape(
+            values["reference"].shape
+        )
         np.testing.assert_allclose(values["reference"], expected, rtol=1e-3, atol=1e-4)
         grid = grid_of(opened, sample)
         reference.velocity(
             values["latents"], [values["reference"]], values["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
         )
     seen = [name for name in found.most if name in most]
-    assert set(seen) == set(linears(GRAPHS["transformer"](opened, "float32")))
+    assert set(seen) == set(linears(GRAPHS["transformer"](opened.model, "float32")))
     noise_alone = (
         "transformer_blocks.1.attn.to_q",
         "transformer_blocks.1.attn.to_out.0",
@@ -109,10 +110,10 @@ def test_what_is_seen_is_what_the_reference_computes(
 
 
 def test_the_language_model_is_seen_too(opened: Checkpoint, found: Calibration) -> None:
-    names = linears(GRAPHS["language"](opened, "float32"))
+    names = linears(GRAPHS["language"](opened.model, "float32"))
     assert names
     assert all(found.most[name].shape == (w.shape[0],) for name in names
-               for w in GRAPHS["language"](opened, "float32").weights if w.name == f"{name}.weight")  # fmt: skip
+               for w in GRAPHS["language"](opened.model, "float32").weights if w.name == f"{name}.weight")  # fmt: skip
     assert found.factors["int8-smooth"].keys() == found.alphas["int8-smooth"].keys()
 
 
@@ -318,16 +319,14 @@ def test_scales_are_those_of_modelopt(
 
 def grid_of(opened: Checkpoint, sample: Sample) -> tuple[int, int]:
     """(height, width) in tokens."""
-    from qie.compiler.checkpoint.model import areas
     from qie.engines.inputs.image import prepare
 
-    height, width, _ = prepare(sample.image, areas(opened)).vae.shape
+    height, width, _ = prepare(sample.image, opened.model.areas).vae.shape
     return height // 16, width // 16
 
 
 def sigma_of(opened: Checkpoint, sample: Sample) -> float:
-    from qie.compiler.checkpoint.model import scheduler_spec
     from qie.engines.inputs.schedule import sigmas
 
     height, width = grid_of(opened, sample)
-    return float(sigmas(scheduler_spec(opened), steps=40, noise_tokens=height * width)[int(sample.share * 40)])
+    return float(sigmas(opened.model.scheduler, steps=40, noise_tokens=height * width)[int(sample.share * 40)])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
@@ -83,14 +82,14 @@ def test_onnxruntime_computes_what_the_quantizers_say(
     opened: Checkpoint, readers: dict[Any, TensorReader], component: Component, scheme: Any
 ) -> None:
     """Every product of the quantized graph, against numpy: rounded inputs times rounded weights."""
-    graph = GRAPHS[component](opened, "float32")
+    graph = GRAPHS[component](opened.model, "float32")
     names = linears(graph)
     before = products(graph)
     made = {name: next(iter(node.outputs)).name for node in graph.model.graph for name in names
             if node.op_type == "MatMul" and node.inputs[1].name == f"{name}.weight"}  # fmt: skip
     values = inputs(graph)
-    known = calibration(GRAPHS[component](opened, "float32"), readers, values)
-    language = LanguageConfig.from_config(opened.text_encoder)
+    known = calibration(GRAPHS[component](opened.model, "float32"), readers, values)
+    language = opened.model.language
     graph = apply(graph, scheme, names, known, language).graph
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -112,11 +111,11 @@ def test_onnxruntime_computes_what_the_quantizers_say(
 @pytest.mark.parametrize("component", ["transformer", "language"])
 def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
     """Weights, norms, modulation and the graph's own division together: the function is the same."""
-    graph = GRAPHS[component](opened, "float32")
+    graph = GRAPHS[component](opened.model, "float32")
     values = inputs(graph)
     exact = result(graph, readers, values)
     rng = np.random.default_rng(1)
-    language = LanguageConfig.from_config(opened.text_encoder)
+    language = opened.model.language
     smoothed = groups(component, linears(graph), language)
     assert {name for group in smoothed for name in group.readers} == set(linears(graph))
     part = graph.weights[0].subfolder
@@ -126,7 +125,7 @@ def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, Tensor
         for g in smoothed
     }
     explicit = {n: g.spread(factors[g.name]) for g in smoothed if not g.makers for n in g.readers}
-    graph = quantize(GRAPHS[component](opened, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
+    graph = quantize(GRAPHS[component](opened.model, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
     changed = dict(values)
     if component == "transformer":
         changed["modulation"] = smoothed_modulation(values["modulation"], smoothed, factors)
@@ -145,12 +144,11 @@ def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, Tensor
 def test_smoothed_modulation_is_that_of_smoothed_weights(
     opened: Checkpoint, readers: dict[Any, TensorReader], tmp_path: Path
 ) -> None:
-    from qie.compiler.checkpoint.configs import TransformerConfig
     from qie.compiler.weights.modulation import write_modulation
     from qie.engines.inputs.modulation import compute_tables
 
-    graph = GRAPHS["transformer"](opened, "float32")
-    config = TransformerConfig.from_config(opened.transformer)
+    graph = GRAPHS["transformer"](opened.model, "float32")
+    config = opened.model.transformer
     smoothed = groups("transformer", linears(graph))
     rng = np.random.default_rng(0)
     factors = {g.name: np.exp(rng.uniform(-1, 1, config.width)).astype(np.float32) for g in smoothed if g.makers}
@@ -188,7 +186,7 @@ def test_smoothing_helps_where_channels_differ(opened: Checkpoint, readers: dict
 
 
 def test_keep(opened: Checkpoint) -> None:
-    graph = GRAPHS["transformer"](opened, "float32")
+    graph = GRAPHS["transformer"](opened.model, "float32")
     names = linears(graph)
     blocks = sorted({name.split(".")[1] for name in names})
     last = f"transformer_blocks.{blocks[-1]}."
@@ -200,15 +198,15 @@ def test_keep(opened: Checkpoint) -> None:
 
 
 def test_what_was_measured_goes_before_the_recipe(opened: Checkpoint, readers: dict[Any, TensorReader]) -> None:
-    language = LanguageConfig.from_config(opened.text_encoder)
+    language = opened.model.language
 
     def quantized(patterns: Sequence[str], **fields: Any) -> set[str]:
-        graph = GRAPHS["transformer"](opened, "float32")
-        known = calibration(GRAPHS["transformer"](opened, "float32"), readers, inputs(graph), **fields)
+        graph = GRAPHS["transformer"](opened.model, "float32")
+        known = calibration(GRAPHS["transformer"](opened.model, "float32"), readers, inputs(graph), **fields)
         section = ComponentRecipe(precision="float32", quantization="fp8", keep=tuple(patterns))
         return set(by_recipe(graph, section, known, language).linears)
 
-    names = set(linears(GRAPHS["transformer"](opened, "float32")))
+    names = set(linears(GRAPHS["transformer"](opened.model, "float32")))
     one = sorted(names)[0]
     assert quantized([]) == names
     assert quantized(["*.to_q"]) == {n for n in names if not n.endswith(".to_q")}
@@ -221,13 +219,13 @@ def test_what_was_measured_goes_before_the_recipe(opened: Checkpoint, readers: d
 def test_weights_take_a_half_or_a_quarter(opened: Checkpoint) -> None:
     from qie.compiler.weights.stream import total_bytes
 
-    graph = GRAPHS["transformer"](opened, "bfloat16")
+    graph = GRAPHS["transformer"](opened.model, "bfloat16")
     names = linears(graph)
     codes = sum(np.prod(w.shape) for w in graph.weights if w.name.removesuffix(".weight") in names)
     plain = total_bytes(graph.weights)
     for scheme, size in (("fp8", 1), ("int8-smooth", 1), ("w4a16", 0.5)):
         made = quantize(
-            GRAPHS["transformer"](opened, "bfloat16"), QUANTIZATION[scheme], names, dict.fromkeys(names, 1.0), {}
+            GRAPHS["transformer"](opened.model, "bfloat16"), QUANTIZATION[scheme], names, dict.fromkeys(names, 1.0), {}
         )
         scales = sum(4 * np.prod(w.shape) for w in made.weights if w.scale_of)
         assert total_bytes(made.weights) <= plain - (2 - size) * codes + 4096 * len(names) + 64 * len(names) + scales
@@ -235,10 +233,10 @@ def test_weights_take_a_half_or_a_quarter(opened: Checkpoint) -> None:
 
 
 def test_a_linear_without_statistics(opened: Checkpoint) -> None:
-    graph = GRAPHS["transformer"](opened, "float32")
+    graph = GRAPHS["transformer"](opened.model, "float32")
     known = Calibration(model="m", name="tiny", data="d", samples=1, most={}, source=Path("c.npz"))
     with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
-        apply(graph, "fp8", linears(graph), known, LanguageConfig.from_config(opened.text_encoder))
+        apply(graph, "fp8", linears(graph), known, opened.model.language)
 
 
 @pytest.mark.parametrize("component", ["transformer", "language"])
@@ -247,22 +245,22 @@ def test_attention_in_fp8(opened: Checkpoint, readers: dict[Any, TensorReader], 
     from qie.compiler.quantization.calibrate import Observer
     from qie.compiler.quantization.qdq import ATTENTION, attentions, operands
 
-    language = LanguageConfig.from_config(opened.text_encoder)
-    plain = GRAPHS[component](opened, "float32")
+    language = opened.model.language
+    plain = GRAPHS[component](opened.model, "float32")
     values = inputs(plain)
     exact = result(plain, readers, values)
-    observer = Observer(GRAPHS[component](opened, "float32"), readers, 1, language)
+    observer = Observer(GRAPHS[component](opened.model, "float32"), readers, 1, language)
     observer.run([dict(values)], lambda *_: None)
     names = attentions(plain)
     assert len(names) == 2
     most = {name: observer.most[name] for attention in names for name in operands(attention)}
     known = Calibration(model="m", name="tiny", data="d", samples=1, most=most)
     section = ComponentRecipe(precision="float32", attention="fp8")
-    graph = by_recipe(GRAPHS[component](opened, "float32"), section, known, language).graph
+    graph = by_recipe(GRAPHS[component](opened.model, "float32"), section, known, language).graph
     nodes = [node.op_type for node in graph.model.graph]
     assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
     assert graph.weights == plain.weights
     assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
     assert ATTENTION.codes == "float8_e4m3fn"
     with pytest.raises(CalibrationError, match="no statistics of .*query"):
-        by_recipe(GRAPHS[component](opened, "float32"), section, replace(known, most={}), language)
+        by_recipe(GRAPHS[component](opened.model, "float32"), section, replace(known, most={}), language)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.quantization.blockwise import Values
@@ -74,13 +73,13 @@ def test_each_linear_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
-    some = linears(GRAPHS[component](opened, "float32"))[::3]
+    some = linears(GRAPHS[component](opened.model, "float32"))[::3]
     results = {}
     for name in ("", *some):
-        graph, through = GRAPHS[component](opened, "float32"), dict(readers)
+        graph, through = GRAPHS[component](opened.model, "float32"), dict(readers)
         own = [dict(sample) for sample in inputs(component)]
         if name:
-            made = apply(graph, scheme, [name], found, LanguageConfig.from_config(opened.text_encoder))
+            made = apply(graph, scheme, [name], found, opened.model.language)
             graph = made.graph
             through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.factors)
             for sample in own:
@@ -97,7 +96,7 @@ def test_each_linear_alone(
         ranked = rank(component, scheme, budget=1.0, progress=lambda _, done, total: seen.append((done, total)))
         assert seen[-1][0] == seen[-1][1]
         walks.append(len(seen))
-        assert list(ranked.errors) == list(linears(GRAPHS[component](opened, "float32")))
+        assert list(ranked.errors) == list(linears(GRAPHS[component](opened.model, "float32")))
         for name in some:
             assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
     assert walks[0] < walks[2] < walks[1]

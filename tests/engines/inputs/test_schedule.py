@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qie.compiler.checkpoint.scheduler import scheduler_spec
+from qie.compiler.checkpoint.scheduler import parse_scheduler
 from qie.engines.bundle.specs import SchedulerSpec
 from qie.engines.errors import CheckpointError, EditError
 from qie.engines.inputs.schedule import sigmas
@@ -63,13 +63,13 @@ def reference_sigmas(config, steps, noise_tokens):
     ids=["published", "lightning", "terminal-0", "linear", "static", "static-plain", "dynamic-defaults", "defaults"],
 )
 def test_sigmas_equal_diffusers_to_the_last_bit(config, noise_tokens, steps):
-    ours = sigmas(scheduler_spec(config), steps=steps, noise_tokens=noise_tokens)
+    ours = sigmas(parse_scheduler(config), steps=steps, noise_tokens=noise_tokens)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, reference_sigmas(config, steps, noise_tokens))
 
 
 def test_known_values_of_a_square_megapixel():
-    spec = scheduler_spec(PUBLISHED)
+    spec = parse_scheduler(PUBLISHED)
     found = sigmas(spec, steps=50, noise_tokens=4096)
     assert found.shape == (51,)
     assert found[0] == 1
@@ -79,12 +79,12 @@ def test_known_values_of_a_square_megapixel():
 
 
 def test_more_noise_tokens_shift_more():
-    spec = scheduler_spec(PUBLISHED)
+    spec = parse_scheduler(PUBLISHED)
     assert sigmas(spec, steps=8, noise_tokens=8192)[4] > sigmas(spec, steps=8, noise_tokens=1024)[4]
 
 
 def test_lightning_shifts_alike_at_every_size():
-    spec = scheduler_spec(LIGHTNING)
+    spec = parse_scheduler(LIGHTNING)
     at = [sigmas(spec, steps=4, noise_tokens=n) for n in (256, 4096)]
     np.testing.assert_allclose(at[0], [1, 9 / 10, 3 / 4, 1 / 2, 0], rtol=1e-6)
     np.testing.assert_array_equal(*at)
@@ -92,7 +92,7 @@ def test_lightning_shifts_alike_at_every_size():
 
 @pytest.mark.parametrize("config", [PUBLISHED, LIGHTNING])
 def test_one_step_runs_from_noise_to_image(config):
-    np.testing.assert_array_equal(sigmas(scheduler_spec(config), steps=1, noise_tokens=4096), [1, 0])
+    np.testing.assert_array_equal(sigmas(parse_scheduler(config), steps=1, noise_tokens=4096), [1, 0])
 
 
 @pytest.mark.parametrize("steps", [0, -3])
@@ -103,7 +103,7 @@ def test_fewer_than_one_step_is_refused(steps):
 
 def test_defaults_are_those_of_diffusers():
     config = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler().config
-    spec = scheduler_spec({})
+    spec = parse_scheduler({})
     for name in SchedulerSpec.__dataclass_fields__:
         assert getattr(spec, name) == config[name]
 
@@ -113,7 +113,7 @@ def test_defaults_are_those_of_diffusers():
 )
 def test_unsupported_options_are_named(option):
     with pytest.raises(CheckpointError, match=option):
-        scheduler_spec(PUBLISHED | {option: True})
+        parse_scheduler(PUBLISHED | {option: True})
 
 
 @pytest.mark.parametrize(
@@ -132,15 +132,15 @@ def test_unsupported_options_are_named(option):
 )
 def test_values_of_the_wrong_kind_are_named(option, value):
     with pytest.raises(CheckpointError, match=option):
-        scheduler_spec(PUBLISHED | {option: value})
+        parse_scheduler(PUBLISHED | {option: value})
 
 
 def test_a_shift_that_leaves_no_schedule():
-    spec = scheduler_spec(PUBLISHED | {"base_shift": 0.5, "max_shift": 99, "max_image_seq_len": 257})
+    spec = parse_scheduler(PUBLISHED | {"base_shift": 0.5, "max_shift": 99, "max_image_seq_len": 257})
     with pytest.raises(EditError, match="4096 tokens.* leaves no schedule: take the scheduler folder"):
         sigmas(spec, steps=4, noise_tokens=4096)
 
 
 def test_another_scheduler_is_refused():
     with pytest.raises(CheckpointError, match="UniPCMultistepScheduler"):
-        scheduler_spec({"_class_name": "UniPCMultistepScheduler"})
+        parse_scheduler({"_class_name": "UniPCMultistepScheduler"})

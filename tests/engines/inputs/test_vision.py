@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qie.compiler.checkpoint.processor import vision_spec
+from qie.compiler.checkpoint.processor import parse_processor
 from qie.engines.bundle.specs import VisionSpec
 from qie.engines.errors import CheckpointError, EditError
 from qie.engines.inputs.vision import smart_resize, vision_inputs
@@ -60,7 +60,7 @@ def test_inputs_equal_transformers(model, sizes):
     processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     tower, preprocessor = model
     config = transformers.Qwen2_5_VLConfig(vision_config=dict(tower)).vision_config
-    spec = vision_spec(tower, preprocessor)
+    spec = parse_processor(tower, preprocessor)
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     found = vision_inputs(images, spec)
 
@@ -92,14 +92,14 @@ def test_inputs_equal_transformers(model, sizes):
 
 
 def test_windows_are_squares_of_merged_cells():
-    spec = vision_spec(TOWER, {})
+    spec = parse_processor(TOWER, {})
     found = vision_inputs([picture(140, 140), picture(56, 56)], spec)  # 5 x 5 and 2 x 2 cells, windows of 4 x 4
     assert np.unique(found.window_ids, return_counts=True)[1].tolist() == [16 * 4, 4 * 4, 4 * 4, 4, 4 * 4]
     assert np.unique(found.image_ids, return_counts=True)[1].tolist() == [100, 16]
 
 
 def test_raster_index_brings_cells_back():
-    spec = dataclasses.replace(vision_spec(TOWER, {}), min_pixels=1)
+    spec = dataclasses.replace(parse_processor(TOWER, {}), min_pixels=1)
     found = vision_inputs([picture(150, 310), picture(290, 90)], spec)
     cells = found.patches.reshape(len(found.raster_index), -1)[found.raster_index]
     alone = []
@@ -122,7 +122,7 @@ def test_smart_resize_equals_transformers(factor, min_pixels, max_pixels):
 
 
 def test_too_narrow_an_image_is_refused():
-    spec = vision_spec(TOWER, {})
+    spec = parse_processor(TOWER, {})
     vision_inputs([picture(200, 1)], spec)
     with pytest.raises(EditError, match=r"201 x 1 pixels.*200"):
         vision_inputs([picture(201, 1)], spec)
@@ -133,7 +133,7 @@ def test_spec_takes_the_defaults_of_transformers():
     processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     config = transformers.Qwen2_5_VLConfig().vision_config
     processor = processing.Qwen2VLImageProcessorPil()
-    spec = vision_spec({}, {})
+    spec = parse_processor({}, {})
     assert spec == VisionSpec(
         patch_size=config.patch_size,
         merge_size=config.spatial_merge_size,
@@ -146,7 +146,7 @@ def test_spec_takes_the_defaults_of_transformers():
         image_mean=tuple(processor.image_mean),
         image_std=tuple(processor.image_std),
     )
-    assert vision_spec(config.to_dict(), processor.to_dict()) == spec
+    assert parse_processor(config.to_dict(), processor.to_dict()) == spec
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_spec_takes_the_defaults_of_transformers():
     ],
 )
 def test_limits_stand_in_either_place(preprocessor, limits):
-    spec = vision_spec({}, preprocessor)
+    spec = parse_processor({}, preprocessor)
     assert (spec.min_pixels, spec.max_pixels) == limits
 
 
@@ -183,4 +183,4 @@ def test_limits_stand_in_either_place(preprocessor, limits):
 )
 def test_a_processor_that_does_not_fit_is_named(tower, preprocessor, option):
     with pytest.raises(CheckpointError, match=option):
-        vision_spec(tower, preprocessor)
+        parse_processor(tower, preprocessor)

@@ -87,7 +87,7 @@ def test_all_five_components_are_built(built: Built) -> None:
 def test_the_engine_has_the_shapes_of_the_recipe(built: Built) -> None:
     """As TensorRT holds them after they were set."""
     for engine, part in zip(built.bundle.manifest.engines, built.plan.components, strict=True):
-        assert engine.profiles == profiles(part.graph, built.plan.recipe, built.plan.checkpoint)
+        assert engine.profiles == profiles(part.graph, built.plan.recipe, built.plan.model)
         assert engine.profiles
 
 
@@ -186,7 +186,7 @@ def test_what_decides_an_engine(checkpoint: Path, tmp_path: Path, monkeypatch: p
     assert len(set(graphs.values())) == len(COMPONENTS)
     assert all(graphs[c] != other for c, other in graph_keys(plan, "another digest").items())
     graph = graphs["transformer"]
-    shapes = profiles(plan.components[3].graph, recipe, plan.checkpoint)
+    shapes = profiles(plan.components[3].graph, recipe, plan.model)
 
     def key(backend: str = "tensorrt-rtx", recipe: Recipe = recipe, shapes: tuple[ProfileRecord, ...] = shapes) -> str:
         return engine_key(graph, backend, recipe, shapes)
@@ -334,7 +334,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     recipe = load_recipe("l40s")
 
     def make(component: Any) -> tuple[GraphRecord, Path]:
-        graph = write_graph_of(component, checkpoint, recipe)
+        graph = write_graph_of(component, checkpoint.model, recipe)
         reader = RandomReader(graph.weights)
         written = write_weights(
             graph.weights, {weight.subfolder: reader for weight in graph.weights}, folder / "weights"
@@ -350,7 +350,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
             inputs=graph.inputs,
             outputs=graph.outputs,
             parameters=graph.parameters(),
-            profiles=profiles(graph, recipe, checkpoint),
+            profiles=profiles(graph, recipe, checkpoint.model),
         )
         return found, folder
 

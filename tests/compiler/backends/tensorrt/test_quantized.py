@@ -43,7 +43,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any, gpu: str) -> Made:
     """The engine of one component with all its linears quantized, but one that is kept."""
-    recipe, graph = small(gpu), GRAPHS[component](checkpoint, "bfloat16")
+    recipe, graph = small(gpu), GRAPHS[component](checkpoint.model, "bfloat16")
     total, names, record = len(products(graph)), linears(graph), None
     if scheme != "none":
         names = names[1:]
@@ -66,7 +66,7 @@ def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any
         inputs=graph.inputs,
         outputs=graph.outputs,
         parameters=graph.parameters(),
-        profiles=profiles(graph, recipe, checkpoint),
+        profiles=profiles(graph, recipe, checkpoint.model),
         quantization=record,
     )
     engine = RTX.build(asked, folder, key="k", recipe=recipe)
@@ -123,7 +123,7 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
         component="transformer", backend="tensorrt-rtx", dtype="bfloat16", key="k", path="g.onnx",
         files=tuple(FileRecord(path=n, bytes=1, sha256="") for n in ("g.onnx", "w")),
         inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
-        profiles=profiles(part.graph, recipe, opened),
+        profiles=profiles(part.graph, recipe, opened.model),
     )  # fmt: skip
     engine = RTX.build(asked, tmp_path, key="k", recipe=recipe)
     assert engine.structure is not None
