@@ -1,20 +1,17 @@
 """What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess, run
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.cli.app import main
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
-from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
+from tests.support.bundles import build
+from tests.support.images import smooth_image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,32 +41,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of ``checkpoint`` for the CPU; not to be changed."""
-    return build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu")
+    return build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu").path
 
 
 @pytest.fixture(scope="session")
 def edit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the first generation, which takes one image; not to be changed."""
     folder = tmp_path_factory.mktemp("edit")
-    return build(write_checkpoint(folder / "tiny-edit", ARCHITECTURES["tiny-edit"], seed=1), folder / "edit-cpu")
+    checkpoint = write_checkpoint(folder / "tiny-edit", ARCHITECTURES["tiny-edit"], seed=1)
+    return build(checkpoint, folder / "edit-cpu").path
 
 
-def build(checkpoint: Path, destination: Path) -> Path:
-    plan = make_plan(
-        open_checkpoint(str(checkpoint)),
-        recipe_name="cpu",
-        recipe=load_recipe("cpu"),
-        loras=[],
-        destination=destination,
-    )
-    return build_bundle(plan).path
+@pytest.fixture
+def named_bundle(bundle: Path, qie_home: Path) -> str:
+    """The name of a bundle in the home of this test; its files may be changed."""
+    shutil.copytree(bundle, qie_home / "bundles" / "mine")
+    return "mine"
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a photograph in it: photo.png, 150 x 90 pixels of smooth noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 15, 3), np.uint8)
-    Image.fromarray(pixels).resize((150, 90), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    """The current folder, with an image in it: photo.png, 150 x 90 pixels."""
+    smooth_image(150, 90).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

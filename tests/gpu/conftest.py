@@ -14,7 +14,8 @@ from qie.engines.editing import editor as editor_module
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
 from qie.engines.sessions.load import load as load_session
-from tests.support.card import WIDE, Recorder, Run, build_for_card, edit_request, picture
+from tests.support.card import WIDE, Recorder, Run, build_for_card, edit_request
+from tests.support.images import smooth_image
 
 BACKENDS = ["tensorrt-rtx", "tensorrt", "onnxruntime"]
 
@@ -52,7 +53,7 @@ def runs_on_cpu(bundle: Path) -> list[Run]:
     runs: list[Run] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(editor_module, "load", lambda f, e, *more: Recorder(load_session(f, e, *more), e, runs))
-        request = edit_request(images=[picture(150, 90), picture(60, 80, 1)], seeds=[3, 4], steps=2)
+        request = edit_request(images=[smooth_image(150, 90), smooth_image(60, 80, 1)], seeds=[3, 4], steps=2)
         Editor(open_bundle(str(bundle))).edit(request)
     return runs
 

@@ -9,7 +9,8 @@ import pytest
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Edit, Editor
-from tests.support.card import build_for_card, edit_request, picture, psnr_db, relative_l2
+from tests.support.card import build_for_card, edit_request, psnr_db, relative_l2
+from tests.support.images import smooth_image
 
 BOUND_DB = 28.0
 """PSNR of an edit in bfloat16 against float32: the recipes' default gate."""
@@ -17,7 +18,7 @@ BOUND_DB = 28.0
 REQUESTS: dict[str, dict[str, Any]] = {
     "guided": {},
     "not guided": {"guidance": 1.0},
-    "two images": {"images": [picture(150, 90), picture(60, 80, 1)]},
+    "two images": {"images": [smooth_image(150, 90), smooth_image(60, 80, 1)]},
     "another size": {"size": (96, 48)},
     "batches": {"instructions": ["make it red", "add snow and a dog"], "seeds": [1, 2, 3]},
 }
@@ -39,7 +40,7 @@ def test_an_edit_is_near_the_processors(editor: Editor, cpu_editor: Editor, name
     found = editor.edit(edit_request(**REQUESTS[name]))
     expected = cpu_editor.edit(edit_request(**REQUESTS[name]))
     for ours, theirs in zip(found.images, expected.images, strict=True):
-        assert theirs.std() > 5  # a flat picture would prove nothing
+        assert theirs.std() > 5  # a flat image would prove nothing
         assert psnr_db(ours, theirs) >= BOUND_DB
 
 

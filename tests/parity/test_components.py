@@ -8,7 +8,7 @@ from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.rotary import rotary_tables
 from qie.engines.inputs.vision import vision_inputs
-from tests.support.parity import CASES, MANY, SideOf, pictures, relative_l2
+from tests.support.parity import CASES, MANY, SideOf, images, relative_l2
 
 BOUND = 1e-4
 
@@ -17,8 +17,8 @@ BOUND = 1e-4
 def test_vision(side_of: SideOf, name: str, count: int) -> None:
     side = side_of(name)
     editor, model = side.editor, side.editor.model
-    seen = vision_inputs([prepare(p, model.areas).vision for p in pictures(count)], model.vision)
-    expected = side.reference.prompt(pictures(count), "anything")
+    seen = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
+    expected = side.reference.prompt(images(count), "anything")
     assert [list(grid) for grid in seen.grids] == expected.grid_thw.tolist()
     assert len(set(seen.window_ids)) > count  # windows matter: every image has several
     assert relative_l2(editor._vision(seen), side.reference.vision(expected.patches, expected.grid_thw)) < BOUND
@@ -29,9 +29,9 @@ def test_vision(side_of: SideOf, name: str, count: int) -> None:
 def test_language(side_of: SideOf, name: str, count: int, instruction: str) -> None:
     side = side_of(name)
     editor, model = side.editor, side.editor.model
-    seen = vision_inputs([prepare(p, model.areas).vision for p in pictures(count)], model.vision)
+    seen = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
     tokens = encode(editor._tokenizer, [instruction], seen.grids, model.prompt, allow_blank=True)
-    expected = side.reference.prompt(pictures(count), instruction)
+    expected = side.reference.prompt(images(count), instruction)
     assert tokens.input_ids[0].tolist() == expected.input_ids.tolist()
     assert tokens.position_ids[:, 0].tolist() == expected.position_ids.tolist()
     embeds = editor._language(tokens, editor._vision(seen))[0]
@@ -41,7 +41,7 @@ def test_language(side_of: SideOf, name: str, count: int, instruction: str) -> N
 
 def test_padding_never_reaches_a_prompt(side_of: SideOf) -> None:
     editor = side_of("2511").editor
-    seen = vision_inputs([prepare(p, editor.model.areas).vision for p in pictures(2)], editor.model.vision)
+    seen = vision_inputs([prepare(p, editor.model.areas).vision for p in images(2)], editor.model.vision)
     image_embeds = editor._vision(seen)
     texts = ["red", "make the picture look like an old postcard from the sea"]
     both = encode(editor._tokenizer, texts, seen.grids, editor.model.prompt)
@@ -59,12 +59,12 @@ def test_padding_never_reaches_a_prompt(side_of: SideOf) -> None:
         assert relative_l2(row[: length - PREFIX_TOKENS], alone) < 1e-6
 
 
-@pytest.mark.parametrize("picture_index", range(3))
+@pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("name", CASES)
-def test_vae(side_of: SideOf, name: str, picture_index: int) -> None:
+def test_vae(side_of: SideOf, name: str, index: int) -> None:
     side = side_of(name)
-    image = prepare(pictures(3)[picture_index], side.editor.model.areas).vae
-    assert (image == side.reference.reference_image(pictures(3)[picture_index])).all()
+    image = prepare(images(3)[index], side.editor.model.areas).vae
+    assert (image == side.reference.reference_image(images(3)[index])).all()
     latents, (rows, columns) = side.editor._encode(image)
     expected = side.reference.encode_image(image)
     assert relative_l2(latents[0], expected) < BOUND

@@ -5,7 +5,8 @@ import pytest
 
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Request
-from tests.support.parity import CASES, MANY, SideOf, picture, pictures, psnr, relative_l2
+from tests.support.images import smooth_image
+from tests.support.parity import CASES, MANY, SideOf, images, psnr, relative_l2
 
 BOUND_DB = 55.0
 INSTRUCTION = "paint the wall blue"
@@ -16,12 +17,12 @@ INSTRUCTION = "paint the wall blue"
 def test_edit(side_of: SideOf, name: str, count: int, guidance: float) -> None:
     side = side_of(name)
     seen: list[StepState] = []
-    request = Request(images=pictures(count), instructions=[INSTRUCTION], seeds=[11], steps=5, guidance=guidance)
+    request = Request(images=images(count), instructions=[INSTRUCTION], seeds=[11], steps=5, guidance=guidance)
     edit = side.editor.edit(request, observer=seen.append)
 
     steps = []
-    expected = side.reference.edit(pictures(count), INSTRUCTION, cfg=guidance, steps=5, seed=11, on_step=steps.append)
-    assert expected.std() > 5  # a flat picture would prove nothing
+    expected = side.reference.edit(images(count), INSTRUCTION, cfg=guidance, steps=5, seed=11, on_step=steps.append)
+    assert expected.std() > 5  # a flat image would prove nothing
     assert psnr(edit.images[0], expected) >= BOUND_DB
     assert [s.sigma for s in seen] == [s.sigma for s in steps]
     for ours, theirs in zip(seen, steps, strict=True):
@@ -34,17 +35,17 @@ def test_edit(side_of: SideOf, name: str, count: int, guidance: float) -> None:
 def test_edit_of_another_size(side_of: SideOf, name: str, size: tuple[int, int]) -> None:
     """The result has its own size and aspect, the references keep theirs."""
     side = side_of(name)
-    request = Request(images=pictures(1), instructions=[INSTRUCTION], seeds=[5], steps=3, size=size)
+    request = Request(images=images(1), instructions=[INSTRUCTION], seeds=[5], steps=3, size=size)
     edit = side.editor.edit(request)
     assert edit.images[0].shape == (size[1], size[0], 3)
-    expected = side.reference.edit(pictures(1), INSTRUCTION, steps=3, seed=5, width=size[0], height=size[1])
+    expected = side.reference.edit(images(1), INSTRUCTION, steps=3, seed=5, width=size[0], height=size[1])
     assert psnr(edit.images[0], expected) >= BOUND_DB
 
 
 @pytest.mark.parametrize("shape", [(230, 100), (64, 64), (39, 90), (500, 499)])
 def test_edit_of_an_odd_aspect(side_of: SideOf, shape: tuple[int, int]) -> None:
     side = side_of("2511")
-    image = picture(*shape, seed=9)
+    image = smooth_image(*shape, seed=9, grain=12)
     edit = side.editor.edit(Request(images=[image], instructions=[INSTRUCTION], seeds=[1], steps=3))
     expected = side.reference.edit([image], INSTRUCTION, steps=3, seed=1)
     assert psnr(edit.images[0], expected) >= BOUND_DB
@@ -52,22 +53,22 @@ def test_edit_of_an_odd_aspect(side_of: SideOf, shape: tuple[int, int]) -> None:
 
 def test_negative_prompt(side_of: SideOf) -> None:
     side = side_of("2511")
-    request = Request(images=pictures(2), instructions=[INSTRUCTION], seeds=[2], steps=3, negative="blurry, dark")
+    request = Request(images=images(2), instructions=[INSTRUCTION], seeds=[2], steps=3, negative="blurry, dark")
     edit = side.editor.edit(request)
-    expected = side.reference.edit(pictures(2), INSTRUCTION, negative="blurry, dark", cfg=4.0, steps=3, seed=2)
+    expected = side.reference.edit(images(2), INSTRUCTION, negative="blurry, dark", cfg=4.0, steps=3, seed=2)
     assert psnr(edit.images[0], expected) >= BOUND_DB
-    default = side.editor.edit(Request(images=pictures(2), instructions=[INSTRUCTION], seeds=[2], steps=3))
+    default = side.editor.edit(Request(images=images(2), instructions=[INSTRUCTION], seeds=[2], steps=3))
     assert not np.array_equal(default.images[0], edit.images[0])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_steps(side_of: SideOf, steps: int) -> None:
     side = side_of("2509")
-    request = Request(images=pictures(1), instructions=[INSTRUCTION], seeds=[4], steps=steps)
+    request = Request(images=images(1), instructions=[INSTRUCTION], seeds=[4], steps=steps)
     if steps == 1:  # diffusers divides by zero there: 1 - sigma is 0 at the only step
         assert np.isfinite(side.editor.edit(request).images[0]).all()
         return
-    expected = side.reference.edit(pictures(1), INSTRUCTION, steps=steps, seed=4)
+    expected = side.reference.edit(images(1), INSTRUCTION, steps=steps, seed=4)
     assert psnr(side.editor.edit(request).images[0], expected) >= BOUND_DB
 
 

@@ -10,12 +10,10 @@ from safetensors.numpy import save_file
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.lora import open_lora
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
-from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.editing.editor import Request
-from tests.support.parity import TINY, Side, pictures, psnr
+from tests.support.bundles import build
+from tests.support.parity import TINY, Side, images, psnr
 
 RANK = 4
 LAYERS = {
@@ -54,20 +52,13 @@ def write_loras(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, n
 def test_edit_with_two_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QIE_HOME", str(tmp_path / "home"))
     folder = write_checkpoint(tmp_path / "checkpoint", replace(TINY, num_layers=2), seed=3)
-    checkpoint = open_checkpoint(str(folder))
-    reader = checkpoint.reader("transformer")
+    reader = open_checkpoint(str(folder)).reader("transformer")
     shapes = {layer: reader.shape(f"{layer}.weight") for layer in LAYERS}
     differences = write_loras(tmp_path, shapes)
 
     def side(name: str, loras: tuple[tuple[str, float], ...]) -> Side:
-        plan = make_plan(
-            checkpoint,
-            recipe_name="cpu",
-            recipe=load_recipe("cpu"),
-            loras=[open_lora(tmp_path / file, weight) for file, weight in loras],
-            destination=tmp_path / name,
-        )
-        return Side(folder, build_bundle(plan))
+        opened = [open_lora(tmp_path / file, weight) for file, weight in loras]
+        return Side(folder, build(folder, tmp_path / name, loras=opened))
 
     changed = side("changed", (("peft.safetensors", 0.8), ("kohya.safetensors", -0.5)))
     assert [(o.name, o.weight) for o in changed.bundle.manifest.loras] == [
@@ -78,9 +69,9 @@ def test_edit_with_two_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for layer, difference in differences.items():
         transformer.get_submodule(layer).weight += torch.from_numpy(difference)
 
-    request = Request(images=pictures(2), instructions=["make it red"], seeds=[1], steps=4)
+    request = Request(images=images(2), instructions=["make it red"], seeds=[1], steps=4)
     ours = changed.editor.edit(request).images[0]
-    theirs = changed.reference.edit(pictures(2), "make it red", steps=4, seed=1)
+    theirs = changed.reference.edit(images(2), "make it red", steps=4, seed=1)
     assert psnr(ours, theirs) >= 55
     plain = side("plain", ()).editor.edit(request).images[0]
     assert psnr(plain, theirs) < 30  # the LoRAs change what is seen

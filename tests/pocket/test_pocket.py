@@ -13,12 +13,11 @@ from PIL import Image
 from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score
 from pocket.photographs import HELD_OUT, square
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
 from qie.compiler.quantization.calibration import read_calibration
 from qie.compiler.recipe.schema import ComponentRecipe, Quantization, load_recipe
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor, Request
+from tests.support.bundles import build
 
 SEED = 7
 
@@ -32,15 +31,9 @@ def built(destination: Path, scheme: Quantization) -> Editor:
     """The editor with a transformer quantized by ``scheme``, in a float32 carrier."""
     recipe = load_recipe("cpu")
     section = ComponentRecipe(precision="float32", quantization=scheme)
-    plan = make_plan(
-        open_checkpoint("pocket"),
-        recipe_name="cpu",
-        recipe=replace(recipe, components=replace(recipe.components, transformer=section)),
-        loras=[],
-        destination=destination,
-        calibration=read_calibration(POCKET / "calibration.npz"),
-    )
-    return Editor(build_bundle(plan))
+    recipe = replace(recipe, components=replace(recipe.components, transformer=section))
+    calibration = read_calibration(POCKET / "calibration.npz")
+    return Editor(build("pocket", destination, recipe, calibration=calibration))
 
 
 def edit(editor: Editor, images: Sequence[np.ndarray], text: str) -> np.ndarray:

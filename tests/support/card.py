@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
-from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
@@ -22,6 +17,8 @@ from qie.engines.errors import BackendMissingError
 from qie.engines.machine import this_machine
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.session import Session
+from tests.support.bundles import build
+from tests.support.images import smooth_image
 
 STEPS = 6
 
@@ -62,39 +59,24 @@ def build_for_card(checkpoint: Path, destination: Path, backend: str, residency:
     """The bundle of ``checkpoint`` for this card and ``backend``; skips where there can be none."""
     card = this_machine().gpus[0]
     memory = card.memory_gib or this_machine().memory_gib
-    path = destination.with_suffix(".toml")
-    path.write_text(
-        RECIPE.format(
-            capability=card.compute_capability,
-            memory=memory,
-            backend=backend,
-            residency=residency,
-            workspace=min(4.0, memory / 2),
-        )
-    )
-    plan = make_plan(
-        open_checkpoint(str(checkpoint)),
-        recipe_name=str(path),
-        recipe=load_recipe(str(path)),
-        loras=[],
-        destination=destination,
+    recipe = RECIPE.format(
+        capability=card.compute_capability,
+        memory=memory,
+        backend=backend,
+        residency=residency,
+        workspace=min(4.0, memory / 2),
     )
     try:
-        bundle = build_bundle(plan)
+        bundle = build(checkpoint, destination, recipe)
         choose_engines(bundle)
     except BackendMissingError as problem:
         pytest.skip(str(problem))
     return bundle
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (9, 15, 3), np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def edit_request(**changes: Any) -> Request:
     base: dict[str, Any] = {
-        "images": [picture(150, 90)],
+        "images": [smooth_image(150, 90)],
         "instructions": ["make it red"],
         "seeds": [3],
         "steps": STEPS,

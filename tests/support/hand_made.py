@@ -1,4 +1,4 @@
-"""What the builders' tests share: recipes and plans for small models, and graphs of a few nodes."""
+"""What the builders' tests share: recipes for small models, and graphs of a few nodes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +10,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.recipe.schema import Recipe, load_recipe
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, ProfileRecord, TensorSpec
 from qie.engines.files import sha256_of
@@ -29,12 +27,6 @@ def small(name: str) -> Recipe:
         components=plain,
         shapes=replace(recipe.shapes, min_side=32),
         limits=replace(recipe.limits, build_workspace_gib=2.0),
-    )
-
-
-def planned(checkpoint: Path, destination: Path, recipe: Recipe) -> Plan:
-    return make_plan(
-        open_checkpoint(str(checkpoint)), recipe_name="own", recipe=recipe, loras=(), destination=destination
     )
 
 

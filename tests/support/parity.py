@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
-from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.validation.reference import Reference, load_reference
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor
+from tests.support.bundles import build
+from tests.support.images import smooth_image
 
 TINY = ARCHITECTURES["tiny"]
 
@@ -80,27 +78,12 @@ class Side:
 
 def make_side(name: str, folder: Path) -> Side:
     """Write the checkpoint ``name`` of CASES and build it for the CPU."""
-    write_checkpoint(folder / name, CASES[name], seed=7)
-    plan = make_plan(
-        open_checkpoint(str(folder / name)),
-        recipe_name="cpu",
-        recipe=load_recipe("cpu"),
-        loras=(),
-        destination=folder / f"{name}-bundle",
-    )
-    return Side(folder / name, build_bundle(plan))
+    checkpoint = write_checkpoint(folder / name, CASES[name], seed=7)
+    return Side(checkpoint, build(checkpoint, folder / f"{name}-bundle"))
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth colours with some noise: something an autoencoder is not lost on."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
-    noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (height, width, 3))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-def pictures(count: int) -> list[Image.Image]:
-    return [picture(*SHAPES[i], seed=i) for i in range(count)]
+def images(count: int) -> list[Image.Image]:
+    return [smooth_image(*SHAPES[i], seed=i, grain=12) for i in range(count)]
 
 
 def relative_l2(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

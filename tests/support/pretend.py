@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
-from qie.compiler.recipe.schema import load_recipe
 from qie.engines import machine
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.sessions.choose import choose_engines
 from tests.support import card
+from tests.support.bundles import build
 from tests.support.fake_gpu import Gpu
 
 GPU = Gpu()
@@ -28,14 +25,7 @@ def build_for_card(checkpoint: Path, destination: Path, backend: str, residency:
     if backend not in BACKENDS:
         pytest.skip(f"the fake does not execute {backend}")
     if checkpoint not in BUILT:
-        plan = make_plan(
-            open_checkpoint(str(checkpoint)),
-            recipe_name="cpu",
-            recipe=load_recipe("cpu"),
-            loras=[],
-            destination=destination.parent / "on-cpu",
-        )
-        BUILT[checkpoint] = build_bundle(plan).path
+        BUILT[checkpoint] = build(checkpoint, destination.parent / "on-cpu").path
     bundle = open_bundle(str(GPU.retarget(BUILT[checkpoint], destination, backend, residency=residency)))
     choose_engines(bundle)
     return bundle

@@ -11,7 +11,8 @@ from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import load_recipe
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
-from tests.support.hand_made import SHAPES, linear, planned, record, small
+from tests.support.bundles import planned
+from tests.support.hand_made import SHAPES, linear, record, small
 
 
 def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.packing.export import export_graphs
-from qie.compiler.planning.plan import Plan, make_plan
-from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.planning.plan import Plan
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
+from tests.support.bundles import planned
 
 Make = Callable[..., Plan]
 
@@ -23,13 +22,7 @@ Make = Callable[..., Plan]
 @pytest.fixture
 def make(checkpoint: Path, tmp_path: Path) -> Make:
     def make(recipe: str = "cpu", source: Path = checkpoint, *, weights: bool = True) -> Plan:
-        return make_plan(
-            open_checkpoint(str(source), weights=weights),
-            recipe_name=recipe,
-            recipe=load_recipe(recipe),
-            loras=(),
-            destination=tmp_path / "graphs",
-        )
+        return planned(source, tmp_path / "graphs", recipe, weights=weights)
 
     return make
 

@@ -18,13 +18,14 @@ from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BackendMissingError, BuildError, BundleError
 from qie.engines.files import sha256_of
 from qie.engines.sessions.choose import choose_engines
-from tests.support.hand_made import Worker, planned, small
+from tests.support.bundles import build, planned
+from tests.support.hand_made import Worker, small
 
 
 @pytest.fixture
 def unfinished(checkpoint: Path, tmp_path: Path) -> Bundle:
     """Graphs alone: nothing here builds for Hopper."""
-    bundle = build_bundle(planned(checkpoint, tmp_path / "bundle", small("h100")))
+    bundle = build(checkpoint, tmp_path / "bundle", small("h100"))
     assert bundle.manifest.engines == ()
     assert [graph.component for graph in bundle.manifest.graphs] == list(COMPONENTS)
     verify(bundle)
@@ -46,7 +47,7 @@ def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
 @pytest.fixture
 def left_from_a100(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """What is built for the A100 without one. From then on TensorRT for RTX plays the TensorRT of a machine with it."""
-    bundle = build_bundle(planned(checkpoint, tmp_path / "bundle", small("a100")))
+    bundle = build(checkpoint, tmp_path / "bundle", small("a100"))
     there = TensorRT(backend="tensorrt", module="tensorrt_rtx", needs_gpu=False, mend="")
     monkeypatch.setitem(cast(dict[str, Builder], BUILDERS), "tensorrt", there)
     return bundle

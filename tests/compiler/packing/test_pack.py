@@ -16,7 +16,6 @@ from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora
 from qie.compiler.packing import pack
 from qie.compiler.packing.pack import build_bundle
-from qie.compiler.planning.plan import make_plan
 from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
@@ -24,6 +23,8 @@ from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.editing.editor import Editor, Request
 from qie.engines.errors import BuildError, CheckpointError
 from qie.engines.files import sha256_of
+from tests.support import bundles
+from tests.support.images import noise_image
 
 Build = Callable[..., Bundle]
 
@@ -39,18 +40,7 @@ def build(copied: Path, tmp_path: Path) -> Build:
     """Build ``copied`` into one and the same place, by a recipe's name or the text of a TOML file."""
 
     def build(recipe: str = "cpu", *, loras: tuple[Lora, ...] = (), source: Path = copied, **options: Any) -> Bundle:
-        name = recipe
-        if "\n" in recipe:
-            name = str(tmp_path / "mine.toml")
-            Path(name).write_text(recipe)
-        plan = make_plan(
-            open_checkpoint(str(source)),
-            recipe_name=name,
-            recipe=load_recipe(name),
-            loras=loras,
-            destination=tmp_path / "out",
-        )
-        return build_bundle(plan, **options)
+        return bundles.build(source, tmp_path / "out", recipe, loras=loras, **options)
 
     return build
 
@@ -86,8 +76,7 @@ def change_weights(folder: Path, part: str, name: str) -> None:
 
 
 def edit(bundle: Bundle) -> np.ndarray[Any, Any]:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8))
-    request = Request(images=[image], instructions=["make it red"], seeds=[1], steps=2)
+    request = Request(images=[noise_image(150, 90)], instructions=["make it red"], seeds=[1], steps=2)
     return Editor(bundle).edit(request).images[0]
 
 
@@ -287,13 +276,7 @@ def test_a_damaged_engine_is_not_kept(build: Build, damage: str) -> None:
 
 
 def test_a_damaged_manifest_is_built_over(build: Build, qie_home: Path, copied: Path) -> None:
-    plan = make_plan(
-        open_checkpoint(str(copied)),
-        recipe_name="cpu",
-        recipe=load_recipe("cpu"),
-        loras=(),
-        destination=qie_home / "bundles" / "mine",
-    )
+    plan = bundles.planned(copied, qie_home / "bundles" / "mine")
     build_bundle(plan)
     (plan.destination / "manifest.json").write_text("{")
     verify(build_bundle(plan))

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.planning.cost import cost
 from qie.compiler.planning.estimate import REACHABLE, Estimate, check_fit, estimate, refusal
 from qie.compiler.planning.gpus import GPUS
-from qie.compiler.planning.plan import Plan, make_plan
+from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.workload import largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import Backend, ComponentRecipe, Components, Recipe, load_recipe, recipe_names
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.errors import BuildError, EditError, RecipeError
+from tests.support.bundles import planned
 
 Qie = Callable[..., CompletedProcess[str]]
 
@@ -41,9 +41,8 @@ L40S = replace(
 """The L40S in bfloat16 with settings of its own, so that the shipped recipe may change."""
 
 
-def planned(folder: Path, recipe: Recipe = L40S) -> Plan:
-    checkpoint = open_checkpoint(str(folder), weights=False)
-    return make_plan(checkpoint, recipe_name="own", recipe=recipe, loras=[], destination=folder / "bundle")
+def plan_of(folder: Path, recipe: Recipe = L40S) -> Plan:
+    return planned(folder, folder / "bundle", recipe, weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def published_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(published_folder: Path) -> Plan:
-    return planned(published_folder)
+    return plan_of(published_folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> Plan:
-    return planned(tiny_folder, replace(L40S, shapes=replace(L40S.shapes, min_side=32)))
+    return plan_of(tiny_folder, replace(L40S, shapes=replace(L40S.shapes, min_side=32)))
 
 
 def of(found: Estimate, component: str) -> Any:
@@ -295,7 +294,7 @@ def test_the_settings_of_an_edit(tiny: Plan) -> None:
 
 def test_the_first_generation_sees_one_large_image(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "edit", ARCHITECTURES["qwen-image-edit"], weights=False)
-    plan = planned(folder)
+    plan = plan_of(folder)
     assert sizes_of(plan, workload(plan))["vision"]["image_tokens"] == 1369
     assert largest_sizes(plan)["transformer"]["reference_tokens"] < 1.1 * TOKENS
     with pytest.raises(EditError, match="1 to 1"):
@@ -318,7 +317,7 @@ def test_eight_bits_are_counted(published_folder: Path) -> None:
     """Half the weights of what is quantized, and twice the rate where it is."""
     section = ComponentRecipe(quantization="fp8", keep=("transformer_blocks.0.*",))
     plain, quantized = (
-        estimate(planned(published_folder, replace(L40S, components=components))).components[3]
+        estimate(plan_of(published_folder, replace(L40S, components=components))).components[3]
         for components in (Components(), Components(transformer=section))
     )
     assert plain.component == "transformer"
@@ -334,7 +333,7 @@ def test_eight_bits_are_counted(published_folder: Path) -> None:
 
 def test_plan_as_json_is_the_estimate(qie: Qie, tiny_folder: Path) -> None:
     answer = json.loads(qie("plan", tiny_folder, "--steps", "3", "--json").stdout)
-    plan = planned(tiny_folder, load_recipe("cpu"))
+    plan = plan_of(tiny_folder, load_recipe("cpu"))
     found = estimate(plan, workload(plan, steps=3))
     assert answer["edit"]["steps"] == 3
     assert answer["card_bytes"] == found.card_bytes

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.planning.plan import Plan, bundle_name, check_buildable, make_plan, recipe_schedules
-from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.planning.plan import Plan, bundle_name, check_buildable, recipe_schedules
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.errors import BackendMissingError, BuildError, CalibrationError, CheckpointError
+from tests.support.bundles import planned
 
 Make = Callable[..., Plan]
 
@@ -22,17 +21,7 @@ def make(checkpoint: Path, tmp_path: Path) -> Make:
     """A plan for the tiny checkpoint by a recipe's name or text."""
 
     def make(recipe: str = "cpu", *, source: Path = checkpoint) -> Plan:
-        name = recipe
-        if "\n" in recipe:
-            name = str(tmp_path / "mine.toml")
-            Path(name).write_text(recipe)
-        return make_plan(
-            open_checkpoint(str(source)),
-            recipe_name=name,
-            recipe=load_recipe(name),
-            loras=(),
-            destination=tmp_path / "out",
-        )
+        return planned(source, tmp_path / "out", recipe)
 
     return make
 
@@ -59,13 +48,7 @@ def test_the_plan_is_what_the_build_makes(make: Make, bundle: Path) -> None:
 def test_a_plan_reads_no_weights(tmp_path: Path, make: Make) -> None:
     """Without them it takes for granted that they are bfloat16, as those of the published models."""
     bare = write_checkpoint(tmp_path / "bare", ARCHITECTURES["tiny"], weights=False)
-    plan = make_plan(
-        open_checkpoint(str(bare), weights=False),
-        recipe_name="cpu",
-        recipe=load_recipe("cpu"),
-        loras=(),
-        destination=tmp_path,
-    )
+    plan = planned(bare, tmp_path / "bundle", weights=False)
     assert [part.bytes for part in plan.components] == [part.bytes for part in make().components]
     narrow = write_checkpoint(tmp_path / "narrow", ARCHITECTURES["tiny"], dtype="bfloat16")
     assert plan.bytes == make(source=narrow).bytes < make().bytes

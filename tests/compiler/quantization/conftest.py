@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.samples import INSTRUCTIONS, Sample, draw_samples, read_images
+from tests.support.images import smooth_image
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +24,17 @@ def readers(opened: Checkpoint) -> dict[Any, TensorReader]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for number, size in enumerate([(150, 90), (80, 120)]):
-        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    (folder / "notes.txt").write_text("no picture")
+        smooth_image(*size, number).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def samples(pictures: Path) -> tuple[Sample, ...]:
-    return draw_samples(read_images(pictures), INSTRUCTIONS, 8)
+def samples(images: Path) -> tuple[Sample, ...]:
+    return draw_samples(read_images(images), INSTRUCTIONS, 8)
 
 
 @pytest.fixture(scope="module")

@@ -35,15 +35,15 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_samples_meet_each_other(pictures: Path) -> None:
-    drawn = draw_samples(read_images(pictures), INSTRUCTIONS, 32)
+def test_samples_meet_each_other(images: Path) -> None:
+    drawn = draw_samples(read_images(images), INSTRUCTIONS, 32)
     shares = sorted(sample.share for sample in drawn)
     assert shares[0] < 0.05 and shares[-1] > 0.95
     assert max(np.diff(shares)) < 0.05
     assert sum(sample.text == " " for sample in drawn) == 8
     assert {sample.text for sample in drawn} > set(INSTRUCTIONS[:2])
     assert len({round(sample.image.width / sample.image.height, 1) for sample in drawn}) >= 4
-    assert draw_samples(read_images(pictures), INSTRUCTIONS, 32)[7].text == drawn[7].text
+    assert draw_samples(read_images(images), INSTRUCTIONS, 32)[7].text == drawn[7].text
 
 
 def test_what_is_seen_is_what_the_reference_computes(
@@ -203,13 +203,11 @@ def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refus
     assert "needs a calibration of this model: make one with `qie calibrate`" in refusal(done)
 
 
-def test_the_command(
-    qie: Qie, checkpoint: Path, pictures: Path, workplace: Path, refusal: Callable[[Any], str]
-) -> None:
+def test_the_command(qie: Qie, checkpoint: Path, images: Path, workplace: Path, refusal: Callable[[Any], str]) -> None:
     """Calibrate, build with it, edit; the bundle keeps what it was calibrated with."""
     (workplace / "words.txt").write_text("make it red\n\nadd a hat\n")
     done = qie(
-        "calibrate", checkpoint, "--images", pictures, "--instructions", "words.txt", "--samples", "4", "--sensitivity",
+        "calibrate", checkpoint, "--images", images, "--instructions", "words.txt", "--samples", "4", "--sensitivity",
         "--scheme", "int8-smooth", "--budget", "0.004", "-o", "c.npz", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -245,13 +243,13 @@ def test_the_command(
 
     for words, expected in (
         (("--images", workplace / "none"), "has no pictures"),
-        (("--images", pictures, "--scheme", "int3"), "--scheme is 'int3'"),
-        (("--images", pictures, "--component", "vision"), "--component is 'vision'"),
+        (("--images", images, "--scheme", "int3"), "--scheme is 'int3'"),
+        (("--images", images, "--component", "vision"), "--component is 'vision'"),
     ):
         assert expected in refusal(qie("calibrate", checkpoint, *words))
     (workplace / "empty.txt").write_text("\n")
     assert "has no instruction" in refusal(
-        qie("calibrate", checkpoint, "--images", pictures, "--instructions", "empty.txt")
+        qie("calibrate", checkpoint, "--images", images, "--instructions", "empty.txt")
     )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.compiler.validation.reference import Reference, ReferenceStep, load_reference, randn
 from qie.engines.errors import BackendMissingError, CheckpointError, EditError
+from tests.support.images import smooth_image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -21,12 +22,6 @@ pytest.importorskip("transformers")
 
 GENERATIONS = ("tiny-edit", "tiny-2509", "tiny")
 INSTRUCTION = "Make the sky red, please"
-
-
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours of a size that no model area divides."""
-    colours = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
 
 
 def images(name: str) -> list[Image.Image]:
-    return [photo(200, 150)] if name == "tiny-edit" else [photo(200, 150), photo(90, 160, seed=1)]
+    return [smooth_image(200, 150)] if name == "tiny-edit" else [smooth_image(200, 150), smooth_image(90, 160, seed=1)]
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -61,24 +56,24 @@ def test_an_edit_has_the_checkpoints_area_and_depends_on_the_seed(
     name: str, reference: Callable[[str], Reference]
 ) -> None:
     judge = reference(name)
-    picture = judge.edit(images(name), INSTRUCTION, steps=2, seed=0)
-    assert picture.dtype == np.uint8
-    assert picture.shape == {"tiny-edit": (96, 160, 3)}.get(name, (160, 96, 3))
-    assert 20 < picture.std() < 100
-    np.testing.assert_array_equal(picture, judge.edit(images(name), INSTRUCTION, steps=2, seed=0))
-    assert (picture != judge.edit(images(name), INSTRUCTION, steps=2, seed=1)).mean() > 0.5
-    assert (picture != judge.edit(images(name), INSTRUCTION, steps=2, seed=0, cfg=1.0)).mean() > 0.5
+    edited = judge.edit(images(name), INSTRUCTION, steps=2, seed=0)
+    assert edited.dtype == np.uint8
+    assert edited.shape == {"tiny-edit": (96, 160, 3)}.get(name, (160, 96, 3))
+    assert 20 < edited.std() < 100
+    np.testing.assert_array_equal(edited, judge.edit(images(name), INSTRUCTION, steps=2, seed=0))
+    assert (edited != judge.edit(images(name), INSTRUCTION, steps=2, seed=1)).mean() > 0.5
+    assert (edited != judge.edit(images(name), INSTRUCTION, steps=2, seed=0, cfg=1.0)).mean() > 0.5
     assert judge.edit(images(name), INSTRUCTION, steps=2, seed=0, width=64, height=48).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_methods_compose_to_the_edit(name: str, reference: Callable[[str], Reference]) -> None:
     judge, steps = reference(name), list[ReferenceStep]()
-    picture = judge.edit(images(name), INSTRUCTION, negative="blurry", cfg=3.0, steps=3, seed=5, on_step=steps.append)
+    edited = judge.edit(images(name), INSTRUCTION, negative="blurry", cfg=3.0, steps=3, seed=5, on_step=steps.append)
 
     resized = [judge.reference_image(image) for image in images(name)]
     latents_BRC = [judge.encode_image(image)[None] for image in resized]
-    grid = (picture.shape[0] // 16, picture.shape[1] // 16)
+    grid = (edited.shape[0] // 16, edited.shape[1] // 16)
     grids = [grid, *((image.shape[0] // 16, image.shape[1] // 16) for image in resized)]
     positive_BLD = judge.prompt_embeds(images(name), INSTRUCTION)[None]
     negative_BLD = judge.prompt_embeds(images(name), "blurry")[None]
@@ -100,14 +95,14 @@ def test_the_methods_compose_to_the_edit(name: str, reference: Callable[[str], R
         latents_NC = latents_NC + np.float32(sigma_next - step.sigma) * velocity_NC
         np.testing.assert_allclose(step.latents_next, latents_NC, atol=1e-4)
     assert steps[-1].sigma == pytest.approx(0.02)
-    np.testing.assert_array_equal(judge.decode(steps[-1].latents_next, *grid), picture)
+    np.testing.assert_array_equal(judge.decode(steps[-1].latents_next, *grid), edited)
 
 
 def test_given_latents_replace_the_seed(reference: Callable[[str], Reference]) -> None:
     judge, steps = reference("tiny"), list[ReferenceStep]()
-    picture = judge.edit(images("tiny"), INSTRUCTION, steps=2, seed=3, on_step=steps.append)
+    edited = judge.edit(images("tiny"), INSTRUCTION, steps=2, seed=3, on_step=steps.append)
     again = judge.edit(images("tiny"), INSTRUCTION, steps=2, latents=steps[0].latents)
-    np.testing.assert_array_equal(picture, again)
+    np.testing.assert_array_equal(edited, again)
 
 
 def test_a_batch_is_its_rows(reference: Callable[[str], Reference]) -> None:
@@ -202,14 +197,17 @@ def test_areas_are_the_published_ones_without_a_note(checkpoint: Callable[[str],
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     judge = load_reference(tmp_path)
     assert (judge.vae_area, judge.condition_area) == (1024 * 1024, 384 * 384)
-    assert judge.reference_image(photo(64, 64)).shape == (1024, 1024, 3)
+    assert judge.reference_image(smooth_image(64, 64)).shape == (1024, 1024, 3)
 
 
 def test_bfloat16_is_close_to_float32(checkpoint: Callable[[str], Path], reference: Callable[[str], Reference]) -> None:
     exact, rounded = reference("tiny"), load_reference(checkpoint("tiny"), dtype="bfloat16")
     assert {parameter.dtype for parameter in rounded.pipeline.transformer.parameters()} == {torch.bfloat16}
     pairs = [
-        (judge.prompt_embeds(images("tiny"), INSTRUCTION), judge.encode_image(judge.reference_image(photo(90, 90))))
+        (
+            judge.prompt_embeds(images("tiny"), INSTRUCTION),
+            judge.encode_image(judge.reference_image(smooth_image(90, 90))),
+        )
         for judge in (exact, rounded)
     ]
     for expected, value in zip(*pairs, strict=True):

@@ -25,17 +25,13 @@ from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.sessions.load import load as load_session
 from qie.engines.sessions.session import Session
+from tests.support.images import smooth_image
 
 INSTRUCTIONS = ["make it red", "replace the cat with a dog in winter", "add snow"]
 SEEDS = [3, 4, 5]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (9, 15, 3), np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
-PICTURE = picture(150, 90)
+IMAGE = smooth_image(150, 90)
 
 
 class Watched:
@@ -98,7 +94,7 @@ def editor(opened: Bundle) -> Editor:
 
 
 def request(**changes: Any) -> Request:
-    return replace(Request(images=[PICTURE], instructions=["make it red"], seeds=[3], steps=2), **changes)
+    return replace(Request(images=[IMAGE], instructions=["make it red"], seeds=[3], steps=2), **changes)
 
 
 def changed(opened: Bundle, **changes: Any) -> Bundle:
@@ -122,7 +118,7 @@ def test_a_batch_gives_what_its_members_give_alone(
     editor: Editor, guidance: float, size: tuple[int, int] | None
 ) -> None:
     """To the last bit: instructions of different lengths, several seeds, more samples than fit a batch."""
-    common = {"images": [PICTURE, picture(60, 80, 1)], "guidance": guidance, "size": size}
+    common = {"images": [IMAGE, smooth_image(60, 80, 1)], "guidance": guidance, "size": size}
     together = editor.edit(request(instructions=INSTRUCTIONS, seeds=SEEDS, **common))
     pairs = [(instruction, seed) for instruction in INSTRUCTIONS for seed in SEEDS]
     assert together.samples == tuple(pairs)
@@ -209,7 +205,7 @@ def test_resident_engines_are_loaded_once(opened: Bundle, log: Log) -> None:
 def test_sequential_engines_are_loaded_one_at_a_time(opened: Bundle, editor: Editor, log: Log) -> None:
     """Each once an edit, however many prompts, references and batches there are, and gone before the next one."""
     sequential = Editor(changed(opened, defaults={"residency": "sequential"}, limits={"batch_max": 2}))
-    wanted = request(images=[PICTURE, picture(60, 80, 1)], instructions=INSTRUCTIONS, seeds=SEEDS)
+    wanted = request(images=[IMAGE, smooth_image(60, 80, 1)], instructions=INSTRUCTIONS, seeds=SEEDS)
     edit = sequential.edit(wanted)
     assert log.loads == list(COMPONENTS)
     assert all(alive == [] for alive in log.alive.values()), log.alive
@@ -235,17 +231,17 @@ def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, mon
 
 def test_what_is_not_asked_for_comes_from_the_manifest(opened: Bundle) -> None:
     editor = Editor(changed(opened, defaults={"steps": 3, "guidance": 1.0}))
-    edit = editor.edit(Request(images=[PICTURE], instructions=["make it red"]))
+    edit = editor.edit(Request(images=[IMAGE], instructions=["make it red"]))
     assert (edit.steps, edit.guidance) == (3, 1.0)
     ((instruction, seed),) = edit.samples
     assert instruction == "make it red"
     assert 0 <= seed < 2**32
-    assert same(edit, editor.edit(Request(images=[PICTURE], instructions=["make it red"], seeds=[seed])))
+    assert same(edit, editor.edit(Request(images=[IMAGE], instructions=["make it red"], seeds=[seed])))
     assert set(edit.seconds) == {"vision", "language", "vae_encoder", "modulation", "transformer", "vae_decoder"}
 
 
 def test_the_last_image_gives_the_size(editor: Editor) -> None:
-    edit = editor.edit(request(images=[PICTURE, picture(90, 150)]))
+    edit = editor.edit(request(images=[IMAGE, smooth_image(90, 150)]))
     assert str(edit.size) == "96x160"
     assert edit.images[0].shape == (160, 96, 3)
     assert edit.images[0].dtype == np.uint8
@@ -304,7 +300,7 @@ def test_progress(editor: Editor) -> None:
 # What is refused
 
 
-FOUR, THIN = [PICTURE] * 4, [Image.new("RGB", (3000, 5))]
+FOUR, THIN = [IMAGE] * 4, [Image.new("RGB", (3000, 5))]
 
 
 @pytest.mark.parametrize(
@@ -350,10 +346,10 @@ def test_an_image_that_the_encoder_does_not_take(opened: Bundle, log: Log) -> No
     manifest = opened.manifest
     narrow = replace(opened, manifest=replace(manifest, engines=tuple(map(bound, manifest.engines))))
     editor = Editor(narrow)
-    assert editor.edit(request(images=[picture(90, 80)])).images
+    assert editor.edit(request(images=[smooth_image(90, 80)])).images
     log.runs.clear()
     with pytest.raises(EditError, match=r"image 2 would be encoded at \d+x\d+ pixels.* from 64 to 128; crop it nearer"):
-        editor.edit(request(images=[picture(90, 80), picture(400, 40)]))
+        editor.edit(request(images=[smooth_image(90, 80), smooth_image(400, 40)]))
     assert not log.runs
 
 
@@ -361,7 +357,7 @@ def test_the_first_generation_takes_one_image(edit_bundle: Path) -> None:
     editor = Editor(open_bundle(str(edit_bundle)))
     assert editor.edit(request()).images[0].shape == (96, 160, 3)
     with pytest.raises(EditError, match="2 images were given, this bundle takes at most 1"):
-        editor.edit(request(images=[PICTURE, PICTURE]))
+        editor.edit(request(images=[IMAGE, IMAGE]))
 
 
 def test_a_damaged_tokenizer(bundle: Path, tmp_path: Path) -> None:

@@ -14,12 +14,9 @@ from qie.engines.bundle.specs import Areas
 from qie.engines.errors import EditError
 from qie.engines.inputs import image as image_module
 from qie.engines.inputs.image import MAX_PIXELS, load_image, output_size, prepare, resize, save_image, to_uint8_HWC
+from tests.support.images import noise_image
 
-RNG_PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
-
-
-def picture(width, height):
-    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+RNG_PIXELS = np.asarray(noise_image(20, 24))
 
 
 def png(width, height, depth, colour_type, rows, *chunks):
@@ -250,13 +247,13 @@ def test_other_content_is_refused_whatever_its_name(tmp_path, data):
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP"])
 def test_a_truncated_image_is_refused(tmp_path, format_name, keep):
-    data = stored(picture(64, 48), format_name)
+    data = stored(noise_image(64, 48), format_name)
     with pytest.raises(EditError, match="damaged or truncated"):
         load(tmp_path, data[: int(len(data) * keep)])
 
 
 def test_a_damaged_png_is_refused(tmp_path):
-    data = bytearray(stored(picture(64, 48), "PNG"))
+    data = bytearray(stored(noise_image(64, 48), "PNG"))
     data[len(data) // 2] ^= 0xFF
     with pytest.raises(EditError, match="damaged or truncated"):
         load(tmp_path, bytes(data))
@@ -311,7 +308,7 @@ def test_edit_plus_prepares_as_the_pipeline(size):
     processor_class = pytest.importorskip("diffusers.image_processor").VaeImageProcessor
     pipeline = pytest.importorskip("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus")
     processor = processor_class(vae_scale_factor=16)
-    source = picture(*size)
+    source = noise_image(*size)
     areas = Areas(vae_area=256 * 256, condition_area=128 * 128)
     condition_width, condition_height = pipeline.calculate_dimensions(areas.condition_area, size[0] / size[1])
     vae_width, vae_height = pipeline.calculate_dimensions(areas.vae_area, size[0] / size[1])
@@ -328,7 +325,7 @@ def test_edit_plus_prepares_as_the_pipeline(size):
 def test_edit_resizes_once(size):
     processor = pytest.importorskip("diffusers.image_processor").VaeImageProcessor(vae_scale_factor=16)
     pipeline = pytest.importorskip("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
-    source = picture(*size)
+    source = noise_image(*size)
     width, height, _ = pipeline.calculate_dimensions(256 * 256, size[0] / size[1])
     resized = processor.resize(source, height, width)
     vae_BCHW = processor.preprocess(resized, height, width).numpy()
@@ -339,7 +336,7 @@ def test_edit_resizes_once(size):
 
 
 def test_resize_is_lanczos_and_takes_width_first():
-    source = picture(31, 17)
+    source = noise_image(31, 17)
     resized = resize(source, 64, 32)
     assert resized.size == (64, 32)
     np.testing.assert_array_equal(

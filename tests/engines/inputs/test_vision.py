@@ -5,12 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qie.compiler.checkpoint.processor import parse_processor
 from qie.engines.bundle.specs import VisionSpec
 from qie.engines.errors import CheckpointError, EditError
 from qie.engines.inputs.vision import smart_resize, vision_inputs
+from tests.support.images import noise_image
 
 TOWER = {"patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "hidden_size": 1280, "num_heads": 16}
 SMALL_TOWER = {
@@ -41,11 +41,6 @@ SIZES = [
 ]  # (width, height) of each image of an edit
 
 
-def picture(width, height, seed=0):
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]
@@ -61,7 +56,7 @@ def test_inputs_equal_transformers(model, sizes):
     tower, preprocessor = model
     config = transformers.Qwen2_5_VLConfig(vision_config=dict(tower)).vision_config
     spec = parse_processor(tower, preprocessor)
-    images = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    images = [noise_image(*size, seed) for seed, size in enumerate(sizes)]
     found = vision_inputs(images, spec)
 
     processed = processing.Qwen2VLImageProcessorPil(**preprocessor)(images, return_tensors="pt")
@@ -93,18 +88,18 @@ def test_inputs_equal_transformers(model, sizes):
 
 def test_windows_are_squares_of_merged_cells():
     spec = parse_processor(TOWER, {})
-    found = vision_inputs([picture(140, 140), picture(56, 56)], spec)  # 5 x 5 and 2 x 2 cells, windows of 4 x 4
+    found = vision_inputs([noise_image(140, 140), noise_image(56, 56)], spec)  # 5 x 5 and 2 x 2 cells, windows of 4 x 4
     assert np.unique(found.window_ids, return_counts=True)[1].tolist() == [16 * 4, 4 * 4, 4 * 4, 4, 4 * 4]
     assert np.unique(found.image_ids, return_counts=True)[1].tolist() == [100, 16]
 
 
 def test_raster_index_brings_cells_back():
     spec = dataclasses.replace(parse_processor(TOWER, {}), min_pixels=1)
-    found = vision_inputs([picture(150, 310), picture(290, 90)], spec)
+    found = vision_inputs([noise_image(150, 310), noise_image(290, 90)], spec)
     cells = found.patches.reshape(len(found.raster_index), -1)[found.raster_index]
     alone = []
     for size, seed in (((150, 310), 0), ((290, 90), 0)):
-        one = vision_inputs([picture(*size, seed)], dataclasses.replace(spec, window_size=14 * 2 * 100))
+        one = vision_inputs([noise_image(*size, seed)], dataclasses.replace(spec, window_size=14 * 2 * 100))
         alone.append(one.patches.reshape(len(one.raster_index), -1))  # one window: raster order
     np.testing.assert_array_equal(cells, np.concatenate(alone))
 
@@ -123,9 +118,9 @@ def test_smart_resize_equals_transformers(factor, min_pixels, max_pixels):
 
 def test_too_narrow_an_image_is_refused():
     spec = parse_processor(TOWER, {})
-    vision_inputs([picture(200, 1)], spec)
+    vision_inputs([noise_image(200, 1)], spec)
     with pytest.raises(EditError, match=r"201 x 1 pixels.*200"):
-        vision_inputs([picture(201, 1)], spec)
+        vision_inputs([noise_image(201, 1)], spec)
 
 
 def test_spec_takes_the_defaults_of_transformers():

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import COMPONENTS
@@ -15,20 +14,16 @@ from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Edit, Editor, Request
 from qie.engines.errors import EditError
 from tests.support.fake_gpu import Code, Gpu, need
+from tests.support.images import smooth_image
 
 STEPS = 4
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (9, 15, 3), np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "guided": {},
     "not guided": {"guidance": 1.0},
     "one step": {"steps": 1},
-    "two images": {"images": [picture(150, 90), picture(60, 80, 1)]},
+    "two images": {"images": [smooth_image(150, 90), smooth_image(60, 80, 1)]},
     "another size": {"size": (96, 48)},
     "a batch": {"seeds": [1, 2, 3]},
     "batches": {"instructions": ["make it red", "add snow and a dog"], "seeds": [1, 2, 3, 4, 5]},
@@ -37,7 +32,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def request(**changes: Any) -> Request:
-    base = Request(images=[picture(150, 90)], instructions=["make it red"], seeds=[3], steps=STEPS, guidance=4.0)
+    base = Request(images=[smooth_image(150, 90)], instructions=["make it red"], seeds=[3], steps=STEPS, guidance=4.0)
     return replace(base, **changes)
 
 
@@ -73,7 +68,7 @@ def test_an_edit_is_the_processors(folder: Path, on_cpu: Editor, gpu: Gpu, name:
     edit = editor.edit(request(**REQUESTS[name]))
     expected = on_cpu.edit(request(**REQUESTS[name]))
     assert same(edit, expected)
-    assert edit.images[0].std() > 5  # a flat picture would prove nothing
+    assert edit.images[0].std() > 5  # a flat image would prove nothing
     assert bool(gpu.captures) == (graphs and name != "one step")
     editor.close()
     assert gpu.in_use == 0

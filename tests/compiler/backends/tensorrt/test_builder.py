@@ -33,7 +33,8 @@ from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, FileRecord, GraphRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.terminal import human_bytes
-from tests.support.hand_made import SHAPES, Worker, linear, planned, record, small
+from tests.support.bundles import planned
+from tests.support.hand_made import SHAPES, Worker, linear, record, small
 
 Qie = Callable[..., CompletedProcess[str]]
 

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import build_bundle
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import ProfileRecord
 from qie.engines.errors import BuildError
-from tests.support.hand_made import SHAPES, Worker, linear, model_of, planned, record, small
+from tests.support.bundles import build
+from tests.support.hand_made import SHAPES, Worker, linear, model_of, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 
@@ -148,7 +148,7 @@ def test_a_failed_build_leaves_the_earlier_bundle(
     path = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     worker("json.load(sys.stdin); sys.exit('broken')")
     with pytest.raises(BuildError, match="made no engine of vision"):
-        build_bundle(planned(checkpoint, path, small("l40s")))
+        build(checkpoint, path, small("l40s"))
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
     assert open_bundle(str(path)).manifest.engines[0].backend == "onnxruntime"
 

@@ -19,6 +19,7 @@ from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import Component, EngineRecord, FileRecord, GraphRecord, QuantizationRecord
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.files import sha256_of
+from tests.support.bundles import planned
 from tests.support.hand_made import small
 
 RTX = BUILDERS["tensorrt-rtx"]
@@ -109,8 +110,6 @@ def test_engines_hold_codes(
 
 def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
     """By the recipe, in a bundle; without a calibration for the counts alone."""
-    from tests.support.hand_made import planned
-
     recipe = small("l40s")
     section = replace(recipe.components.transformer, attention="fp8")
     recipe = replace(recipe, components=replace(recipe.components, transformer=section))
