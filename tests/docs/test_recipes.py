@@ -10,8 +10,9 @@ import pytest
 from qie.compiler.recipe.schema import ComponentRecipe, Components, Range, Recipe, load_recipe, recipe_names, to_toml
 from qie.compiler.recipe.toml import inline
 from qie.engines.inputs.sizes import fits
+from tests.support.repository import ROOT
 
-README = Path(__file__).parent.parent / "recipes" / "README.md"
+README = ROOT / "recipes" / "README.md"
 NAMES = ("a100", "a100-40gb", "a100-int8", "cpu", "h100", "l4", "l40s", "rtx4090", "rtx5090")
 CAPABILITIES = {
     "a100": "8.0",

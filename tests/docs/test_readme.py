@@ -16,8 +16,8 @@ from qie.compiler.cli.app import app
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.manifest import COMPONENTS
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"(?:^ {4}|`)(qie [^`#\n…]*[^`#\n… ])", README, re.MULTILINE)))
