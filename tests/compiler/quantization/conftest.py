@@ -14,17 +14,17 @@ from tests.support.images import smooth_image
 
 
 @pytest.fixture(scope="module")
-def opened(checkpoint: Path) -> Checkpoint:
+def tiny_checkpoint(checkpoint: Path) -> Checkpoint:
     return open_checkpoint(str(checkpoint))
 
 
 @pytest.fixture(scope="module")
-def readers(opened: Checkpoint) -> dict[Any, TensorReader]:
-    return {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
+def readers(tiny_checkpoint: Checkpoint) -> dict[Any, TensorReader]:
+    return {part: tiny_checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")}
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for number, size in enumerate([(150, 90), (80, 120)]):
         smooth_image(*size, number).save(folder / f"{number}.png")
@@ -33,10 +33,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def samples(images: Path) -> tuple[Sample, ...]:
-    return draw_samples(read_images(images), INSTRUCTIONS, 8)
+def samples(image_folder: Path) -> tuple[Sample, ...]:
+    return draw_samples(read_images(image_folder), INSTRUCTIONS, 8)
 
 
 @pytest.fixture(scope="module")
-def found(opened: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Calibration:
-    return calibrate(opened, readers, samples, model=opened.digest())
+def calibration(
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]
+) -> Calibration:
+    return calibrate(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())

@@ -35,23 +35,23 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_samples_meet_each_other(images: Path) -> None:
-    drawn = draw_samples(read_images(images), INSTRUCTIONS, 32)
+def test_samples_meet_each_other(image_folder: Path) -> None:
+    drawn = draw_samples(read_images(image_folder), INSTRUCTIONS, 32)
     shares = sorted(sample.share for sample in drawn)
     assert shares[0] < 0.05 and shares[-1] > 0.95
     assert max(np.diff(shares)) < 0.05
     assert sum(sample.text == " " for sample in drawn) == 8
     assert {sample.text for sample in drawn} > set(INSTRUCTIONS[:2])
     assert len({round(sample.image.width / sample.image.height, 1) for sample in drawn}) >= 4
-    assert draw_samples(read_images(images), INSTRUCTIONS, 32)[7].text == drawn[7].text
+    assert draw_samples(read_images(image_folder), INSTRUCTIONS, 32)[7].text == drawn[7].text
 
 
 def test_what_is_seen_is_what_the_reference_computes(
     checkpoint: Path,
-    opened: Checkpoint,
+    tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
     samples: tuple[Sample, ...],
-    found: Calibration,
+    calibration: Calibration,
 ) -> None:
     """The inputs of the reference's own linears, caught while it computes the same passes."""
     import torch
@@ -63,7 +63,7 @@ def test_what_is_seen_is_what_the_reference_computes(
         hooks = []
         for name, linear in module.named_modules():
             key = prefix + name
-            if key in found.most:
+            if key in calibration.most:
 
                 def see(_: Any, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
                     x = inputs[0].detach().abs().flatten(0, -2).amax(0).numpy()
@@ -73,28 +73,32 @@ def test_what_is_seen_is_what_the_reference_computes(
         return hooks
 
     watch(reference.pipeline.transformer, "")
-    words = language_values(opened, readers, samples, quiet)
+    words = language_values(tiny_checkpoint, readers, samples, quiet)
 
-    run(GRAPHS["language"](opened.model, "float32"), readers, words, quiet)
+    run(GRAPHS["language"](tiny_checkpoint.model, "float32"), readers, words, quiet)
     prompts = [values["prompt_embeds"] for values in words]
     for sample, prompt in zip(samples, prompts, strict=True):
         np.testing.assert_allclose(
             reference.prompt_embeds([sample.image], sample.text), prompt[0], rtol=1e-3, atol=1e-4
         )
-    steps = transformer_values(opened, readers, samples, prompts, quiet)
+    steps = transformer_values(tiny_checkpoint, readers, samples, prompts, quiet)
     from qie.engines.inputs.image import prepare
 
     for sample, values in zip(samples, steps, strict=True):
-        expected = reference.encode_image(prepare(sample.image, opened.model.areas).vae).reshape(
+        expected = reference.encode_image(prepare(sample.image, tiny_checkpoint.model.areas).vae).reshape(
             values["reference"].shape
         )
         np.testing.assert_allclose(values["reference"], expected, rtol=1e-3, atol=1e-4)
-        grid = grid_of(opened, sample)
+        grid = grid_of(tiny_checkpoint, sample)
         reference.velocity(
-            values["latents"], [values["reference"]], values["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
+            values["latents"],
+            [values["reference"]],
+            values["prompt_embeds"],
+            sigma_of(tiny_checkpoint, sample),
+            [grid, grid],
         )
-    seen = [name for name in found.most if name in most]
-    assert set(seen) == set(linears(GRAPHS["transformer"](opened.model, "float32")))
+    seen = [name for name in calibration.most if name in most]
+    assert set(seen) == set(linears(GRAPHS["transformer"](tiny_checkpoint.model, "float32")))
     noise_alone = (
         "transformer_blocks.1.attn.to_q",
         "transformer_blocks.1.attn.to_out.0",
@@ -104,36 +108,41 @@ def test_what_is_seen_is_what_the_reference_computes(
         if name.startswith(
             noise_alone
         ):  # the references' tokens end in the last block, and the reference computes them
-            assert (found.most[name] <= most[name] * 1.002 + 1e-3).all(), name
+            assert (calibration.most[name] <= most[name] * 1.002 + 1e-3).all(), name
         else:
-            np.testing.assert_allclose(found.most[name], most[name], rtol=2e-3, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(calibration.most[name], most[name], rtol=2e-3, atol=1e-3, err_msg=name)
 
 
-def test_the_language_model_is_seen_too(opened: Checkpoint, found: Calibration) -> None:
-    names = linears(GRAPHS["language"](opened.model, "float32"))
+def test_the_language_model_is_seen_too(tiny_checkpoint: Checkpoint, calibration: Calibration) -> None:
+    names = linears(GRAPHS["language"](tiny_checkpoint.model, "float32"))
     assert names
-    assert all(found.most[name].shape == (w.shape[0],) for name in names
-               for w in GRAPHS["language"](opened.model, "float32").weights if w.name == f"{name}.weight")  # fmt: skip
-    assert found.factors["int8-smooth"].keys() == found.alphas["int8-smooth"].keys()
+    weights = {weight.name: weight for weight in GRAPHS["language"](tiny_checkpoint.model, "float32").weights}
+    assert all(calibration.most[name].shape == (weights[f"{name}.weight"].shape[0],) for name in names)
+    assert calibration.factors["int8-smooth"].keys() == calibration.alphas["int8-smooth"].keys()
 
 
 def test_calibrating_again_gives_the_same_bytes(
-    opened: Checkpoint,
+    tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
     samples: tuple[Sample, ...],
-    found: Calibration,
+    calibration: Calibration,
     tmp_path: Path,
 ) -> None:
-    again = calibrate(opened, readers, samples, model=opened.digest())
-    for number, one in enumerate((found, again)):
+    again = calibrate(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())
+    for number, one in enumerate((calibration, again)):
         write_calibration(one, tmp_path / f"{number}.npz")
     assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
     back = read_calibration(tmp_path / "0.npz")
-    assert back.most.keys() == found.most.keys()
-    assert (back.model, back.name, back.samples, back.data) == (found.model, found.name, 8, found.data)
+    assert back.most.keys() == calibration.most.keys()
+    assert (back.model, back.name, back.samples, back.data) == (
+        calibration.model,
+        calibration.name,
+        8,
+        calibration.data,
+    )
     assert all(
         np.array_equal(back.factors[scheme][group], values)
-        for scheme, factors in found.factors.items()
+        for scheme, factors in calibration.factors.items()
         for group, values in factors.items()
     )
 
@@ -141,16 +150,16 @@ def test_calibrating_again_gives_the_same_bytes(
 # Bad input
 
 
-def damaged(found: Calibration, path: Path, **fields: Any) -> Path:
-    values = {name: getattr(found, name) for name in Calibration.__dataclass_fields__} | fields
+def damaged(calibration: Calibration, path: Path, **fields: Any) -> Path:
+    values = {name: getattr(calibration, name) for name in Calibration.__dataclass_fields__} | fields
     write_calibration(Calibration(**values), path)
     return path
 
 
 def test_a_calibration_of_another_model(
-    qie: Qie, checkpoint: Path, found: Calibration, tmp_path: Path, refusal: Callable[[Any], str]
+    qie: Qie, checkpoint: Path, calibration: Calibration, tmp_path: Path, refusal: Callable[[Any], str]
 ) -> None:
-    file = damaged(found, tmp_path / "c.npz", model="0" * 64)
+    file = damaged(calibration, tmp_path / "c.npz", model="0" * 64)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
     said = refusal(done)
     assert "is of another model (tiny, 000000000000, not" in said
@@ -178,15 +187,15 @@ def recipe(folder: Path, scheme: str = "int8-smooth") -> Path:
 def test_bad_statistics(
     qie: Qie,
     checkpoint: Path,
-    found: Calibration,
+    calibration: Calibration,
     tmp_path: Path,
     refusal: Callable[[Any], str],
     change: Callable[[dict[str, np.ndarray], str], None],
     expected: str,
 ) -> None:
-    most = dict(found.most)
+    most = dict(calibration.most)
     change(most, "transformer_blocks.0.attn.to_q")
-    file = damaged(found, tmp_path / "c.npz", most=most)
+    file = damaged(calibration, tmp_path / "c.npz", most=most)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
     assert expected in refusal(done)
     assert not (tmp_path / "b").exists()
@@ -203,12 +212,14 @@ def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refus
     assert "needs a calibration of this model: make one with `qie calibrate`" in refusal(done)
 
 
-def test_the_command(qie: Qie, checkpoint: Path, images: Path, workplace: Path, refusal: Callable[[Any], str]) -> None:
+def test_the_command(
+    qie: Qie, checkpoint: Path, image_folder: Path, workplace: Path, refusal: Callable[[Any], str]
+) -> None:
     """Calibrate, build with it, edit; the bundle keeps what it was calibrated with."""
     (workplace / "words.txt").write_text("make it red\n\nadd a hat\n")
     done = qie(
-        "calibrate", checkpoint, "--images", images, "--instructions", "words.txt", "--samples", "4", "--sensitivity",
-        "--scheme", "int8-smooth", "--budget", "0.004", "-o", "c.npz", "--json",
+        "calibrate", checkpoint, "--images", image_folder, "--instructions", "words.txt", "--samples", "4",
+        "--sensitivity", "--scheme", "int8-smooth", "--budget", "0.004", "-o", "c.npz", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -243,33 +254,33 @@ def test_the_command(qie: Qie, checkpoint: Path, images: Path, workplace: Path, 
 
     for words, expected in (
         (("--images", workplace / "none"), "has no pictures"),
-        (("--images", images, "--scheme", "int3"), "--scheme is 'int3'"),
-        (("--images", images, "--component", "vision"), "--component is 'vision'"),
+        (("--images", image_folder, "--scheme", "int3"), "--scheme is 'int3'"),
+        (("--images", image_folder, "--component", "vision"), "--component is 'vision'"),
     ):
         assert expected in refusal(qie("calibrate", checkpoint, *words))
     (workplace / "empty.txt").write_text("\n")
     assert "has no instruction" in refusal(
-        qie("calibrate", checkpoint, "--images", images, "--instructions", "empty.txt")
+        qie("calibrate", checkpoint, "--images", image_folder, "--instructions", "empty.txt")
     )
 
 
 def test_a_calibration_in_the_checkpoint_is_found(
-    checkpoint: Path, found: Calibration, tmp_path: Path, qie: Qie
+    checkpoint: Path, calibration: Calibration, tmp_path: Path, qie: Qie
 ) -> None:
     import shutil
 
     folder = tmp_path / "with"
     shutil.copytree(checkpoint, folder)
-    write_calibration(found, folder / "calibration.npz")
+    write_calibration(calibration, folder / "calibration.npz")
     done = qie("build", folder, "--gpu", recipe(tmp_path), "--out", tmp_path / "b")
     assert done.returncode == 0, done.stderr
 
 
-def test_reading_says_what_is_wrong_with_a_schema(found: Calibration, tmp_path: Path, monkeypatch: Any) -> None:
+def test_reading_says_what_is_wrong_with_a_schema(calibration: Calibration, tmp_path: Path, monkeypatch: Any) -> None:
     import qie.compiler.quantization.calibration as module
 
     monkeypatch.setattr(module, "SCHEMA", 99)
-    write_calibration(found, tmp_path / "c.npz")
+    write_calibration(calibration, tmp_path / "c.npz")
     monkeypatch.undo()
     with pytest.raises(CalibrationError, match="has schema 99, this qie reads 1"):
         read_calibration(tmp_path / "c.npz")
@@ -277,54 +288,59 @@ def test_reading_says_what_is_wrong_with_a_schema(found: Calibration, tmp_path: 
 
 def test_scales_are_those_of_modelopt(
     checkpoint: Path,
-    opened: Checkpoint,
+    tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
     samples: tuple[Sample, ...],
-    found: Calibration,
+    calibration: Calibration,
 ) -> None:
     """NVIDIA's own calibration of the first block, over the same passes: ranges of inputs, and scales of weights."""
     quantization = pytest.importorskip("modelopt.torch.quantization")
     from qie.compiler.quantization.qdq import QUANTIZATION
 
-    values = values_of("transformer", opened, readers, samples, quiet)
+    values = values_of("transformer", tiny_checkpoint, readers, samples, quiet)
     for scheme, config in (("fp8", quantization.FP8_DEFAULT_CFG), ("int8-smooth", quantization.INT8_DEFAULT_CFG)):
         rules, reference = QUANTIZATION[scheme], load_reference(checkpoint)
         assert rules.inputs is not None
 
         def passes(_: Any, reference: Any = reference) -> None:
             for sample, one in zip(samples, values, strict=True):
-                grid = grid_of(opened, sample)
+                grid = grid_of(tiny_checkpoint, sample)
                 reference.velocity(
-                    one["latents"], [one["reference"]], one["prompt_embeds"], sigma_of(opened, sample), [grid, grid]
+                    one["latents"],
+                    [one["reference"]],
+                    one["prompt_embeds"],
+                    sigma_of(tiny_checkpoint, sample),
+                    [grid, grid],
                 )
 
         block = quantization.quantize(reference.pipeline.transformer.transformer_blocks[0], config, passes)
         compared = 0
         for name, linear in block.named_modules():
             key = f"transformer_blocks.0.{name}"
-            if key in found.most:
+            if key in calibration.most:
                 scale = float(linear.input_quantizer.amax) / rules.inputs.highest
-                assert float(rules.inputs.scale_of(found.most[key].max())) == pytest.approx(scale, rel=2e-3)
+                assert float(rules.inputs.scale_of(calibration.most[key].max())) == pytest.approx(scale, rel=2e-3)
                 weight = readers["transformer"].read(f"{key}.weight").astype(np.float32)
                 theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.highest
                 ours = rules.weights.scale(weight.T)
                 np.testing.assert_allclose(ours if len(theirs) > 1 else ours.max(), theirs, rtol=1e-5)
                 compared += 1
         assert (
-            compared == sum(name.startswith("transformer_blocks.0.") for name in found.most if "attn." not in name) + 8
+            compared
+            == sum(name.startswith("transformer_blocks.0.") for name in calibration.most if "attn." not in name) + 8
         )
 
 
-def grid_of(opened: Checkpoint, sample: Sample) -> tuple[int, int]:
+def grid_of(tiny_checkpoint: Checkpoint, sample: Sample) -> tuple[int, int]:
     """(height, width) in tokens."""
     from qie.engines.inputs.image import prepare
 
-    height, width, _ = prepare(sample.image, opened.model.areas).vae.shape
+    height, width, _ = prepare(sample.image, tiny_checkpoint.model.areas).vae.shape
     return height // 16, width // 16
 
 
-def sigma_of(opened: Checkpoint, sample: Sample) -> float:
+def sigma_of(tiny_checkpoint: Checkpoint, sample: Sample) -> float:
     from qie.engines.inputs.schedule import sigmas
 
-    height, width = grid_of(opened, sample)
-    return float(sigmas(opened.model.scheduler, steps=40, noise_tokens=height * width)[int(sample.share * 40)])
+    height, width = grid_of(tiny_checkpoint, sample)
+    return float(sigmas(tiny_checkpoint.model.scheduler, steps=40, noise_tokens=height * width)[int(sample.share * 40)])

@@ -79,17 +79,17 @@ def seen(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> dict
 @pytest.mark.parametrize("component", ["transformer", "language"])
 @pytest.mark.parametrize("scheme", ["fp8", "int8-smooth", "w8a16", "w4a16"])
 def test_onnxruntime_computes_what_the_quantizers_say(
-    opened: Checkpoint, readers: dict[Any, TensorReader], component: Component, scheme: Any
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], component: Component, scheme: Any
 ) -> None:
     """Every product of the quantized graph, against numpy: rounded inputs times rounded weights."""
-    graph = GRAPHS[component](opened.model, "float32")
+    graph = GRAPHS[component](tiny_checkpoint.model, "float32")
     names = linears(graph)
     before = products(graph)
     made = {name: next(iter(node.outputs)).name for node in graph.model.graph for name in names
             if node.op_type == "MatMul" and node.inputs[1].name == f"{name}.weight"}  # fmt: skip
     values = inputs(graph)
-    known = calibration(GRAPHS[component](opened.model, "float32"), readers, values)
-    language = opened.model.language
+    known = calibration(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, values)
+    language = tiny_checkpoint.model.language
     graph = apply(graph, scheme, names, known, language).graph
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -109,13 +109,15 @@ def test_onnxruntime_computes_what_the_quantizers_say(
 
 
 @pytest.mark.parametrize("component", ["transformer", "language"])
-def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
+def test_smoothing_changes_nothing(
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], component: Component
+) -> None:
     """Weights, norms, modulation and the graph's own division together: the function is the same."""
-    graph = GRAPHS[component](opened.model, "float32")
+    graph = GRAPHS[component](tiny_checkpoint.model, "float32")
     values = inputs(graph)
     exact = result(graph, readers, values)
     rng = np.random.default_rng(1)
-    language = opened.model.language
+    language = tiny_checkpoint.model.language
     smoothed = groups(component, linears(graph), language)
     assert {name for group in smoothed for name in group.readers} == set(linears(graph))
     part = graph.weights[0].subfolder
@@ -125,7 +127,7 @@ def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, Tensor
         for g in smoothed
     }
     explicit = {n: g.spread(factors[g.name]) for g in smoothed if not g.makers for n in g.readers}
-    graph = quantize(GRAPHS[component](opened.model, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
+    graph = quantize(GRAPHS[component](tiny_checkpoint.model, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
     changed = dict(values)
     if component == "transformer":
         changed["modulation"] = smoothed_modulation(values["modulation"], smoothed, factors)
@@ -142,13 +144,13 @@ def test_smoothing_changes_nothing(opened: Checkpoint, readers: dict[Any, Tensor
 
 
 def test_smoothed_modulation_is_that_of_smoothed_weights(
-    opened: Checkpoint, readers: dict[Any, TensorReader], tmp_path: Path
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], tmp_path: Path
 ) -> None:
     from qie.compiler.weights.modulation import write_modulation
     from qie.engines.inputs.modulation import compute_tables
 
-    graph = GRAPHS["transformer"](opened.model, "float32")
-    config = opened.model.transformer
+    graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
+    config = tiny_checkpoint.model.transformer
     smoothed = groups("transformer", linears(graph))
     rng = np.random.default_rng(0)
     factors = {g.name: np.exp(rng.uniform(-1, 1, config.width)).astype(np.float32) for g in smoothed if g.makers}
@@ -166,7 +168,7 @@ def test_smoothed_modulation_is_that_of_smoothed_weights(
     assert distance(tables[0], tables[1]) > 0.1
 
 
-def test_smoothing_helps_where_channels_differ(opened: Checkpoint, readers: dict[Any, TensorReader]) -> None:
+def test_smoothing_helps_where_channels_differ(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader]) -> None:
     """A few channels a hundred times as large as the others ruin INT8 without smoothing, and not with it."""
     from qie.compiler.quantization.smoothing import factor
 
@@ -185,8 +187,8 @@ def test_smoothing_helps_where_channels_differ(opened: Checkpoint, readers: dict
     assert error(smooth) < 0.3 * error(np.ones(64, np.float32))
 
 
-def test_keep(opened: Checkpoint) -> None:
-    graph = GRAPHS["transformer"](opened.model, "float32")
+def test_keep(tiny_checkpoint: Checkpoint) -> None:
+    graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
     names = linears(graph)
     blocks = sorted({name.split(".")[1] for name in names})
     last = f"transformer_blocks.{blocks[-1]}."
@@ -197,16 +199,18 @@ def test_keep(opened: Checkpoint) -> None:
         kept(graph, ["*.to_x"])
 
 
-def test_what_was_measured_goes_before_the_recipe(opened: Checkpoint, readers: dict[Any, TensorReader]) -> None:
-    language = opened.model.language
+def test_what_was_measured_goes_before_the_recipe(
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader]
+) -> None:
+    language = tiny_checkpoint.model.language
 
     def quantized(patterns: Sequence[str], **fields: Any) -> set[str]:
-        graph = GRAPHS["transformer"](opened.model, "float32")
-        known = calibration(GRAPHS["transformer"](opened.model, "float32"), readers, inputs(graph), **fields)
+        graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
+        known = calibration(GRAPHS["transformer"](tiny_checkpoint.model, "float32"), readers, inputs(graph), **fields)
         section = ComponentRecipe(precision="float32", quantization="fp8", keep=tuple(patterns))
         return set(by_recipe(graph, section, known, language).linears)
 
-    names = set(linears(GRAPHS["transformer"](opened.model, "float32")))
+    names = set(linears(GRAPHS["transformer"](tiny_checkpoint.model, "float32")))
     one = sorted(names)[0]
     assert quantized([]) == names
     assert quantized(["*.to_q"]) == {n for n in names if not n.endswith(".to_q")}
@@ -216,51 +220,55 @@ def test_what_was_measured_goes_before_the_recipe(opened: Checkpoint, readers: d
         quantized(["*"])
 
 
-def test_weights_take_a_half_or_a_quarter(opened: Checkpoint) -> None:
+def test_weights_take_a_half_or_a_quarter(tiny_checkpoint: Checkpoint) -> None:
     from qie.compiler.weights.stream import total_bytes
 
-    graph = GRAPHS["transformer"](opened.model, "bfloat16")
+    graph = GRAPHS["transformer"](tiny_checkpoint.model, "bfloat16")
     names = linears(graph)
     codes = sum(np.prod(w.shape) for w in graph.weights if w.name.removesuffix(".weight") in names)
     plain = total_bytes(graph.weights)
     for scheme, size in (("fp8", 1), ("int8-smooth", 1), ("w4a16", 0.5)):
         made = quantize(
-            GRAPHS["transformer"](opened.model, "bfloat16"), QUANTIZATION[scheme], names, dict.fromkeys(names, 1.0), {}
+            GRAPHS["transformer"](tiny_checkpoint.model, "bfloat16"),
+            QUANTIZATION[scheme],
+            names,
+            dict.fromkeys(names, 1.0),
+            {},
         )
         scales = sum(4 * np.prod(w.shape) for w in made.weights if w.scale_of)
         assert total_bytes(made.weights) <= plain - (2 - size) * codes + 4096 * len(names) + 64 * len(names) + scales
         assert made.parameters() == graph.parameters()
 
 
-def test_a_linear_without_statistics(opened: Checkpoint) -> None:
-    graph = GRAPHS["transformer"](opened.model, "float32")
+def test_a_linear_without_statistics(tiny_checkpoint: Checkpoint) -> None:
+    graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
     known = Calibration(model="m", name="tiny", data="d", samples=1, most={}, source=Path("c.npz"))
     with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
-        apply(graph, "fp8", linears(graph), known, opened.model.language)
+        apply(graph, "fp8", linears(graph), known, tiny_checkpoint.model.language)
 
 
 @pytest.mark.parametrize("component", ["transformer", "language"])
-def test_attention_in_fp8(opened: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
+def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
     """Queries, keys and values go through E4M3, and nothing else changes."""
     from qie.compiler.quantization.calibrate import Observer
     from qie.compiler.quantization.qdq import ATTENTION, attentions, operands
 
-    language = opened.model.language
-    plain = GRAPHS[component](opened.model, "float32")
+    language = tiny_checkpoint.model.language
+    plain = GRAPHS[component](tiny_checkpoint.model, "float32")
     values = inputs(plain)
     exact = result(plain, readers, values)
-    observer = Observer(GRAPHS[component](opened.model, "float32"), readers, 1, language)
+    observer = Observer(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, 1, language)
     observer.run([dict(values)], lambda *_: None)
     names = attentions(plain)
     assert len(names) == 2
     most = {name: observer.most[name] for attention in names for name in operands(attention)}
     known = Calibration(model="m", name="tiny", data="d", samples=1, most=most)
     section = ComponentRecipe(precision="float32", attention="fp8")
-    graph = by_recipe(GRAPHS[component](opened.model, "float32"), section, known, language).graph
+    graph = by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph
     nodes = [node.op_type for node in graph.model.graph]
     assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
     assert graph.weights == plain.weights
     assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
     assert ATTENTION.codes == "float8_e4m3fn"
     with pytest.raises(CalibrationError, match="no statistics of .*query"):
-        by_recipe(GRAPHS[component](opened.model, "float32"), section, replace(known, most={}), language)
+        by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, replace(known, most={}), language)

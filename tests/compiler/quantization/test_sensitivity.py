@@ -27,16 +27,18 @@ Rank = Callable[..., Sensitivity]
 
 
 @pytest.fixture(scope="module")
-def inputs(opened: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Inputs:
+def inputs(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Inputs:
     """What a component reads of two samples."""
-    return cache(lambda component: values_of(component, opened, readers, samples[:2], quiet))
+    return cache(lambda component: values_of(component, tiny_checkpoint, readers, samples[:2], quiet))
 
 
 @pytest.fixture(scope="module")
-def rank(opened: Checkpoint, readers: dict[Any, TensorReader], inputs: Inputs, found: Calibration) -> Rank:
+def rank(
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], inputs: Inputs, calibration: Calibration
+) -> Rank:
     """``sensitivity`` of a component over these."""
     return lambda component, scheme, **settings: sensitivity(
-        opened, readers, inputs(component), found, component=component, quantization=scheme, **settings
+        tiny_checkpoint, readers, inputs(component), calibration, component=component, quantization=scheme, **settings
     )
 
 
@@ -63,9 +65,9 @@ def test_sensitivity(rank: Rank, component: Any, scheme: Any) -> None:
 
 @pytest.mark.parametrize(("component", "scheme"), [("transformer", "int8-smooth"), ("language", "int8-smooth")])
 def test_each_linear_alone(
-    opened: Checkpoint,
+    tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
-    found: Calibration,
+    calibration: Calibration,
     inputs: Inputs,
     rank: Rank,
     component: Any,
@@ -73,13 +75,13 @@ def test_each_linear_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its error is that of the whole model with it alone quantized, in one walk along the blocks or in many."""
-    some = linears(GRAPHS[component](opened.model, "float32"))[::3]
+    some = linears(GRAPHS[component](tiny_checkpoint.model, "float32"))[::3]
     results = {}
     for name in ("", *some):
-        graph, through = GRAPHS[component](opened.model, "float32"), dict(readers)
+        graph, through = GRAPHS[component](tiny_checkpoint.model, "float32"), dict(readers)
         own = [dict(sample) for sample in inputs(component)]
         if name:
-            made = apply(graph, scheme, [name], found, opened.model.language)
+            made = apply(graph, scheme, [name], calibration, tiny_checkpoint.model.language)
             graph = made.graph
             through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.factors)
             for sample in own:
@@ -96,7 +98,7 @@ def test_each_linear_alone(
         ranked = rank(component, scheme, budget=1.0, progress=lambda _, done, total: seen.append((done, total)))
         assert seen[-1][0] == seen[-1][1]
         walks.append(len(seen))
-        assert list(ranked.errors) == list(linears(GRAPHS[component](opened.model, "float32")))
+        assert list(ranked.errors) == list(linears(GRAPHS[component](tiny_checkpoint.model, "float32")))
         for name in some:
             assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
     assert walks[0] < walks[2] < walks[1]
