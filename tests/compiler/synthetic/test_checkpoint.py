@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.synthetic import checkpoint as random_checkpoint
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, tensor_shapes, write_checkpoint
 from qie.engines.errors import CheckpointError
 
@@ -215,7 +214,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(random_checkpoint, "_values", fail)
+    monkeypatch.setattr(np.random, "PCG64", fail)  # the weights are drawn from it
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(tmp_path / "checkpoint", TINY)
     assert not list(tmp_path.iterdir())

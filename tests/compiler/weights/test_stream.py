@@ -192,7 +192,8 @@ def test_a_finite_value_beyond_bfloat16() -> None:
 
 
 def test_too_little_room_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10_000, 9_000, 1_234))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_234)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     reader = Tensors({"w": draw(1000)})
     with pytest.raises(BuildError, match=r"data needs 4,000 bytes, and 1,234 are free .*make room"):
         write_weights([weight("w", 1000)], {"transformer": reader}, tmp_path / "data")
