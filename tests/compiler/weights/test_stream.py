@@ -49,7 +49,7 @@ def draw(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 
 def weight(name: str, *shape: int, **fields: Any) -> Weight:
-    return Weight(**{"name": name, "part": "transformer", "shape": shape, "dtype": "float32", **fields})
+    return Weight(**{"name": name, "subfolder": "transformer", "shape": shape, "dtype": "float32", **fields})
 
 
 def test_layouts() -> None:
