@@ -29,7 +29,7 @@ MODEL_AREA = 1024 * 1024
 
 
 def schema_keys(table: Any = Recipe, prefix: str = "") -> dict[str, str]:
-    """Return every key of the schema with its default as README writes it."""
+    """Every key of the schema with its default as README writes it."""
     keys: dict[str, str] = {}
     kinds = get_type_hints(table)
     for entry in dataclasses.fields(table):
@@ -49,7 +49,7 @@ def schema_keys(table: Any = Recipe, prefix: str = "") -> dict[str, str]:
 
 
 def readme_rows() -> dict[str, list[str]]:
-    """Return the cells of README's table of keys (type, unit, default, meaning) by key."""
+    """The cells of README's table of keys (type, unit, default, meaning) by key."""
     section = README.read_text(encoding="utf-8").split("## Every key")[1]
     rows: dict[str, list[str]] = {}
     for line in section.splitlines():
@@ -140,7 +140,7 @@ def test_readme_says_type_and_meaning_of_every_key() -> None:
 
 
 def literal_words(kind: Any) -> set[str]:
-    """Return the words that an annotation allows, at any depth."""
+    """The words that an annotation allows, at any depth."""
     return {arg for arg in get_args(kind) if isinstance(arg, str)}.union(*map(literal_words, get_args(kind)))
 
 

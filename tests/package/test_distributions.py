@@ -93,7 +93,7 @@ def copy_tree(destination: Path) -> Path:
 
 
 def build(kind: str, tree: Path, destination: Path) -> Path:
-    """Build the wheel or the sdist of ``tree`` in a process of its own, and return the file."""
+    """Build the wheel or the sdist of ``tree`` in a process of its own."""
     destination.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", BUILD, kind, str(destination)], cwd=tree, capture_output=True, text=True, check=False
@@ -104,13 +104,13 @@ def build(kind: str, tree: Path, destination: Path) -> Path:
 
 
 def read_wheel(path: Path) -> dict[str, bytes]:
-    """Return the content of every file of a wheel by name."""
+    """The content of every file of a wheel by name."""
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def packaged() -> dict[str, bytes]:
-    """Return what must be installed, by its name below the import root's parent."""
+    """What must be installed, by its name below the import root's parent."""
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
     recipes += [path for path in (ROOT / "recipes" / "pocket").rglob("*") if path.is_file()]
     files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes]}
@@ -118,13 +118,13 @@ def packaged() -> dict[str, bytes]:
 
 
 def dist_info(wheel: dict[str, bytes], name: str) -> str:
-    """Return a file of the wheel's metadata."""
+    """A file of the wheel's metadata."""
     (found,) = (content for path, content in wheel.items() if re.fullmatch(rf"qie-[^/]+\.dist-info/{name}", path))
     return found.decode()
 
 
 def metadata(distributions: Distributions) -> Message:
-    """Return the wheel's METADATA."""
+    """The wheel's METADATA."""
     return email.message_from_string(dist_info(distributions.wheel, "METADATA"))
 
 

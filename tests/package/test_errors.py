@@ -23,7 +23,7 @@ class DrawnError(NamedTuple):
 
 
 def drawn_errors(drawing: str) -> dict[str, DrawnError]:
-    """Return the drawn tree by name; every level is indented by four characters."""
+    """The drawn tree by name; every level is indented by four characters."""
     drawn: dict[str, DrawnError] = {}
     above: list[str] = []
     pattern = re.compile(r"^ {4}([ │├└─]*)(\w+Error) +(.+?)(?: +\(exit code (\d+)\))?$", re.MULTILINE)
