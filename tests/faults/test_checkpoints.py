@@ -15,22 +15,22 @@ TINY = ARCHITECTURES["tiny"]
 
 DOWNLOAD = "[Dd]ownload"
 BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
-    "no component": (lambda c: shutil.rmtree(c / "vae"), rf"lacks vae/config.json: {DOWNLOAD}"),
-    "no weights": (lambda c: weights_of(c, "vae").unlink(), f"holds no weights: .*; {DOWNLOAD}"),
+    "no component": (lambda c: shutil.rmtree(c / "vae"), rf"lacks vae/config.json; {DOWNLOAD}"),
+    "no weights": (lambda c: weights_of(c, "vae").unlink(), f"holds no weights, .*; {DOWNLOAD}"),
     "no tokenizer": (lambda c: [shutil.rmtree(c / f) for f in ("tokenizer", "processor")], "lacks tokenizer/"),
-    "no index": (lambda c: (c / "model_index.json").unlink(), "has no model_index.json: expected a checkpoint"),
+    "no index": (lambda c: (c / "model_index.json").unlink(), "has no model_index.json; name a checkpoint"),
     "another pipeline": (
         lambda c: change_json(c / "model_index.json", _class_name="FluxPipeline"),
-        "is of 'FluxPipeline'; qie compiles QwenImageEditPipeline and QwenImageEditPlusPipeline",
+        "is for 'FluxPipeline', expected QwenImageEditPipeline or QwenImageEditPlusPipeline; name a",
     ),
-    "config no JSON": (lambda c: cut(c / "transformer" / "config.json"), f"is not JSON .*: {DOWNLOAD}"),
+    "config no JSON": (lambda c: cut(c / "transformer" / "config.json"), f"is not JSON .*; {DOWNLOAD}"),
     "config with a number beyond all floats": (
         lambda c: change_json(c / "scheduler" / "scheduler_config.json", shift=10**400),
-        f"is not JSON .a number of 401 digits.: {DOWNLOAD}",
+        f"is not JSON .a number of 401 digits.; {DOWNLOAD}",
     ),
     "config key missing": (
         lambda c: (c / "transformer" / "config.json").write_text("{}"),
-        "transformer/config.json has no 'axes_dims_rope'; download the checkpoint again or restore its config",
+        "transformer/config.json has no 'axes_dims_rope'; restore the checkpoint's config",
     ),
     "config of another kind": (
         lambda c: change_json(c / "transformer" / "config.json", num_layers="two"),
@@ -42,9 +42,9 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
     ),
     "configs of different models": (
         lambda c: change_json(c / "transformer" / "config.json", joint_attention_dim=128),
-        "text encoder is 64 wide, the transformer expects 128; they are parts of different models",
+        "text encoder is 64 wide, the transformer expects 128; take all components from one checkpoint",
     ),
-    "shard cut short": (lambda c: cut(weights_of(c, "transformer")), f"is cut short: .*{DOWNLOAD}"),
+    "shard cut short": (lambda c: cut(weights_of(c, "transformer")), f"is cut short, .*; {DOWNLOAD}"),
     "tensor missing": (
         lambda c: delete_tensor(c, "transformer", "transformer_blocks.1.attn.to_q.weight"),
         f"tensor 'transformer_blocks.1.attn.to_q.weight' is missing.*{DOWNLOAD}",
@@ -86,9 +86,9 @@ def test_truncated_shard(qie: Qie, refusal: Refusal, workplace: Path, qie_home: 
     shards = sorted((folder / "transformer").glob("*.safetensors"))
     assert len(shards) > 2
     cut(shards[1])
-    assert_says(refusal(qie("build", "bad")), f"{shards[1].name} is cut short: .*; {DOWNLOAD}")
+    assert_says(refusal(qie("build", "bad")), f"{shards[1].name} is cut short, .*; {DOWNLOAD}")
     shards[1].unlink()
-    assert_says(refusal(qie("build", "bad")), f"{shards[1].name} is missing: .*; {DOWNLOAD}")
+    assert_says(refusal(qie("build", "bad")), f"{shards[1].name} is missing, .*; {DOWNLOAD}")
 
 
 def test_parts_of_different_models_are_found_before_anything_is_written(
@@ -106,5 +106,6 @@ def test_parts_of_different_models_are_found_before_anything_is_written(
 def test_no_checkpoint(process: Qie, refusal: Refusal, name: str) -> None:
     message = refusal(process("build", name, "--dry-run"))
     assert_says(
-        message, "neither a folder, nor pocket, nor a hub id such as|check the id and run `hf download owner/model`"
+        message,
+        "there is no checkpoint .*; name a folder, pocket, or a hub id such as|check the id and run `hf download owner/model`",
     )

@@ -27,8 +27,8 @@ def test_opens_a_folder(small_checkpoint: Path) -> None:
 def test_pipeline_of_the_single_image_model(small_checkpoint: Path) -> None:
     write_json(small_checkpoint / "model_index.json", {"_class_name": "QwenImageEditPipeline"})
     (small_checkpoint / "processor/preprocessor_config.json").unlink()
-    checkpoint = open_checkpoint(str(small_checkpoint))
-    assert (checkpoint.pipeline, checkpoint.preprocessor) == ("edit", {})
+    model = open_checkpoint(str(small_checkpoint)).model
+    assert (model.pipeline, model.references_max, model.processor.merge_size) == ("edit", 1, 2)
 
 
 def test_configs_alone_are_enough_without_weights(small_checkpoint: Path) -> None:
