@@ -22,11 +22,15 @@ from qie.engines.editing.editor import Editor, Request
 
 COLUMNS, GAP, CAPTION = 4, 10, 34
 
+ROW = ("tint", "upside down", "invert", "pixelate")
+"""The edits that ``--row`` writes: in colour, and of one image of any shape."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="image to write")
     parser.add_argument("--bundle", default="pocket", help="name or folder of a bundle of the pocket model")
+    parser.add_argument("--row", type=Path, help=f"image to write {', '.join(ROW)} into, on one line")
     parser.add_argument("--seed", type=int, default=3, help="of noise, colours, shapes and places")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
@@ -42,13 +46,20 @@ def main() -> None:
         text = " and ".join(say(instruction(rng, name)) for name in pair)
         asked.append(([pictures[number].image], text))
     cells = [cell(editor, images, text, options.seed) for images, text in asked]
-    height, width = cells[0].size[::-1]
-    rows = -(-len(cells) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
-    for place, made in enumerate(cells):
-        row, column = divmod(place, COLUMNS)
-        sheet.paste(made, (GAP + column * (width + GAP), GAP + row * (height + GAP)))
-    sheet.save(options.out, quality=90)
+    sheet(cells).save(options.out, quality=90)
+    if options.row is not None:
+        sheet([cells[list(EDITS).index(name)] for name in ROW]).save(options.row, quality=90)
+
+
+def sheet(cells: list[Image.Image]) -> Image.Image:
+    """Cells of one size in lines of ``COLUMNS``."""
+    width, height = cells[0].size
+    lines = -(-len(cells) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, lines * (height + GAP) + GAP), "white")
+    for place, image in enumerate(cells):
+        line, column = divmod(place, COLUMNS)
+        page.paste(image, (GAP + column * (width + GAP), GAP + line * (height + GAP)))
+    return page
 
 
 def cell(editor: Editor, images: list[np.ndarray], text: str, seed: int) -> Image.Image:
