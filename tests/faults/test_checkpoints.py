@@ -107,5 +107,5 @@ def test_no_checkpoint(process: Qie, refusal: Refusal, name: str) -> None:
     message = refusal(process("build", name, "--dry-run"))
     assert_says(
         message,
-        "there is no checkpoint .*; name a folder, pocket, or a hub id such as|check the id and run `hf download owner/model`",
+        "there is no checkpoint .*; name a folder, pocket, or a hub id|check the id and run `hf download owner/model`",
     )
