@@ -23,7 +23,7 @@ from qie.compiler.graphs.transformer import transformer
 from qie.compiler.quantization.blockwise import Values
 from qie.compiler.quantization.calibrate import Observer
 from qie.engines.bundle.specs import RotarySpec
-from qie.engines.inputs.rotary import rotary_tables
+from qie.engines.inputs.feeds import transformer_feed
 
 BLOCKS = 60
 GRID = (32, 32)
@@ -94,19 +94,16 @@ def inputs(config: TransformerConfig, seed: int) -> Values:
     def draw(*shape: int, scale: float = 1.0) -> Any:
         return np.float32(scale) * rng.standard_normal(shape, np.float32)
 
-    cos, sin = rotary_tables(RotarySpec(axes_dims=config.axes_dims), text_tokens=TEXT, grids=[GRID, GRID])
-    return {
-        "latents": draw(1, tokens, 64),
-        "reference": draw(1, tokens, 64),
-        "prompt_embeds": draw(1, TEXT, config.joint_width),
-        "rotary_cos": cos,
-        "rotary_sin": sin,
-        "modulation": 1 + draw(config.layers, config.modulation_rows * config.width, scale=0.2),
-        "modulation_out": 1 + draw(2 * config.width, scale=0.2),
-        "negative_velocity": np.zeros((1, tokens, 64), np.float32),
-        "guidance": np.ones(1, np.float32),
-        "dsigma": np.full(1, -0.02, np.float32),
-    }
+    return transformer_feed(
+        latents_BNC=draw(1, tokens, 64),
+        reference_BRC=draw(1, tokens, 64),
+        prompt_BLD=draw(1, TEXT, config.joint_width),
+        rotary=RotarySpec(axes_dims=config.axes_dims),
+        grids=[GRID, GRID],
+        modulation_YM=1 + draw(config.layers, config.modulation_rows * config.width, scale=0.2),
+        modulation_out_O=1 + draw(2 * config.width, scale=0.2),
+        dsigma=-0.02,
+    )
 
 
 def peak_bytes() -> int:

@@ -23,18 +23,24 @@ sys.path.insert(0, str(ROOT))
 
 from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.editing.editor import Editor, Request
+from qie.engines.editing.conditioning import condition
+from qie.engines.editing.denoise import Denoiser, upload_schedule
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request, resolve
+from qie.engines.inputs.feeds import transformer_feed
+from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.schedule import sigmas
 from qie.engines.terminal import table
 
 PICTURE = ROOT / "docs" / "images" / "cat.jpg"
 TEXT = "make it grayscale"
+WARM_UP = 3
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from PIL import Image
-from qie.compiler.reference import load_reference
+from qie.compiler.validation.reference import load_reference
 reference = load_reference(Path(sys.argv[1]))
 made = reference.edit([Image.open(sys.argv[2])], sys.argv[3], steps=int(sys.argv[4]), seed=1, cfg=1.0)
 Image.fromarray(made).save(sys.argv[5])
@@ -109,7 +115,7 @@ def spent(command: list[str]) -> tuple[float, int]:
 
 def median(runs: int, work: Callable[[], Any]) -> float:
     """Seconds of one run."""
-    for _ in range(3):
+    for _ in range(WARM_UP):
         work()
     times = []
     for _ in range(runs):
@@ -133,23 +139,41 @@ def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> di
 
     from qie.compiler.validation.reference import load_reference
 
-    calls: list[tuple[Any, Any]] = []
-    with editor._session("transformer") as session:
-        run = session.run
-        session.run = lambda inputs, outputs: calls.append((inputs, outputs)) or run(inputs, outputs)
-        try:
-            edit = editor.edit(Request(images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=2))
-        finally:
-            del session.run
-        inputs, outputs = calls[-1]
-        arrays = {name: np.array(session.download(tensor)) for name, tensor in inputs.items()}
-        seconds = {"qie": median(options.runs, lambda: run(inputs, outputs))}
+    request = Request(
+        images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=WARM_UP + options.runs, guidance=1.0
+    )
+    settings = resolve(request, editor.bundle.manifest)
+    conditioning = condition(editor.stages, editor.tokenizer, request, settings)
+    noise = editor.noise(request, settings)
+    schedule = sigmas(editor.model.scheduler, steps=settings.steps, noise_tokens=settings.size.tokens)
+    tables = modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+    arrays = transformer_feed(
+        latents_BNC=noise,
+        reference_BRC=conditioning.reference,
+        prompt_BLD=conditioning.prompts[0],
+        rotary=editor.model.rotary,
+        grids=conditioning.grids,
+        modulation_YM=tables.blocks[0],
+        modulation_out_O=tables.out[0],
+        dsigma=schedule[1] - schedule[0],
+    )
+    with editor.stages.session("transformer") as session:
+        denoiser = Denoiser.start(
+            session,
+            schedule=upload_schedule(session, schedule, tables),
+            noise_BNC=noise,
+            reference_1RC=conditioning.reference,
+            prompt_BLD=conditioning.prompts[0],
+            rotary=editor.model.rotary,
+            grids=conditioning.grids,
+        )
+        seconds = {"qie": median(options.runs, denoiser.step)}
 
     reference = load_reference(options.checkpoint)
     module = reference.pipeline.transformer
     hidden = torch.from_numpy(np.concatenate([arrays["latents"], arrays["reference"]], 1))
     prompt, timestep = torch.from_numpy(arrays["prompt_embeds"]), torch.tensor([0.5])
-    shapes = [[(1, edit.size.height // SIDE_MULTIPLE, edit.size.width // SIDE_MULTIPLE)] * 2]
+    shapes = [[(1, *grid) for grid in conditioning.grids]]
 
     def step(network: Any) -> Any:
         with torch.inference_mode():
@@ -185,16 +209,17 @@ def vae(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
 
     reference = load_reference(options.checkpoint)
     image = reference.reference_image(Image.open(PICTURE))
-    latents, (rows, columns) = editor._encode(image)
-    shaped = latents.reshape(rows, columns, -1)
+    (latents,) = editor.stages.encode([image])
+    rows, columns, _ = latents.shape
+    tokens = latents.reshape(rows * columns, -1)
     with torch.inference_mode():
         encode = {
-            "qie": median(options.runs, lambda: editor._encode(image)),
+            "qie": median(options.runs, lambda: editor.stages.encode([image])),
             "diffusers": median(options.runs, lambda: reference.encode_image(image)),
         }
         decode = {
-            "qie": median(options.runs, lambda: editor._decode(shaped)),
-            "diffusers": median(options.runs, lambda: reference.decode(latents[0], rows, columns)),
+            "qie": median(options.runs, lambda: editor.stages.decode([latents])),
+            "diffusers": median(options.runs, lambda: reference.decode(tokens, rows, columns)),
         }
     height, width = image.shape[:2]
     return {

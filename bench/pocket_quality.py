@@ -27,7 +27,8 @@ from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score, views
 from pocket.photographs import HELD_OUT, square
 from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.editing.editor import Editor, Request
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
 from qie.engines.terminal import table
 
 Rgb = NDArray[np.uint8]
@@ -89,13 +90,12 @@ def main() -> None:
 def edit(editor: Editor, steps: int, images: Sequence[Rgb], text: str) -> Rgb:
     pictures = [Image.fromarray(image) for image in images]
     made = editor.edit(Request(images=pictures, instructions=[text], seeds=[SEED], steps=steps))
-    return made.images[0]
+    return np.asarray(made.images[0])
 
 
 def round_trip(editor: Editor, image: Rgb) -> Rgb:
-    """Through the VAE and back, as the editor's engines do it."""
-    latents, (rows, columns) = editor._encode(image)
-    return editor._decode(latents.reshape(rows, columns, -1))
+    """Through the VAE and back."""
+    return editor.stages.decode(editor.stages.encode([image]))[0]
 
 
 def ceiling(editor: Editor, asked: Sequence[Case]) -> dict[str, float]:

@@ -18,7 +18,8 @@ from pocket.photographs import SIDE
 from pocket.samples import HELD_OUT_PAIRS
 from pocket.scenes import scene
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.editing.editor import Editor, Request
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
 
 COLUMNS, GAP, CAPTION = 4, 10, 34
 
@@ -70,7 +71,7 @@ def cell(editor: Editor, images: list[np.ndarray], text: str, seed: int) -> Imag
     if len(images) > 1:
         before.paste(Image.fromarray(images[1]).resize((SIDE // 3, SIDE // 3)), (SIDE - SIDE // 3, SIDE - SIDE // 3))
     made.paste(before, (0, 0))
-    made.paste(Image.fromarray(edit.images[0]), (SIDE, 0))
+    made.paste(edit.images[0], (SIDE, 0))
     pen, font = ImageDraw.Draw(made), ImageFont.load_default(13)
     for line, words in enumerate(wrap(text, font, 2 * SIDE)):
         pen.text((2, SIDE + 2 + 15 * line), words, fill="black", font=font)

@@ -42,9 +42,12 @@ from qie.compiler.recipe.schema import Attention, ComponentRecipe, Quantization,
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
-from qie.engines.editing.editor import Editor, Request
-from qie.engines.files import qie_home
-from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.editing.conditioning import Conditioning, condition
+from qie.engines.editing.denoise import Denoiser, StepState, upload_schedule
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request, resolve
+from qie.engines.inputs.feeds import Feed, transformer_feed
+from qie.engines.inputs.modulation import Tables, modulation_tables
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.terminal import table
 
@@ -137,10 +140,12 @@ def main() -> None:
 @contextmanager
 def variant_editor(checkpoint: Path, variant: Variant, known: Calibration, folder: Path) -> Iterator[Editor]:
     """An editor of the pocket model that is quantized so."""
-    with replaced(variant), tempfile.TemporaryDirectory(dir=folder) as own:
-        editor = Editor(build(checkpoint, variant, known, Path(own) / "bundle"))
+    with (
+        replaced(variant),
+        tempfile.TemporaryDirectory(dir=folder) as own,
+        Editor(build(checkpoint, variant, known, Path(own) / "bundle")) as editor,
+    ):
         yield editor
-        editor.close()
 
 
 def edits_of(editor: Editor, variant: Variant, asked: Sequence[Case]) -> dict[str, Any]:
@@ -157,8 +162,8 @@ def edits_of(editor: Editor, variant: Variant, asked: Sequence[Case]) -> dict[st
 
 
 def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
-    """What the transformer is told of an edit, [1, L, D]."""
-    return record(editor, case)[0][0]["prompt_embeds"]
+    """The prompt embeddings of an edit, [1, L, D]."""
+    return conditioning_of(editor, case).prompts[0]
 
 
 @contextmanager
@@ -188,57 +193,80 @@ def build(checkpoint: Path, variant: Variant, known: Calibration, destination: P
     return build_bundle(plan)
 
 
-def record(editor: Editor, case: Case) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """What the transformer reads at every step of an edit, and the velocity it answers."""
-    steps = []
-    with editor._session("transformer") as session:
-        run = session.run
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recording:
+    """An edit: what the transformer reads at every step, and every step."""
 
-        def watch(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-            run(inputs, outputs)
-            steps.append(
-                (
-                    {name: np.array(session.download(tensor)) for name, tensor in inputs.items()},
-                    np.array(session.download(outputs["velocity"])),
-                )
-            )
-
-        session.run = watch
-        try:
-            pictures = [Image.fromarray(image) for image in case.images]
-            editor.edit(Request(images=pictures, instructions=[case.text], seeds=[SEED]))
-        finally:
-            del session.run
-    return steps
+    conditioning: Conditioning
+    steps: tuple[StepState, ...]
 
 
-def teacher_forced(
-    editor: Editor, recorded: Sequence[Sequence[tuple[dict[str, Any], np.ndarray]]]
-) -> tuple[list[float], float]:
+def record(editor: Editor, case: Case) -> Recording:
+    """Run the edit of ``case`` and record it."""
+    steps: list[StepState] = []
+    editor.edit(request_of(case), observer=steps.append)
+    return Recording(conditioning=conditioning_of(editor, case), steps=tuple(steps))
+
+
+def request_of(case: Case) -> Request:
+    return Request(images=[Image.fromarray(image) for image in case.images], instructions=[case.text], seeds=[SEED])
+
+
+def conditioning_of(editor: Editor, case: Case) -> Conditioning:
+    request = request_of(case)
+    return condition(editor.stages, editor.tokenizer, request, resolve(request, editor.bundle.manifest))
+
+
+def schedule_of(editor: Editor, recording: Recording) -> tuple[np.ndarray, Tables]:
+    """Sigmas and modulation of the recorded steps, by the model of ``editor``."""
+    tokens = recording.steps[0].latents.shape[1]
+    schedule = sigmas(editor.model.scheduler, steps=len(recording.steps), noise_tokens=tokens)
+    return schedule, modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+
+
+def teacher_forced(editor: Editor, recorded: Sequence[Recording]) -> tuple[list[float], float]:
     """Relative L2 of the velocity at every step over all edits, and the median seconds of a step."""
-    found: list[list[np.ndarray]] = [[] for _ in recorded[0]]
-    exact: list[list[np.ndarray]] = [[] for _ in recorded[0]]
+    velocities: list[list[np.ndarray]] = [[] for _ in recorded[0].steps]
+    exact: list[list[np.ndarray]] = [[] for _ in recorded[0].steps]
     times = []
-    with editor._session("transformer") as session:
-        for steps in recorded:
-            tokens = steps[0][0]["latents"].shape[1]
-            schedule = sigmas(editor.model.scheduler, steps=len(steps), noise_tokens=tokens)
-            tables = modulation_tables(
-                editor.bundle.path, editor.model.modulation, schedule, cache=qie_home() / "modulation"
+    with editor.stages.session("transformer") as session:
+        for recording in recorded:
+            schedule, tables = schedule_of(editor, recording)
+            denoiser = Denoiser.start(
+                session,
+                schedule=upload_schedule(session, schedule, tables),
+                noise_BNC=recording.steps[0].latents,
+                reference_1RC=recording.conditioning.reference,
+                prompt_BLD=recording.conditioning.prompts[0],
+                rotary=editor.model.rotary,
+                grids=recording.conditioning.grids,
             )
-            for number, (inputs, velocity) in enumerate(steps):
-                own = inputs | {"modulation": tables.blocks[number], "modulation_out": tables.out[number]}
-                tensors = {name: session.upload(array) for name, array in own.items()}
-                outputs = {
-                    name: session.empty(name, {"batch": 1, "noise_tokens": tokens})
-                    for name in ("velocity", "latents_next")
-                }
+            for number, state in enumerate(recording.steps):
+                denoiser.set_latents(state.latents)
                 start = time.perf_counter()
-                session.run(tensors, outputs)
+                denoiser.step()
                 times.append(time.perf_counter() - start)
-                found[number].append(np.array(session.download(outputs["velocity"])))
-                exact[number].append(velocity)
-    return [errors_of(f, e) for f, e in zip(found, exact, strict=True)], statistics.median(times)
+                velocities[number].append(denoiser.velocity())
+                exact[number].append(state.velocity)
+    return [errors_of(v, e) for v, e in zip(velocities, exact, strict=True)], statistics.median(times)
+
+
+def feeds(editor: Editor, recording: Recording) -> list[Feed]:
+    """The transformer's inputs at every recorded step."""
+    schedule, tables = schedule_of(editor, recording)
+    return [
+        transformer_feed(
+            latents_BNC=state.latents,
+            reference_BRC=recording.conditioning.reference,
+            prompt_BLD=recording.conditioning.prompts[0],
+            rotary=editor.model.rotary,
+            grids=recording.conditioning.grids,
+            modulation_YM=tables.blocks[state.step],
+            modulation_out_O=tables.out[state.step],
+            dsigma=schedule[state.step + 1] - schedule[state.step],
+        )
+        for state in recording.steps
+    ]
 
 
 JUDGED = ("PSNR", "", "nearest")
@@ -292,7 +320,7 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
     samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
     own = calibrate(checkpoint, readers, samples, model=checkpoint.digest())
     graph = GRAPHS["transformer"](checkpoint, "float32")
-    steps: list[dict[str, Any]] = []
+    steps: list[Feed] = []
     for sample in samples[:: len(samples) // 8]:
         case = Case(
             name="",
@@ -301,7 +329,7 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
             answer=np.empty(0),
             others=(),
         )
-        steps += [dict(inputs) for inputs, _ in record(exact, case)]
+        steps += feeds(exact, record(exact, case))
     observer = Observer(graph, readers, len(steps))
     observer.run(steps, lambda what, done, total: None)
     ratios = np.array([own.most[name].max() / values.max() for name, values in observer.most.items()])

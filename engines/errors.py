@@ -1,19 +1,24 @@
-"""The exceptions of qie: one tree, so that a caller can catch as much or as little as it wants.
+"""The exceptions of qie: one tree, so that a caller can catch as much or as little as it needs.
 
-    QieError                      everything below; never raised itself
-    ├── RecipeError               a recipe is unknown, malformed, or asks for what its target lacks
-    ├── CheckpointError           a checkpoint or LoRA is missing, incomplete, truncated or of another shape
-    ├── CalibrationError          a calibration file is missing, damaged, or of another model
-    ├── ExportError               a graph cannot be written for this checkpoint
-    ├── BuildError                an engine or bundle cannot be made (compiler, disk, memory)
-    ├── BundleError               a bundle is missing, incomplete or damaged
-    ├── EngineMismatchError       a bundle holds no engine that fits this machine
-    ├── BackendMissingError       a package that the wish needs is not installed
-    ├── ValidationError           a gate of the recipe was not met            (exit code 1)
-    └── EditError                 an image, instruction or option of an edit cannot be used
+                                                                                             exit code, HTTP status
+    QieError                      the root; never raised itself                                      (2, 500)
+    ├── RecipeError               a recipe is unknown, malformed or asks for what its GPU lacks      (2, 500)
+    ├── CheckpointError           a checkpoint or LoRA is missing, incomplete or malformed           (2, 500)
+    ├── CalibrationError          a calibration file is missing, damaged or of another model         (2, 500)
+    ├── ExportError               a graph cannot be written for this checkpoint                      (2, 500)
+    ├── BuildError                an engine or bundle cannot be built (compiler, disk, memory)       (2, 500)
+    ├── BundleError               a bundle is missing, incomplete or damaged                         (2, 500)
+    ├── EngineMismatchError       a bundle holds no engine that this machine can run                 (2, 503)
+    ├── BackendMissingError       a required package is not installed                                (2, 503)
+    ├── RequestError              an option or instruction of an edit cannot be used                 (2, 400)
+    │   └── ImageError            an image or image file cannot be read, used or written             (2, 400)
+    └── EngineError               a backend failed or memory ran out while an engine ran             (2, 503)
 
-A message says what was found, what was expected, and the command or edit that mends it, in one sentence or two.
-Exit codes: 0 done, 1 validation failed, 2 usage or environment.
+``RequestError`` is the caller's mistake, ``EngineError`` a limit of the machine. A contract that qie breaks is an
+``AssertionError``, outside this tree.
+
+A message is one sentence: what was found and what was expected, a semicolon, and the fix. It names no command-line
+flag; ``option`` lets the command line add one. Exit codes: 0 done, 2 usage or environment.
 """
 
 from typing import ClassVar
@@ -24,31 +29,42 @@ __all__ = [
     "BundleError",
     "CalibrationError",
     "CheckpointError",
-    "EditError",
+    "EngineError",
     "EngineMismatchError",
     "ExportError",
+    "ImageError",
     "QieError",
     "RecipeError",
-    "ValidationError",
+    "RequestError",
 ]
 
 
 class QieError(Exception):
-    """The root of the tree: an error whose text tells a person what to do."""
+    """The root of the tree: an error whose text tells a person what to do.
+
+    Attributes:
+        option: name of the argument that caused the error or that fixes it, such as ``"size"`` or ``"out"``; None where
+            there is none. It is a field of ``Request`` or an argument of the function that was called.
+    """
 
     exit_code: ClassVar[int] = 2
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class RecipeError(QieError):
-    """A recipe is unknown, malformed, or asks for what its target lacks."""
+    """A recipe is unknown, malformed or asks for what its GPU lacks."""
 
 
 class CheckpointError(QieError):
-    """A checkpoint or LoRA is missing, incomplete, truncated or of another shape."""
+    """A checkpoint or LoRA is missing, incomplete or malformed."""
 
 
 class CalibrationError(QieError):
-    """A calibration file is missing, damaged, or of another model."""
+    """A calibration file is missing, damaged or of another model."""
 
 
 class ExportError(QieError):
@@ -56,7 +72,7 @@ class ExportError(QieError):
 
 
 class BuildError(QieError):
-    """An engine or bundle cannot be made."""
+    """An engine or bundle cannot be built."""
 
 
 class BundleError(QieError):
@@ -64,18 +80,28 @@ class BundleError(QieError):
 
 
 class EngineMismatchError(QieError):
-    """A bundle holds no engine that fits this machine."""
+    """A bundle holds no engine that this machine can run."""
+
+    http_status: ClassVar[int] = 503
 
 
 class BackendMissingError(QieError):
-    """A package that the wish needs is not installed."""
+    """A required package is not installed."""
+
+    http_status: ClassVar[int] = 503
 
 
-class ValidationError(QieError):
-    """A gate of the recipe was not met."""
+class RequestError(QieError):
+    """An option or instruction of an edit cannot be used."""
 
-    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 400
 
 
-class EditError(QieError):
-    """An image, instruction or option of an edit cannot be used."""
+class ImageError(RequestError):
+    """An image or image file cannot be read, used or written."""
+
+
+class EngineError(QieError):
+    """A backend failed or memory ran out while an engine ran."""
+
+    http_status: ClassVar[int] = 503

@@ -46,4 +46,4 @@ def _check_destination(path: Path) -> None:
     """An export replaces its folder: nothing but an earlier export may be lost."""
     names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")}
     if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= names):
-        raise BuildError(f"{path} holds something else than exported graphs; name another folder with --out")
+        raise BuildError(f"{path} holds files that are not exported graphs; choose another folder", option="out")

@@ -100,10 +100,13 @@ def writing(destination: Path, needed: int) -> Iterator[Path]:
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BuildError(
-                f"the disk of {destination} is full, {needed:,} bytes are needed; make room, or choose another disk "
-                "with --out"
+                f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose "
+                "a folder on another disk",
+                option="out",
             ) from problem
-        raise BuildError(f"cannot write {destination} ({problem}); choose another place with --out") from problem
+        raise BuildError(
+            f"{destination} cannot be written ({problem}); choose another folder", option="out"
+        ) from problem
 
 
 def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:

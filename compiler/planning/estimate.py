@@ -16,6 +16,7 @@ from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, wo
 from qie.compiler.recipe.schema import Backend
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, RecipeError
+from qie.engines.inputs.feeds import STEP_INPUTS
 
 __all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "check_fit", "estimate", "refusal"]
 
@@ -37,9 +38,6 @@ does not stream. The mapped weights come on top, as pages that the system may ta
 HOST_TENSORS = 2
 """Backends that compile nothing hold one tensor at a time and its copy: 0.40 GB was measured with onnxruntime for a
 transformer whose largest tensor has 0.15 GB."""
-
-STEP_INPUTS = ("modulation", "modulation_out", "dsigma")
-"""Inputs that ``qie.engines.editing.denoise`` uploads for every step before the first one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +115,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
     """Estimate ``plan`` and the edit ``work`` (None: the default one); takes seconds and a few hundred megabytes.
 
     Raises:
-        EditError: the images of ``work`` are too narrow.
+        RequestError: the images of ``work`` are too narrow.
     """
     work = workload(plan) if work is None else work
     sizes, largest = sizes_of(plan, work), largest_sizes(plan)

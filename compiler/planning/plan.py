@@ -185,24 +185,27 @@ def check_buildable(plan: Plan) -> None:
             why = "; ".join(str(r) for r in reasons) or f"this qie builds for {', '.join(BUILDERS)}"
             raise BackendMissingError(
                 f"the recipe {plan.recipe_name} builds {part.component} for {' or '.join(wanted)}: {why}. Or use "
-                "--gpu cpu, or --dry-run to see the plan alone"
+                "the recipe cpu",
+                option="gpu",
             )
         section = plan.recipe.components[part.component]
         asked = [scheme for scheme in (section.quantization, section.attention) if scheme != "none"]
         if asked and plan.calibration is None:
             raise CalibrationError(
                 f'the recipe {plan.recipe_name} quantizes {part.component} ("{asked[0]}"), which needs a '
-                "calibration of this model: make one with `qie calibrate` and name it with --calibration"
+                "calibration of this model; make one with `qie calibrate`",
+                option="calibration",
             )
     check_tokenizer(plan.checkpoint)
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise BuildError(f"{path} exists and is no bundle of qie's; name another folder with --out, or delete it")
+        raise BuildError(f"{path} exists and is not a qie bundle; choose another folder or delete it", option="out")
     free = shutil.disk_usage(existing(plan.destination)).free
     if plan.disk_bytes > free:
         raise BuildError(
             f"building the bundle needs {plan.disk_bytes:,} bytes, {existing(plan.destination)} has {free:,} free; "
-            "make room, or choose another disk with --out"
+            "free some space or choose a folder on another disk",
+            option="out",
         )
 
 

@@ -7,7 +7,7 @@ from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.profiles import INSTRUCTION_TOKENS, patch_count
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE, Size
-from qie.engines.errors import EditError
+from qie.engines.errors import RequestError
 from qie.engines.inputs.image import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 from qie.engines.inputs.sizes import calculate_dimensions, resolve_size
@@ -42,12 +42,15 @@ def workload(
     """The edit of these settings. What is None is a square of the model's area, or the recipe's first schedule.
 
     Raises:
-        EditError: a side is not positive, or the plan's engines take fewer images.
+        RequestError: a side is not positive, or the plan's engines take fewer images.
     """
     model, limits = plan.model, plan.model.limits(plan.recipe)
     first = model.schedules(plan.recipe)[0]
     if not 1 <= references <= limits.references_max:
-        raise EditError(f"{references} references were asked for, this plan takes 1 to {limits.references_max}")
+        raise RequestError(
+            f"{references} reference images were requested, this plan takes 1 to {limits.references_max}; use fewer",
+            option="references",
+        )
     square = calculate_dimensions(model.areas.vae_area, 1)
     used, note = resolve_size(limits, *(size or (square.width, square.height)))
     return Workload(

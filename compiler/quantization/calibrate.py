@@ -60,7 +60,7 @@ def calibrate(
 
     Raises:
         CheckpointError: weights are missing or of another shape.
-        EditError: a picture or an instruction is one that the model cannot take.
+        RequestError: a picture or an instruction is one that the model cannot take.
     """
     words = language_values(checkpoint, readers, samples, progress)
     graphs = {component: GRAPHS[component](checkpoint.model, "float32") for component in SMOOTHED}

@@ -24,11 +24,11 @@ from qie.compiler.quantization.blockwise import Segment, Values, run_segments, s
 from qie.compiler.weights.modulation import write_modulation
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CalibrationError
+from qie.engines.inputs.feeds import encoder_feed, language_feed, transformer_feed, vision_feed
 from qie.engines.inputs.image import load_image, prepare
 from qie.engines.inputs.modulation import compute_tables
 from qie.engines.inputs.noise import standard_normal
 from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, encode
-from qie.engines.inputs.rotary import rotary_tables
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs
 
@@ -127,29 +127,12 @@ def language_values(
     model = checkpoint.model
     tokenizer, spec, sizes = load_tokenizer(checkpoint.path), model.prompt, model.areas
     seen = [vision_inputs([prepare(s.image, sizes).vision], model.processor) for s in samples]
-    towers: list[Values] = [
-        {
-            "patches": s.patches,
-            "window_ids": s.window_ids,
-            "image_ids": s.image_ids,
-            "rotary_cos": s.rotary_cos,
-            "rotary_sin": s.rotary_sin,
-            "raster_index": s.raster_index,
-        }
-        for s in seen
-    ]
+    towers: list[Values] = [vision_feed(inputs) for inputs in seen]
     run(GRAPHS["vision"](checkpoint.model, "float32"), readers, towers, progress)
     values: list[Values] = []
     for sample, grids, tower in zip(samples, (s.grids for s in seen), towers, strict=True):
         tokens = encode(tokenizer, [sample.text], grids, spec, allow_blank=True)
-        values.append(
-            {
-                "input_ids": tokens.input_ids,
-                "image_embeds": tower["image_embeds"],
-                "image_index": tokens.image_index,
-                "position_ids": tokens.position_ids,
-            }
-        )
+        values.append(language_feed(tokens, tower["image_embeds"]))
     return values
 
 
@@ -164,7 +147,7 @@ def transformer_values(
     for it, and the modulation of every sigma is computed."""
     model = checkpoint.model
     sizes, scheduler, rotary = model.areas, model.scheduler, model.rotary
-    encoded: list[Values] = [{"image": prepare(s.image, sizes).vae[None]} for s in samples]
+    encoded: list[Values] = [encoder_feed(prepare(s.image, sizes).vae) for s in samples]
     run(GRAPHS["vae_encoder"](checkpoint.model, "float32"), readers, encoded, progress)
     latents = [values["latents"] for values in encoded]
     grids = [(found.shape[1], found.shape[2]) for found in latents]
@@ -185,20 +168,17 @@ def transformer_values(
     for number, (sample, found, grid, strength) in enumerate(zip(samples, latents, grids, strengths, strict=True)):
         x = found.reshape(1, grid[0] * grid[1], -1)
         noise = standard_normal(x.shape, seed=sample.seed, dtype="float32")
-        cos, sin = rotary_tables(rotary, text_tokens=prompts[number].shape[1], grids=[grid, grid])
         values.append(
-            {
-                "latents": (np.float32(1 - strength) * x + np.float32(strength) * noise).astype(np.float32),
-                "reference": x,
-                "prompt_embeds": prompts[number],
-                "rotary_cos": cos,
-                "rotary_sin": sin,
-                "modulation": blocks[number].reshape(record.layers, -1),
-                "modulation_out": out[number],
-                "negative_velocity": np.zeros_like(x),
-                "guidance": np.ones(1, np.float32),
-                "dsigma": np.full(1, -1 / STEPS, np.float32),
-            }
+            transformer_feed(
+                latents_BNC=(np.float32(1 - strength) * x + np.float32(strength) * noise).astype(np.float32),
+                reference_BRC=x,
+                prompt_BLD=prompts[number],
+                rotary=rotary,
+                grids=[grid, grid],
+                modulation_YM=blocks[number].reshape(record.layers, -1),
+                modulation_out_O=out[number],
+                dsigma=-1 / STEPS,
+            )
         )
     return values
 

@@ -130,7 +130,7 @@ def measure(
 
     Raises:
         CheckpointError: weights are missing or of another shape.
-        EditError: a picture or an instruction is one that the model cannot take.
+        RequestError: a picture or an instruction is one that the model cannot take.
     """
     parts: tuple[Subfolder, ...] = ("transformer", "text_encoder", "vae")
     readers: Readers = {part: checkpoint.reader(part) for part in parts}

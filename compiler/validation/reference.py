@@ -25,7 +25,7 @@ from PIL import Image
 
 from qie.compiler.checkpoint.model import CONDITION_AREA, VAE_AREA
 from qie.compiler.weights.weight import DType
-from qie.engines.errors import BackendMissingError, CheckpointError, EditError
+from qie.engines.errors import BackendMissingError, CheckpointError, RequestError
 
 __all__ = ["Reference", "ReferencePrompt", "ReferenceStep", "load_reference", "randn"]
 
@@ -166,14 +166,14 @@ class Reference:
         ``cfg`` <= 1. ``on_step`` sees every step.
 
         Raises:
-            EditError: not exactly one of ``seed`` and ``latents``, or several images for a model that takes one.
+            RequestError: not exactly one of ``seed`` and ``latents``, or several images for a model that takes one.
         """
         if (seed is None) == (latents is None):
             found = "neither seed nor latents are given" if seed is None else "both seed and latents are given"
-            raise EditError(f"{found}, but the noise comes from one of them: give one of the two")
+            raise RequestError(f"{found}, and the noise comes from one of them; give one of the two", option="seed")
         if not self._plus and len(images) != 1:
-            raise EditError(
-                f"{len(images)} images for a model that takes one: give one, or use an Edit-Plus checkpoint"
+            raise RequestError(
+                f"{len(images)} images were given, this model takes 1; use one image or an Edit-Plus checkpoint"
             )
         with self._areas(), self._observed(on_step):
             result = self.pipeline(

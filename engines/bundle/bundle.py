@@ -67,7 +67,7 @@ def is_bundle(path: Path) -> bool:
     return isinstance(data, dict) and {"schema", "qie", "engines"} <= data.keys()
 
 
-def open_bundle(which: str | None = None) -> Bundle:
+def open_bundle(name: str | Path | None = None) -> Bundle:
     """Open a bundle by name or folder; None is the newest one.
 
     The manifest is read and every file's presence and size compared with it; ``verify`` reads contents.
@@ -75,7 +75,7 @@ def open_bundle(which: str | None = None) -> Bundle:
     Raises:
         BundleError: there is no such bundle, its manifest is unreadable, or a file is missing or of another size.
     """
-    path = locate(which)
+    path = locate(name)
     bundle = Bundle(path=path, manifest=read_manifest(path))
     for record in bundle.manifest.files():
         file = path / record.path
@@ -116,23 +116,26 @@ def remove_bundle(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def locate(which: str | None) -> Path:
+def locate(name: str | Path | None) -> Path:
     """The folder of a bundle by name or folder; None is the newest one.
 
     Raises:
         BundleError: there is no such bundle.
     """
-    if which is None:
-        found = bundles()
-        if not found:
+    if name is None:
+        newest = next(iter(bundles()), None)
+        if newest is None:
             raise BundleError(
-                f"there is no bundle in {bundles_folder()}; make one with `qie build pocket --gpu cpu`, "
-                "or name one with --bundle"
+                f"there is no bundle in {bundles_folder()}; build one with `qie build pocket --gpu cpu`, or name one",
+                option="bundle",
             )
-        return found[0]
-    named = bundles_folder() / which
-    for path in (named, Path(which)):
+        return newest
+    for path in (bundles_folder() / name, Path(name)):
         if (path / MANIFEST).is_file():
             return path
-    known = ", ".join(path.name for path in bundles()) or "none"
-    raise BundleError(f"there is no bundle {which!r}, neither by name (known: {known}) nor as a folder; see `qie list`")
+    names = ", ".join(path.name for path in bundles()) or "none"
+    raise BundleError(
+        f"there is no bundle {str(name)!r}, neither by name (available: {names}) nor as a folder; choose one of "
+        "`qie list`",
+        option="bundle",
+    )

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qie.engines.errors import BundleError, EditError
+from qie.engines.errors import BundleError, RequestError
 from qie.engines.terminal import Bars, ago, human_bytes, human_count, table
 
 if TYPE_CHECKING:
     from qie.engines.bundle.bundle import Bundle
     from qie.engines.bundle.manifest import EngineRecord
-    from qie.engines.editing.editor import Edit, Editor
+    from qie.engines.editing.editor import Editor
+    from qie.engines.editing.request import Edit
 
 __all__ = ["JsonOption", "add_commands", "parse_size", "print_json"]
 
@@ -66,22 +67,21 @@ def run(
     """Edit images by an instruction: qie run photo.png "make the sky pink"."""
     *paths, instruction = words
     if not paths or _is_file(instruction):
-        raise EditError(
-            f"{instruction!r} comes last and should be the instruction: give the images first, then what to change, "
-            "see `qie run --help`"
+        raise RequestError(
+            f"{instruction!r} comes last, expected an instruction there; give the images first, then what to change, "
+            "as `qie run --help` shows"
         )
     outputs = _outputs(out, Path(paths[-1]), num_images)
     wanted = parse_size(size)
 
-    from qie.engines.bundle.bundle import open_bundle
-    from qie.engines.editing.editor import Editor, Request
+    from qie.engines.editing.editor import Editor
+    from qie.engines.editing.request import Request
     from qie.engines.inputs.image import check_output, load_image, save_image
 
     for output in outputs:
         check_output(output)
     sources = [load_image(Path(path)) for path in paths]
-    opened = open_bundle(bundle)
-    editor = Editor(opened, residency="sequential")  # one edit needs each engine once
+    editor = Editor(bundle, residency="sequential")  # one edit needs each engine once
     request = Request(
         images=[source.image for source in sources],
         instructions=[instruction],
@@ -228,13 +228,13 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """Width and height of ``1024x768``.
 
     Raises:
-        EditError: it is something else.
+        RequestError: it is something else.
     """
     if text is None:
         return None
     match = SIZE.fullmatch(text.strip().lower())
     if match is None:
-        raise EditError(f"--size is {text!r}, expected width x height in pixels, for example --size 1024x768")
+        raise RequestError(f"--size is {text!r}, expected width x height in pixels; give one such as 1024x768")
     return int(match[1]), int(match[2])
 
 
@@ -246,7 +246,7 @@ def _report_run(
         return print_json(
             {
                 "images": [
-                    {"path": str(path), "seed": seed, "width": image.shape[1], "height": image.shape[0]}
+                    {"path": str(path), "seed": seed, "width": image.width, "height": image.height}
                     for path, image, (_, seed) in zip(outputs, edit.images, edit.samples, strict=True)
                 ],
                 "instruction": edit.samples[0][0],

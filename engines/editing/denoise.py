@@ -1,32 +1,39 @@
 """The denoising loop: from noise to latents along a schedule, one or two passes of the transformer a step.
 
-The pass is diffusers' ``pipelines/qwenimage/pipeline_qwenimage_edit_plus.py`` (__call__, 6. Denoising loop); guidance
-and the Euler step are inside the engine.
+A pass is one of diffusers' ``pipelines/qwenimage/pipeline_qwenimage_edit_plus.py`` (__call__, 6. Denoising loop);
+guidance and the Euler step are inside the engine.
 
 Shape suffixes: B images of the batch, N noise tokens, R reference tokens, L text tokens, D width of the prompt
 embeddings, C latent channels of a token, S steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.engines.bundle.specs import RotarySpec
+from qie.engines.editing.progress import no_progress
+from qie.engines.inputs.feeds import Feed, guidance_feed, latents_feed, step_feed, text_feed
 from qie.engines.inputs.modulation import Tables
 from qie.engines.sessions.session import Session, Tensor
 
-__all__ = ["Moments", "StepState", "denoise", "upload_moments"]
+__all__ = ["Denoiser", "Observer", "StepState", "UploadedSchedule", "denoise", "upload_schedule"]
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepState:
-    """One step as an observer sees it: its number and sigma, the latents before it, both velocities; [B, N, C] each.
+    """One step as an observer sees it.
 
-    ``velocity`` is the conditional pass's own, before guidance; ``negative_velocity`` is None without guidance.
+    Attributes:
+        step: number of the step, from 0.
+        sigma: of the step.
+        latents: float32 [B, N, C], before the step.
+        velocity: float32 [B, N, C], of the conditional pass, before guidance.
+        negative_velocity: float32 [B, N, C], of the negative pass; None without guidance.
     """
 
     step: int
@@ -36,117 +43,211 @@ class StepState:
     negative_velocity: Array | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Moments:
-    """The steps of a schedule in the engine's memory: the sigma of each, and what each brings to the engine.
+Observer = Callable[[StepState], None]
 
-    ``now`` are the tensors that the engine reads, every step is copied into them; none for a session that rebinds.
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class UploadedSchedule:
+    """The steps of a schedule in the memory of the engine.
+
+    Attributes:
+        sigmas: of each step.
+        step_inputs: the engine's inputs that belong to each step.
+        bound: tensors that the engine reads at every step, into which ``step_inputs`` are copied; empty for a session
+            that ``rebinds``, which reads ``step_inputs`` themselves.
     """
 
     sigmas: tuple[float, ...]
-    steps: tuple[dict[str, Tensor], ...]
-    now: dict[str, Tensor]
+    step_inputs: tuple[dict[str, Tensor], ...]
+    bound: dict[str, Tensor]
 
 
-class Rotary(Protocol):
-    """Makes the rotary tables (cos, sin) of a prompt of so many text tokens."""
-
-    def __call__(self, *, text_tokens: int) -> tuple[Array, Array]: ...
-
-
-def upload_moments(session: Session, schedule: Array, tables: Tables) -> Moments:
-    """The steps of ``schedule`` [S + 1] with the modulation of each, uploaded once for all batches of an edit."""
-    steps = [
-        {"modulation": tables.blocks[s], "modulation_out": tables.out[s], "dsigma": np.diff(schedule[s : s + 2])}
-        for s in range(len(schedule) - 1)
-    ]
-    return Moments(
+def upload_schedule(session: Session, schedule: Array, tables: Tables) -> UploadedSchedule:
+    """Upload the steps of ``schedule`` [S + 1] with the modulation of each, once for all batches of an edit."""
+    dsigma_S = np.diff(schedule)
+    feeds = [step_feed(*step) for step in zip(tables.blocks, tables.out, dsigma_S, strict=True)]
+    return UploadedSchedule(
         sigmas=tuple(float(sigma) for sigma in schedule[:-1]),
-        steps=tuple({name: session.upload(array) for name, array in step.items()} for step in steps),
-        now={} if session.rebinds else {name: session.upload(array.copy()) for name, array in steps[0].items()},
+        step_inputs=tuple(_upload(session, feed) for feed in feeds),
+        bound={} if session.rebinds else _upload(session, {name: array.copy() for name, array in feeds[0].items()}),
     )
 
 
-def denoise(
-    session: Session,
-    *,
-    noise_BNC: Array,
-    reference_1RC: Array,
-    prompt_BLD: Array,
-    negative_1LD: Array | None,
-    rotary: Rotary,
-    moments: Moments,
-    guidance: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    observer: Callable[[StepState], None] | None = None,
-) -> Array:
-    """Latents float32 [B, N, C] after the last step of ``moments``.
+class Denoiser:
+    """The denoising of one batch of images of one size; its unit is a step.
 
-    Everything is uploaded before the loop. In the loop nothing is allocated or brought to the host, and nothing waits
-    for the result of a step, unless there is an ``observer``. A session that ``rebinds`` is given what a step brings as
-    other inputs, and latents and next latents change places: nothing is copied. Any other one is given the same
-    tensors in every run, and what is new is copied into them within its own memory.
+    ``Denoiser.start`` uploads everything. ``step`` allocates nothing, copies nothing to the host and waits for nothing.
+    A session that ``rebinds`` gets the inputs of a step as other tensors, and latents and next latents swap. Any other
+    session gets the same tensors in every run, and new values are copied into them within its own memory.
+
+    Attributes:
+        steps: steps of the schedule.
+        steps_done: steps taken so far.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        schedule: UploadedSchedule,
+        *,
+        inputs: dict[str, Tensor],
+        negative_inputs: dict[str, Tensor] | None,
+        outputs: dict[str, Tensor],
+        negative_outputs: dict[str, Tensor] | None,
+    ) -> None:
+        """Use ``start``."""
+        self._session, self._schedule = session, schedule
+        self._inputs, self._outputs = inputs, outputs
+        self._negative_inputs, self._negative_outputs = negative_inputs, negative_outputs
+        self._latents, self._latents_next = inputs["latents"], outputs["latents_next"]
+        self.steps, self.steps_done = len(schedule.step_inputs), 0
+
+    @classmethod
+    def start(
+        cls,
+        session: Session,
+        *,
+        schedule: UploadedSchedule,
+        noise_BNC: Array,
+        reference_1RC: Array,
+        prompt_BLD: Array,
+        negative_1LD: Array | None = None,
+        guidance: float = 1.0,
+        rotary: RotarySpec,
+        grids: Sequence[tuple[int, int]],
+    ) -> "Denoiser":
+        """Upload what the steps of a batch read.
+
+        Args:
+            session: of the transformer.
+            schedule: from ``upload_schedule`` with the same session.
+            noise_BNC: latents at the first sigma.
+            reference_1RC: latents of the reference images, one after the other; the same for the whole batch.
+            prompt_BLD: prompt embeddings, all of one length.
+            negative_1LD: embeddings of the negative prompt; None for no guidance.
+            guidance: scale of classifier-free guidance.
+            rotary: constants of the model's rotary embedding.
+            grids: (height, width) in tokens of the images being generated, then of each reference image.
+
+        Raises:
+            RequestError: a prompt is too long for images of this size.
+            EngineError: the GPU is out of memory.
+        """
+        batch, noise_tokens, _ = noise_BNC.shape
+        sizes = {"batch": batch, "noise_tokens": noise_tokens}
+
+        # 1. What both passes read: latents, references, the inputs of the step.
+        latents = latents_feed(noise_BNC.copy(), np.repeat(reference_1RC, batch, axis=0))
+        shared = _upload(session, latents) | schedule.bound
+
+        # 2. The conditional pass, unguided so far.
+        unguided = _upload(session, guidance_feed(np.zeros_like(noise_BNC), 1.0))
+        inputs = shared | _upload(session, text_feed(prompt_BLD, rotary, grids)) | unguided
+        outputs = {name: session.empty(name, sizes) for name in ("velocity", "latents_next")}
+
+        # 3. The negative pass runs first and unguided; its velocity then guides the conditional pass.
+        negative_inputs = negative_outputs = None
+        if negative_1LD is not None:
+            negative_BLD = np.repeat(negative_1LD, batch, axis=0)
+            negative_inputs = shared | _upload(session, text_feed(negative_BLD, rotary, grids)) | unguided
+            negative_outputs = {name: session.empty(name, sizes) for name in ("velocity", "latents_next")}
+            inputs |= {
+                "negative_velocity": negative_outputs["velocity"],
+                "guidance": session.upload(np.full(1, guidance, np.float32)),
+            }
+        return cls(
+            session,
+            schedule,
+            inputs=inputs,
+            negative_inputs=negative_inputs,
+            outputs=outputs,
+            negative_outputs=negative_outputs,
+        )
+
+    @property
+    def sigma(self) -> float:
+        """Sigma of the next step."""
+        return self._schedule.sigmas[self.steps_done]
+
+    def step(self) -> None:
+        """Take one step of the schedule: the negative pass where there is guidance, then the conditional pass.
+
+        Raises:
+            EngineError: the backend failed.
+        """
+        session, step_inputs = self._session, self._schedule.step_inputs[self.steps_done]
+        rebound = step_inputs | {"latents": self._latents} if session.rebinds else {}
+        if not session.rebinds:
+            for name, tensor in step_inputs.items():
+                session.copy(tensor, self._schedule.bound[name])
+        if self._negative_inputs is not None and self._negative_outputs is not None:
+            session.run(self._negative_inputs | rebound, self._negative_outputs)
+        session.run(self._inputs | rebound, self._outputs | {"latents_next": self._latents_next})
+        if session.rebinds:
+            self._latents, self._latents_next = self._latents_next, self._latents
+        else:
+            session.copy(self._latents_next, self._latents)
+        self.steps_done += 1
+
+    def latents(self) -> Array:
+        """Latents float32 [B, N, C] after the steps so far."""
+        return _download(self._session, self._latents)
+
+    def set_latents(self, latents_BNC: Array) -> None:
+        """Replace the latents before the next step, to force it onto another trajectory (teacher forcing)."""
+        self._session.copy(self._session.upload(latents_BNC), self._latents)
+
+    def velocity(self) -> Array:
+        """Velocity float32 [B, N, C] of the last step's conditional pass, before guidance."""
+        return _download(self._session, self._outputs["velocity"])
+
+    def negative_velocity(self) -> Array | None:
+        """Velocity float32 [B, N, C] of the last step's negative pass; None without guidance."""
+        if self._negative_outputs is None:
+            return None
+        return _download(self._session, self._negative_outputs["velocity"])
+
+
+def denoise(
+    denoiser: Denoiser,
+    *,
+    progress: Callable[[int, int], None] = no_progress,
+    observer: Observer | None = None,
+) -> Array:
+    """Take all remaining steps of ``denoiser``: latents float32 [B, N, C] after the last one.
+
+    ``progress`` is called with (steps done, steps in all). ``observer`` sees every step, for which its tensors are
+    copied to the host.
 
     Raises:
-        EditError: the backend failed.
+        EngineError: the backend failed.
     """
-    batch, noise_tokens, _ = noise_BNC.shape
-    sizes = {"batch": batch, "noise_tokens": noise_tokens}
-
-    # 1. What both passes read: the latents, what the step brings, the references.
-    latents, following = session.upload(noise_BNC.copy()), session.empty("latents_next", sizes)
-    reference = session.upload(np.repeat(reference_1RC, batch, axis=0))
-    shared = {"latents": latents, **moments.now, "reference": reference}
-
-    # 2. The passes. The negative one runs first and alone; its velocity then guides the other.
-    zeros, one = session.upload(np.zeros_like(noise_BNC)), session.upload(np.ones(1, np.float32))
-    alone = {"negative_velocity": zeros, "guidance": one}
-    positive = shared | _text(session, prompt_BLD, rotary) | alone
-    velocity = session.empty("velocity", sizes)
-    negative_velocity = None
-    if negative_1LD is not None:
-        negative = shared | _text(session, np.repeat(negative_1LD, batch, axis=0), rotary) | alone
-        negative_velocity, unused = session.empty("velocity", sizes), session.empty("latents_next", sizes)
-        positive |= {
-            "negative_velocity": negative_velocity,
-            "guidance": session.upload(np.full(1, guidance, np.float32)),
-        }
-
-    # 3. The loop.
-    for step, brought in enumerate(moments.steps):
-        progress(step, len(moments.steps))
-        now = brought | {"latents": latents} if session.rebinds else {}
-        if not session.rebinds:
-            for name, tensor in brought.items():
-                session.copy(tensor, moments.now[name])
-        if negative_velocity is not None:
-            session.run(negative | now, {"velocity": negative_velocity, "latents_next": unused})
-        session.run(positive | now, {"velocity": velocity, "latents_next": following})
-        if observer is not None:
-            observer(
-                StepState(
-                    step=step,
-                    sigma=moments.sigmas[step],
-                    latents=_copy(session, latents),
-                    velocity=_copy(session, velocity),
-                    negative_velocity=None if negative_velocity is None else _copy(session, negative_velocity),
-                )
-            )
-        if session.rebinds:
-            latents, following = following, latents
+    while denoiser.steps_done < denoiser.steps:
+        progress(denoiser.steps_done, denoiser.steps)
+        if observer is None:
+            denoiser.step()
         else:
-            session.copy(following, latents)
-    progress(len(moments.steps), len(moments.steps))
-    return _copy(session, latents)
+            observer(_observed_step(denoiser))
+    progress(denoiser.steps, denoiser.steps)
+    return denoiser.latents()
 
 
-def _text(session: Session, prompt_BLD: Array, rotary: Rotary) -> dict[str, Tensor]:
-    """Prompt embeddings, and the rotary tables that belong to their length."""
-    cos, sin = rotary(text_tokens=prompt_BLD.shape[1])
-    arrays: dict[str, NDArray[Any]] = {"prompt_embeds": prompt_BLD, "rotary_cos": cos, "rotary_sin": sin}
-    return {name: session.upload(array) for name, array in arrays.items()}
+def _observed_step(denoiser: Denoiser) -> StepState:
+    step, sigma, latents = denoiser.steps_done, denoiser.sigma, denoiser.latents()
+    denoiser.step()
+    return StepState(
+        step=step,
+        sigma=sigma,
+        latents=latents,
+        velocity=denoiser.velocity(),
+        negative_velocity=denoiser.negative_velocity(),
+    )
 
 
-def _copy(session: Session, tensor: Tensor) -> Array:
-    """The content of ``tensor``, free of the engine's memory."""
+def _upload(session: Session, feed: Feed) -> dict[str, Tensor]:
+    return {name: session.upload(array) for name, array in feed.items()}
+
+
+def _download(session: Session, tensor: Tensor) -> Array:
+    """A copy of the content of ``tensor`` in the host's own memory."""
     return np.array(session.download(tensor), np.float32)

@@ -1,4 +1,4 @@
-"""Images on the host: read a file, make the sizes that a pipeline wants, write the result.
+"""Images on the host: read a file, resize to what a pipeline takes, write the result.
 
 Shape suffixes: H W C height, width and the 3 channels of an image, uint8 in 0 .. 255, sRGB.
 """
@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from qie.engines.bundle.specs import Areas
-from qie.engines.errors import EditError
+from qie.engines.errors import ImageError
 from qie.engines.files import replacing
 from qie.engines.inputs.sizes import calculate_dimensions
 
@@ -42,15 +42,15 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded: twice Pillow's MAX_IMAGE_PIXELS, where Pillow itself suspects a decompression bomb."""
 
 MAX_ASPECT = 200
-"""Longest side over shortest side (transformers image_processing_pil_qwen2_vl.py, `smart_resize`)."""
+"""Longest side over shortest side (transformers image_processing_pil_qwen2_vl.py, ``smart_resize``)."""
 
 _READERS: dict[re.Pattern[bytes], type[ImageFile.ImageFile]] = {
     re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
     re.compile(rb"\xff\xd8\xff"): JpegImageFile,
     re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
 }
-"""First bytes of a file -> its reader. They are called by themselves because `Image.open` refuses or warns about large
-sizes without saying what they are."""
+"""First bytes of a file -> its reader. They are called directly because ``Image.open`` refuses or warns about large
+sizes without naming them."""
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error)
 """What Pillow's readers raise for damaged files."""
@@ -71,8 +71,9 @@ _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
 class SourceImage:
     """An image as the pipelines take it.
 
-    image: mode RGB, 8 bits, sRGB, upright
-    notes: what was done to the file's content to make it so, for a person to read
+    Attributes:
+        image: mode RGB, 8 bits, sRGB, upright.
+        notes: the conversions applied to the file's content, for a person to read.
     """
 
     image: Image.Image
@@ -83,8 +84,9 @@ class SourceImage:
 class Prepared:
     """The two copies of one image.
 
-    vision: mode RGB, for `vision.vision_inputs`
-    vae: uint8 [H, W, 3], for the VAE's graph
+    Attributes:
+        vision: mode RGB, for ``vision.vision_inputs``.
+        vae: uint8 [H, W, 3], for the VAE encoder.
     """
 
     vision: Image.Image
@@ -92,12 +94,14 @@ class Prepared:
 
 
 def load_image(path: Path) -> SourceImage:
-    """Read a PNG, JPEG or WebP file, told apart by their content.
+    """Read a PNG, JPEG or WebP file; the content decides the format, not the suffix.
 
-    What is returned is the first frame, turned as its EXIF orientation says, converted to sRGB from its ICC profile,
-    flattened onto white and reduced to 8 bits a channel.
-    Raises EditError when the file is missing, empty, a folder, damaged or of another format, when it has more than
-    MAX_PIXELS (found before anything is decoded), and when one side is more than MAX_ASPECT times the other.
+    The result is the first frame with its EXIF orientation applied, converted to sRGB from its ICC profile, flattened
+    onto white and reduced to 8 bits a channel.
+
+    Raises:
+        ImageError: the file is missing, empty, a folder, damaged or of another format, has more than ``MAX_PIXELS``
+            (checked before anything is decoded), or one side is more than ``MAX_ASPECT`` times the other.
     """
     head, reader = _identify(path)
     try:
@@ -113,47 +117,48 @@ def load_image(path: Path) -> SourceImage:
                 notes.append("EXIF orientation applied")
             rgb, colour_notes = _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise EditError(f"{path} is too large an image ({error}); make it smaller.") from error
+        raise ImageError(f"{path} is too large to decode ({error}); make it smaller") from error
     except _DECODE_ERRORS as error:
-        raise EditError(f"{path} is a damaged or truncated image ({error}); take an intact copy of it.") from error
+        raise ImageError(f"{path} is a damaged or truncated image ({error}); use an intact copy") from error
     return SourceImage(image=rgb, notes=(*notes, *colour_notes))
 
 
 def _identify(path: Path) -> tuple[bytes, type[ImageFile.ImageFile]]:
     """The first bytes of a file and the reader for its content."""
     if path.is_dir():
-        raise EditError(f"{path} is a folder; name one image file.")
+        raise ImageError(f"{path} is a folder; give an image file")
     try:
         with path.open("rb") as file:
             head = file.read(32)
     except FileNotFoundError as error:
-        raise EditError(f"There is no image {path}; check the path.") from error
+        raise ImageError(f"{path} does not exist; check the path") from error
     except OSError as error:
-        raise EditError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+        raise ImageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if not head:
-        raise EditError(f"{path} is an empty file; an image was expected.")
+        raise ImageError(f"{path} is an empty file; give an image")
     for signature, reader in _READERS.items():
         if signature.match(head):
             return head, reader
-    raise EditError(
-        f"{path} is not a PNG, JPEG or WebP image (it starts with {head[:8]!r}); convert it to one of these."
+    raise ImageError(
+        f"{path} is not a PNG, JPEG or WebP image (it starts with {head[:8]!r}); convert it to one of these formats"
     )
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise EditError(
-            f"{path} is {width:,} x {height:,} pixels, {width * height / 1e6:,.0f} megapixels, but at most "
-            f"{MAX_PIXELS / 1e6:,.0f} megapixels are read; make it smaller."
+        raise ImageError(
+            f"{path} has {width:,} x {height:,} pixels, {width * height / 1e6:,.0f} megapixels, expected at most "
+            f"{MAX_PIXELS / 1e6:,.0f} megapixels; make it smaller"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise EditError(
-            f"{path} is {width:,} x {height:,} pixels, but a side may be at most {MAX_ASPECT} times the other; crop it."
+        raise ImageError(
+            f"{path} has {width:,} x {height:,} pixels, expected a side of at most {MAX_ASPECT} times the other; "
+            "crop it"
         )
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Any mode that the readers give, as sRGB of mode RGB, and notes on what was lost or added."""
+    """Convert any mode that the readers give to sRGB of mode RGB, with notes on what was lost or added."""
     notes = []
     profile = image.info.get("icc_profile")
     if image.mode == "I;16":
@@ -193,23 +198,25 @@ def _from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 
 def output_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) of about `area` square pixels at the aspect of `image_size` (width, height); multiples of 32.
+    """(width, height) of about ``area`` square pixels at the aspect of ``image_size`` (width, height); multiples of 32.
 
-    For the last image of an edit and the model's `vae_area`, the default size of the result (diffusers
-    pipeline_qwenimage_edit_plus.py, `__call__`; its further rounding to multiples of 16 changes nothing).
-    Raises EditError when a side would be rounded to nothing.
+    For the last image of an edit and the model's ``vae_area``, this is the default size of the result (diffusers
+    pipeline_qwenimage_edit_plus.py, ``__call__``; its further rounding to multiples of 16 changes nothing).
+
+    Raises:
+        ImageError: a side would be rounded to 0.
     """
     size = calculate_dimensions(area, image_size[0] / image_size[1])
     if not (size.width and size.height):
-        raise EditError(
-            f"An image of {image_size[0]} x {image_size[1]} pixels is too narrow for this model, which works on "
-            f"{area} square pixels; crop it."
+        raise ImageError(
+            f"an image of {image_size[0]} x {image_size[1]} pixels is too narrow for this model, which resizes images "
+            f"to {area} square pixels; crop it"
         )
     return size.width, size.height
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image at another size in pixels, by Lanczos (diffusers image_processor.py, `VaeImageProcessor.resize`)."""
+    """The image at another size in pixels, by Lanczos (diffusers image_processor.py, ``VaeImageProcessor.resize``)."""
     return image.resize((width, height), resample=Image.Resampling.LANCZOS)
 
 
@@ -221,8 +228,10 @@ def to_uint8_HWC(image: Image.Image) -> NDArray[np.uint8]:
 def prepare(image: Image.Image, areas: Areas) -> Prepared:
     """The vision tower's and the VAE's copy of an image, as the model's pipeline makes them.
 
-    Edit-Plus makes both from the original; Edit makes one and uses it for both.
-    Raises EditError when the image is too narrow for an area.
+    Edit-Plus resizes the original twice; Edit uses one copy for both.
+
+    Raises:
+        ImageError: the image is too narrow for an area.
     """
     vae = resize(image, *output_size(image.size, areas.vae_area))
     vision = vae
@@ -232,29 +241,36 @@ def prepare(image: Image.Image, areas: Areas) -> Prepared:
 
 
 def check_output(path: Path) -> None:
-    """See that an image can be written to `path` before work is spent on it.
+    """Check that an image can be written to ``path``, before work is spent on it.
 
-    Raises EditError for a suffix other than .png, .jpg, .jpeg and .webp, and for a folder that is missing or may not be
-    written to.
+    Raises:
+        ImageError: the suffix is not .png, .jpg, .jpeg or .webp, or the folder is missing or read-only.
     """
     if path.suffix.lower() not in _WRITERS:
-        raise EditError(f"{path} names no format that can be written; end it in one of {', '.join(_WRITERS)}.")
+        raise ImageError(
+            f"{path} has the suffix {path.suffix!r}, which names no image format; use one of {', '.join(_WRITERS)}",
+            option="out",
+        )
     if not path.parent.is_dir():
-        raise EditError(f"There is no folder {path.parent} to write {path.name} into; make it or choose another.")
+        raise ImageError(f"there is no folder {path.parent} for {path.name}; create it or choose another", option="out")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise EditError(f"{path} cannot be written (it is a folder, or its folder is read-only); choose another place.")
+        raise ImageError(
+            f"{path} cannot be written (it is a folder, or its folder is read-only); choose another path", option="out"
+        )
 
 
-def save_image(image_HWC: NDArray[np.uint8], path: Path) -> None:
-    """Write an image, uint8 [H, W, 3], in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
 
     The file appears whole or not at all; an existing one is replaced.
-    Raises EditError as `check_output` does, and when the file cannot be written.
+
+    Raises:
+        ImageError: as ``check_output``, or the file cannot be written.
     """
     check_output(path)
     format_name, options = _WRITERS[path.suffix.lower()]
     try:
         with replacing(path) as temporary:
-            Image.fromarray(image_HWC).save(temporary, format=format_name, **options)
+            image.save(temporary, format=format_name, **options)
     except (OSError, ValueError) as error:
-        raise EditError(f"{path} cannot be written ({error}); choose another place or format.") from error
+        raise ImageError(f"{path} cannot be written ({error}); choose another path or format", option="out") from error

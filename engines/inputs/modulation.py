@@ -1,6 +1,6 @@
-"""Modulation tables: what the timestep says to every block, made once for a schedule.
+"""Modulation tables: the modulation of every block at every step of a schedule.
 
-A third of the transformer's parameters depend on the timestep alone. They are not in the engine; a schedule's tables
+A third of the transformer's parameters depend only on the timestep. They are not in the engine; a schedule's tables
 are read from the bundle, or computed here by streaming those weights once, block by block, and then cached.
 
 Formulas: diffusers ``models/embeddings.py`` (get_timestep_embedding, TimestepEmbedding) and
@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.manifest import ModulationRecord
-from qie.engines.files import replacing
+from qie.engines.files import qie_home, replacing
+from qie.engines.inputs.bfloat16 import narrow, widen
 
 __all__ = [
     "SCHEDULES",
     "Tables",
     "compute_tables",
     "modulation_tables",
+    "silu",
     "store_tables",
     "table_name",
     "timesteps",
@@ -56,14 +58,21 @@ def modulation_tables(
     record: ModulationRecord,
     sigmas: Array,
     *,
-    cache: Path,
+    cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tables:
     """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
 
-    A file that is damaged counts as absent; where the cache cannot be written, the next call computes again.
-    ``progress`` is called with (blocks done, blocks) while computing.
+    A damaged file counts as absent; where the cache cannot be written, the next call computes again.
+
+    Args:
+        folder: of the bundle.
+        record: the bundle's modulation weights.
+        sigmas: float32 [S + 1], from ``schedule.sigmas``.
+        cache: folder of tables that are not in the bundle; None is ``modulation`` in ``qie_home()``.
+        progress: called with (blocks done, blocks) while computing.
     """
+    cache = qie_home() / "modulation" if cache is None else cache
     name = table_name(record, sigmas)
     for place in (folder / SCHEDULES / name, cache / name):
         stored = _load(place, record, len(sigmas) - 1)
@@ -76,7 +85,7 @@ def modulation_tables(
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
-    """File name of the tables of ``sigmas``: a digest of all that decides their content."""
+    """File name of the tables of ``sigmas``: a digest of everything that decides their content."""
     decided_by = f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
     return f"{hashlib.sha256(decided_by.encode()).hexdigest()[:32]}.npy"
 
@@ -93,8 +102,8 @@ def compute_tables(
 ) -> Array:
     """float32 [S, L * M * D + 2 * D]: every block's rows, then gain and shift of the output norm.
 
-    A gain is 1 + scale, by which a normed value is multiplied: the sum is taken here, in float32, so that a small gain
-    keeps its digits in whatever dtype the tables are stored. One block's weights are in memory at a time.
+    A gain is 1 + scale, by which a normalized value is multiplied. The sum is taken here, in float32, so that a small
+    gain keeps its precision in the dtype in which the tables are stored. One block's weights are in memory at a time.
     """
     weights = Weights(folder, record)
     conditioning_SD = _conditioning(weights, timesteps(sigmas))
@@ -119,7 +128,7 @@ def compute_tables(
 
 
 def timesteps(sigmas: Array) -> Array:
-    """What the model sees at each step, float32 [S]: sigma * 1000 / 1000, rounded as diffusers rounds it."""
+    """The model's timestep at each step, float32 [S]: sigma * 1000 / 1000, rounded as diffusers rounds it."""
     return (sigmas[:-1] * np.float32(1000)) / np.float32(1000)
 
 
@@ -127,7 +136,7 @@ class Weights:
     """The modulation weights of a bundle, mapped and widened one tensor at a time."""
 
     def __init__(self, folder: Path, record: ModulationRecord) -> None:
-        self._bytes = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
+        self.mapped = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
         self._tensors = {t.name: t for t in record.tensors}
 
     def read(self, name: str) -> Array:
@@ -135,8 +144,8 @@ class Weights:
         tensor = self._tensors[name]
         dtype = np.dtype(np.uint16 if tensor.dtype == "bfloat16" else np.float32)
         count = int(np.prod(tensor.shape)) * dtype.itemsize
-        raw = self._bytes[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
-        return _widen(raw)
+        raw = self.mapped[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
+        return widen(raw)
 
     def linear(self, name: str, x: Array) -> Array:
         """``x @ weight.T + bias`` with the checkpoint's [out, in] weight."""
@@ -149,12 +158,12 @@ def _conditioning(weights: Weights, timestep_S: Array) -> Array:
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = np.float32(1000) * (timestep_S[:, None] * frequencies)
     channels = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    hidden: Array = _silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
-    return _silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
+    hidden: Array = silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
+    return silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
 
 
 def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generic] | None:
-    """The array in a file of tables; None where there is none, or another one than these steps' is expected."""
+    """The array in a file of tables; None where it is absent, damaged or of other steps."""
     try:
         stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -165,28 +174,16 @@ def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generi
 
 
 def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:
-    return _narrow(flat) if record.tables == "bfloat16" else flat
+    return narrow(flat) if record.tables == "bfloat16" else flat
 
 
 def _tables(stored: NDArray[np.generic], record: ModulationRecord) -> Tables:
-    flat = _widen(stored)
+    flat = widen(stored)
     blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
     return Tables(blocks=blocks.reshape(len(flat), record.layers, -1), out=out)
 
 
-def _silu(x: Array) -> Array:
+def silu(x: Array) -> Array:
+    """Compute x * sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp overflows to infinity, and the quotient is the 0 that it should be
         return np.asarray(x / (np.float32(1) + np.exp(-x)), np.float32)
-
-
-def _widen(raw: NDArray[np.generic]) -> Array:
-    """bfloat16 bits (uint16) or float32 as float32."""
-    if raw.dtype == np.uint16:
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.asarray(raw, dtype=np.float32)
-
-
-def _narrow(x: Array) -> NDArray[np.uint16]:
-    """float32 as bfloat16 bits, rounded to nearest even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

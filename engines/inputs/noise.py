@@ -1,6 +1,6 @@
 """The starting noise of an edit: the numbers that torch's CPU generator gives for a seed, without torch.
 
-`torch.randn` on a CPU is three things, and each is repeated here step by step:
+``torch.randn`` on a CPU is three steps, and each is reproduced here:
 
 1. The generator is mt19937, seeded with the low 32 bits of the seed (ATen/core/MT19937RNGEngine.h). numpy's RandomState
    holds the same generator and seeding, and its stream is frozen.
@@ -26,12 +26,13 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.errors import EditError
+from qie.engines.errors import RequestError
+from qie.engines.inputs.bfloat16 import round_to_bfloat16
 
 __all__ = ["TORCH_SEED_RANGE", "standard_normal"]
 
 TORCH_SEED_RANGE: Final = range(-(2**63), 2**64)
-"""The seeds that `torch.Generator.manual_seed` takes. Those with equal low 32 bits give equal noise on a CPU."""
+"""The seeds that ``torch.Generator.manual_seed`` takes. Those with equal low 32 bits give equal noise on a CPU."""
 
 Float32 = NDArray[np.float32]
 
@@ -63,27 +64,33 @@ _QUARTER_PI: Final = np.array([0.78515625, 2.4187564849853515625e-4, 3.774894977
 
 
 def standard_normal(shape: tuple[int, ...], *, seed: int, dtype: Literal["float32", "bfloat16"]) -> Float32:
-    """The values of `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)` on a CPU.
+    """The values of ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)`` on a CPU.
 
-    shape: of the result; any rank, () and sizes of 0 included.
-    seed: one of TORCH_SEED_RANGE; as in torch no bool, no float.
-    dtype: the torch dtype that is reproduced. "bfloat16" returns its values widened to float32, which is exact.
-
-    Returns float32 of mean 0 and variance 1; the module's docstring says how closely it equals torch's.
-    Raises EditError for a seed that torch refuses too.
-
-    A batch follows from calls: diffusers' `randn_tensor` (utils/torch_utils.py) with a list of generators draws each
+    A batch is several calls: diffusers' ``randn_tensor`` (utils/torch_utils.py) with a list of generators draws each
     sample with its own generator and a leading 1 in the shape, then concatenates. One call with a leading B is what it
     does with a single generator.
+
+    Args:
+        shape: of the result; any rank, () and sizes of 0 included.
+        seed: one of ``TORCH_SEED_RANGE``; as in torch no bool, no float.
+        dtype: the torch dtype to reproduce. "bfloat16" returns its values widened to float32, which is exact.
+
+    Returns:
+        float32 of mean 0 and variance 1; the module's docstring says how closely it equals torch's.
+
+    Raises:
+        RequestError: torch refuses the seed too.
     """
     if type(seed) is not int or seed not in TORCH_SEED_RANGE:
-        raise EditError(f"The seed {seed!r} cannot be used: give a whole number from -2**63 to 2**64 - 1.")
+        raise RequestError(
+            f"the seed is {seed!r}, expected a whole number from -2**63 to 2**64 - 1; use another seed", option="seeds"
+        )
     size = math.prod(shape)
     if size < _BLOCK:
         values_S = _normal_pairs(_draw(seed, 4 * _BLOCK), size)
     else:
-        # A size that is no multiple of 16 ends with 16 values drawn anew. torch has by then drawn one number for every
-        # value in float32, and one for every value of a whole block in bfloat16.
+        # A size that is not a multiple of 16 ends with 16 values drawn again. By then torch has drawn one number for
+        # every value in float32, and one for every value of a whole block in bfloat16.
         whole = size - size % _BLOCK
         drawn = size if dtype == "float32" else whole
         draws_D = _draw(seed, drawn + _BLOCK)
@@ -91,11 +98,11 @@ def standard_normal(shape: tuple[int, ...], *, seed: int, dtype: Literal["float3
         values_S = normal_D[:size].copy()
         if whole < size:
             values_S[-_BLOCK:] = normal_D[whole:]
-    return (values_S if dtype == "float32" else _round_to_bfloat16(values_S)).reshape(shape)
+    return (values_S if dtype == "float32" else round_to_bfloat16(values_S)).reshape(shape)
 
 
 def _draw(seed: int, count: int) -> NDArray[np.uint32]:
-    """The generator's first `count` 32-bit numbers."""
+    """The generator's first ``count`` 32-bit numbers."""
     return np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 2**32, size=count, dtype=np.uint32)
 
 
@@ -155,9 +162,3 @@ def _polynomial(coefficients: Float32, x: Float32) -> Float32:
 def _fma(a: Float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
     """A * b + c rounded to float32: a float64 holds the product exactly, and the sum with 29 bits to spare."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
-
-
-def _round_to_bfloat16(x: Float32) -> Float32:
-    """The nearest bfloat16, ties to even, as float32; x finite."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)

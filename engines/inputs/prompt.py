@@ -1,4 +1,4 @@
-"""The prompt of an edit: the template around the instruction, its tokens, and where image embeddings and positions go.
+"""The prompt of an edit: the template around the instruction, its tokens, and the places of image embeddings.
 
 Shape suffixes: B instructions, S tokens of the longest prompt.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.specs import PromptSpec
-from qie.engines.errors import EditError
+from qie.engines.errors import ImageError, RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ SYSTEM = (
     "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
     "requirements while maintaining consistency with the original input where appropriate."
 )
-"""What the model is told to do (diffusers pipeline_qwenimage_edit.py and _edit_plus.py, prompt_template_encode)."""
+"""The system prompt (diffusers pipeline_qwenimage_edit.py and _edit_plus.py, prompt_template_encode)."""
 
 PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 """The fixed beginning of every prompt, the same for both pipelines."""
@@ -41,7 +41,7 @@ PREFIX_TOKENS = 64
 
 
 DEFAULT_NEGATIVE = " "
-"""The negative prompt that the model card uses where a person gives none."""
+"""The default negative prompt of the model card."""
 
 _SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 _IMAGE_PAD = "<|image_pad|>"
@@ -58,11 +58,12 @@ _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", _IMAGE
 class PromptTokens:
     """A batch of prompts about the same images, padded on the right to S tokens.
 
-    input_ids: int64 [B, S]; padding is 0
-    image_index: int64 [B, S], the row of the image embeddings (of all images, in the processor's order) that takes the
-        token's place; -1 for text and padding
-    position_ids: int64 [3, B, S], frame, height and width positions; padding is 0
-    lengths: tokens of each prompt, its prefix included
+    Attributes:
+        input_ids: int64 [B, S]; padding is 0.
+        image_index: int64 [B, S], the row of the image embeddings (of all images, in the image processor's order) that
+            takes the token's place; -1 for text and padding.
+        position_ids: int64 [3, B, S], frame, height and width positions; padding is 0.
+        lengths: tokens of each prompt, its prefix included.
     """
 
     input_ids: NDArray[np.int64]
@@ -86,16 +87,21 @@ def encode(
 ) -> PromptTokens:
     """The prompts of several instructions about the same images.
 
-    tokenizer: of the checkpoint, with its special tokens
-    grids: (frames, height, width) in patches of each image, `VisionInputs.grids`
-    allow_blank: accept an instruction without a word, such as DEFAULT_NEGATIVE
+    Special tokens in an instruction are special tokens, as in transformers' processor; vision tokens are refused.
 
-    Special tokens in an instruction mean what they mean to transformers' processor; vision tokens are refused.
-    Raises EditError for no or several images where the pipeline takes one, and for an instruction that is blank, is too
-    long or holds a vision token.
+    Args:
+        tokenizer: of the checkpoint, with its special tokens.
+        instructions: texts of the prompts.
+        grids: (frames, height, width) in patches of each image, ``VisionInputs.grids``.
+        spec: constants of the model's prompt.
+        allow_blank: accept an instruction without a word, such as ``DEFAULT_NEGATIVE``.
+
+    Raises:
+        ImageError: the pipeline takes one image, and there are none or several.
+        RequestError: an instruction is blank, too long or holds a vision token.
     """
     if spec.pipeline == "edit" and len(grids) != 1:
-        raise EditError(f"This model edits one image, but {len(grids)} were given: pass one, or use an Edit-Plus one.")
+        raise ImageError(f"{len(grids)} images were given, this model takes 1; use one image or an Edit-Plus model")
     for instruction in instructions:
         _check_instruction(tokenizer, instruction, spec, allow_blank)
 
@@ -125,14 +131,14 @@ def encode(
 
 def _check_instruction(tokenizer: "Tokenizer", instruction: str, spec: PromptSpec, allow_blank: bool) -> None:
     if not instruction.strip() and not allow_blank:
-        raise EditError("The instruction is empty: say in words what should change in the image.")
+        raise RequestError("the instruction is empty; describe what to change in the image", option="instructions")
     for token in _VISION_TOKENS:
         if token in instruction:
-            raise EditError(f"The instruction contains {token}, which stands for an image in the prompt: remove it.")
-    found = len(tokenizer.encode(instruction, add_special_tokens=False).ids)
-    if found > spec.max_instruction_tokens:
-        raise EditError(
-            f"The instruction is {found} tokens long, but may have at most {spec.max_instruction_tokens}: shorten it."
+            raise RequestError(f"the instruction contains {token}, which marks an image in the prompt; remove it")
+    tokens = len(tokenizer.encode(instruction, add_special_tokens=False).ids)
+    if tokens > spec.max_instruction_tokens:
+        raise RequestError(
+            f"the instruction has {tokens} tokens, expected at most {spec.max_instruction_tokens}; shorten it"
         )
 
 
@@ -142,7 +148,8 @@ def _positions(
     """Frame, height and width position of every token of one prompt: int64 [3, S].
 
     Text advances all three by one a token. An image starts where the text before it ended and spreads over its grid of
-    tokens; the text after it continues behind its longer side (transformers modeling_qwen2_5_vl.py, `get_rope_index`).
+    tokens; the text after it continues behind its longer side (transformers modeling_qwen2_5_vl.py,
+    ``get_rope_index``).
     """
     remaining = iter(grids)
     position, parts = 0, []

@@ -1,7 +1,7 @@
 """The inputs of the vision tower: patches, windows and rotary tables, computed on the host.
 
-Most blocks of the tower attend within windows, so the patches are put into window order here, and the host says how the
-merger's output returns to the processor's order.
+Most blocks of the tower attend within windows, so the patches are put into window order here, with the index that
+returns the merger's output to the image processor's order.
 
 Shape suffixes: P patches of all images together, M = P / merge_size ** 2 merged cells; X values of a patch, 3 *
 temporal_patch_size * patch_size ** 2; A = head_dim / 2 rotary angles; H W C height, width and 3 channels of an image.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.engines.bundle.specs import VisionSpec
-from qie.engines.errors import EditError
+from qie.engines.errors import ImageError
 from qie.engines.inputs.image import MAX_ASPECT
 from qie.engines.inputs.rotary import rotary_frequencies
 
@@ -27,12 +27,13 @@ __all__ = ["VisionInputs", "smart_resize", "vision_inputs"]
 class VisionInputs:
     """Inputs of the vision tower for the images of one edit; the rows of P are in window order.
 
-    patches: float32 [P, X], normalized
-    window_ids: int64 [P], equal exactly for patches of one window; a window belongs to one image
-    image_ids: int64 [P], index of the patch's image
-    rotary_cos, rotary_sin: float32 [P, A], angles of the row, then of the column; both halves of a head use the same
-    raster_index: int64 [M], `merged[raster_index]` is the merger's output image after image, in raster order
-    grids: (frames, height, width) of each image in patches; frames is 1
+    Attributes:
+        patches: float32 [P, X], normalized.
+        window_ids: int64 [P], equal exactly for patches of one window; a window belongs to one image.
+        image_ids: int64 [P], index of the patch's image.
+        rotary_cos, rotary_sin: float32 [P, A], angles of the row, then of the column; both halves of a head share them.
+        raster_index: int64 [M], ``merged[raster_index]`` is the merger's output image after image, in raster order.
+        grids: (frames, height, width) of each image in patches; frames is 1.
     """
 
     patches: NDArray[np.float32]
@@ -45,16 +46,17 @@ class VisionInputs:
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels that the tower takes an image of this size at.
+    """(height, width) in pixels to which the tower resizes an image of this size.
 
-    Both are multiples of `factor`; their product lies within min_pixels .. max_pixels where the aspect allows it
-    (transformers image_processing_pil_qwen2_vl.py, `smart_resize`).
-    Raises EditError when one side is more than MAX_ASPECT times the other.
+    Both are multiples of ``factor``; their product lies within ``min_pixels`` .. ``max_pixels`` where the aspect allows
+    it (transformers image_processing_pil_qwen2_vl.py, ``smart_resize``).
+
+    Raises:
+        ImageError: one side is more than ``MAX_ASPECT`` times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise EditError(
-            f"The vision tower was given an image of {width} x {height} pixels, but a side may be at most {MAX_ASPECT} "
-            "times the other: crop the image."
+        raise ImageError(
+            f"an image has {width} x {height} pixels, expected a side of at most {MAX_ASPECT} times the other; crop it"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -71,9 +73,11 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 def vision_inputs(images: Sequence[Image.Image], spec: VisionSpec) -> VisionInputs:
     """The tower's inputs for the images of one edit, mode RGB, in the order in which the prompt names them.
 
-    Equal to what transformers makes of them in `Qwen2VLImageProcessorPil`, then in vision_utils.py,
-    `get_vision_window_index` and `get_vision_position_ids`.
-    Raises EditError when an image is too narrow.
+    Equal to transformers' ``Qwen2VLImageProcessorPil``, followed by ``get_vision_window_index`` and
+    ``get_vision_position_ids`` of vision_utils.py.
+
+    Raises:
+        ImageError: an image is too narrow.
     """
     unit = spec.merge_size**2
     patches, windows, image_ids, positions, grids = [], [], [], [], []
@@ -112,7 +116,8 @@ def _patches(image: Image.Image, spec: VisionSpec) -> tuple[NDArray[np.float32],
     )
     pixels_HWC = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
 
-    # A channel has 256 levels. As in the processor they are scaled in float64, rounded, and normalized in float32.
+    # A channel has 256 levels. As in transformers' image processor they are scaled in float64, rounded, and
+    # normalized in float32.
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     mean, std = np.asarray(spec.image_mean, np.float32), np.asarray(spec.image_std, np.float32)
     normalized = (levels[:, None] - mean) / std
@@ -140,6 +145,6 @@ def _positions(grid_h: int, grid_w: int, merge: int) -> NDArray[np.int64]:
 
 
 def _angles(positions_P2: NDArray[np.int64], spec: VisionSpec) -> NDArray[np.float64]:
-    """Rotary angles [P, A] in radians, float32 values (modeling_qwen2_5_vl.py, `Qwen2_5_VLVisionRotaryEmbedding`)."""
+    """Rotary angles [P, A] in radians, float32 values (modeling_qwen2_5_vl.py, ``Qwen2_5_VLVisionRotaryEmbedding``)."""
     angles = positions_P2[:, :, None].astype(np.float32) * rotary_frequencies(spec.head_dim // 2, spec.rope_theta)
     return angles.reshape(len(positions_P2), -1).astype(np.float64)

@@ -2,7 +2,7 @@
 
 A call of ``cuda.bindings.runtime`` (cuda-python, imported at the first call) returns an error code and its results;
 here the code is judged and the results are handed on. Addresses are integers, sizes are bytes. Everything but
-``cards`` and ``driver_version`` works on the GPU that ``use`` chose in this thread.
+``gpus`` works on the GPU that ``use`` chose in this thread.
 """
 
 from collections.abc import Callable
@@ -12,68 +12,58 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qie.engines.errors import EditError, EngineMismatchError, QieError
+from qie.engines.errors import EngineError, EngineMismatchError, QieError
 
 __all__ = [
-    "Card",
+    "CudaGpu",
+    "CudaGraph",
     "Event",
-    "Graph",
     "Stream",
     "allocate",
     "capture",
-    "cards",
     "copy_on_device",
     "copy_to_device",
     "copy_to_host",
-    "driver_version",
     "free",
+    "gpus",
     "memory",
     "use",
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
-    """A GPU as CUDA counts it; CUDA_VISIBLE_DEVICES hides and orders them."""
+class CudaGpu:
+    """A GPU that this process may use, by its CUDA index; CUDA_VISIBLE_DEVICES hides and orders them.
+
+    ``machine.Gpu`` is a GPU of the machine, as the driver reports it.
+    """
 
     index: int
     name: str
     compute_capability: str
-    memory_bytes: int
 
 
-def cards() -> tuple[Card, ...]:
+def gpus() -> tuple[CudaGpu, ...]:
     """The GPUs that this process may use, at least one.
 
     Raises:
         EngineMismatchError: there is none, or the driver is too old for the installed cuda-python.
     """
     count = _call("cudaGetDeviceCount", kind=EngineMismatchError)
-    found = [_call("cudaGetDeviceProperties", index, kind=EngineMismatchError) for index in range(count)]
+    properties = [_call("cudaGetDeviceProperties", index, kind=EngineMismatchError) for index in range(count)]
     return tuple(
-        Card(
-            index=index,
-            name=card.name.decode(),
-            compute_capability=f"{card.major}.{card.minor}",
-            memory_bytes=card.totalGlobalMem,
-        )
-        for index, card in enumerate(found)
+        CudaGpu(index=index, name=gpu.name.decode(), compute_capability=f"{gpu.major}.{gpu.minor}")
+        for index, gpu in enumerate(properties)
     )
 
 
-def driver_version() -> str:
-    """The latest CUDA that the driver serves, for example "12.8"; "0.0" without a driver."""
-    version = _call("cudaDriverGetVersion", kind=EngineMismatchError)
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def use(card: int) -> None:
+def use(index: int) -> None:
     """Choose the GPU of this thread by its index.
 
     Raises:
         EngineMismatchError: it cannot be used.
     """
-    _call("cudaSetDevice", card, kind=EngineMismatchError)
+    _call("cudaSetDevice", index, kind=EngineMismatchError)
 
 
 def memory() -> tuple[int, int]:
@@ -86,18 +76,19 @@ def allocate(size: int) -> int:
     """The address of new memory of ``size`` bytes (at least 1), aligned for every use; its content is undefined.
 
     Raises:
-        EditError: the GPU has not as much left.
+        EngineError: the GPU has not as much left.
     """
     results, problem = _attempt("cudaMalloc", size)
     if problem is None:
         return int(results[0])
     _forget()
     if problem != "cudaErrorMemoryAllocation":
-        raise EditError(_sentence("cudaMalloc", problem))
+        raise EngineError(_sentence("cudaMalloc", problem))
     free_bytes, total_bytes = memory()
-    raise EditError(
-        f"the GPU is out of memory ({problem}): {size:,} bytes were asked for, {free_bytes:,} of {total_bytes:,} are "
-        'free; try a smaller --size or fewer images, or build with residency = "sequential"'
+    raise EngineError(
+        f"the GPU is out of memory ({problem}), {size:,} bytes were requested, {free_bytes:,} of {total_bytes:,} are "
+        'free; use a smaller size or fewer images, or build with residency = "sequential"',
+        option="size",
     )
 
 
@@ -124,7 +115,7 @@ class Stream:
         """Wait until all work is done.
 
         Raises:
-            EditError: some of it failed.
+            EngineError: some of it failed.
         """
         _call("cudaStreamSynchronize", self._handle)
 
@@ -134,7 +125,7 @@ class Stream:
 
 
 class Event:
-    """A mark in a stream that the host can wait for; waiting lets the processor sleep."""
+    """A mark in a stream that the host can wait for; waiting lets the CPU sleep."""
 
     def __init__(self) -> None:
         runtime = _runtime()
@@ -148,7 +139,7 @@ class Event:
         """Wait until the work before the mark is done; at once where no mark was set.
 
         Raises:
-            EditError: some work failed.
+            EngineError: some work failed.
         """
         _call("cudaEventSynchronize", self._handle)
 
@@ -157,7 +148,7 @@ class Event:
         _call("cudaEventDestroy", self._handle)
 
 
-class Graph:
+class CudaGraph:
     """Work that was captured from a stream, to be launched again and again as one piece."""
 
     def __init__(self, captured: Any) -> None:
@@ -172,7 +163,7 @@ class Graph:
         _call("cudaGraphExecDestroy", self._handle)
 
 
-def capture(stream: Stream, enqueue: Callable[[], bool]) -> Graph | None:
+def capture(stream: Stream, enqueue: Callable[[], bool]) -> CudaGraph | None:
     """The work that ``enqueue`` puts into ``stream``, not done but captured; None where it cannot be captured.
 
     ``enqueue`` returns False where it failed. The stream is as before in any case.
@@ -189,8 +180,8 @@ def capture(stream: Stream, enqueue: Callable[[], bool]) -> Graph | None:
         return None
     (captured,) = results
     try:
-        return Graph(captured) if done else None
-    except EditError:
+        return CudaGraph(captured) if done else None
+    except EngineError:
         _forget()
         return None
     finally:
@@ -219,7 +210,7 @@ def _runtime() -> Any:
     return import_module("cuda.bindings.runtime")
 
 
-def _call(name: str, *arguments: Any, kind: type[QieError] = EditError) -> Any:
+def _call(name: str, *arguments: Any, kind: type[QieError] = EngineError) -> Any:
     """The result of a call: None, a value, or a list of values."""
     results, problem = _attempt(name, *arguments)
     if problem is not None:
@@ -244,7 +235,7 @@ def _forget() -> None:
 def _sentence(name: str, problem: str) -> str:
     if problem in ("cudaErrorNoDevice", "cudaErrorInsufficientDriver"):
         return (
-            f"CUDA finds no GPU that it can use ({problem} from {name}); see whether `nvidia-smi` lists one and "
-            "`qie doctor` has a word on its driver"
+            f"CUDA finds no usable GPU ({problem} from {name}); check that `nvidia-smi` lists one and what "
+            "`qie doctor` reports on its driver"
         )
-    return f"the GPU failed ({problem} from {name}); run the command again, and look at `nvidia-smi` if it fails again"
+    return f"the GPU failed ({problem} from {name}); try again, and check `nvidia-smi` if it fails again"

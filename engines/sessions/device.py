@@ -54,15 +54,16 @@ class Device:
     given back when memory is next asked for, since giving back waits for the GPU.
     """
 
-    def __init__(self, compute_capability: str, *, graphs: bool = True) -> None:
-        """Open the first GPU of ``compute_capability``; ``graphs`` allows sessions to work with CUDA graphs.
+    def __init__(self, compute_capability: str, *, cuda_graphs: bool = True) -> None:
+        """Open the first GPU of ``compute_capability``; ``cuda_graphs`` allows sessions to capture
+        repeated runs as CUDA graphs.
 
         Raises:
             EngineMismatchError: there is no such GPU.
         """
-        self.card = _card(compute_capability)
-        self.graphs = graphs
-        cuda.use(self.card.index)
+        self.gpu = _gpu(compute_capability)
+        self.cuda_graphs = cuda_graphs
+        cuda.use(self.gpu.index)
         self.stream = cuda.Stream()
         self.arena = Block(0, 0)
         self._marks = deque(cuda.Event() for _ in range(RUNS_AHEAD))
@@ -82,7 +83,7 @@ class Device:
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceTensor:
         """A tensor without content."""
         self.use()
-        self._give_back()
+        self._free_released()
         kind = np.dtype(dtype)
         address = cuda.allocate(max(1, math.prod(shape) * kind.itemsize))
         return DeviceTensor(self, address, shape, kind)
@@ -114,14 +115,14 @@ class Device:
         """The arena, grown to at least ``size`` bytes where it is smaller; then its address changes.
 
         Raises:
-            EditError: the GPU has not as much memory left.
+            EngineError: the GPU has not as much memory left.
         """
         if size > self.arena.size:
             self.synchronize()
             old, self.arena = self.arena, Block(0, 0)
             if old.size:
                 cuda.free(old.address)
-            self._give_back()
+            self._free_released()
             self.arena = Block(cuda.allocate(size), size)
         return self.arena
 
@@ -129,7 +130,7 @@ class Device:
         """Wait until all work is done.
 
         Raises:
-            EditError: some of it failed.
+            EngineError: some of it failed.
         """
         self.stream.synchronize()
         self._working = False
@@ -137,7 +138,7 @@ class Device:
 
     def use(self) -> None:
         """Make this GPU the calling thread's."""
-        cuda.use(self.card.index)
+        cuda.use(self.gpu.index)
 
     def release(self, address: int) -> None:
         """Take note that the memory at ``address`` is free once the work so far is done."""
@@ -147,27 +148,27 @@ class Device:
         """Give everything back. Sessions are closed before, tensors are not used again."""
         self.use()
         self.synchronize()
-        self._give_back()
+        self._free_released()
         if self.arena.size:
             cuda.free(self.arena.address)
         for mark in self._marks:
             mark.close()
         self.stream.close()
 
-    def _give_back(self) -> None:
+    def _free_released(self) -> None:
         if self._released and self._working:
             self.synchronize()
         while self._released:
             cuda.free(self._released.pop())
 
 
-def _card(compute_capability: str) -> cuda.Card:
-    cards = cuda.cards()
-    for card in cards:
-        if card.compute_capability == compute_capability:
-            return card
-    found = ", ".join(f"{card.name} ({card.compute_capability})" for card in cards) or "none"
+def _gpu(compute_capability: str) -> cuda.CudaGpu:
+    gpus = cuda.gpus()
+    for gpu in gpus:
+        if gpu.compute_capability == compute_capability:
+            return gpu
+    names = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or "none"
     raise EngineMismatchError(
-        f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {found}; "
-        "build for one of them with `qie build --gpu NAME`, or look at CUDA_VISIBLE_DEVICES"
+        f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {names}; "
+        "build for one of them with `qie build --gpu NAME`, or check CUDA_VISIBLE_DEVICES"
     )

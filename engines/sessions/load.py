@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["load", "open_device"]
 
 
-def open_device(engines: Iterable[EngineRecord], *, graphs: bool = True) -> Device | None:
+def open_device(engines: Iterable[EngineRecord], *, cuda_graphs: bool = True) -> Device | None:
     """What the sessions of ``engines`` share on a GPU; None where none of them takes part.
 
-    ``graphs`` allows them to work with CUDA graphs.
+    ``cuda_graphs`` allows them to capture repeated runs as CUDA graphs.
 
     Raises:
         EngineMismatchError: CUDA offers no GPU of the engines' compute capability.
@@ -29,7 +29,7 @@ def open_device(engines: Iterable[EngineRecord], *, graphs: bool = True) -> Devi
         if engine.backend in ("tensorrt", "tensorrt-rtx"):
             from qie.engines.sessions.device import Device
 
-            return Device(engine.compute_capability, graphs=graphs)
+            return Device(engine.compute_capability, cuda_graphs=cuda_graphs)
     return None
 
 
@@ -39,7 +39,7 @@ def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Se
     Raises:
         BackendMissingError: the backend's package is not installed.
         BundleError: the backend cannot load the engine.
-        EditError: the GPU has no room for it.
+        EngineError: the GPU has no room for it.
     """
     if not available(engine.backend):
         known = BACKENDS.get(engine.backend)

@@ -1,4 +1,4 @@
-"""Engines that onnxruntime executes: ONNX graphs with their weights beside them, on the processor or a GPU."""
+"""Engines that onnxruntime executes: ONNX graphs with their weights beside them, on a CPU or a GPU."""
 
 import contextlib
 import io
@@ -12,26 +12,21 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qie.engines.bundle.manifest import EngineRecord
-from qie.engines.errors import BundleError, EditError, EngineMismatchError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError
 from qie.engines.files import qie_home
 from qie.engines.sessions.session import Tensor
 
-__all__ = ["OnnxRuntimeSession", "version"]
+__all__ = ["OnnxRuntimeSession"]
 
 DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
 
 Provider = tuple[str, dict[str, str]]
 
 
-def version() -> str:
-    """Version of the onnxruntime that executes."""
-    return str(ort.__version__)
-
-
 class OnnxRuntimeSession:
     """One ONNX graph loaded by onnxruntime.
 
-    Inputs and outputs are bound by address (IO binding): on the processor a run reads and writes the caller's memory
+    Inputs and outputs are bound by address (IO binding): on a CPU a run reads and writes the caller's memory
     and copies nothing, on a GPU tensors are in its memory. Weights are mapped from the bundle, not read into it.
     """
 
@@ -42,44 +37,44 @@ class OnnxRuntimeSession:
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
-            EngineMismatchError: the engine is for a GPU, and onnxruntime can only use the processor.
+            EngineMismatchError: the engine is for a GPU, and onnxruntime can only use the CPU.
         """
         self._engine = engine
         self._outputs = {spec.name: spec for spec in engine.outputs}
-        self._place = "cpu" if engine.compute_capability == "cpu" else "cuda"
+        self._device = "cpu" if engine.compute_capability == "cpu" else "cuda"
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
-        # threads that spin after a run would take the cores from the next session
+        # threads that spin after a run would keep cores from the next session
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        providers = [("CPUExecutionProvider", {})] if self._place == "cpu" else _gpu_providers(engine)
+        providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine)
         try:
             self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)
         except Exception as problem:
             raise BundleError(
-                f"onnxruntime {version()} cannot load {folder / engine.path} ({_first_line(problem)}); "
+                f"onnxruntime {ort.__version__} cannot load {folder / engine.path} ({_first_line(problem)}); "
                 "build the bundle again with `qie build`"
             ) from problem
         if self._session.get_providers()[0] not in [name for name, _ in providers]:
             raise EngineMismatchError(
-                f"onnxruntime {version()} cannot use the GPU for {engine.component} and would fall back to the "
-                "processor; install CUDA and cuDNN beside it with `pip install 'onnxruntime-gpu[cuda,cudnn]'`"
+                f"onnxruntime {ort.__version__} cannot use the GPU for {engine.component} and would use the CPU; "
+                "install CUDA and cuDNN beside it with `pip install 'onnxruntime-gpu[cuda,cudnn]'`"
             )
 
     def upload(self, array: NDArray[Any]) -> Tensor:
-        """A tensor over the memory of ``array`` where that is the processor's and contiguous, else a copy."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._place, 0)
+        """A tensor over the memory of ``array`` where that is the host's and contiguous, else a copy."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
 
     def empty(self, name: str, sizes: Mapping[str, int]) -> Tensor:
         """A tensor for the output ``name`` where ``sizes`` gives the free dims."""
         spec = self._outputs[name]
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape(sizes)), DTYPES[spec.dtype], self._place, 0)
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape(sizes)), DTYPES[spec.dtype], self._device, 0)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy within the memory of the processor or of the GPU."""
-        target.update_inplace(source.numpy() if self._place == "cpu" else source)
+        """Copy within the memory of the CPU or GPU."""
+        target.update_inplace(source.numpy() if self._device == "cpu" else source)
 
     def download(self, tensor: Tensor) -> NDArray[np.generic]:
         """The content of ``tensor``."""
@@ -90,7 +85,7 @@ class OnnxRuntimeSession:
         """Compute ``outputs`` from ``inputs`` in place.
 
         Raises:
-            EditError: onnxruntime refused the tensors or ran out of memory.
+            EngineError: onnxruntime refused the tensors or ran out of memory.
         """
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
@@ -100,9 +95,10 @@ class OnnxRuntimeSession:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as problem:
-            raise EditError(
+            raise EngineError(
                 f"onnxruntime failed in {self._engine.component} ({_first_line(problem)}); "
-                "try a smaller --size or fewer images"
+                "use a smaller size or fewer images",
+                option="size",
             ) from problem
 
     def close(self) -> None:
@@ -111,13 +107,13 @@ class OnnxRuntimeSession:
 
 
 def _gpu_providers(engine: EngineRecord) -> list[Provider]:
-    """The providers of onnxruntime-gpu for ``engine``, the preferred one first.
+    """The providers of onnxruntime-gpu for ``engine``, in order of preference.
 
-    TensorRT takes part where it is installed and the engine has profiles: without them it would compile anew for every
-    size. What it compiles is kept in qie's cache.
+    TensorRT is used where it is installed and the engine has profiles: without them it would compile again for every
+    size. Compiled engines are cached in ``qie_home()``.
     """
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
     providers: list[Provider] = [("CUDAExecutionProvider", {"device_id": "0"})]
     if engine.profiles and find_spec("tensorrt") is not None:

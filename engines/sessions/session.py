@@ -44,7 +44,7 @@ class Session(Protocol):
         """Compute ``outputs`` from ``inputs``.
 
         Raises:
-            EditError: the backend refused the tensors or ran out of memory.
+            EngineError: the backend refused the tensors or ran out of memory.
         """
 
     def close(self) -> None:

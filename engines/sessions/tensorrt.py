@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import EngineRecord, TensorSpec
-from qie.engines.errors import BundleError, EditError
+from qie.engines.errors import BundleError, EngineError, RequestError
 from qie.engines.files import qie_home, replacing
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Block, Device, DeviceTensor
@@ -41,19 +41,20 @@ PASSES = 2
 """Runs that take turns in the loop: with guidance, a negative and a positive pass."""
 
 Shape = tuple[int, ...]
-Places = tuple[tuple[str, int, Shape], ...]
+Bindings = tuple[tuple[str, int, Shape], ...]
+"""(name, address, shape) of every tensor."""
 
 
 @dataclass(slots=True, eq=False)
-class Bound:
-    """A context, and what it is bound to: (name, address, shape) of every tensor, a profile, an arena, a graph."""
+class BoundContext:
+    """An execution context, what it is bound to, and the CUDA graph of its run."""
 
     context: Any
-    places: Places = ()
+    bindings: Bindings = ()
     profile: int = -1
     arena: Block = field(default_factory=lambda: Block(0, 0))
     runs: int = 0
-    graph: cuda.Graph | None = None
+    cuda_graph: cuda.CudaGraph | None = None
 
 
 class TensorRtSession:
@@ -66,7 +67,7 @@ class TensorRtSession:
 
         Raises:
             BundleError: the file is no engine of the installed TensorRT, or not the one that the manifest describes.
-            EditError: the GPU has no room for it.
+            EngineError: the GPU has no room for it.
         """
         self._trt = import_module(BACKENDS[record.backend].modules[0])
         self._record = record
@@ -79,13 +80,13 @@ class TensorRtSession:
         self._engine = self._load(folder / record.path)
         self._check_contract(folder / record.path)
         self._ranges = [self._ranges_of(profile) for profile in range(self._engine.num_optimization_profiles)]
-        looped = device.graphs and record.component in LOOPED
-        self._most = PASSES if looped else 1
+        looped = device.cuda_graphs and record.component in LOOPED
+        self._contexts_max = PASSES if looped else 1
         self._config, self._cache = self._configure(looped)
         self._captures = looped and not hasattr(self._config, "cuda_graph_strategy")
         self._cached = b""
         self._load_cache()
-        self._bound: deque[Bound] = deque()
+        self._contexts: deque[BoundContext] = deque()
 
     def upload(self, array: NDArray[Any]) -> DeviceTensor:
         """A tensor on the GPU with the content of ``array``."""
@@ -108,26 +109,37 @@ class TensorRtSession:
         """Enqueue a run; failures on the GPU are met at ``download``.
 
         Raises:
-            EditError: TensorRT refused the tensors, or the GPU has not enough memory.
+            RequestError: a shape is outside the engine's profiles.
+            EngineError: TensorRT failed, or the GPU is out of memory.
         """
         tensors = {**inputs, **outputs}
         self._check_tensors(tensors)
         self._device.use()
-        places = tuple((name, tensors[name].address, tensors[name].shape) for name in self._specs)
-        bound = next((b for b in self._bound if b.places == places), None) or self._bind(places)
+        bindings = tuple((name, tensors[name].address, tensors[name].shape) for name in self._specs)
+        bound = next((c for c in self._contexts if c.bindings == bindings), None) or self._bind(bindings)
         if bound.arena != self._device.arena:
-            self._drop_graph(bound)
-            self._give_arena(bound)
+            self._invalidate_graph(bound)
+            self._attach_arena(bound)
         self._device.queue(partial(self._execute, bound))
 
     def close(self) -> None:
         """Release engine, contexts and graphs once the GPU is done."""
         self._device.use()
         self._device.synchronize()
-        for bound in self._bound:
-            self._drop_graph(bound)
-        self._bound.clear()
+        for bound in self._contexts:
+            self._invalidate_graph(bound)
+        self._contexts.clear()
         del self._config, self._cache, self._engine, self._runtime
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory that a run of the largest shapes needs beside the weights."""
+        return int(self._engine.device_memory_size_v2)
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Captured CUDA graphs; 0 where TensorRT captures them itself."""
+        return sum(bound.cuda_graph is not None for bound in self._contexts)
 
     # Loading
 
@@ -137,15 +149,16 @@ class TensorRtSession:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            said = self._messages.said()
-            if "memory" in said.lower():
+            errors = self._messages.take()
+            if "memory" in errors.lower():
                 free, total = cuda.memory()
-                raise EditError(
-                    f"the GPU has no room for {self._record.component} of {path.stat().st_size:,} bytes, {free:,} of "
-                    f'{total:,} are free ({said}); build with residency = "sequential", or for a larger GPU'
+                raise EngineError(
+                    f"{self._record.component} has {path.stat().st_size:,} bytes, the GPU {free:,} of {total:,} bytes "
+                    f'free ({errors}); build with residency = "sequential", or for a larger GPU'
                 )
             raise BundleError(
-                f"{trt.__name__} {trt.__version__} cannot load {path} ({said}); build the bundle again with `qie build`"
+                f"{trt.__name__} {trt.__version__} cannot load {path} ({errors}); build the bundle again with "
+                "`qie build`"
             )
         if engine.streamable_weights_size > 0:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
@@ -195,8 +208,8 @@ class TensorRtSession:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(config, "cuda_graph_strategy"):
-            graphs = trt.CudaGraphStrategy
-            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if looped else graphs.DISABLED
+            strategy = trt.CudaGraphStrategy
+            config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if looped else strategy.DISABLED
         if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
@@ -208,14 +221,14 @@ class TensorRtSession:
             config = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = engine.create_execution_context(config)
         if context is None:
-            raise self._refused("no context can be made")
+            raise self._failed("no execution context can be created")
         return context
 
     # The cache of kernels: TensorRT for RTX compiles for the GPU that it meets
 
     def _cache_path(self) -> Path:
-        card = "".join(c if c.isalnum() else "-" for c in self._device.card.name.lower())
-        return qie_home() / "cache" / self._record.backend / f"{self._record.key[:32]}-{card}.bin"
+        gpu = "".join(c if c.isalnum() else "-" for c in self._device.gpu.name.lower())
+        return qie_home() / "cache" / self._record.backend / f"{self._record.key[:32]}-{gpu}.bin"
 
     def _load_cache(self) -> None:
         """Take what an earlier process compiled; TensorRT refuses what another driver or version left."""
@@ -243,14 +256,16 @@ class TensorRtSession:
 
     # Binding
 
-    def _bind(self, places: Places) -> Bound:
-        """A context bound to ``places``: a new one while there are few, then the one that was bound first."""
-        bound = self._bound.popleft() if len(self._bound) == self._most else Bound(self._new_context())
-        self._drop_graph(bound)
-        bound.places = ()  # so that a context that is bound halfway is not taken for bound
-        self._bound.append(bound)
+    def _bind(self, bindings: Bindings) -> BoundContext:
+        """A context bound to ``bindings``: a new one while there are few, then the one that was bound first."""
+        bound = (
+            self._contexts.popleft() if len(self._contexts) == self._contexts_max else BoundContext(self._new_context())
+        )
+        self._invalidate_graph(bound)
+        bound.bindings = ()  # a context that is bound only in part must not be found by ``run``
+        self._contexts.append(bound)
         context = bound.context
-        shapes = {name: shape for name, _, shape in places}
+        shapes = {name: shape for name, _, shape in bindings}
         profile = self._profile(shapes)
         if profile != bound.profile:
             self._expect(context.set_optimization_profile_async(profile, int(self._device.stream)), "profile", profile)
@@ -259,30 +274,30 @@ class TensorRtSession:
             self._expect(context.set_input_shape(spec.name, shapes[spec.name]), spec.name, _text(shapes[spec.name]))
         missing = context.infer_shapes()
         if missing:
-            raise self._refused(f"the shapes say nothing of {', '.join(missing)}")
+            raise self._failed(f"the shapes of {', '.join(missing)} are unknown")
         for spec in self._record.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
-            if shape != shapes[spec.name]:
-                raise self._refused(f"{spec.name} is {_text(shape)}, not {_text(shapes[spec.name])}")
-        for name, address, _ in places:
+            passed = f"{spec.name} is {_text(shapes[spec.name])}, expected {_text(shape)}"
+            assert shape == shapes[spec.name], f"{self._record.component}: {passed}"
+        for name, address, _ in bindings:
             self._expect(context.set_tensor_address(name, address), name, "its address")
-        self._give_arena(bound)
-        bound.places = places
+        self._attach_arena(bound)
+        bound.bindings = bindings
         return bound
 
-    def _give_arena(self, bound: Bound) -> None:
+    def _attach_arena(self, bound: BoundContext) -> None:
         """Give the context the arena, grown to what its shapes need, or to what any shapes do where it does not say."""
         context, engine = bound.context, self._engine
         arena = self._device.reserve(context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2)
         context.set_device_memory(arena.address, arena.size)
         bound.arena = arena
 
-    def _drop_graph(self, bound: Bound) -> None:
-        """Forget the graph, since what it was captured from changes."""
-        if bound.graph is not None:
+    def _invalidate_graph(self, bound: BoundContext) -> None:
+        """Drop the CUDA graph, because what it was captured from changes."""
+        if bound.cuda_graph is not None:
             self._device.synchronize()
-            bound.graph.close()
-        bound.graph, bound.runs = None, 0
+            bound.cuda_graph.close()
+        bound.cuda_graph, bound.runs = None, 0
 
     def _profile(self, shapes: Mapping[str, Shape]) -> int:
         """The first profile that takes ``shapes``."""
@@ -292,58 +307,61 @@ class TensorRtSession:
         name, (low, high) = next(
             (name, limits) for name, limits in self._ranges[0].items() if not _within(shapes[name], *limits)
         )
-        raise EditError(
-            f"{self._record.component} takes {name} from {_text(low)} to {_text(high)}, not {_text(shapes[name])}; try "
-            "another --size or fewer images, or build with wider shapes in the recipe"
+        raise RequestError(
+            f"{name} of {self._record.component} is {_text(shapes[name])}, expected {_text(low)} to {_text(high)}; use "
+            "another size or fewer images, or build with wider shapes in the recipe",
+            option="size",
         )
 
     # Running
 
-    def _execute(self, bound: Bound) -> None:
-        if bound.graph is None and bound.runs and self._captures:
-            bound.graph = cuda.capture(self._device.stream, partial(self._enqueue, bound))
-            self._captures = bound.graph is not None
-        if bound.graph is not None:
-            bound.graph.launch(self._device.stream)
+    def _execute(self, bound: BoundContext) -> None:
+        if bound.cuda_graph is None and bound.runs and self._captures:
+            bound.cuda_graph = cuda.capture(self._device.stream, partial(self._enqueue, bound))
+            self._captures = bound.cuda_graph is not None
+        if bound.cuda_graph is not None:
+            bound.cuda_graph.launch(self._device.stream)
         elif not self._enqueue(bound):
-            raise self._refused("a run cannot be enqueued")
+            raise self._failed("a run cannot be enqueued")
         elif not bound.runs:
             self._save_cache()
         bound.runs += 1
 
-    def _enqueue(self, bound: Bound) -> bool:
+    def _enqueue(self, bound: BoundContext) -> bool:
         context = bound.context
         return bool(context.execute_async_v3(int(self._device.stream)))
 
     # Refusing
 
     def _check_tensors(self, tensors: Mapping[str, DeviceTensor]) -> None:
-        if tensors.keys() != self._specs.keys():
-            names = ", ".join(sorted(tensors.keys() ^ self._specs.keys()))
-            raise self._refused(f"{names} is either missing or not among its inputs and outputs")
+        """Assert that the caller passed the inputs and outputs of the manifest."""
+        names = tensors.keys() ^ self._specs.keys()
+        assert not names, f"{self._record.component}: {', '.join(sorted(names))} missing or unknown"
         for name, spec in self._specs.items():
-            if tensors[name].dtype != spec.dtype or not _matches(tensors[name].shape, spec):
-                found = f"{tensors[name].dtype.name} {_text(tensors[name].shape)}"
-                raise self._refused(f"{name} is {found}, expected {spec.dtype} {_text(spec.dims)}")
+            tensor = tensors[name]
+            fits = tensor.dtype == spec.dtype and _matches(tensor.shape, spec)
+            passed = f"{tensor.dtype.name} {_text(tensor.shape)}"
+            assert fits, f"{self._record.component}: {name} is {passed}, expected {spec.dtype} {_text(spec.dims)}"
 
     def _expect(self, taken: bool, name: str, value: object) -> None:
         if not taken:
-            raise self._refused(f"{name} cannot be set to {value}")
+            raise self._failed(f"{name} cannot be set to {value}")
 
-    def _refused(self, what: str) -> EditError:
-        said = self._messages.said()
-        return EditError(
-            f"{self._trt.__name__} refuses {self._record.component}: {what}{f' ({said})' if said else ''}; "
-            "try a smaller --size or fewer images"
+    def _failed(self, reason: str) -> EngineError:
+        errors = self._messages.take()
+        return EngineError(
+            f"{self._trt.__name__} cannot run {self._record.component}, {reason}{f' ({errors})' if errors else ''}; "
+            "use a smaller size or fewer images",
+            option="size",
         )
 
 
 @cache
 def _logger(trt: Any) -> Any:
-    """The logger of the module ``trt``, which listens to the first one of a process alone."""
+    """The logger of the module ``trt``; TensorRT uses the first one of a process only."""
 
     class Messages(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last errors."""
+        """Keeps the latest errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -353,9 +371,9 @@ def _logger(trt: Any) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(text.strip())
 
-        def said(self) -> str:
-            """The last errors, which are then forgotten."""
-            text = "; ".join(self.errors)
+        def take(self) -> str:
+            """The latest errors as text; they are then cleared."""
+            text = ", ".join(self.errors)
             self.errors.clear()
             return text
 

@@ -23,14 +23,14 @@ def test_what_is_no_bundle_is_not_replaced(
     foreign(workplace / "thesis")
     (workplace / "link").symlink_to("thesis")
     before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
-    assert_says(refusal(qie(command, "bad", "--out", out)), "name another folder with --out")
+    assert_says(refusal(qie(command, "bad", "--out", out)), "choose another folder")
     assert {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()} == before
 
 
 def test_the_manifest_of_another_program_is_no_bundle(qie: Qie, refusal: Refusal, checkpoint: Path) -> None:
     page = foreign(Path("page"))
     (page / "manifest.json").write_text('{"name": "A web page"}')
-    assert_says(refusal(qie("build", checkpoint, "--out", "page")), "is no bundle of qie's; name another folder")
+    assert_says(refusal(qie("build", checkpoint, "--out", "page")), "is not a qie bundle; choose another folder")
     assert (page / "thesis.txt").is_file()
 
 
@@ -50,7 +50,7 @@ def test_name_of_a_bundle(qie: Qie, refusal: Refusal, checkpoint: Path, name: st
 @pytest.mark.parametrize("command", ["build", "export"])
 def test_a_place_that_cannot_be_written(qie: Qie, refusal: Refusal, checkpoint: Path, command: str) -> None:
     message = refusal(qie(command, checkpoint, "--out", "photo.png/below"))
-    assert_says(message, "cannot write photo.png/below .*; choose another place with --out")
+    assert_says(message, "photo.png/below cannot be written .*; choose another folder")
 
 
 # A full disk
@@ -62,7 +62,7 @@ def test_a_disk_that_is_too_small(
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
     message = refusal(qie("build", checkpoint))
-    assert_says(message, r"needs [\d,]+ bytes, .* has 1,000 free; make room, or choose another disk with --out")
+    assert_says(message, r"needs [\d,]+ bytes, .* has 1,000 free; free some space or choose")
     assert list(qie_home.iterdir()) == []
 
 
@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up(
     """The kernel refuses to make a file larger than this: graphs or weights stop in the middle."""
     full = ("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash")
     done = process(command, checkpoint, "--out", "out", before=full)
-    assert_says(refusal(done), r"needs [\d,]+ bytes, and .*make room, or build elsewhere|is full, .*; make room")
+    assert_says(refusal(done), r"needs [\d,]+ bytes, and .*make room, or build elsewhere|is full, .*; free some space")
     assert not Path("out").exists()
 
 
@@ -87,6 +87,6 @@ def test_a_disk_that_is_full_at_a_late_stage(
 
     monkeypatch.setattr(f"qie.compiler.packing.pack.{function}", fail)
     assert_says(
-        refusal(qie("build", checkpoint)), r"is full, [\d,]+ bytes are needed; make room, or choose another disk"
+        refusal(qie("build", checkpoint)), r"is full, [\d,]+ bytes are needed; free some space"
     )
     assert list((qie_home / "bundles").iterdir()) == []

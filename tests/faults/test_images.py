@@ -22,16 +22,16 @@ def png(width: int, height: int) -> bytes:
 
 
 BAD_IMAGES: dict[str, tuple[Break, str]] = {
-    "missing": (lambda path: path.unlink(), "There is no image photo.png; check the path"),
-    "cut short": (cut, "photo.png is a damaged or truncated image .*; take an intact copy"),
+    "missing": (lambda path: path.unlink(), "photo.png does not exist; check the path"),
+    "cut short": (cut, "photo.png is a damaged or truncated image .*; use an intact copy"),
     "empty": (lambda path: path.write_bytes(b""), "photo.png is an empty file"),
     "text": (lambda path: path.write_text("Dear diary"), "photo.png is not a PNG, JPEG or WebP image .*; convert it"),
     "huge": (
         lambda path: path.write_bytes(png(50_000, 50_000)),
-        r"photo.png is 50,000 x 50,000 pixels, 2,500 megapixels, .*; make it smaller",
+        r"photo.png has 50,000 x 50,000 pixels, 2,500 megapixels, .*; make it smaller",
     ),
     "thin": (lambda path: Image.new("RGB", (5000, 10)).save(path), "5,000 x 10 pixels.*; crop it"),
-    "a folder": (lambda path: [path.unlink(), path.mkdir()], "photo.png is a folder; name one image file"),
+    "a folder": (lambda path: [path.unlink(), path.mkdir()], "photo.png is a folder; give an image file"),
 }
 
 

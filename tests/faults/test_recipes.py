@@ -20,7 +20,7 @@ BAD_RECIPES: dict[str, tuple[str | None, str]] = {
     "extends nothing": ('extends = "nope"', 'there is no recipe "nope"'),
     "quantization": (
         'extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nquantization = "fp8"',
-        r'quantizes transformer \("fp8"\), which needs a calibration of this model: make one with `qie calibrate`'),
+        r'quantizes transformer \("fp8"\), which needs a calibration of this model; make one with `qie calibrate`'),
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_a_gpu_that_nothing_builds_for(
     monkeypatch.setattr("qie.compiler.planning.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
     Path("small.toml").write_text('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     message = refusal(qie("build", checkpoint, "--gpu", "small.toml"))
-    assert_says(message, "the recipe small.toml builds vision for tensorrt-rtx.*use --gpu cpu, or --dry-run")
+    assert_says(message, "the recipe small.toml builds vision for tensorrt-rtx.*use the recipe cpu")
     shown = qie("build", checkpoint, "--gpu", "small.toml", "--dry-run")
     assert shown.returncode == 0
     assert "no builder" in shown.stdout

@@ -13,10 +13,10 @@ from tests.support.command_line import RUN, Qie, Refusal, assert_says
 TINY = ARCHITECTURES["tiny"]
 
 BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "empty instruction": (("photo.png", ""), "The instruction is empty: say in words"),
-    "blank instruction": (("photo.png", " \n"), "The instruction is empty: say in words"),
-    "long instruction": (("photo.png", "snow and " * 1000), r"instruction is \d+ tokens long, .* 1024: shorten it"),
-    "vision token": (("photo.png", "<|image_pad|>"), "stands for an image in the prompt: remove it"),
+    "empty instruction": (("photo.png", ""), "the instruction is empty; describe what to change"),
+    "blank instruction": (("photo.png", " \n"), "the instruction is empty; describe what to change"),
+    "long instruction": (("photo.png", "snow and " * 1000), r"the instruction has \d+ tokens, .* 1024; shorten it"),
+    "vision token": (("photo.png", "<|image_pad|>"), "marks an image in the prompt; remove it"),
     "vision token in negative": (("photo.png", "x", "--negative", "<|image_pad|>"), "remove it"),
     "long negative": (("photo.png", "x", "--negative", "snow and " * 1000), "shorten it"),
     "not UTF-8": (("photo.png", "make it \udcff"), "is not UTF-8 text; write it again"),
@@ -26,25 +26,25 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
     "one word": (("photo.png",), "give the images first, then what to change"),
     "long instruction first": (("make it red " * 40, "photo.png"), "give the images first"),
     "name too long": (("p" * 300 + ".png", "x"), "cannot be used .File name too long.; check its name"),
-    "steps 0": (("photo.png", "x", "--steps", "0"), "0 steps .* at least 1: raise"),
-    "steps negative": (("photo.png", "x", "--steps", "-5"), "-5 steps .* at least 1: raise"),
-    "too many steps": (("photo.png", "x", "--steps", "1001"), "1001 steps were asked for, expected at most 1000"),
-    "guidance nan": (("photo.png", "x", "--cfg", "nan"), "guidance scale is nan, expected a number"),
-    "guidance infinite": (("photo.png", "x", "--cfg", "inf"), "guidance scale is inf, expected a number"),
-    "seed too large": (("photo.png", "x", "--seed", str(2**64)), r"seed 18446744073709551616 .* from -2\*\*63 to"),
-    "seed too small": (("photo.png", "x", "--seed", str(-(2**63) - 1)), r"give a whole number from -2\*\*63 to"),
-    "a later seed too large": (("photo.png", "x", "--seed", str(2**64 - 1), "--num-images", "2"), "give a whole"),
+    "steps 0": (("photo.png", "x", "--steps", "0"), "steps is 0, expected at least 1; use more"),
+    "steps negative": (("photo.png", "x", "--steps", "-5"), "steps is -5, expected at least 1; use more"),
+    "too many steps": (("photo.png", "x", "--steps", "1001"), "steps is 1001, expected at most 1000; use fewer"),
+    "guidance nan": (("photo.png", "x", "--cfg", "nan"), "guidance scale is nan, expected a finite number"),
+    "guidance infinite": (("photo.png", "x", "--cfg", "inf"), "guidance scale is inf, expected a finite number"),
+    "seed too large": (("photo.png", "x", "--seed", str(2**64)), r"seed is 18446744073709551616, .* from -2\*\*63 to"),
+    "seed too small": (("photo.png", "x", "--seed", str(-(2**63) - 1)), r"expected a whole number from -2\*\*63 to"),
+    "a later seed too large": (("photo.png", "x", "--seed", str(2**64 - 1), "--num-images", "2"), "expected a whole"),
     "size without x": (("photo.png", "x", "--size", "1024"), "--size is '1024', expected width x height"),
-    "size of words": (("photo.png", "x", "--size", "bigxsmall"), "for example --size 1024x768"),
-    "size negative": (("photo.png", "x", "--size", "-64x64"), "for example --size 1024x768"),
-    "size zero": (("photo.png", "x", "--size", "0x64"), "not positive; ask for one like --size"),
-    "size endless": (("photo.png", "x", "--size", "9" * 5000 + "x64"), "for example --size 1024x768"),
-    "output gif": (("photo.png", "x", "-o", "out.gif"), "out.gif names no format .*; end it in one of .png, .jpg"),
-    "output without suffix": (("photo.png", "x", "-o", "out"), "end it in one of .png, .jpg"),
-    "output folder missing": (("photo.png", "x", "-o", "no/out.png"), "There is no folder no .*; make it or choose"),
-    "output is a folder": (("photo.png", "x", "-o", "folder.png"), "it is a folder.*; choose another place"),
-    "four images": (("photo.png",) * 4 + ("x",), "4 images were given, this bundle takes at most 3; leave some out"),
-    "unknown bundle": (("photo.png", "x", "--bundle", "nope"), r"no bundle 'nope'.*\(known: none\).*; see `qie list`"),
+    "size of words": (("photo.png", "x", "--size", "bigxsmall"), "give one such as 1024x768"),
+    "size negative": (("photo.png", "x", "--size", "-64x64"), "give one such as 1024x768"),
+    "size zero": (("photo.png", "x", "--size", "0x64"), "not positive; use 1024x768"),
+    "size endless": (("photo.png", "x", "--size", "9" * 5000 + "x64"), "give one such as 1024x768"),
+    "output gif": (("photo.png", "x", "-o", "out.gif"), "out.gif has the suffix .*; use one of .png, .jpg"),
+    "output without suffix": (("photo.png", "x", "-o", "out"), "use one of .png, .jpg"),
+    "output folder missing": (("photo.png", "x", "-o", "no/out.png"), "there is no folder no .*; create it or choose"),
+    "output is a folder": (("photo.png", "x", "-o", "folder.png"), "it is a folder.*; choose another path"),
+    "four images": (("photo.png",) * 4 + ("x",), "4 images were given, this bundle takes at most 3; use fewer"),
+    "unknown bundle": (("photo.png", "x", "--bundle", "nope"), r"no bundle 'nope'.*\(available: none\).*; choose one of `qie list`"),
     "bundle name too long": (("photo.png", "x", "--bundle", "b" * 300), "File name too long"),
 }
 
@@ -65,19 +65,19 @@ def test_bad_seeds_and_texts_cost_no_engine(
     def fail(*_: object) -> None:
         raise AssertionError("an engine was loaded")
 
-    monkeypatch.setattr("qie.engines.editing.editor.load", fail)
+    monkeypatch.setattr("qie.engines.editing.stages.load", fail)
     for words in (("x", "--seed", str(2**64)), ("",), ("x", "--steps", "0"), ("x", "--negative", "<|image_pad|>")):
         assert qie("run", "photo.png", *words, "--bundle", bundle).returncode == 2
 
 
 def test_two_images_for_the_first_generation(qie: Qie, refusal: Refusal, edit_bundle: Path) -> None:
     message = refusal(qie("run", "photo.png", "photo.png", "x", "--bundle", edit_bundle))
-    assert_says(message, "2 images were given, this bundle takes at most 1; leave some out")
+    assert_says(message, "2 images were given, this bundle takes at most 1; use fewer")
 
 
 def test_no_bundle_at_all(qie: Qie, refusal: Refusal, qie_home: Path) -> None:
     message = refusal(qie("run", "photo.png", "x"))
-    assert_says(message, f"there is no bundle in {qie_home}/bundles; make one with `qie build pocket --gpu cpu`")
+    assert_says(message, f"there is no bundle in {qie_home}/bundles; build one with `qie build pocket --gpu cpu`")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_words_that_no_command_knows(qie: Qie, words: tuple[str, ...]) -> None:
 def test_a_disk_that_is_full_when_the_image_is_written(process: Qie, refusal: Refusal, bundle: Path) -> None:
     full = ("bash", "-c", 'ulimit -f 1; exec "$@"', "bash")
     done = process("run", "photo.png", "x", *RUN, "-o", "out.png", "--bundle", bundle, before=full)
-    assert_says(refusal(done), "out.png cannot be written .*; choose another place")
+    assert_says(refusal(done), "out.png cannot be written .*; choose another path")
     assert not Path("out.png").exists()
 
 

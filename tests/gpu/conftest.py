@@ -10,7 +10,7 @@ import pytest
 
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.editing import editor as editor_module
+from qie.engines.editing import stages as stages_module
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
 from qie.engines.sessions.load import load as load_session
@@ -52,7 +52,7 @@ def runs_on_cpu(bundle: Path) -> list[Run]:
     """Every run of an edit of two images with a batch of two results, in float32 on the processor."""
     runs: list[Run] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(editor_module, "load", lambda f, e, *more: Recorder(load_session(f, e, *more), e, runs))
+        patch.setattr(stages_module, "load", lambda f, e, *more: Recorder(load_session(f, e, *more), e, runs))
         request = edit_request(images=[smooth_image(150, 90), smooth_image(60, 80, 1)], seeds=[3, 4], steps=2)
         Editor(open_bundle(str(bundle))).edit(request)
     return runs

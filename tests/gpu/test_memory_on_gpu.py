@@ -29,21 +29,25 @@ def test_the_manifests_activations_are_tensorrts(on_tensorrt: Bundle) -> None:
     for record in on_tensorrt.manifest.engines:
         session = load(on_tensorrt.path, record, device)
         assert isinstance(session, TensorRtSession)
-        found = session._engine.device_memory_size_v2
+        needed = session.activation_bytes
         session.close()
         if record.activation_bytes is not None:
-            assert found <= record.activation_bytes * 1.02, record.component
-            assert found >= record.activation_bytes * 0.5, record.component
+            assert needed <= record.activation_bytes * 1.02, record.component
+            assert needed >= record.activation_bytes * 0.5, record.component
     device.close()
 
 
 def test_the_arena_is_one_and_within_the_manifests_largest(on_tensorrt: Bundle) -> None:
     editor = Editor(on_tensorrt)
     editor.edit(edit_request(seeds=[1, 2, 3, 4]))
-    assert editor._device is not None
-    needs = [s._engine.device_memory_size_v2 for s in editor._sessions.values() if isinstance(s, TensorRtSession)]
+    device, needs = editor.stages.device, []
+    for component in editor.stages.loaded:
+        with editor.stages.session(component) as session:
+            assert isinstance(session, TensorRtSession)
+            needs.append(session.activation_bytes)
+    assert device is not None
     assert len(needs) == 5
-    assert 0 < editor._device.arena.size <= max(needs)
+    assert 0 < device.arena.size <= max(needs)
     editor.close()
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pickle
 import re
 from typing import NamedTuple
 
@@ -20,18 +21,19 @@ class DrawnError(NamedTuple):
     parent: str
     meaning: str
     exit_code: int
+    http_status: int
 
 
 def drawn_errors(drawing: str) -> dict[str, DrawnError]:
     """The drawn tree by name; every level is indented by four characters."""
     drawn: dict[str, DrawnError] = {}
     above: list[str] = []
-    pattern = re.compile(r"^ {4}([ │├└─]*)(\w+Error) +(.+?)(?: +\(exit code (\d+)\))?$", re.MULTILINE)
-    for branch, name, meaning, code in pattern.findall(drawing):
+    pattern = re.compile(r"^ {4}([ │├└─]*)(\w+Error) +(.+?) +\((\d+), (\d+)\)$", re.MULTILINE)
+    for branch, name, meaning, code, status in pattern.findall(drawing):
         depth, rest = divmod(len(branch), 4)
         assert rest == 0, name
         above[depth:] = [name]
-        drawn[name] = DrawnError(above[depth - 1] if depth else "Exception", meaning, int(code or 2))
+        drawn[name] = DrawnError(above[depth - 1] if depth else "Exception", meaning, int(code), int(status))
     return drawn
 
 
@@ -44,16 +46,24 @@ def test_the_drawn_tree_of_errors_is_the_real_one() -> None:
     assert sorted(drawn) == errors.__all__
 
 
-def test_the_drawn_exit_codes_are_the_real_ones() -> None:
+def test_the_drawn_exit_codes_and_http_statuses_are_the_real_ones() -> None:
     drawn = drawn_errors(str(errors.__doc__))
     assert {name: error.exit_code for name, error in drawn.items()} == {e.__name__: e.exit_code for e in ERRORS}
-    assert {name for name, error in drawn.items() if error.exit_code == 1} == {"ValidationError"}
+    assert {name: error.http_status for name, error in drawn.items()} == {e.__name__: e.http_status for e in ERRORS}
+    assert {name for name, error in drawn.items() if error.http_status == 400} == {"RequestError", "ImageError"}
 
 
 @pytest.mark.parametrize("error", ERRORS[1:], ids=lambda error: error.__name__)
 def test_the_drawn_meaning_of_an_error_begins_as_its_docstring(error: type[errors.QieError]) -> None:
     said = str(inspect.getdoc(error)).rstrip(".").lower()
     assert drawn_errors(str(errors.__doc__))[error.__name__].meaning.lower().startswith(said)
+
+
+def test_an_error_names_the_option_that_a_caller_may_change() -> None:
+    assert errors.BuildError("found this; do that").option is None
+    problem = errors.RequestError("found this; do that", option="size")
+    assert (str(problem), problem.option) == ("found this; do that", "size")
+    assert pickle.loads(pickle.dumps(problem)).option == "size"
 
 
 def test_the_tree_has_no_branch_elsewhere() -> None:
@@ -73,5 +83,5 @@ def test_the_command_line_ends_with_the_exit_code_of_an_error(
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert stopped.value.code == (1 if error is errors.ValidationError else 2)
+    assert stopped.value.code == error.exit_code == 2
     assert capsys.readouterr() == ("", "error: found this; do that\n")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
-from qie.engines.inputs.rotary import rotary_tables
 from qie.engines.inputs.vision import vision_inputs
 from tests.support.parity import CASES, MANY, SideOf, images, relative_l2
 
@@ -21,7 +21,7 @@ def test_vision(side_of: SideOf, name: str, count: int) -> None:
     expected = side.reference.prompt(images(count), "anything")
     assert [list(grid) for grid in seen.grids] == expected.grid_thw.tolist()
     assert len(set(seen.window_ids)) > count  # windows matter: every image has several
-    assert relative_l2(editor._vision(seen), side.reference.vision(expected.patches, expected.grid_thw)) < BOUND
+    assert relative_l2(editor.stages.vision(seen), side.reference.vision(expected.patches, expected.grid_thw)) < BOUND
 
 
 @pytest.mark.parametrize("instruction", ["make it red", " ", "die Straße bei Nacht, 夜の街, 🌃 <|im_end|>"])
@@ -30,11 +30,11 @@ def test_language(side_of: SideOf, name: str, count: int, instruction: str) -> N
     side = side_of(name)
     editor, model = side.editor, side.editor.model
     seen = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
-    tokens = encode(editor._tokenizer, [instruction], seen.grids, model.prompt, allow_blank=True)
+    tokens = encode(editor.tokenizer, [instruction], seen.grids, model.prompt, allow_blank=True)
     expected = side.reference.prompt(images(count), instruction)
     assert tokens.input_ids[0].tolist() == expected.input_ids.tolist()
     assert tokens.position_ids[:, 0].tolist() == expected.position_ids.tolist()
-    embeds = editor._language(tokens, editor._vision(seen))[0]
+    embeds = editor.stages.language([tokens], editor.stages.vision(seen))[0][0]
     assert len(embeds) == len(expected.input_ids) - PREFIX_TOKENS
     assert relative_l2(embeds, expected.embeds) < BOUND
 
@@ -42,20 +42,13 @@ def test_language(side_of: SideOf, name: str, count: int, instruction: str) -> N
 def test_padding_never_reaches_a_prompt(side_of: SideOf) -> None:
     editor = side_of("2511").editor
     seen = vision_inputs([prepare(p, editor.model.areas).vision for p in images(2)], editor.model.vision)
-    image_embeds = editor._vision(seen)
+    image_embeds = editor.stages.vision(seen)
     texts = ["red", "make the picture look like an old postcard from the sea"]
-    both = encode(editor._tokenizer, texts, seen.grids, editor.model.prompt)
-    padded = editor._run(
-        "language",
-        "prompt_embeds",
-        {"batch": 2, "text_tokens": both.input_ids.shape[1] - PREFIX_TOKENS},
-        input_ids=both.input_ids,
-        image_embeds=image_embeds,
-        image_index=both.image_index,
-        position_ids=both.position_ids,
-    )
+    both = encode(editor.tokenizer, texts, seen.grids, editor.model.prompt)
+    (padded,) = editor.stages.language([both], image_embeds)
     for row, text, length in zip(padded, texts, both.lengths, strict=True):
-        alone = editor._language(encode(editor._tokenizer, [text], seen.grids, editor.model.prompt), image_embeds)[0]
+        tokens = encode(editor.tokenizer, [text], seen.grids, editor.model.prompt)
+        alone = editor.stages.language([tokens], image_embeds)[0][0]
         assert relative_l2(row[: length - PREFIX_TOKENS], alone) < 1e-6
 
 
@@ -65,12 +58,13 @@ def test_vae(side_of: SideOf, name: str, index: int) -> None:
     side = side_of(name)
     image = prepare(images(3)[index], side.editor.model.areas).vae
     assert (image == side.reference.reference_image(images(3)[index])).all()
-    latents, (rows, columns) = side.editor._encode(image)
+    (latents,) = side.editor.stages.encode([image])
+    rows, columns, _ = latents.shape
     expected = side.reference.encode_image(image)
-    assert relative_l2(latents[0], expected) < BOUND
+    assert relative_l2(latents.reshape(rows * columns, -1), expected) < BOUND
     assert 0.2 < expected.std() < 5  # a constant or exploded latent would prove nothing
 
-    decoded = side.editor._decode(expected.reshape(rows, columns, -1))
+    (decoded,) = side.editor.stages.decode([expected.reshape(rows, columns, -1)])
     wanted = side.reference.decode(expected, rows, columns)
     assert wanted.std() > 5
     assert np.abs(decoded.astype(int) - wanted).max() <= 1  # a value on the edge of rounding may fall either way
@@ -92,23 +86,22 @@ def test_transformer(side_of: SideOf, name: str, count: int, sigma: float) -> No
     tables = modulation_tables(editor.bundle.path, model.modulation, schedule, cache=side.folder / "cache")
 
     def step(prompt: np.ndarray, negative_velocity: np.ndarray, guidance: float) -> list[np.ndarray]:
-        cos, sin = rotary_tables(model.rotary, text_tokens=prompt.shape[1], grids=grids)
-        with editor._session("transformer") as session:
+        feed = transformer_feed(
+            latents_BNC=latents,
+            reference_BRC=np.concatenate(references, axis=1),
+            prompt_BLD=prompt,
+            rotary=model.rotary,
+            grids=grids,
+            modulation_YM=tables.blocks[0],
+            modulation_out_O=tables.out[0],
+            dsigma=schedule[1] - schedule[0],
+            negative_velocity_BNC=negative_velocity,
+            guidance=guidance,
+        )
+        with editor.stages.session("transformer") as session:
             sizes = {"batch": 2, "noise_tokens": latents.shape[1]}
             outputs = {key: session.empty(key, sizes) for key in ("velocity", "latents_next")}
-            arrays = {
-                "latents": latents,
-                "reference": np.concatenate(references, axis=1),
-                "prompt_embeds": prompt,
-                "rotary_cos": cos,
-                "rotary_sin": sin,
-                "modulation": tables.blocks[0],
-                "modulation_out": tables.out[0],
-                "negative_velocity": negative_velocity,
-                "guidance": np.full(1, guidance, np.float32),
-                "dsigma": schedule[1:] - schedule[:1],
-            }
-            session.run({key: session.upload(array) for key, array in arrays.items()}, outputs)
+            session.run({key: session.upload(array) for key, array in feed.items()}, outputs)
             return [session.download(tensor).copy() for tensor in outputs.values()]
 
     zeros = np.zeros_like(latents)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qie.engines.editing.denoise import StepState
-from qie.engines.editing.editor import Request
+from qie.engines.editing.request import Request
 from tests.support.images import smooth_image
 from tests.support.parity import CASES, MANY, SideOf, images, psnr, relative_l2
 
@@ -37,7 +37,7 @@ def test_edit_of_another_size(side_of: SideOf, name: str, size: tuple[int, int])
     side = side_of(name)
     request = Request(images=images(1), instructions=[INSTRUCTION], seeds=[5], steps=3, size=size)
     edit = side.editor.edit(request)
-    assert edit.images[0].shape == (size[1], size[0], 3)
+    assert edit.images[0].size == size
     expected = side.reference.edit(images(1), INSTRUCTION, steps=3, seed=5, width=size[0], height=size[1])
     assert psnr(edit.images[0], expected) >= BOUND_DB
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.lora import open_lora
 from qie.compiler.synthetic.checkpoint import write_checkpoint
-from qie.engines.editing.editor import Request
+from qie.engines.editing.request import Request
 from tests.support.bundles import build
 from tests.support.parity import TINY, Side, images, psnr
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
-from qie.engines.editing.editor import Request
+from qie.engines.editing.request import Request
 from qie.engines.errors import BackendMissingError
 from qie.engines.machine import this_machine
 from qie.engines.sessions.choose import choose_engines
@@ -115,6 +115,6 @@ def relative_l2(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def psnr_db(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+def psnr_db(found: Image.Image, expected: Image.Image) -> float:
+    error = float(np.mean((np.asarray(found, np.float64) - np.asarray(expected, np.float64)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -28,14 +28,12 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from qie.engines import backends
+from qie.engines import backends, machine
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord, write_manifest
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.files import sha256_of
 from qie.engines.inputs.prompt import PREFIX_TOKENS
-from qie.engines.machine import Gpu as Card
-from qie.engines.machine import Machine
 from qie.engines.sessions import choose
 
 VERSION = "1.7.1"
@@ -117,7 +115,7 @@ class Gpu:
     cuda: str = "13.0"
     version: str = VERSION
     capturable: bool = True
-    cards: int = 1
+    count: int = 1
     log: list[tuple[str, Any]] = field(default_factory=list)
     compiled: list[tuple[str, Any]] = field(default_factory=list)
     captures: list[str] = field(default_factory=list)
@@ -132,14 +130,19 @@ class Gpu:
         self.written: dict[int, int] = {}
         self.streams: dict[int, Stream] = {}
         self.broken: Code | None = None
+        self.refused: list[str] = []
+        self.engines: list[weakref.ref[Engine]] = []
+        self.contexts: list[weakref.ref[Context]] = []
         self._next = 0x7F0000000000
 
     # Use in a test
 
-    def machine(self) -> Machine:
-        card = Card(name="Fake L40S", compute_capability=self.capability, memory_gib=16.0, driver=self.driver)
-        gpus = (card,) * self.cards
-        return Machine(system="test", processor="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=self.cuda)
+    def machine(self) -> machine.Machine:
+        """A machine with this GPU."""
+        gpu = machine.Gpu(name="Fake L40S", compute_capability=self.capability, memory_gib=16.0, driver=self.driver)
+        return machine.Machine(
+            system="test", processor="test", cores=1, memory_gib=1.0, gpus=(gpu,) * self.count, cuda=self.cuda
+        )
 
     def install(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         """Put this GPU and the modules of the backends ``names`` in the place of the real ones."""
@@ -283,22 +286,16 @@ def runtime(gpu: Gpu) -> ModuleType:
 
     @call
     def cudaGetDeviceCount() -> Any:
-        return (OK, gpu.cards) if gpu.cards else (Code.cudaErrorNoDevice, None)
+        return (OK, gpu.count) if gpu.count else (Code.cudaErrorNoDevice, None)
 
     @call
     def cudaGetDeviceProperties(device: int) -> Any:
         major, minor = gpu.capability.split(".")
-        card = SimpleNamespace(name=b"Fake L40S", major=int(major), minor=int(minor), totalGlobalMem=gpu.memory_bytes)
-        return OK, card
-
-    @call
-    def cudaDriverGetVersion() -> Any:
-        major, minor = gpu.cuda.split(".")
-        return OK, int(major) * 1000 + int(minor) * 10
+        return OK, SimpleNamespace(name=b"Fake L40S", major=int(major), minor=int(minor))
 
     @call
     def cudaSetDevice(device: int) -> Any:
-        if not 0 <= device < gpu.cards:
+        if not 0 <= device < gpu.count:
             return Code.cudaErrorInvalidDevice
         gpu.device = device
         return OK
@@ -530,6 +527,7 @@ class Runtime:
         return (RtxEngine if self.module == "tensorrt_rtx" else Engine)(self, content)
 
     def refuse(self, text: str) -> None:
+        self.gpu.refused.append(text)
         self.logger.log(Severity.ERROR, text)
 
 
@@ -547,6 +545,7 @@ class Engine:
         self.streamable_weights_size = content.get("streamable", 0)
         self.weight_streaming_budget_v2 = self.streamable_weights_size
         self.gpu.hold(content["weights"])
+        self.gpu.engines.append(weakref.ref(self))
         weakref.finalize(self, release, self.gpu, content["weights"])
 
     def get_tensor_name(self, index: int) -> str:
@@ -652,6 +651,7 @@ class Context:
 
     def __init__(self, engine: Engine, config: RuntimeConfig | None) -> None:
         self.engine, self.gpu, self.config = engine, engine.gpu, config
+        self.gpu.contexts.append(weakref.ref(self))
         self.profile: int | None = None if engine.num_optimization_profiles > 1 else 0
         self.shapes: dict[str, Shape] = {}
         self.addresses: dict[str, int] = {}
@@ -660,7 +660,7 @@ class Context:
         self.seen: list[Any] = []
 
     def refuse(self, text: str) -> bool:
-        self.engine.runtime.logger.log(Severity.ERROR, f"{self.engine.component}: {text}")
+        self.engine.runtime.refuse(f"{self.engine.component}: {text}")
         return False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:

@@ -92,10 +92,11 @@ def relative_l2(found: NDArray[np.float32], expected: NDArray[np.float32]) -> fl
     return float(difference / np.linalg.norm(expected.astype(np.float64)))
 
 
-def psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
+def psnr(image: Image.Image, expected: NDArray[np.uint8]) -> float:
     """dB; infinite for equal images."""
+    found = np.asarray(image, np.float64)
     assert found.shape == expected.shape
-    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    error = float(np.mean((found - expected.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 

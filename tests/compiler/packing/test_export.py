@@ -93,7 +93,7 @@ def test_anything_else_is_not(make: Make, other: str) -> None:
     plan = make()
     export_graphs(plan, weights=False)
     (plan.destination / other).write_text("mine")
-    with pytest.raises(BuildError, match="holds something else than exported graphs; name another folder with --out"):
+    with pytest.raises(BuildError, match="holds files that are not exported graphs; choose another folder"):
         export_graphs(plan, weights=False)
     assert (plan.destination / other).read_text() == "mine"
 
@@ -101,7 +101,7 @@ def test_anything_else_is_not(make: Make, other: str) -> None:
 def test_a_file_in_the_way(make: Make) -> None:
     plan = make()
     plan.destination.write_text("mine")
-    with pytest.raises(BuildError, match="holds something else than exported graphs"):
+    with pytest.raises(BuildError, match="holds files that are not exported graphs"):
         export_graphs(plan, weights=False)
     assert plan.destination.read_text() == "mine"
 
@@ -112,6 +112,6 @@ def test_a_full_disk(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plan = make()
     monkeypatch.setattr("qie.compiler.packing.export.write_graph", fail)
-    with pytest.raises(BuildError, match=r"is full, [\d,]+ bytes are needed; make room, or choose another disk"):
+    with pytest.raises(BuildError, match=r"is full, [\d,]+ bytes are needed; free some space or choose a folder"):
         export_graphs(plan, weights=False)
     assert list(plan.destination.parent.iterdir()) == []

@@ -20,7 +20,8 @@ from qie.compiler.recipe.schema import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, Component
-from qie.engines.editing.editor import Editor, Request
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
 from qie.engines.errors import BuildError, CheckpointError
 from qie.engines.files import sha256_of
 from tests.support import bundles
@@ -77,7 +78,7 @@ def change_weights(folder: Path, part: str, name: str) -> None:
 
 def edit(bundle: Bundle) -> np.ndarray[Any, Any]:
     request = Request(images=[noise_image(150, 90)], instructions=["make it red"], seeds=[1], steps=2)
-    return Editor(bundle).edit(request).images[0]
+    return np.asarray(Editor(bundle).edit(request).images[0])
 
 
 # What a bundle holds

@@ -20,7 +20,7 @@ from qie.compiler.planning.workload import largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import Backend, ComponentRecipe, Components, Recipe, load_recipe, recipe_names
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
-from qie.engines.errors import BuildError, EditError, RecipeError
+from qie.engines.errors import BuildError, RecipeError, RequestError
 from tests.support.bundles import planned
 
 Qie = Callable[..., CompletedProcess[str]]
@@ -288,7 +288,7 @@ def test_the_settings_of_an_edit(tiny: Plan) -> None:
     assert sizes["transformer"]["noise_tokens"] == 192 * 64 // 256
     assert sizes["vae_decoder"] == {"batch": 1, "rows": 4, "columns": 12}
     assert sizes["vae_encoder"] == {"batch": 1, "height": 64, "width": 224}  # 128 x 128 pixels at that aspect ratio
-    with pytest.raises(EditError, match="1 to 3"):
+    with pytest.raises(RequestError, match="1 to 3"):
         workload(tiny, references=4)
 
 
@@ -297,7 +297,7 @@ def test_the_first_generation_sees_one_large_image(tmp_path: Path) -> None:
     plan = plan_of(folder)
     assert sizes_of(plan, workload(plan))["vision"]["image_tokens"] == 1369
     assert largest_sizes(plan)["transformer"]["reference_tokens"] < 1.1 * TOKENS
-    with pytest.raises(EditError, match="1 to 1"):
+    with pytest.raises(RequestError, match="1 to 1"):
         workload(plan, references=2)
 
 

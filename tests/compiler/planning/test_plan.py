@@ -104,7 +104,7 @@ def test_what_can_be_built_is_not_refused(make: Make) -> None:
 def test_no_builder(make: Make) -> None:
     plan = make('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     nobody = tuple(replace(part, backend=None) for part in plan.components)
-    with pytest.raises(BackendMissingError, match="builds vision for tensorrt-rtx.*use --gpu cpu, or --dry-run"):
+    with pytest.raises(BackendMissingError, match="builds vision for tensorrt-rtx.*use the recipe cpu"):
         check_buildable(replace(plan, components=nobody))
 
 
@@ -131,7 +131,7 @@ def test_destinations(make: Make, bundle: Path, tmp_path: Path) -> None:
     for good in (tmp_path / "new" / "deep", tmp_path / "empty", bundle):
         check_buildable(replace(plan, destination=good))
     for bad in (tmp_path / "full", tmp_path / "full" / "thesis.txt", tmp_path):
-        with pytest.raises(BuildError, match="exists and is no bundle of qie's; name another folder with --out, or"):
+        with pytest.raises(BuildError, match="exists and is not a qie bundle; choose another folder or delete"):
             check_buildable(replace(plan, destination=bad))
 
 
@@ -143,7 +143,7 @@ def test_room(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         return real(path)._replace(free=1000)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    needed = rf"needs [\d,]+ bytes, {tmp_path} has 1,000 free; make room, or choose another disk with --out"
+    needed = rf"needs [\d,]+ bytes, {tmp_path} has 1,000 free; free some space or choose a folder"
     with pytest.raises(BuildError, match=needed):
         check_buildable(replace(plan, destination=tmp_path / "a" / "b"))
     assert asked == [tmp_path]

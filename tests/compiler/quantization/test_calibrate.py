@@ -209,7 +209,7 @@ def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refus
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "none.npz")
     assert "cannot read the calibration" in refusal(done)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path))
-    assert "needs a calibration of this model: make one with `qie calibrate`" in refusal(done)
+    assert "needs a calibration of this model; make one with `qie calibrate`" in refusal(done)
 
 
 def test_the_command(

@@ -18,28 +18,37 @@ from qie.compiler.quantization.qdq import QUANTIZATION, apply, by_recipe, kept, 
 from qie.compiler.quantization.samples import run
 from qie.compiler.quantization.smoothing import groups, smoothed_modulation, smoothed_reader
 from qie.compiler.recipe.schema import ComponentRecipe
+from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.manifest import Component
+from qie.engines.bundle.specs import RotarySpec
 from qie.engines.errors import CalibrationError, RecipeError
+from qie.engines.inputs.feeds import language_feed, transformer_feed
+from qie.engines.inputs.prompt import PromptTokens
 
 
 def inputs(graph: Graph, seed: int = 0) -> Values:
     """Inputs of the transformer or the language model, of plausible sizes and ranges."""
     rng = np.random.default_rng(seed)
     if graph.component == "language":
-        return {
-            "input_ids": rng.integers(0, 500, (1, 70)),
-            "image_embeds": rng.standard_normal((4, graph.inputs[1].dims[1])).astype(np.float32),
-            "image_index": np.where(np.arange(70) < 4, np.arange(70), -1)[None],
-            "position_ids": np.tile(np.arange(70), (3, 1, 1)),
-        }
+        tokens = PromptTokens(
+            input_ids=rng.integers(0, 500, (1, 70)),
+            image_index=np.where(np.arange(70) < 4, np.arange(70), -1)[None],
+            position_ids=np.tile(np.arange(70), (3, 1, 1)),
+            lengths=(70,),
+        )
+        return language_feed(tokens, rng.standard_normal((4, graph.inputs[1].dims[1])).astype(np.float32))
     sizes = {"batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25}
-    made = {spec.name: rng.standard_normal(spec.shape(sizes)).astype(np.float32) for spec in graph.inputs}
-    angles = rng.uniform(0, 6, made["rotary_cos"].shape)
-    made |= {"rotary_cos": np.cos(angles).astype(np.float32), "rotary_sin": np.sin(angles).astype(np.float32)}
-    made["negative_velocity"][:] = 0
-    made["guidance"][:] = 1
-    made["modulation"] *= np.float32(0.3)
-    return made
+    drawn = {spec.name: rng.standard_normal(spec.shape(sizes)).astype(np.float32) for spec in graph.inputs}
+    return transformer_feed(
+        latents_BNC=drawn["latents"],
+        reference_BRC=drawn["reference"],
+        prompt_BLD=drawn["prompt_embeds"],
+        rotary=RotarySpec(axes_dims=ARCHITECTURES["tiny"].axes_dims_rope),
+        grids=[(3, 4), (2, 4)],
+        modulation_YM=drawn["modulation"] * np.float32(0.3),
+        modulation_out_O=drawn["modulation_out"],
+        dsigma=drawn["dsigma"][0],
+    )
 
 
 RESULT = {"transformer": "velocity", "language": "prompt_embeds"}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.compiler.validation.reference import Reference, ReferenceStep, load_reference, randn
-from qie.engines.errors import BackendMissingError, CheckpointError, EditError
+from qie.engines.errors import BackendMissingError, CheckpointError, RequestError
 from tests.support.images import smooth_image
 
 torch = pytest.importorskip("torch")
@@ -223,14 +223,14 @@ def test_randn_is_torchs() -> None:
 
 
 def test_noise_comes_from_exactly_one_place(reference: Callable[[str], Reference]) -> None:
-    with pytest.raises(EditError, match="give one of the two"):
+    with pytest.raises(RequestError, match="give one of the two"):
         reference("tiny").edit(images("tiny"), INSTRUCTION, steps=2)
-    with pytest.raises(EditError, match="give one of the two"):
+    with pytest.raises(RequestError, match="give one of the two"):
         reference("tiny").edit(images("tiny"), INSTRUCTION, steps=2, seed=0, latents=np.zeros((60, 64), np.float32))
 
 
 def test_edit_takes_one_image(reference: Callable[[str], Reference]) -> None:
-    with pytest.raises(EditError, match="2 images"):
+    with pytest.raises(RequestError, match="2 images were given, this model takes 1; use one"):
         reference("tiny-edit").edit(images("tiny"), INSTRUCTION, steps=2, seed=0)
 
 

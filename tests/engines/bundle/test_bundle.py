@@ -73,16 +73,18 @@ def test_a_name_goes_before_a_folder(bundle: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_unknown(bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"no bundle 'x', neither by name \(known: none\) nor as a folder; see `qie"):
+    with pytest.raises(
+        BundleError, match=r"no bundle 'x', neither by name \(available: none\) nor as a folder; choose"
+    ):
         locate("x")
     name_one(bundle, "one", 1)
     name_one(bundle, "two", 2)
-    with pytest.raises(BundleError, match=r"\(known: two, one\)"):
+    with pytest.raises(BundleError, match=r"\(available: two, one\)"):
         locate("x")
 
 
 def test_none_at_all(qie_home: Path) -> None:
-    with pytest.raises(BundleError, match=f"no bundle in {qie_home}/bundles; make one with `qie build pocket"):
+    with pytest.raises(BundleError, match=f"no bundle in {qie_home}/bundles; build one with `qie build pocket"):
         locate(None)
 
 

@@ -17,10 +17,12 @@ from PIL import Image
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, ProfileRecord
-from qie.engines.editing import editor as module
+from qie.engines.editing import editor as editor_module
+from qie.engines.editing import stages as stages_module
 from qie.engines.editing.denoise import StepState
-from qie.engines.editing.editor import Edit, Editor, Request
-from qie.engines.errors import BundleError, EditError
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Edit, Request
+from qie.engines.errors import BundleError, EngineError, RequestError
 from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.sessions.load import load as load_session
@@ -79,7 +81,7 @@ class Log:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
-    monkeypatch.setattr(module, "load", log.load)
+    monkeypatch.setattr(stages_module, "load", log.load)
     return log
 
 
@@ -216,11 +218,11 @@ def test_sequential_engines_are_loaded_one_at_a_time(opened: Bundle, editor: Edi
 
 def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise EditError("no memory")
+        raise EngineError("no memory")
 
-    monkeypatch.setattr(module, "denoise", fail)
+    monkeypatch.setattr(editor_module, "denoise", fail)
     sequential = Editor(opened, residency="sequential")
-    with pytest.raises(EditError, match="no memory"):
+    with pytest.raises(EngineError, match="no memory"):
         sequential.edit(request())
     gc.collect()
     assert log.loaded() == []
@@ -237,14 +239,14 @@ def test_what_is_not_asked_for_comes_from_the_manifest(opened: Bundle) -> None:
     assert instruction == "make it red"
     assert 0 <= seed < 2**32
     assert same(edit, editor.edit(Request(images=[IMAGE], instructions=["make it red"], seeds=[seed])))
-    assert set(edit.seconds) == {"vision", "language", "vae_encoder", "modulation", "transformer", "vae_decoder"}
+    assert set(edit.seconds) == {"vision", "language", "encode", "modulation", "denoise", "decode"}
 
 
 def test_the_last_image_gives_the_size(editor: Editor) -> None:
     edit = editor.edit(request(images=[IMAGE, smooth_image(90, 150)]))
     assert str(edit.size) == "96x160"
-    assert edit.images[0].shape == (160, 96, 3)
-    assert edit.images[0].dtype == np.uint8
+    assert edit.images[0].size == (96, 160)
+    assert edit.images[0].mode == "RGB"
     assert edit.notes == ()
 
 
@@ -255,7 +257,7 @@ def test_the_last_image_gives_the_size(editor: Editor) -> None:
 def test_sizes(editor: Editor, size: tuple[int, int], made: tuple[int, int], note: str | None) -> None:
     edit = editor.edit(request(size=size))
     assert (edit.size.width, edit.size.height) == made
-    assert edit.images[0].shape == (made[1], made[0], 3)
+    assert edit.images[0].size == made
     assert edit.notes == () if note is None else note in edit.notes[0]
 
 
@@ -263,9 +265,9 @@ def test_sizes(editor: Editor, size: tuple[int, int], made: tuple[int, int], not
 def test_match_input(editor: Editor, size: tuple[int, int] | None) -> None:
     edit = editor.edit(request(match_input=True, size=size))
     plain = editor.edit(request(size=size))
-    assert edit.images[0].shape == (90, 150, 3)
+    assert edit.images[0].size == (150, 90)
     assert plain.size == edit.size
-    resized = Image.fromarray(plain.images[0]).resize((150, 90), Image.Resampling.LANCZOS)
+    resized = plain.images[0].resize((150, 90), Image.Resampling.LANCZOS)
     assert np.array_equal(edit.images[0], np.asarray(resized))
 
 
@@ -306,16 +308,16 @@ FOUR, THIN = [IMAGE] * 4, [Image.new("RGB", (3000, 5))]
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"images": []}, "needs at least one image"),
+        ({"images": []}, "there is no image, expected at least 1"),
         ({"images": FOUR}, "4 images were given, this bundle takes at most 3"),
-        ({"instructions": []}, "needs an instruction"),
-        ({"instructions": ["make it red", ""]}, "instruction is empty"),
+        ({"instructions": []}, "there is no instruction"),
+        ({"instructions": ["make it red", ""]}, "instruction is empty; describe"),
         ({"instructions": ["\ud800"]}, "not UTF-8"),
         ({"negative": "\udfff"}, "not UTF-8"),
-        ({"seeds": []}, "needs at least one seed"),
+        ({"seeds": []}, "there is no seed"),
         ({"seeds": [1, 2**64]}, "18446744073709551616"),
-        ({"steps": 0}, "0 steps"),
-        ({"steps": 1001}, "1001 steps"),
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"steps": 1001}, "steps is 1001, expected at most 1000; use fewer"),
         ({"guidance": float("nan")}, "nan"),
         ({"guidance": float("inf")}, "inf"),
         ({"size": (0, 64)}, "0x64"),
@@ -324,14 +326,14 @@ FOUR, THIN = [IMAGE] * 4, [Image.new("RGB", (3000, 5))]
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused_before_an_engine_is_loaded(opened: Bundle, log: Log, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(EditError, match=said):
+    with pytest.raises(RequestError, match=said):
         Editor(opened).edit(request(**changes))
     assert log.loads == []
 
 
 def test_a_prompt_that_the_engines_do_not_take(opened: Bundle, log: Log) -> None:
     editor = Editor(changed(opened, limits={"prompt_tokens_max": 40}))
-    with pytest.raises(EditError, match=r"a prompt is \d+ tokens long .* at most 40; shorten"):
+    with pytest.raises(RequestError, match=r"a prompt has \d+ tokens .* at most 40; shorten"):
         editor.edit(request(instructions=["make it red " * 20]))
     assert log.loads == []
 
@@ -348,15 +350,15 @@ def test_an_image_that_the_encoder_does_not_take(opened: Bundle, log: Log) -> No
     editor = Editor(narrow)
     assert editor.edit(request(images=[smooth_image(90, 80)])).images
     log.runs.clear()
-    with pytest.raises(EditError, match=r"image 2 would be encoded at \d+x\d+ pixels.* from 64 to 128; crop it nearer"):
+    with pytest.raises(RequestError, match=r"image 2 would be encoded at \d+x\d+ pixels.* from 64 to 128; crop it closer"):
         editor.edit(request(images=[smooth_image(90, 80), smooth_image(400, 40)]))
     assert not log.runs
 
 
 def test_the_first_generation_takes_one_image(edit_bundle: Path) -> None:
     editor = Editor(open_bundle(str(edit_bundle)))
-    assert editor.edit(request()).images[0].shape == (96, 160, 3)
-    with pytest.raises(EditError, match="2 images were given, this bundle takes at most 1"):
+    assert editor.edit(request()).images[0].size == (160, 96)
+    with pytest.raises(RequestError, match="2 images were given, this bundle takes at most 1"):
         editor.edit(request(images=[IMAGE, IMAGE]))
 
 

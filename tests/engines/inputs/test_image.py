@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from qie.engines.bundle.specs import Areas
-from qie.engines.errors import EditError
+from qie.engines.errors import ImageError
 from qie.engines.inputs import image as image_module
 from qie.engines.inputs.image import MAX_PIXELS, load_image, output_size, prepare, resize, save_image, to_uint8_HWC
 from tests.support.images import noise_image
@@ -218,9 +218,9 @@ def test_an_unusable_profile_is_ignored_and_said(tmp_path, profile):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(EditError, match="There is no image"):
+    with pytest.raises(ImageError, match="does not exist; check the path"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(EditError, match="is a folder"):
+    with pytest.raises(ImageError, match="is a folder; give an image file"):
         load_image(tmp_path)
 
 
@@ -229,18 +229,18 @@ def test_an_unreadable_file_is_refused(tmp_path):
     path = tmp_path / "secret.png"
     path.write_bytes(stored(Image.fromarray(RNG_PIXELS), "PNG"))
     path.chmod(0)
-    with pytest.raises(EditError, match="permissions"):
+    with pytest.raises(ImageError, match="permissions"):
         load_image(path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(EditError, match="empty file"):
+    with pytest.raises(ImageError, match="empty file"):
         load(tmp_path, b"")
 
 
 @pytest.mark.parametrize("data", [b"just a note\n", stored(Image.fromarray(RNG_PIXELS), "GIF"), b"\x89PN", b"RIFF"])
 def test_other_content_is_refused_whatever_its_name(tmp_path, data):
-    with pytest.raises(EditError, match="not a PNG, JPEG or WebP image"):
+    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP image"):
         load(tmp_path, data, "note.png")
 
 
@@ -248,27 +248,27 @@ def test_other_content_is_refused_whatever_its_name(tmp_path, data):
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP"])
 def test_a_truncated_image_is_refused(tmp_path, format_name, keep):
     data = stored(noise_image(64, 48), format_name)
-    with pytest.raises(EditError, match="damaged or truncated"):
+    with pytest.raises(ImageError, match="damaged or truncated"):
         load(tmp_path, data[: int(len(data) * keep)])
 
 
 def test_a_damaged_png_is_refused(tmp_path):
     data = bytearray(stored(noise_image(64, 48), "PNG"))
     data[len(data) // 2] ^= 0xFF
-    with pytest.raises(EditError, match="damaged or truncated"):
+    with pytest.raises(ImageError, match="damaged or truncated"):
         load(tmp_path, bytes(data))
 
 
 def test_a_huge_header_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(image_module.PngImageFile, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(EditError, match=r"50,000 x 50,000 pixels, 2,500 megapixels, but at most 179"):
+    with pytest.raises(ImageError, match=r"50,000 x 50,000 pixels, 2,500 megapixels, expected at most 179"):
         load(tmp_path, png(50_000, 50_000, 8, 2, []))
 
 
 def test_a_huge_webp_header_is_refused(tmp_path):
     width_height = struct.pack("<I", 16383 - 1)[:3] * 2
     extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + width_height
-    with pytest.raises(EditError, match=r"large|damaged"):
+    with pytest.raises(ImageError, match=r"large|damaged"):
         load(tmp_path, b"RIFF" + struct.pack("<I", 4 + len(extended)) + b"WEBP" + extended)
 
 
@@ -281,7 +281,7 @@ def test_the_limit_is_pillows_and_below_it_is_no_warning(tmp_path, monkeypatch):
 def test_too_narrow_an_image_is_refused(tmp_path):
     load(tmp_path, stored(Image.new("RGB", (200, 1)), "PNG"))
     for size in ((201, 1), (1, 201)):
-        with pytest.raises(EditError, match="200 times"):
+        with pytest.raises(ImageError, match="200 times"):
             load(tmp_path, stored(Image.new("RGB", size), "PNG"))
 
 
@@ -298,7 +298,7 @@ def test_output_size_equals_calculate_dimensions(size, area):
 
 
 def test_a_side_rounded_to_nothing_is_refused():
-    with pytest.raises(EditError, match="too narrow"):
+    with pytest.raises(ImageError, match="too narrow"):
         output_size((1000, 50), 64 * 64)
 
 
@@ -349,7 +349,7 @@ def test_a_saved_image_has_the_format_of_its_suffix(tmp_path, name):
     smooth = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
     path = tmp_path / name
     path.write_text("old")
-    save_image(smooth, path)
+    save_image(Image.fromarray(smooth), path)
     with Image.open(path) as reopened:
         assert reopened.format == {"png": "PNG", "webp": "WEBP"}.get(path.suffix[1:].lower(), "JPEG")
         np.testing.assert_allclose(np.asarray(reopened).astype(int), smooth, atol=0 if reopened.format == "PNG" else 12)
@@ -358,25 +358,25 @@ def test_a_saved_image_has_the_format_of_its_suffix(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["out", "out.gif", "out.png.txt"])
 def test_other_suffixes_are_refused_with_the_list(tmp_path, name):
-    with pytest.raises(EditError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
-        save_image(RNG_PIXELS, tmp_path / name)
+    with pytest.raises(ImageError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
+        save_image(Image.fromarray(RNG_PIXELS), tmp_path / name)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(EditError, match="no folder"):
-        save_image(RNG_PIXELS, tmp_path / "none" / "out.png")
+    with pytest.raises(ImageError, match="there is no folder"):
+        save_image(Image.fromarray(RNG_PIXELS), tmp_path / "none" / "out.png")
 
 
 def test_a_folder_in_the_way_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "out.png").mkdir()
-    with pytest.raises(EditError, match="cannot be written"):
-        save_image(RNG_PIXELS, tmp_path / "out.png")
+    with pytest.raises(ImageError, match="cannot be written"):
+        save_image(Image.fromarray(RNG_PIXELS), tmp_path / "out.png")
     assert os.listdir(tmp_path) == ["out.png"]
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"), [(OSError(28, "No space left"), EditError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    ("error", "expected"), [(OSError(28, "No space left"), ImageError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch, error, expected):
     def save(self, path, **options):
@@ -387,12 +387,12 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch, error, e
     path.write_text("old")
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(expected):
-        save_image(RNG_PIXELS, path)
+        save_image(Image.fromarray(RNG_PIXELS), path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.png"]
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_image(RNG_PIXELS, Path("out.png"))
+    save_image(Image.fromarray(RNG_PIXELS), Path("out.png"))
     np.testing.assert_array_equal(np.asarray(load_image(Path("out.png")).image), RNG_PIXELS)

@@ -14,6 +14,7 @@ from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.bundle.specs import SchedulerSpec
 from qie.engines.inputs import modulation as module
+from qie.engines.inputs.bfloat16 import narrow, round_to_bfloat16, widen
 from qie.engines.inputs.modulation import SCHEDULES, Tables, compute_tables, modulation_tables, store_tables, table_name
 from qie.engines.inputs.modulation import timesteps as timesteps_of
 from qie.engines.inputs.schedule import sigmas
@@ -149,7 +150,7 @@ def test_progress_goes_block_by_block(make: Callable[..., Case]) -> None:
 
 def test_large_values_do_not_warn() -> None:
     """silu of a very negative number is 0, and exp of it overflows on the way."""
-    assert list(module._silu(np.array([-1e4, 0, 100], np.float32))) == [0, 0, 100]
+    assert list(module.silu(np.array([-1e4, 0, 100], np.float32))) == [0, 0, 100]
 
 
 # bfloat16
@@ -161,17 +162,18 @@ def test_bfloat16_rounds_to_nearest_even(count: int) -> None:
     x = rng.normal(0, 1, count).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, count)
     halfway = (rng.integers(0, 1 << 15, 1000, np.uint32) << 16 | 0x8000).view(np.float32)
     x = np.concatenate([x.astype(np.float32), halfway[np.isfinite(halfway)], [np.float32(0), np.float32(-0.0)]])
-    narrow = module._narrow(x)
-    assert narrow.dtype == np.uint16
-    assert np.array_equal(narrow, x.astype(ml_dtypes.bfloat16).view(np.uint16))
+    bits = narrow(x)
+    assert bits.dtype == np.uint16
+    assert np.array_equal(round_to_bfloat16(x), widen(bits))
+    assert np.array_equal(bits, x.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
 def test_every_bfloat16_survives_a_round_trip() -> None:
     bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-    wide = module._widen(bits)
+    wide = widen(bits)
     finite = np.isfinite(wide)
     assert finite.sum() > 65000
-    assert np.array_equal(module._narrow(wide[finite]), bits[finite])
+    assert np.array_equal(narrow(wide[finite]), bits[finite])
     assert np.array_equal(wide[finite], bits.view(ml_dtypes.bfloat16).astype(np.float32)[finite])
 
 
@@ -300,6 +302,6 @@ def test_the_name_depends_on_weights_and_schedule(make: Callable[..., Case]) -> 
 def test_the_weights_of_a_bundle_are_mapped_not_read(bundle: Path) -> None:
     opened: Bundle = open_bundle(str(bundle))
     weights = module.Weights(bundle, opened.manifest.model.modulation)
-    assert isinstance(weights._bytes, np.memmap)
+    assert isinstance(weights.mapped, np.memmap)
     with pytest.raises(KeyError):
         weights.read("no.such.tensor")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from qie.engines.errors import EditError
+from qie.engines.errors import RequestError
 from qie.engines.inputs.noise import TORCH_SEED_RANGE, standard_normal
 
 Dtype = Literal["float32", "bfloat16"]
@@ -155,9 +155,11 @@ def test_torch_takes_the_ends_of_the_seed_range(torch: ModuleType, seed: int) ->
 
 @pytest.mark.parametrize("seed", REFUSED)
 def test_refuses_a_seed_in_one_sentence(seed: Any) -> None:
-    with pytest.raises(EditError) as error:
+    with pytest.raises(RequestError) as error:
         standard_normal((4,), seed=seed, dtype="float32")
-    assert str(error.value) == f"The seed {seed!r} cannot be used: give a whole number from -2**63 to 2**64 - 1."
+    assert str(error.value) == (
+        f"the seed is {seed!r}, expected a whole number from -2**63 to 2**64 - 1; use another seed"
+    )
 
 
 @pytest.mark.parametrize("seed", REFUSED)

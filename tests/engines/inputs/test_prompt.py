@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from qie.engines.bundle.specs import PromptSpec
-from qie.engines.errors import EditError
+from qie.engines.errors import ImageError, RequestError
 from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, PREFIX, PREFIX_TOKENS, check_prefix, encode
 
 SPECIAL = [
@@ -182,7 +182,7 @@ def test_text_continues_behind_the_longer_side_of_an_image(tokenizer):
 @pytest.mark.parametrize("blank", ["", " ", "\n\t "])
 def test_a_blank_instruction_is_refused_unless_allowed(tokenizer, blank):
     spec = spec_for("edit", tokenizer)
-    with pytest.raises(EditError, match="empty"):
+    with pytest.raises(RequestError, match="empty"):
         encode(tokenizer, ["fine", blank], [(1, 2, 2)], spec)
     assert len(encode(tokenizer, [blank], [(1, 2, 2)], spec, allow_blank=True).lengths) == 1
 
@@ -191,7 +191,7 @@ def test_a_blank_instruction_is_refused_unless_allowed(tokenizer, blank):
     "token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 )
 def test_vision_tokens_in_an_instruction_are_refused(tokenizer, token):
-    with pytest.raises(EditError) as caught:
+    with pytest.raises(RequestError) as caught:
         encode(tokenizer, [f"replace {token} it"], [(1, 2, 2)], spec_for("edit", tokenizer))
     assert token in str(caught.value)
 
@@ -201,13 +201,13 @@ def test_the_limit_counts_the_instructions_own_tokens(tokenizer):
     assert spec.max_instruction_tokens == 1024
     long = "1" * 1024  # a digit is a token
     encode(tokenizer, [long], [(1, 2, 2)], spec)
-    with pytest.raises(EditError, match=r"1025 tokens.*1024"):
+    with pytest.raises(RequestError, match=r"1025 tokens.*1024"):
         encode(tokenizer, [long + "1"], [(1, 2, 2)], spec)
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_edit_takes_one_image(tokenizer, count):
-    with pytest.raises(EditError, match=f"one image, but {count}"):
+    with pytest.raises(ImageError, match=f"{count} images were given, this model takes 1; use"):
         encode(tokenizer, ["a"], [(1, 2, 2)] * count, spec_for("edit", tokenizer))
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from qie.engines.bundle.specs import RotarySpec
-from qie.engines.errors import EditError
+from qie.engines.errors import RequestError
 from qie.engines.inputs import rotary as latents
-from qie.engines.inputs.rotary import MAX_POSITIONS, noise_latents, pack, rotary_tables, unpack
+from qie.engines.inputs.rotary import MAX_POSITIONS, noise_latents, pack, rotary_tables
 
 GRIDS = [
     [(64, 64), (64, 64)],
@@ -56,7 +56,7 @@ def test_text_starts_behind_the_largest_image():
 def test_text_beyond_the_table_is_refused():
     spec = RotarySpec(axes_dims=(2, 2, 2))
     rotary_tables(spec, text_tokens=MAX_POSITIONS - 4, grids=[(8, 2)])
-    with pytest.raises(EditError, match=r"4093 tokens.*4092"):
+    with pytest.raises(RequestError, match=r"4093 tokens.*4092"):
         rotary_tables(spec, text_tokens=MAX_POSITIONS - 3, grids=[(8, 2)])
 
 
@@ -68,9 +68,6 @@ def test_packing_equals_the_pipeline(batch, channels, height, width):
     expected = pipeline._pack_latents(torch.from_numpy(values), batch, channels, height, width).numpy()
     packed = pack(values)
     np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(unpack(packed, height, width), values)
-    unpacked = pipeline._unpack_latents(torch.from_numpy(packed), height * 8, width * 8, 8)[:, :, 0].numpy()
-    np.testing.assert_array_equal(unpack(packed, height, width), unpacked)
 
 
 def test_packing_is_channel_major_within_a_patch():

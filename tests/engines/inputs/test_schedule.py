@@ -7,7 +7,7 @@ import pytest
 
 from qie.compiler.checkpoint.scheduler import parse_scheduler
 from qie.engines.bundle.specs import SchedulerSpec
-from qie.engines.errors import CheckpointError, EditError
+from qie.engines.errors import BundleError, CheckpointError, RequestError
 from qie.engines.inputs.schedule import sigmas
 
 PUBLISHED = {
@@ -97,7 +97,7 @@ def test_one_step_runs_from_noise_to_image(config):
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(EditError, match=f"{steps} steps"):
+    with pytest.raises(RequestError, match=f"steps is {steps}, expected at least 1"):
         sigmas(SchedulerSpec(), steps=steps, noise_tokens=4096)
 
 
@@ -137,7 +137,7 @@ def test_values_of_the_wrong_kind_are_named(option, value):
 
 def test_a_shift_that_leaves_no_schedule():
     spec = parse_scheduler(PUBLISHED | {"base_shift": 0.5, "max_shift": 99, "max_image_seq_len": 257})
-    with pytest.raises(EditError, match="4096 tokens.* leaves no schedule: take the scheduler folder"):
+    with pytest.raises(BundleError, match="4096 tokens.* leaves no schedule; use the scheduler folder"):
         sigmas(spec, steps=4, noise_tokens=4096)
 
 

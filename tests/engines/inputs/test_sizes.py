@@ -3,7 +3,7 @@
 import pytest
 
 from qie.engines.bundle.specs import ShapeLimits, Size
-from qie.engines.errors import EditError
+from qie.engines.errors import RequestError
 from qie.engines.inputs.sizes import calculate_dimensions, fits, nearest_bucket, resolve_size
 
 SQUARE = Size(width=1024, height=1024)
@@ -84,7 +84,7 @@ def test_a_size_within_the_limits_is_used_in_silence() -> None:
 def test_sides_are_rounded_down_to_multiples_of_16() -> None:
     size, note = resolve_size(LIMITS, 1001, 703)
     assert size == Size(width=992, height=688)
-    assert note == "asked for 1001x703, using 992x688: sides are multiples of 16 pixels"
+    assert note == "requested 1001x703, using 992x688: sides are multiples of 16 pixels"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_size_outside_the_limits_becomes_a_bucket_and_says_so(
     size, note = resolve_size(LIMITS, width, height)
     assert size == expected
     assert note is not None
-    assert note.startswith(f"asked for {width}x{height}, using {expected}, the nearest bucket: ")
+    assert note.startswith(f"requested {width}x{height}, using {expected}, the nearest bucket: ")
     assert reason in note
 
 
@@ -116,5 +116,6 @@ def test_a_rounded_size_on_the_limit_is_kept() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(0, 512), (512, 0), (-16, 512), (512, -16)])
 def test_sides_must_be_positive(width: int, height: int) -> None:
-    with pytest.raises(EditError, match=f"{width}x{height} has a side that is not positive.*--size"):
+    with pytest.raises(RequestError, match=f"{width}x{height} has a side that is not positive; use") as problem:
         resolve_size(LIMITS, width, height)
+    assert problem.value.option == "size"

@@ -8,7 +8,7 @@ import pytest
 
 from qie.compiler.checkpoint.processor import parse_processor
 from qie.engines.bundle.specs import VisionSpec
-from qie.engines.errors import CheckpointError, EditError
+from qie.engines.errors import CheckpointError, ImageError
 from qie.engines.inputs.vision import smart_resize, vision_inputs
 from tests.support.images import noise_image
 
@@ -119,7 +119,7 @@ def test_smart_resize_equals_transformers(factor, min_pixels, max_pixels):
 def test_too_narrow_an_image_is_refused():
     spec = parse_processor(TOWER, {})
     vision_inputs([noise_image(200, 1)], spec)
-    with pytest.raises(EditError, match=r"201 x 1 pixels.*200"):
+    with pytest.raises(ImageError, match=r"201 x 1 pixels.*200"):
         vision_inputs([noise_image(201, 1)], spec)
 
 

@@ -82,7 +82,7 @@ def tensorrt_uses(source: str) -> Iterator[Use]:
     """The attributes and calls of the variables in ``HOLDS``, and of the module's classes."""
     tree = ast.parse(source)
     calls = {id(node.func): len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    enums = {"graphs": "CudaGraphStrategy"}
+    enums = {"strategy": "CudaGraphStrategy"}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
             continue

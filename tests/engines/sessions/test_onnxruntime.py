@@ -13,7 +13,7 @@ import pytest
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import EngineRecord, ProfileRecord, TensorSpec
-from qie.engines.errors import BundleError, EditError, EngineMismatchError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError
 from qie.engines.sessions import onnxruntime as module
 from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -65,7 +65,7 @@ def test_copy(session: OnnxRuntimeSession) -> None:
 
 
 def test_wrong_tensors(session: OnnxRuntimeSession) -> None:
-    with pytest.raises(EditError, match=r"onnxruntime failed in vae_encoder \(.*; try a smaller --size or fewer"):
+    with pytest.raises(EngineError, match=r"onnxruntime failed in vae_encoder \(.*; use a smaller size or fewer"):
         encode(session, IMAGE.astype(np.float32))
 
 
@@ -98,11 +98,21 @@ def test_weights_alone_are_quantized(
     np.testing.assert_allclose(session.download(y), x @ widened, rtol=1e-4, atol=1e-4)
 
 
-def test_close(session: OnnxRuntimeSession) -> None:
-    held = weakref.ref(session._session)
+def test_close(bundle: Path, record: EngineRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[weakref.ref[ort.InferenceSession]] = []
+
+    class Watched(ort.InferenceSession):
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            graphs.append(weakref.ref(self))
+
+    monkeypatch.setattr(ort, "InferenceSession", Watched)
+    session = OnnxRuntimeSession(bundle, record)
+    (graph,) = graphs
+    assert graph() is not None
     session.close()
     gc.collect()
-    assert held() is None
+    assert graph() is None
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path, record: EngineRecord) -> None:

@@ -1,0 +1,99 @@
+"""What the transformer reads of a request: prompt embeddings and the latents of the reference images.
+
+Shape suffixes: V image tokens of the prompt, L text tokens, R reference tokens, D width of the language model,
+C = 64 latent channels of a token, h w latent tokens of an image.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.editing.progress import Meter
+from qie.engines.editing.request import Request, Settings, check_prompts, check_references
+from qie.engines.editing.stages import Stages
+from qie.engines.errors import BundleError
+from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prompt import encode
+from qie.engines.inputs.vision import vision_inputs
+
+__all__ = ["Conditioning", "condition", "open_tokenizer"]
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Conditioning:
+    """What the transformer reads of a request at every step.
+
+    Attributes:
+        prompts: float32 [1, L, D] of each instruction.
+        negative: float32 [1, L, D]; None without guidance.
+        reference: float32 [1, R, C], latents of the reference images, one after the other.
+        grids: (height, width) in tokens of the images to generate, then of each reference image.
+    """
+
+    prompts: tuple[Array, ...]
+    negative: Array | None
+    reference: Array
+    grids: tuple[tuple[int, int], ...]
+
+
+def condition(
+    stages: Stages, tokenizer: Tokenizer, request: Request, settings: Settings, *, meter: Meter | None = None
+) -> Conditioning:
+    """Run the stages before denoising; everything is checked before an engine is loaded.
+
+    Raises:
+        RequestError: an image or instruction cannot be used.
+        EngineError: a backend failed or memory ran out.
+    """
+    meter = meter or Meter(lambda stage, done, total: None)
+    model = stages.bundle.manifest.model
+
+    # 1. The two copies of each image, and the tokens of each prompt. The negative prompt sees the same images.
+    prepared = [prepare(image, model.areas) for image in request.images]
+    check_references([copies.vae.shape[:2] for copies in prepared], stages.engines["vae_encoder"])
+    vision = vision_inputs([copies.vision for copies in prepared], model.vision)
+    tokens = partial(encode, tokenizer, grids=vision.grids, spec=model.prompt)
+    prompts = [tokens([instruction]) for instruction in request.instructions]
+    if settings.guided:
+        prompts.append(tokens([request.negative], allow_blank=True))
+    check_prompts(prompts, stages.bundle.manifest)
+
+    # 2. Images, then prompts, to embeddings.
+    with meter("vision") as report:
+        image_embeds_VD = stages.vision(vision, progress=report)
+    with meter("language") as report:
+        embeds = stages.language(prompts, image_embeds_VD, progress=report)
+
+    # 3. Reference images to latents.
+    with meter("encode") as report:
+        latents = stages.encode([copies.vae for copies in prepared], progress=report)
+    size = settings.size
+    return Conditioning(
+        prompts=tuple(embeds[: len(request.instructions)]),
+        negative=embeds[-1] if settings.guided else None,
+        reference=np.concatenate([latents_hwC.reshape(1, -1, latents_hwC.shape[-1]) for latents_hwC in latents], 1),
+        grids=(
+            (size.height // SIDE_MULTIPLE, size.width // SIDE_MULTIPLE),
+            *((latents_hwC.shape[0], latents_hwC.shape[1]) for latents_hwC in latents),
+        ),
+    )
+
+
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: its file is damaged.
+    """
+    path = bundle.path / bundle.manifest.tokenizer.path
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as problem:  # the library raises nothing more precise
+        raise BundleError(f"{path} is damaged ({problem}); build the bundle again with `qie build`") from None

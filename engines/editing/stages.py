@@ -1,0 +1,166 @@
+"""The stages of an edit as functions: arrays in, arrays out, with the engines of one bundle behind them.
+
+Shape suffixes: V image tokens of the prompt, L text tokens (without the template's prefix), D width of the language
+model, H W pixels, h w = H / 16, W / 16 latent tokens, C = 64 latent channels of a token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency
+from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.editing.progress import no_progress
+from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
+from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
+from qie.engines.inputs.vision import VisionInputs
+from qie.engines.sessions.choose import choose_engines
+from qie.engines.sessions.load import load, open_device
+from qie.engines.sessions.session import Session, Tensor
+
+if TYPE_CHECKING:
+    from qie.engines.sessions.device import Device
+
+__all__ = ["Stages"]
+
+Float32 = NDArray[np.float32]
+StageProgress = Callable[[int, int], None]
+
+
+class Stages:
+    """The engines of a bundle, loaded when first needed, and the GPU that they share.
+
+    With residency "resident" an engine stays loaded; with "sequential" it is released when its stage is done. Every
+    stage takes ``progress``, which is called with (runs done, runs in all), and raises:
+
+        BackendMissingError, BundleError: the engine cannot be loaded.
+        EngineError: the backend failed or memory ran out.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[Component, EngineRecord] | None = None,
+        *,
+        residency: Residency | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Choose the engines; none is loaded.
+
+        Args:
+            bundle: where the engines are.
+            engines: one a component; None chooses those that fit this machine.
+            residency: None is the bundle's default.
+            cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
+
+        Raises:
+            EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
+        """
+        self.bundle = bundle
+        self.engines = choose_engines(bundle) if engines is None else dict(engines)
+        self.residency: Residency = residency or bundle.manifest.defaults.residency
+        self._cuda_graphs = cuda_graphs
+        self._sessions: dict[Component, Session] = {}
+        self._device: Device | None = None
+
+    @property
+    def loaded(self) -> tuple[Component, ...]:
+        """The components whose engines are loaded, in the order of an edit."""
+        return tuple(component for component in COMPONENTS if component in self._sessions)
+
+    @property
+    def device(self) -> "Device | None":
+        """What the sessions share on a GPU; None before the first one is loaded, and on a CPU."""
+        return self._device
+
+    def vision(self, inputs: VisionInputs, *, progress: StageProgress = no_progress) -> Float32:
+        """Image embeddings float32 [V, D] of all images of an edit, in the order of the prompt."""
+        with self.session("vision") as session:
+            progress(0, 1)
+            sizes = {"image_tokens": len(inputs.raster_index)}
+            embeds_VD: Float32 = _run(session, vision_feed(inputs), "image_embeds", sizes)
+            progress(1, 1)
+        return embeds_VD
+
+    def language(
+        self, prompts: Sequence[PromptTokens], image_embeds_VD: Float32, *, progress: StageProgress = no_progress
+    ) -> list[Float32]:
+        """Prompt embeddings float32 [B, L, D] of each of ``prompts``, which are batches about the same images."""
+        embeds: list[Float32] = []
+        with self.session("language") as session:
+            image_embeds = session.upload(image_embeds_VD)
+            for number, tokens in enumerate(prompts):
+                progress(number, len(prompts))
+                batch, length = tokens.input_ids.shape
+                sizes = {"batch": batch, "text_tokens": length - PREFIX_TOKENS}
+                feed = language_feed(tokens, image_embeds_VD)
+                embeds.append(_run(session, feed, "prompt_embeds", sizes, uploaded={"image_embeds": image_embeds}))
+            progress(len(prompts), len(prompts))
+        return embeds
+
+    def encode(self, images: Sequence[NDArray[np.uint8]], *, progress: StageProgress = no_progress) -> list[Float32]:
+        """Latents float32 [h, w, C] of each image, uint8 [H, W, 3] with sides that are multiples of 16."""
+        latents: list[Float32] = []
+        with self.session("vae_encoder") as session:
+            for number, image_HWC in enumerate(images):
+                progress(number, len(images))
+                rows, columns = (side // SIDE_MULTIPLE for side in image_HWC.shape[:2])
+                sizes = {"batch": 1, "rows": rows, "columns": columns}
+                latents.append(_run(session, encoder_feed(image_HWC), "latents", sizes)[0])
+            progress(len(images), len(images))
+        return latents
+
+    def decode(self, latents: Sequence[Float32], *, progress: StageProgress = no_progress) -> list[NDArray[np.uint8]]:
+        """Images uint8 [H, W, 3] of latents float32 [h, w, C]."""
+        images: list[NDArray[np.uint8]] = []
+        with self.session("vae_decoder") as session:
+            for number, latents_hwC in enumerate(latents):
+                progress(number, len(latents))
+                rows, columns, _ = latents_hwC.shape
+                sizes = {"batch": 1, "height": rows * SIDE_MULTIPLE, "width": columns * SIDE_MULTIPLE}
+                images.append(_run(session, decoder_feed(latents_hwC), "image", sizes)[0])
+            progress(len(latents), len(latents))
+        return images
+
+    @contextmanager
+    def session(self, component: Component) -> Iterator[Session]:
+        """The session of ``component``, for ``Denoiser.start``; with residency "sequential" the block releases it."""
+        loads = component not in self._sessions
+        if loads:
+            if self._device is None:
+                self._device = open_device(self.engines.values(), cuda_graphs=self._cuda_graphs)
+            self._sessions[component] = load(self.bundle.path, self.engines[component], self._device)
+        try:
+            yield self._sessions[component]
+        finally:
+            if loads and self.residency == "sequential":
+                self._sessions.pop(component).close()
+
+    def close(self) -> None:
+        """Release all engines and the GPU; the next stage would load them again. Closing twice is allowed."""
+        with ExitStack() as stack:  # last in, first out: the device outlives the sessions, and no failure skips it
+            if self._device is not None:
+                stack.callback(self._device.close)
+            for session in self._sessions.values():
+                stack.callback(session.close)
+            self._sessions, self._device = {}, None
+
+
+def _run(
+    session: Session,
+    feed: Feed,
+    output: str,
+    sizes: Mapping[str, int],
+    *,
+    uploaded: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Run an engine once: the array of ``output``, whose free dims ``sizes`` gives; ``uploaded`` inputs are reused."""
+    result = session.empty(output, sizes)
+    reused = uploaded or {}
+    tensors = {name: reused[name] if name in reused else session.upload(array) for name, array in feed.items()}
+    session.run(tensors, {output: result})
+    return session.download(result)
