@@ -28,7 +28,7 @@ BAD_BUNDLES: dict[str, tuple[Break, str]] = {
         bytes((b / "vision.onnx").stat().st_size)), f"onnxruntime .* cannot load .*vision.onnx .*; {AGAIN}"),
     "tokenizer damaged": (lambda b: (b / "tokenizer.json").write_bytes(
         b"{" * (b / "tokenizer.json").stat().st_size), f"tokenizer.json is damaged .*; {AGAIN}"),
-    "manifest missing": (lambda b: (b / "manifest.json").unlink(), "there is no bundle .*; see `qie list`"),
+    "manifest missing": (lambda b: (b / "manifest.json").unlink(), "there is no bundle .*; choose one of `qie list`"),
     "manifest cut short": (lambda b: cut(b / "manifest.json"), f"manifest.json cannot be read .*; {AGAIN}"),
     "manifest of another schema": (lambda b: change_manifest(b, schema=99),
         f"schema 99, this qie reads schema 1; {AGAIN}"),

@@ -86,7 +86,5 @@ def test_a_disk_that_is_full_at_a_late_stage(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(f"qie.compiler.packing.pack.{function}", fail)
-    assert_says(
-        refusal(qie("build", checkpoint)), r"is full, [\d,]+ bytes are needed; free some space"
-    )
+    assert_says(refusal(qie("build", checkpoint)), r"is full, [\d,]+ bytes are needed; free some space")
     assert list((qie_home / "bundles").iterdir()) == []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.bundle import Bundle

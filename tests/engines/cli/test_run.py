@@ -44,7 +44,7 @@ def test_run_as_json(qie: Qie, workplace: Path, bundle: Path) -> None:
         "guidance": 4.0,
         "notes": [],
     }
-    assert set(seconds) == {"vision", "language", "vae_encoder", "modulation", "transformer", "vae_decoder"}
+    assert set(seconds) == {"vision", "language", "encode", "modulation", "denoise", "decode"}
 
 
 def test_run_as_json_without_guidance(qie: Qie, workplace: Path, bundle: Path) -> None:
@@ -154,7 +154,7 @@ def test_size(qie: Qie, workplace: Path, bundle: Path, wanted: str, made: tuple[
         assert notes == []
     else:
         (note,) = notes
-        assert note.startswith(f"note: asked for {wanted.lower()}, using {made[0]}x{made[1]}")
+        assert note.startswith(f"note: requested {wanted.lower()}, using {made[0]}x{made[1]}")
         assert reason in note
 
 
