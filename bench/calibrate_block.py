@@ -75,7 +75,7 @@ def main() -> None:
         "block_seconds": times[1] - times[0],
         "all_blocks_hours": BLOCKS * (times[1] - times[0]) / 3600,
         "peak_bytes": peak_bytes(),
-        "linears": len(observer.most),
+        "linears": len(observer.amax),
     }
     print(
         f"{found['cores']} cores, {options.samples} samples of {found['image_tokens']} image and {TEXT} text tokens\n"

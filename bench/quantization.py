@@ -38,7 +38,7 @@ from qie.compiler.quantization.calibration import Calibration, read_calibration,
 from qie.compiler.quantization.qdq import QUANTIZATION, Scheme
 from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
 from qie.compiler.quantization.sensitivity import errors_of
-from qie.compiler.recipe.schema import Attention, ComponentRecipe, Quantization, load_recipe
+from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName, load_recipe
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
@@ -57,13 +57,16 @@ FORCED = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way of quantizing ``component``: ``scheme`` in place of the one of that name, and what is ``kept``."""
+    """A way of quantizing ``component``: ``replacement`` takes the place of the scheme of that name.
+
+    ``excludes`` says whether the linears that the calibration excludes stay in float32.
+    """
 
     name: str
     component: Component = "transformer"
-    quantization: Quantization = "none"
-    scheme: Scheme | None = None
-    kept: bool = True
+    scheme: SchemeName = "none"
+    replacement: Scheme | None = None
+    excludes: bool = True
     attention: Attention = "none"
 
 
@@ -72,25 +75,25 @@ ROUGH = replace(QUANTIZATION["int8-smooth"], smooth=False)
 
 VARIANTS = (
     Variant(name="none"),
-    Variant(name="fp8", quantization="fp8"),
-    Variant(name="fp8, nothing kept", quantization="fp8", kept=False),
-    Variant(name="fp8, and FP8 attention", quantization="fp8", attention="fp8"),
-    Variant(name="int8-smooth", quantization="int8-smooth"),
-    Variant(name="int8-smooth, nothing kept", quantization="int8-smooth", kept=False),
-    Variant(name="int8 without smoothing", quantization="int8-smooth", scheme=ROUGH),
-    Variant(name="int8 without smoothing, nothing kept", quantization="int8-smooth", scheme=ROUGH, kept=False),
-    Variant(name="int8, naive min-max", quantization="int8-smooth", scheme=NAIVE, kept=False),
-    Variant(name="w8a16", quantization="w8a16"),
+    Variant(name="fp8", scheme="fp8"),
+    Variant(name="fp8, nothing excluded", scheme="fp8", excludes=False),
+    Variant(name="fp8, and FP8 attention", scheme="fp8", attention="fp8"),
+    Variant(name="int8-smooth", scheme="int8-smooth"),
+    Variant(name="int8-smooth, nothing excluded", scheme="int8-smooth", excludes=False),
+    Variant(name="int8 without smoothing", scheme="int8-smooth", replacement=ROUGH),
+    Variant(name="int8 without smoothing, nothing excluded", scheme="int8-smooth", replacement=ROUGH, excludes=False),
+    Variant(name="int8, naive min-max", scheme="int8-smooth", replacement=NAIVE, excludes=False),
+    Variant(name="w8a16", scheme="w8a16"),
 )
 
 LANGUAGE = (
-    *(Variant(name=name, component="language", quantization=name) for name in QUANTIZATION),
+    *(Variant(name=name, component="language", scheme=name) for name in QUANTIZATION),
     *(
         Variant(
             name=f"{name} without smoothing",
             component="language",
-            quantization=name,
-            scheme=replace(QUANTIZATION[name], smooth=False),
+            scheme=name,
+            replacement=replace(QUANTIZATION[name], smooth=False),
         )
         for name, scheme in QUANTIZATION.items()
         if scheme.smooth
@@ -170,8 +173,8 @@ def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
 def replaced(variant: Variant) -> Iterator[None]:
     """The table of schemes with the variant's own."""
     before = dict(QUANTIZATION)
-    if variant.scheme is not None:
-        QUANTIZATION[variant.quantization] = variant.scheme
+    if variant.replacement is not None:
+        QUANTIZATION[variant.scheme] = variant.replacement
     try:
         yield
     finally:
@@ -181,14 +184,14 @@ def replaced(variant: Variant) -> Iterator[None]:
 def build(checkpoint: Path, variant: Variant, known: Calibration, destination: Path) -> Bundle:
     """The variant for the processor, with a float32 carrier."""
     recipe = load_recipe("cpu")
-    section = ComponentRecipe(precision="float32", quantization=variant.quantization, attention=variant.attention)
+    section = ComponentRecipe(precision="float32", scheme=variant.scheme, attention=variant.attention)
     plan = make_plan(
         open_checkpoint(str(checkpoint)),
         recipe_name="cpu",
         recipe=replace(recipe, components=replace(recipe.components, **{variant.component: section})),
         loras=[],
         destination=destination,
-        calibration=known if variant.kept else replace(known, keep={}),
+        calibration=known if variant.excludes else replace(known, exclude={}),
     )
     return build_bundle(plan)
 
@@ -332,8 +335,8 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
         steps += feeds(exact, record(exact, case))
     observer = Observer(graph, readers, len(steps))
     observer.run(steps, lambda what, done, total: None)
-    ratios = np.array([own.most[name].max() / values.max() for name, values in observer.most.items()])
-    channels = np.concatenate([own.most[name] / np.maximum(values, 1e-6) for name, values in observer.most.items()])
+    ratios = np.array([own.amax[name].max() / values.max() for name, values in observer.amax.items()])
+    channels = np.concatenate([own.amax[name] / np.maximum(values, 1e-6) for name, values in observer.amax.items()])
     both = {
         "samples": len(samples),
         "steps": len(steps),
@@ -344,14 +347,14 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
     }
     truth = replace(
         own,
-        most=own.most | observer.most,
-        factors={s: f | observer.factors.get(s, {}) for s, f in own.factors.items()},
+        amax=own.amax | observer.amax,
+        smoothing_scales={s: f | observer.smoothing_scales.get(s, {}) for s, f in own.smoothing_scales.items()},
     )
     few = list(cases(phrases=1))
     for name, one in (("own latents", own), ("trajectories", truth)):
         write_calibration(one, folder / f"{name}.npz")
         again = read_calibration(folder / f"{name}.npz")
-        editor = Editor(build(options.checkpoint, Variant(name=name, quantization="int8-smooth"), again, folder / name))
+        editor = Editor(build(options.checkpoint, Variant(name=name, scheme="int8-smooth"), again, folder / name))
         scores = score(partial(edit, editor, editor.bundle.manifest.defaults.steps), few)
         both[f"psnr_db, {name}"] = fmean(s.psnr_db for s in scores)
     print("\nCalibration on a picture's own latents against true trajectories")

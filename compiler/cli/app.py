@@ -190,7 +190,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
                 "compute_capability": r.compute_capability,
                 "memory_gib": r.memory_gib,
                 "backends": list(r.backends),
-                "transformer": [r.components.transformer.precision, r.components.transformer.quantization],
+                "transformer": [r.components.transformer.precision, r.components.transformer.scheme],
             }
             for name, r in found.items()
         ]
@@ -198,7 +198,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
     lines = []
     for name, r in found.items():
         transformer = r.components.transformer
-        precision = transformer.precision if transformer.quantization == "none" else transformer.quantization
+        precision = transformer.precision if transformer.scheme == "none" else transformer.scheme
         lines.append(
             [name, r.gpu, r.compute_capability or "-", f"{r.memory_gib:g} GiB", precision, " > ".join(r.backends)]
         )
@@ -349,7 +349,7 @@ def _print_plan(plan: "Plan", *, as_json: bool) -> None:
                         "backend": c.backend,
                         "finish": c.finish,
                         "precision": c.precision,
-                        "quantization": c.quantization,
+                        "scheme": c.scheme,
                         "attention": c.attention,
                         "nodes": c.nodes,
                         "parameters": c.parameters,

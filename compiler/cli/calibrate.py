@@ -28,7 +28,7 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=4096, help="Forward passes to watch.")] = 32,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also rank the linears, and choose which to keep.")
+        bool, typer.Option("--sensitivity", help="Also rank the linears, and choose which to exclude.")
     ] = False,
     component: Annotated[str, typer.Option(help="Which to rank: transformer or language.")] = "transformer",
     scheme: Annotated[
@@ -80,7 +80,7 @@ def calibrate(
             {
                 "calibration": str(out),
                 "samples": samples,
-                "linears": len(found.most),
+                "linears": len(found.amax),
                 "sensitivity": evidence,
             }
         )
@@ -99,7 +99,7 @@ def _lines(path: Path) -> list[str]:
 
 def _said(found: "Calibration", out: Path) -> str:
     return (
-        f"{out}: {len(found.most)} linears over {found.samples} samples, {human_bytes(out.stat().st_size)}\n"
+        f"{out}: {len(found.amax)} linears over {found.samples} samples, {human_bytes(out.stat().st_size)}\n"
         f"build with: qie build {found.name} --gpu l40s --calibration {out}"
     )
 
@@ -107,15 +107,15 @@ def _said(found: "Calibration", out: Path) -> str:
 def describe(ranking: "Sensitivity") -> str:
     """The ranking as a person reads it: the worst linears, and the lines of a recipe."""
     worst = sorted(ranking.errors, key=lambda name: ranking.errors[name], reverse=True)[:12]
-    rows = [[name, f"{ranking.errors[name]:.4f}", "kept" if name in ranking.keep else ""] for name in worst]
-    kept = human_bytes(sum(ranking.bytes[name] for name in ranking.keep))
+    rows = [[name, f"{ranking.errors[name]:.4f}", "excluded" if name in ranking.exclude else ""] for name in worst]
+    excluded = human_bytes(sum(ranking.bytes[name] for name in ranking.exclude))
     return "\n".join(
         [
             "",
             table(rows, header=["quantized alone", "error", ""], right=[1]),
             "",
-            f"{ranking.component}, {ranking.quantization}: with all {len(ranking.errors)} linears quantized the error "
-            f"is {ranking.everything:.4f}; with {len(ranking.keep)} of them kept ({kept}) it is "
-            f"{ranking.kept_error:.4f}, the budget being {ranking.budget:g}",
+            f"{ranking.component}, {ranking.scheme}: with all {len(ranking.errors)} linears quantized the error "
+            f"is {ranking.all_quantized_error:.4f}; with {len(ranking.exclude)} of them excluded ({excluded}) it is "
+            f"{ranking.error_after_exclusion:.4f}, the budget being {ranking.budget:g}",
         ]
     )

@@ -119,9 +119,9 @@ def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
     if plan.loras:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
     for part in plan.components:
-        if part.groups:
+        if part.smoothing_groups:
             name = part.graph.subfolder
-            readers[name] = smoothed_reader(readers[name], part.groups, part.factors)
+            readers[name] = smoothed_reader(readers[name], part.smoothing_groups, part.smoothing_scales)
     return readers
 
 
@@ -288,7 +288,7 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     """The calibration of what is quantized, copied into ``folder``: it tells how the bundle came about, and serves the
     next build."""
     sections = [plan.recipe.components[part.component] for part in plan.components]
-    if plan.calibration is None or all(s.quantization == s.attention == "none" for s in sections):
+    if plan.calibration is None or all(s.scheme == s.attention == "none" for s in sections):
         return None
     assert plan.calibration.source is not None
     shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
@@ -296,9 +296,9 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
 
 
 def _quantization(part: PlannedComponent) -> QuantizationRecord | None:
-    if part.quantization == "none":
+    if part.scheme == "none":
         return None
-    return QuantizationRecord(scheme=part.quantization, quantized=part.quantized, linears=part.linears)
+    return QuantizationRecord(scheme=part.scheme, quantized=part.quantized, linears=part.linears)
 
 
 def _earlier(destination: Path) -> Bundle | None:

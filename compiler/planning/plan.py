@@ -47,8 +47,9 @@ __all__ = ["Plan", "PlannedComponent", "bundle_name", "check_buildable", "engine
 class PlannedComponent:
     """One engine to be made of ``graph``; ``bytes`` are those of its weights.
 
-    ``quantized`` linears of the ``linears`` that multiply by a weight are computed in the recipe's ``quantization``;
-    ``groups`` of them are smoothed by ``factors``. ``attention`` is "fp8" where queries, keys and values are.
+    ``quantized`` linears of the ``linears`` that multiply by a weight are computed in the recipe's ``scheme``;
+    ``smoothing_groups`` of them are smoothed by ``smoothing_scales``. ``attention`` is "fp8" where queries, keys and
+    values are.
 
     ``backend`` is the one that this machine builds for, None where it can build for none of the recipe's. Where the
     recipe prefers one that must be built for on the GPU's machine, ``finish`` names it, and the graph stays in the
@@ -59,7 +60,7 @@ class PlannedComponent:
     backend: Backend | None
     finish: Backend | None
     precision: str
-    quantization: str
+    scheme: str
     attention: str
     graph: Graph
     nodes: int
@@ -67,14 +68,14 @@ class PlannedComponent:
     bytes: int
     linears: int = 0
     quantized: int = 0
-    groups: tuple[Group, ...] = ()
-    factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    smoothing_groups: tuple[Group, ...] = ()
+    smoothing_scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def computes(self) -> str:
         """In which types, for people: "bfloat16, fp8"."""
         attention = f"{self.attention} attention" if self.attention != "none" else "none"
-        return ", ".join([self.precision, *(said for said in (self.quantization, attention) if said != "none")])
+        return ", ".join([self.precision, *(said for said in (self.scheme, attention) if said != "none")])
 
     @property
     def kept_bytes(self) -> int:
@@ -189,7 +190,7 @@ def check_buildable(plan: Plan) -> None:
                 option="gpu",
             )
         section = plan.recipe.components[part.component]
-        asked = [scheme for scheme in (section.quantization, section.attention) if scheme != "none"]
+        asked = [scheme for scheme in (section.scheme, section.attention) if scheme != "none"]
         if asked and plan.calibration is None:
             raise CalibrationError(
                 f'the recipe {plan.recipe_name} quantizes {part.component} ("{asked[0]}"), which needs a '
@@ -219,8 +220,8 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
                 "graph": part.graph.digest(),
                 "checkpoint": digest,
                 "loras": loras if part.component == "transformer" else [],
-                "section": [part.precision, part.quantization],
-                "smoothing": {name: _sha256_of(values) for name, values in part.factors.items()},
+                "section": [part.precision, part.scheme],
+                "smoothing": {name: _sha256_of(values) for name, values in part.smoothing_scales.items()},
                 "versions": versions,
             }
         )
@@ -274,7 +275,7 @@ def _planned(component: Component, model: Model, recipe: Recipe, calibration: Ca
         backend=backend,
         finish=known[0] if elsewhere else None,
         precision=section.precision,
-        quantization=section.quantization,
+        scheme=section.scheme,
         attention=section.attention,
         graph=graph,
         nodes=graph.model.graph.num_nodes(),
@@ -282,8 +283,8 @@ def _planned(component: Component, model: Model, recipe: Recipe, calibration: Ca
         bytes=total_bytes(graph.weights),
         linears=total,
         quantized=len(made.linears),
-        groups=made.groups,
-        factors=made.factors,
+        smoothing_groups=made.groups,
+        smoothing_scales=made.smoothing_scales,
     )
 
 

@@ -26,7 +26,7 @@ from qie.compiler.quantization.samples import (
     transformer_values,
 )
 from qie.compiler.quantization.smoothing import Group, factor, groups
-from qie.compiler.recipe.schema import Quantization
+from qie.compiler.recipe.schema import SchemeName
 from qie.engines.bundle.manifest import Component
 
 __all__ = ["Observer", "calibrate"]
@@ -39,7 +39,7 @@ ROWS = 512
 WORTH = 0.95
 """A smoothing that costs a multiplication must bring the error under this share of what it is without."""
 
-SMOOTHED: dict[Component, tuple[Quantization, ...]] = {
+SMOOTHED: dict[Component, tuple[SchemeName, ...]] = {
     "language": ("int8-smooth", "w8a16", "w4a16"),
     "transformer": ("int8-smooth",),
 }
@@ -76,8 +76,10 @@ def calibrate(
         name=checkpoint.name,
         data=digest(samples),
         samples=len(samples),
-        most={**language.most, **transformer.most},
-        factors={s: {**language.factors.get(s, {}), **transformer.factors.get(s, {})} for s in schemes},
+        amax={**language.amax, **transformer.amax},
+        smoothing_scales={
+            s: {**language.smoothing_scales.get(s, {}), **transformer.smoothing_scales.get(s, {})} for s in schemes
+        },
         alphas={s: {**language.alphas.get(s, {}), **transformer.alphas.get(s, {})} for s in schemes},
     )
 
@@ -94,9 +96,9 @@ class Observer:
         self.attentions = attentions(graph)
         self.groups = groups(graph.component, names, language)
         self.schemes = SMOOTHED[graph.component]
-        self.most: dict[str, Array] = {}
-        self.factors: dict[Quantization, dict[str, Array]] = {scheme: {} for scheme in self.schemes}
-        self.alphas: dict[Quantization, dict[str, float]] = {scheme: {} for scheme in self.schemes}
+        self.amax: dict[str, Array] = {}
+        self.smoothing_scales: dict[SchemeName, dict[str, Array]] = {scheme: {} for scheme in self.schemes}
+        self.alphas: dict[SchemeName, dict[str, float]] = {scheme: {} for scheme in self.schemes}
         self._fitted: dict[str, Array] = {}
         self._rows: dict[str, list[Array]] = {}
 
@@ -123,7 +125,7 @@ class Observer:
             value = self.inputs[name]
             x = values[value].reshape(-1, values[value].shape[-1])
             most = np.abs(x).max(0)
-            _raise(self.most, name, most)
+            _raise(self.amax, name, most)
             if sample % 2 == 0:
                 _raise(self._fitted, name, most)
             if value not in drawn:
@@ -135,7 +137,7 @@ class Observer:
         for weight, attention in self._attentions():
             if weight in own:
                 for name, value in zip(operands(attention), self.attentions[attention], strict=True):
-                    _raise(self.most, name, np.abs(values[value]).reshape(-1, values[value].shape[-1]).max(0))
+                    _raise(self.amax, name, np.abs(values[value]).reshape(-1, values[value].shape[-1]).max(0))
 
     def _attentions(self) -> list[tuple[str, str]]:
         """A weight in front of each attention, and its name."""
@@ -153,7 +155,7 @@ class Observer:
                 for scheme in self.schemes:
                     chosen = self._smoothing(group, QUANTIZATION[scheme], rows, weights)
                     if chosen is not None:
-                        self.alphas[scheme][group.name], self.factors[scheme][group.name] = chosen
+                        self.alphas[scheme][group.name], self.smoothing_scales[scheme][group.name] = chosen
         for name in own:
             self._rows.pop(name, None)
             self._fitted.pop(name, None)
@@ -200,7 +202,7 @@ class Observer:
         if chosen is None:
             return None
         if scheme.inputs is not None:
-            inputs = group.most(np.max([self.most[name] for name in names], axis=0))
+            inputs = group.most(np.max([self.amax[name] for name in names], axis=0))
         return chosen, factor(inputs, widest, chosen)
 
 

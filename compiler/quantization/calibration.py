@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.compiler.recipe.schema import Quantization
+from qie.compiler.recipe.schema import SchemeName
 from qie.engines.errors import CalibrationError
 from qie.engines.files import replacing
 
 __all__ = ["FILE", "Calibration", "find_calibration", "read_calibration", "write_calibration"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 FILE = "calibration.npz"
 """Its name in the folder of a checkpoint or a bundle."""
@@ -35,10 +35,10 @@ class Calibration:
 
     model: digest of the checkpoint, name: what it is called
     data: sha256 of the pictures, instructions and sigmas
-    most: linear -> the largest magnitude of each channel of its input [in]
-    factors: scheme -> group -> smoothing factors [channels]
+    amax: linear -> the largest magnitude of each channel of its input [in]
+    smoothing_scales: scheme -> group -> smoothing scales [channels]
     alphas: scheme -> group -> the alpha that made them
-    keep: "component/scheme" -> linears that are not to be quantized, where that was measured
+    exclude: "component/scheme" -> linears that are not to be quantized, where that was measured
     source: the file that it was read from, None before it is written; sha256 is that of its content
     """
 
@@ -46,10 +46,10 @@ class Calibration:
     name: str
     data: str
     samples: int
-    most: Mapping[str, Array]
-    factors: Mapping[Quantization, Mapping[str, Array]] = field(default_factory=dict)
-    alphas: Mapping[Quantization, Mapping[str, float]] = field(default_factory=dict)
-    keep: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    amax: Mapping[str, Array]
+    smoothing_scales: Mapping[SchemeName, Mapping[str, Array]] = field(default_factory=dict)
+    alphas: Mapping[SchemeName, Mapping[str, float]] = field(default_factory=dict)
+    exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
     source: Path | None = None
     sha256: str | None = None
 
@@ -71,7 +71,7 @@ class Calibration:
         Raises:
             CalibrationError: one is missing.
         """
-        missing = [name for name in names if name not in self.most]
+        missing = [name for name in names if name not in self.amax]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CalibrationError(
@@ -88,12 +88,12 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         "data": calibration.data,
         "samples": calibration.samples,
         "alphas": calibration.alphas,
-        "keep": calibration.keep,
+        "exclude": calibration.exclude,
     }
     arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)}
-    arrays |= {f"most/{name}": values for name, values in calibration.most.items()}
-    for scheme, factors in calibration.factors.items():
-        arrays |= {f"factor/{scheme}/{group}": values for group, values in factors.items()}
+    arrays |= {f"amax/{name}": values for name, values in calibration.amax.items()}
+    for scheme, scales in calibration.smoothing_scales.items():
+        arrays |= {f"smoothing/{scheme}/{group}": values for group, values in scales.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -123,25 +123,31 @@ def read_calibration(path: Path) -> Calibration:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(arrays.pop("about").tobytes())
         if about["schema"] != SCHEMA:
-            raise CalibrationError(f"{path} has schema {about['schema']!r}, this qie reads {SCHEMA}; {again}")
-        settings = {key: about[key] for key in ("model", "name", "data", "samples", "alphas", "keep")}
+            raise CalibrationError(f"{path} has schema {about['schema']!r}, expected {SCHEMA}; {again}")
+        settings = {key: about[key] for key in ("model", "name", "data", "samples", "alphas", "exclude")}
     except OSError as problem:
         raise CalibrationError(f"cannot read the calibration {path} ({problem.strerror}); check the path") from problem
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
         raise CalibrationError(f"{path} is no calibration of qie's, or is damaged; {again}") from problem
-    most: dict[str, Array] = {}
-    factors: dict[Any, dict[str, Array]] = {}
+    amax: dict[str, Array] = {}
+    smoothing_scales: dict[Any, dict[str, Array]] = {}
     for key, values in arrays.items():
         kind, _, name = key.partition("/")
         if values.dtype != np.float32 or values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
             raise CalibrationError(f"{path}: {key} has elements that are no finite numbers from 0 up; {again}")
-        if kind == "most":
+        if kind == "amax":
             if not values.any():
                 raise CalibrationError(f"{path}: the input of {name} was always 0; {again} and other pictures")
-            most[name] = values
+            amax[name] = values
         else:
             scheme, _, group = name.partition("/")
             if not values.all():
-                raise CalibrationError(f"{path}: {key} has factors of 0; {again}")
-            factors.setdefault(scheme, {})[group] = values
-    return Calibration(**settings, most=most, factors=factors, source=path, sha256=hashlib.sha256(content).hexdigest())
+                raise CalibrationError(f"{path}: {key} has scales of 0; {again}")
+            smoothing_scales.setdefault(scheme, {})[group] = values
+    return Calibration(
+        **settings,
+        amax=amax,
+        smoothing_scales=smoothing_scales,
+        source=path,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )

@@ -19,7 +19,7 @@ from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.graphs.graph import DTYPES, Graph
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.smoothing import Group, groups
-from qie.compiler.recipe.schema import ComponentRecipe, Quantization
+from qie.compiler.recipe.schema import ComponentRecipe, SchemeName
 from qie.compiler.weights.quantizer import Quantizer
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import Component
@@ -54,7 +54,7 @@ class Scheme:
     smooth: bool
 
 
-QUANTIZATION: dict[Quantization, Scheme] = {
+QUANTIZATION: dict[SchemeName, Scheme] = {
     "fp8": Scheme(
         weights=Quantizer(codes="float8_e4m3fn", per="channel"), inputs=Quantizer(codes="float8_e4m3fn"), smooth=False
     ),
@@ -108,8 +108,8 @@ def kept(graph: Graph, keep: Sequence[str]) -> tuple[str, ...]:
         matched = {name for name in names if any(fnmatch(way, pattern) for way in ways[name])}
         if not matched:
             raise RecipeError(
-                f'components.{graph.component}.keep: "{pattern}" matches no linear of this model; they are named like '
-                f'"{names[0] if names else "(none)"}"'
+                f'components.{graph.component}.exclude: "{pattern}" matches no linear of this model; they are '
+                f'named like "{names[0] if names else "(none)"}"'
             )
         found |= matched
     return tuple(name for name in names if name in found)
@@ -129,7 +129,7 @@ class Quantized:
     graph: Graph
     linears: tuple[str, ...]
     groups: tuple[Group, ...] = ()
-    factors: Mapping[str, Array] = field(default_factory=dict)
+    smoothing_scales: Mapping[str, Array] = field(default_factory=dict)
 
 
 def by_recipe(
@@ -142,26 +142,26 @@ def by_recipe(
     ``language`` is the config of the language model.
 
     Raises:
-        RecipeError: ``keep`` has a pattern that matches nothing, or nothing is left to quantize.
+        RecipeError: ``exclude`` has a pattern that matches nothing, or nothing is left to quantize.
         CalibrationError: the calibration lacks a linear.
     """
     if section.attention == "fp8":
         _round_attention(graph, calibration)
-    if section.quantization == "none":
+    if section.scheme == "none":
         return Quantized(graph=graph, linears=())
-    measured = None if calibration is None else calibration.keep.get(f"{graph.component}/{section.quantization}")
-    keep = kept(graph, section.keep) if measured is None else tuple(measured)
+    measured = None if calibration is None else calibration.exclude.get(f"{graph.component}/{section.scheme}")
+    keep = kept(graph, section.exclude) if measured is None else tuple(measured)
     names = [name for name in linears(graph) if name not in keep]
     if not names:
         raise RecipeError(
-            f'components.{graph.component}.keep leaves nothing to quantize; shorten it, or set quantization to "none"'
+            f'components.{graph.component}.exclude leaves nothing to quantize; shorten it, or set scheme to "none"'
         )
-    return apply(graph, section.quantization, names, calibration, language)
+    return apply(graph, section.scheme, names, calibration, language)
 
 
 def apply(
     graph: Graph,
-    quantization: Quantization,
+    quantization: SchemeName,
     names: Sequence[str],
     calibration: Calibration | None,
     language: LanguageConfig,
@@ -171,7 +171,7 @@ def apply(
     if calibration is None:
         return Quantized(graph=quantize(graph, scheme, names, dict.fromkeys(names, 1.0), {}), linears=tuple(names))
     calibration.check_linears(names)
-    known = calibration.factors.get(quantization, {}) if scheme.smooth else {}
+    known = calibration.smoothing_scales.get(quantization, {}) if scheme.smooth else {}
     smoothed = tuple(
         group
         for group in groups(graph.component, linears(graph), language)
@@ -179,12 +179,12 @@ def apply(
     )
     spread = {name: group.spread(known[group.name]) for group in smoothed for name in group.readers}
     divided = {name: spread[name] for group in smoothed if not group.makers for name in group.readers}
-    most = {name: float((calibration.most[name] / spread.get(name, np.float32(1))).max()) for name in names}
+    most = {name: float((calibration.amax[name] / spread.get(name, np.float32(1))).max()) for name in names}
     return Quantized(
         graph=quantize(graph, scheme, names, most, divided),
         linears=tuple(names),
         groups=smoothed,
-        factors={group.name: known[group.name] for group in smoothed},
+        smoothing_scales={group.name: known[group.name] for group in smoothed},
     )
 
 
@@ -220,7 +220,7 @@ def _round_attention(graph: Graph, calibration: Calibration | None) -> None:
         calibration.check_linears([name for _, attention, _ in found for name in operands(attention)])
     for node, attention, values in found:
         for place, (name, value) in enumerate(zip(operands(attention), values, strict=True)):
-            most = 1.0 if calibration is None else float(calibration.most[name].max())
+            most = 1.0 if calibration is None else float(calibration.amax[name].max())
             node.replace_input_with(place, writer.rounded(node, name, value, ATTENTION, most))
 
 

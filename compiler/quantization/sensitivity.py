@@ -24,7 +24,7 @@ from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.qdq import Quantized, apply, linears
 from qie.compiler.quantization.samples import Progress, Readers, Sample, run, values_of
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
-from qie.compiler.recipe.schema import Quantization
+from qie.compiler.recipe.schema import SchemeName
 from qie.engines.bundle.manifest import Component
 from qie.engines.files import qie_home
 
@@ -43,29 +43,29 @@ TRIES = 8
 class Sensitivity:
     """``errors``: linear -> relative L2 of the result when it alone is quantized; ``bytes``: what keeping it costs.
 
-    ``everything`` is the error with all quantized; ``keep`` is what is kept for ``budget``, in order of importance, and
-    ``kept_error`` the error measured then.
+    ``all_quantized_error`` is the error with all linears quantized; ``exclude`` lists the linears to exclude for
+    ``budget``, most important first, and ``error_after_exclusion`` is the error measured with them excluded.
     """
 
     component: Component
-    quantization: Quantization
+    scheme: SchemeName
     errors: dict[str, float]
     bytes: dict[str, int]
-    everything: float
+    all_quantized_error: float
     budget: float
-    keep: tuple[str, ...]
-    kept_error: float
+    exclude: tuple[str, ...]
+    error_after_exclusion: float
 
     def facts(self) -> dict[str, Any]:
         """Everything as JSON; errors are in order, most first."""
         return {
             "component": self.component,
-            "scheme": self.quantization,
+            "scheme": self.scheme,
             "budget": self.budget,
-            "everything": self.everything,
-            "keep": list(self.keep),
-            "kept_error": self.kept_error,
-            "kept_bytes": sum(self.bytes[name] for name in self.keep),
+            "all_quantized_error": self.all_quantized_error,
+            "exclude": list(self.exclude),
+            "error_after_exclusion": self.error_after_exclusion,
+            "excluded_bytes": sum(self.bytes[name] for name in self.exclude),
             "errors": dict(sorted(self.errors.items(), key=lambda item: item[1], reverse=True)),
         }
 
@@ -77,41 +77,41 @@ def sensitivity(
     calibration: Calibration,
     *,
     component: Component,
-    quantization: Quantization,
+    scheme: SchemeName,
     budget: float,
     progress: Progress = lambda what, done, total: None,
 ) -> Sensitivity:
-    """The ranking of ``component`` over ``values`` (``quantization.samples``) and the keep-list for ``budget``."""
+    """Rank the linears of ``component`` over ``values`` and choose those to exclude for ``budget``."""
     graph = GRAPHS[component](checkpoint.model, "bfloat16")
     names = linears(graph)
     stored = {weight.name: 2 * math.prod(weight.shape) for weight in graph.weights}
     sizes = {name: stored[f"{name}.weight"] for name in names}
-    exact, errors = _alone(checkpoint, readers, values, component, quantization, calibration, progress)
+    exact, errors = _alone(checkpoint, readers, values, component, scheme, calibration, progress)
 
     def error(chosen: Sequence[str]) -> float:
-        variant = _variant(checkpoint, readers, component, quantization, chosen, calibration)
+        variant = _variant(checkpoint, readers, component, scheme, chosen, calibration)
         samples = [variant.read(sample) for sample in values]
         run(variant.made.graph, variant.readers, samples, lambda what, done, total: None)
         return errors_of([sample[RESULTS[component]] for sample in samples], exact)
 
-    everything = error(names)
-    keep: tuple[str, ...] = ()
-    measured, aim = everything, budget
+    all_quantized_error = error(names)
+    exclude: tuple[str, ...] = ()
+    measured, aim = all_quantized_error, budget
     for _ in range(TRIES):
         if measured <= budget:
             break
-        keep = choose(errors, sizes, aim)
-        measured = error([name for name in names if name not in keep]) if len(keep) < len(names) else 0.0
+        exclude = choose(errors, sizes, aim)
+        measured = error([name for name in names if name not in exclude]) if len(exclude) < len(names) else 0.0
         aim *= budget / measured if measured > budget else 1
     return Sensitivity(
         component=component,
-        quantization=quantization,
+        scheme=scheme,
         errors=errors,
         bytes=sizes,
-        everything=everything,
+        all_quantized_error=all_quantized_error,
         budget=budget,
-        keep=keep,
-        kept_error=measured,
+        exclude=exclude,
+        error_after_exclusion=measured,
     )
 
 
@@ -120,7 +120,7 @@ def measure(
     samples: Sequence[Sample],
     *,
     component: Component = "transformer",
-    schemes: Sequence[Quantization] = (),
+    schemes: Sequence[SchemeName] = (),
     budget: float = 0.0,
     most: int = 16,
     progress: Progress = lambda what, done, total: None,
@@ -148,12 +148,12 @@ def measure(
                 values,
                 found,
                 component=component,
-                quantization=scheme,
+                scheme=scheme,
                 budget=budget,
                 progress=progress,
             )
         )
-    return replace(found, keep={f"{component}/{r.quantization}": r.keep for r in rankings}), rankings
+    return replace(found, exclude={f"{component}/{r.scheme}": r.exclude for r in rankings}), rankings
 
 
 def choose(errors: dict[str, float], sizes: dict[str, int], budget: float) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ class _Variant:
         """``sample`` as the graph reads it: with a modulation that divides what is smoothed."""
         if "modulation" not in sample:
             return dict(sample)
-        smoothed = smoothed_modulation(sample["modulation"], self.made.groups, self.made.factors)
+        smoothed = smoothed_modulation(sample["modulation"], self.made.groups, self.made.smoothing_scales)
         return sample | {"modulation": smoothed}
 
 
@@ -193,14 +193,15 @@ def _variant(
     checkpoint: Checkpoint,
     readers: Readers,
     component: Component,
-    quantization: Quantization,
+    scheme: SchemeName,
     names: Sequence[str],
     calibration: Calibration,
 ) -> _Variant:
     language = checkpoint.model.language
-    made = apply(GRAPHS[component](checkpoint.model, "float32"), quantization, names, calibration, language)
+    made = apply(GRAPHS[component](checkpoint.model, "float32"), scheme, names, calibration, language)
     part = made.graph.subfolder
-    return _Variant(made=made, readers={**readers, part: smoothed_reader(readers[part], made.groups, made.factors)})
+    reader = smoothed_reader(readers[part], made.groups, made.smoothing_scales)
+    return _Variant(made=made, readers={**readers, part: reader})
 
 
 def _alone(
@@ -208,7 +209,7 @@ def _alone(
     readers: Readers,
     values: Sequence[Values],
     component: Component,
-    quantization: Quantization,
+    scheme: SchemeName,
     calibration: Calibration,
     progress: Progress,
 ) -> tuple[list[NDArray[Any]], dict[str, float]]:
@@ -226,7 +227,7 @@ def _alone(
         kinds.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
     variants: dict[str, tuple[_Variant, tuple[Segment, ...]]] = {}
     for of_all_blocks in kinds.values():
-        variant = _variant(checkpoint, readers, component, quantization, of_all_blocks, calibration)
+        variant = _variant(checkpoint, readers, component, scheme, of_all_blocks, calibration)
         variants |= dict.fromkeys(of_all_blocks, (variant, segments(variant.made.graph)))
     owned = {w.name.removesuffix(".weight"): number for number, piece in enumerate(pieces) for w in piece.weights}
     done, total = 0, sum(len(pieces) - owned[name] for name in names)

@@ -10,7 +10,7 @@ Memory is in GiB, sides are pixels.
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,14 +25,13 @@ __all__ = [
     "Backend",
     "ComponentRecipe",
     "Components",
-    "Gates",
     "Limits",
     "Noise",
     "Precision",
-    "Quantization",
     "Range",
     "Recipe",
     "Schedule",
+    "SchemeName",
     "Shapes",
     "load_recipe",
     "recipe_names",
@@ -42,7 +41,7 @@ __all__ = [
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm", "vllm"]
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
+SchemeName = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
 
 Attention = Literal["none", "fp8"]
 
@@ -61,6 +60,9 @@ FP8_CAPABILITY = "8.9"
 REFERENCES_MAX = 3
 """The Plus models take one to three images (their model cards), the Edit model one."""
 
+RENAMED = {"quantization": "scheme", "keep": "exclude"}
+"""Keys of a component in schema 1 -> their names in schema 2."""
+
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 
 Count = Annotated[int, Within(low=1, high=65536)]
@@ -71,15 +73,15 @@ Capability = Annotated[str, Matching(pattern=r"\d{1,2}\.\d", example="8.9")]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentRecipe:
-    """How one component computes: its precision, its quantization, and the parameters kept out of the latter.
+    """How one component computes: its precision, its quantization scheme, and the linears excluded from it.
 
-    ``keep`` holds fnmatch patterns on the names of linears. ``attention`` is that of the products of queries and keys
-    and of weights and values, which stay in ``precision`` unless it says otherwise.
+    ``exclude`` holds fnmatch patterns on the names of linears. ``attention`` is that of the products of queries and
+    keys and of weights and values, which stay in ``precision`` unless it says otherwise.
     """
 
     precision: Precision = "bfloat16"
-    quantization: Quantization = "none"
-    keep: tuple[str, ...] = ()
+    scheme: SchemeName = "none"
+    exclude: tuple[str, ...] = ()
     attention: Attention = "none"
 
 
@@ -143,21 +145,6 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gates:
-    """The thresholds of validation: errors at most, likenesses at least, these.
-
-    ``attention_relative_l2`` is what FP8 attention alone may bring to the velocity.
-    """
-
-    component_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
-    velocity_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
-    attention_relative_l2: Annotated[float, Within(low=0, high=1)] = 0.02
-    edit_psnr_db: Annotated[float, Within(low=0, high=100, unit="dB")] = 28.0
-    edit_ssim: Annotated[float, Within(low=0, high=1)] = 0.9
-    alignment_px: Annotated[float, Within(low=0, high=64, unit="pixels")] = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """A resolved recipe.
 
@@ -169,7 +156,7 @@ class Recipe:
     calibrate``, for builds that name none. The first of ``schedules`` is ``qie run``'s default.
     """
 
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
     gpu: Annotated[str, Matching(pattern=r"[ -~]*[!-~][ -~]*", example="L40S")]
     compute_capability: Capability | None = None
     memory_gib: Gib
@@ -180,7 +167,6 @@ class Recipe:
     components: Components = field(default_factory=Components)
     shapes: Shapes = field(default_factory=Shapes)
     limits: Limits = field(default_factory=Limits)
-    gates: Gates = field(default_factory=Gates)
     schedules: tuple[Schedule, ...] = (
         Schedule(steps=40, guidance=4.0),
         Schedule(steps=8, guidance=1.0),
@@ -282,6 +268,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
         raise RecipeError(f"cannot read the recipe {path} ({error.strerror}); check the path") from error
     except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    _refuse_schema_1(table, path)
     parent = table.pop("extends", None)
     settings = flatten(Recipe, table, path, beside=("extends",))
     calibration = settings.get("calibration")
@@ -292,6 +279,23 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
     if not isinstance(parent, str):
         raise wrong("extends", Setting(value=parent, file=path), 'a string like "l40s"')
     return _read(_find(parent, path.parent), (*chain, real)) | settings
+
+
+def _refuse_schema_1(table: Mapping[str, object], file: Path) -> None:
+    """Refuse a recipe with keys of schema 1; a recipe that extends another may have no ``schema`` key.
+
+    Raises:
+        RecipeError: the recipe is one of schema 1.
+    """
+    components = table.get("components")
+    sections = components.values() if isinstance(components, dict) else ()
+    renamed = any(isinstance(section, dict) and section.keys() & RENAMED.keys() for section in sections)
+    schema = table.get("schema")
+    if (type(schema) is int and schema == 1) or renamed or "gates" in table:
+        keys = " and ".join(f"{old} to {new}" for old, new in RENAMED.items())
+        raise RecipeError(
+            f"{file} has schema 1, expected 2; rename the component keys {keys}, delete [gates] and set schema to 2"
+        )
 
 
 def _check(recipe: Recipe, file: Path) -> None:
@@ -310,16 +314,16 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.precision", 'is "float16", which overflows and gives black images; use "bfloat16"'
         if capability is None and part.precision == "bfloat16":
             yield f"{key}.precision", 'is "bfloat16", for which onnxruntime has no kernels on a CPU; use "float32"'
-        if name not in QUANTIZED and part.quantization != "none":
-            yield f"{key}.quantization", f'is "{part.quantization}"; {name} is not quantized, use "none"'
+        if name not in QUANTIZED and part.scheme != "none":
+            yield f"{key}.scheme", f'is "{part.scheme}"; {name} is not quantized, use "none"'
         if name not in QUANTIZED and part.attention != "none":
             yield f"{key}.attention", f'is "{part.attention}"; {name} is not quantized, use "none"'
         if part.attention == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
             why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
             yield f"{key}.attention", f'{why}; use "none"'
-        if part.quantization == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
+        if part.scheme == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
             why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
-            yield f"{key}.quantization", f'{why}; use "int8-smooth" or "none"'
+            yield f"{key}.scheme", f'{why}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):
             yield "backends", f"has none that runs {name}; add onnxruntime, tensorrt or tensorrt-rtx"
     for backend in recipe.backends:

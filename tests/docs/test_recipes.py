@@ -101,12 +101,12 @@ def test_the_longest_prompts_of_the_models_fit(name: str) -> None:
 def test_quantization_and_what_it_leaves_alone(name: str) -> None:
     components = load_recipe(name).components
     expected = {"a100-int8": "int8-smooth", "a100": "none", "a100-40gb": "none", "cpu": "none"}.get(name, "fp8")
-    assert components.transformer.quantization == expected
-    assert components.language.quantization == "none"
+    assert components.transformer.scheme == expected
+    assert components.language.scheme == "none"
     if expected == "none":
-        assert components.transformer.keep == ()
+        assert components.transformer.exclude == ()
     else:
-        assert components.transformer.keep == tuple(f"transformer_blocks.{block}.*" for block in (0, 1, -2, -1))
+        assert components.transformer.exclude == tuple(f"transformer_blocks.{block}.*" for block in (0, 1, -2, -1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,7 +150,7 @@ def literal_words(kind: Any) -> set[str]:
 def test_readme_lists_every_word_of_a_key(table: type, prefix: str) -> None:
     rows = readme_rows()
     kinds = get_type_hints(table)
-    for name in ("backends", "residency", "noise", "precision", "quantization"):
+    for name in ("backends", "residency", "noise", "precision", "scheme"):
         if name in kinds:
             words = set(re.findall(r'"([^"]+)"', rows[prefix + name][0]))
             assert words == literal_words(kinds[name]), name
@@ -168,4 +168,4 @@ def test_the_example_of_readme_is_a_recipe(tmp_path: Path) -> None:
     path.write_text(example[1], encoding="utf-8")
     recipe = load_recipe(str(path))
     assert recipe.shapes.batch.max == 8
-    assert recipe.components.transformer.quantization == "fp8"
+    assert recipe.components.transformer.scheme == "fp8"

@@ -14,7 +14,7 @@ from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score
 from pocket.photographs import HELD_OUT, square
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.quantization.calibration import read_calibration
-from qie.compiler.recipe.schema import ComponentRecipe, Quantization, load_recipe
+from qie.compiler.recipe.schema import ComponentRecipe, SchemeName, load_recipe
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
@@ -28,10 +28,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Editor:
     return built(tmp_path_factory.mktemp("pocket") / "plain", "none")
 
 
-def built(destination: Path, scheme: Quantization) -> Editor:
+def built(destination: Path, scheme: SchemeName) -> Editor:
     """The editor with a transformer quantized by ``scheme``, in a float32 carrier."""
     recipe = load_recipe("cpu")
-    section = ComponentRecipe(precision="float32", quantization=scheme)
+    section = ComponentRecipe(precision="float32", scheme=scheme)
     recipe = replace(recipe, components=replace(recipe.components, transformer=section))
     calibration = read_calibration(POCKET / "calibration.npz")
     return Editor(build("pocket", destination, recipe, calibration=calibration))
@@ -79,7 +79,7 @@ def test_its_vae(plain: Editor) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("fp8", 0.3), ("int8-smooth", 0.5)])
-def test_eight_bits_cost_little(scores: list[Score], tmp_path: Path, scheme: Quantization, most: float) -> None:
+def test_eight_bits_cost_little(scores: list[Score], tmp_path: Path, scheme: SchemeName, most: float) -> None:
     found = score(partial(edit, built(tmp_path / scheme, scheme)), some())
     assert fmean(s.psnr_db for s in scores) - fmean(s.psnr_db for s in found) < most
     assert fmean(s.nearest for s in scores) - fmean(s.nearest for s in found) <= 0.03
@@ -100,7 +100,7 @@ def test_it_is_small_and_whole() -> None:
     assert sum(file.stat().st_size for file in POCKET.rglob("*.safetensors")) < 24e6
     calibration = read_calibration(POCKET / "calibration.npz")
     calibration.check_model(opened.digest())
-    assert set(calibration.keep) == {"transformer/fp8", "transformer/int8-smooth"}
+    assert set(calibration.exclude) == {"transformer/fp8", "transformer/int8-smooth"}
 
 
 def test_another_instruction_runs_too(plain: Editor) -> None:

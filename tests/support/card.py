@@ -38,7 +38,7 @@ WIDE = replace(
 """Two transformer layers of the published width and a language model of a similar size: about 1.5 GB in bfloat16."""
 
 RECIPE = """\
-schema = 1
+schema = 2
 gpu = "the card at hand"
 compute_capability = "{capability}"
 memory_gib = {memory}

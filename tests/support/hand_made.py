@@ -21,7 +21,7 @@ Worker = Callable[[str], Path]
 def small(name: str) -> Recipe:
     """The recipe in bfloat16, for models of small areas too, and for a machine that has little memory."""
     recipe = load_recipe(name)
-    plain = replace(recipe.components, transformer=replace(recipe.components.transformer, quantization="none", keep=()))
+    plain = replace(recipe.components, transformer=replace(recipe.components.transformer, scheme="none", exclude=()))
     return replace(
         recipe,
         components=plain,

@@ -253,7 +253,7 @@ def _check_codes(layers: Sequence[Any], graph: GraphRecord) -> None:
     if held != wanted:
         raise BuildError(
             f"the engine of {graph.component} holds {held} quantized weights, its graph {wanted}: this version of "
-            'TensorRT is not one that qie knows how to quantize for; set quantization to "none" in the recipe'
+            'TensorRT is not one that qie knows how to quantize for; set scheme to "none" in the recipe'
         )
 
 

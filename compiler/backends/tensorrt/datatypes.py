@@ -37,7 +37,7 @@ def check_datatypes(model: onnx.ModelProto, component: str, recipe: Recipe) -> N
         raise RecipeError(
             f"the graph of {component} computes in FP8 (first in {name}), which needs compute capability "
             f"{FP8_CAPABILITY} or later, and the {recipe.gpu} has {wanted or 'none'}; set components.{component}."
-            'quantization to "int8-smooth" or "none"'
+            'scheme to "int8-smooth" or "none"'
         )
 
 

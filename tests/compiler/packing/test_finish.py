@@ -110,7 +110,7 @@ def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess
 def test_the_build_says_what_is_yet_to_be_built(
     checkpoint: Path, tmp_path: Path, qie: Callable[..., CompletedProcess[str]]
 ) -> None:
-    plain = '[components.transformer]\nquantization = "none"\n'
+    plain = '[components.transformer]\nscheme = "none"\n'
     (tmp_path / "mine.toml").write_text(f'extends = "h100"\n[shapes]\nmin_side = 32\n{plain}')
     done = qie("build", checkpoint, "--gpu", tmp_path / "mine.toml", "--out", tmp_path / "out")
     assert "tensorrt builds on the machine with the GPU only (H100 80GB): the graphs stay in the bundle" in done.stdout

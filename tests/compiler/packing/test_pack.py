@@ -221,7 +221,7 @@ def test_a_lora_changes_the_transformer_alone(build: Build, tmp_path: Path) -> N
 def test_what_decides_no_engine_changes_none(build: Build) -> None:
     before = build()
     stamps = inodes(before)
-    after = build('extends = "cpu"\ngpu = "Mine"\nresidency = "sequential"\n[gates]\nedit_ssim = 0.5\n')
+    after = build('extends = "cpu"\ngpu = "Mine"\nresidency = "sequential"\n[limits]\nhost_memory_gib = 48\n')
     assert rebuilt(before, stamps, after) == set()
     assert after.manifest.defaults.residency == "sequential"
 

@@ -315,7 +315,7 @@ def test_plan_prints_two_tables(qie: Qie, tiny_folder: Path) -> None:
 
 def test_eight_bits_are_counted(published_folder: Path) -> None:
     """Half the weights of what is quantized, and twice the rate where it is."""
-    section = ComponentRecipe(quantization="fp8", keep=("transformer_blocks.0.*",))
+    section = ComponentRecipe(scheme="fp8", exclude=("transformer_blocks.0.*",))
     plain, quantized = (
         estimate(plan_of(published_folder, replace(L40S, components=components))).components[3]
         for components in (Components(), Components(transformer=section))

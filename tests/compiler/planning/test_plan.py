@@ -109,7 +109,7 @@ def test_no_builder(make: Make) -> None:
 
 
 def test_quantization(make: Make) -> None:
-    plan = make('extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nquantization = "fp8"\n')
+    plan = make('extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nscheme = "fp8"\n')
     with pytest.raises(
         CalibrationError, match=r'quantizes transformer \("fp8"\), which needs a calibration of this mod'
     ):

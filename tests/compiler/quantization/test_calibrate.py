@@ -57,17 +57,17 @@ def test_what_is_seen_is_what_the_reference_computes(
     import torch
 
     reference = load_reference(checkpoint)
-    most: dict[str, np.ndarray] = {}
+    amax: dict[str, np.ndarray] = {}
 
     def watch(module: torch.nn.Module, prefix: str) -> list[Any]:
         hooks = []
         for name, linear in module.named_modules():
             key = prefix + name
-            if key in calibration.most:
+            if key in calibration.amax:
 
                 def see(_: Any, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
                     x = inputs[0].detach().abs().flatten(0, -2).amax(0).numpy()
-                    most[key] = np.maximum(most[key], x) if key in most else x
+                    amax[key] = np.maximum(amax[key], x) if key in amax else x
 
                 hooks.append(linear.register_forward_pre_hook(see))
         return hooks
@@ -97,7 +97,7 @@ def test_what_is_seen_is_what_the_reference_computes(
             sigma_of(tiny_checkpoint, sample),
             [grid, grid],
         )
-    seen = [name for name in calibration.most if name in most]
+    seen = [name for name in calibration.amax if name in amax]
     assert set(seen) == set(linears(GRAPHS["transformer"](tiny_checkpoint.model, "float32")))
     noise_alone = (
         "transformer_blocks.1.attn.to_q",
@@ -108,17 +108,17 @@ def test_what_is_seen_is_what_the_reference_computes(
         if name.startswith(
             noise_alone
         ):  # the references' tokens end in the last block, and the reference computes them
-            assert (calibration.most[name] <= most[name] * 1.002 + 1e-3).all(), name
+            assert (calibration.amax[name] <= amax[name] * 1.002 + 1e-3).all(), name
         else:
-            np.testing.assert_allclose(calibration.most[name], most[name], rtol=2e-3, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(calibration.amax[name], amax[name], rtol=2e-3, atol=1e-3, err_msg=name)
 
 
 def test_the_language_model_is_seen_too(tiny_checkpoint: Checkpoint, calibration: Calibration) -> None:
     names = linears(GRAPHS["language"](tiny_checkpoint.model, "float32"))
     assert names
     weights = {weight.name: weight for weight in GRAPHS["language"](tiny_checkpoint.model, "float32").weights}
-    assert all(calibration.most[name].shape == (weights[f"{name}.weight"].shape[0],) for name in names)
-    assert calibration.factors["int8-smooth"].keys() == calibration.alphas["int8-smooth"].keys()
+    assert all(calibration.amax[name].shape == (weights[f"{name}.weight"].shape[0],) for name in names)
+    assert calibration.smoothing_scales["int8-smooth"].keys() == calibration.alphas["int8-smooth"].keys()
 
 
 def test_calibrating_again_gives_the_same_bytes(
@@ -133,7 +133,7 @@ def test_calibrating_again_gives_the_same_bytes(
         write_calibration(one, tmp_path / f"{number}.npz")
     assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
     back = read_calibration(tmp_path / "0.npz")
-    assert back.most.keys() == calibration.most.keys()
+    assert back.amax.keys() == calibration.amax.keys()
     assert (back.model, back.name, back.samples, back.data) == (
         calibration.model,
         calibration.name,
@@ -141,8 +141,8 @@ def test_calibrating_again_gives_the_same_bytes(
         calibration.data,
     )
     assert all(
-        np.array_equal(back.factors[scheme][group], values)
-        for scheme, factors in calibration.factors.items()
+        np.array_equal(back.smoothing_scales[scheme][group], values)
+        for scheme, factors in calibration.smoothing_scales.items()
         for group, values in factors.items()
     )
 
@@ -169,19 +169,17 @@ def test_a_calibration_of_another_model(
 
 def recipe(folder: Path, scheme: str = "int8-smooth") -> Path:
     path = folder / "q.toml"
-    path.write_text(
-        f'extends = "cpu"\n[components]\ntransformer = {{ precision = "float32", quantization = "{scheme}" }}\n'
-    )
+    path.write_text(f'extends = "cpu"\n[components]\ntransformer = {{ precision = "float32", scheme = "{scheme}" }}\n')
     return path
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda most, name: most.pop(name), "has no statistics of"),
-        (lambda most, name: most.update({name: most[name] * np.nan}), "no finite numbers from 0 up"),
-        (lambda most, name: most.update({name: most[name] * 0}), "was always 0"),
-        (lambda most, name: most.update({name: -most[name]}), "no finite numbers from 0 up"),
+        (lambda amax, name: amax.pop(name), "has no statistics of"),
+        (lambda amax, name: amax.update({name: amax[name] * np.nan}), "no finite numbers from 0 up"),
+        (lambda amax, name: amax.update({name: amax[name] * 0}), "was always 0"),
+        (lambda amax, name: amax.update({name: -amax[name]}), "no finite numbers from 0 up"),
     ],
 )
 def test_bad_statistics(
@@ -193,9 +191,9 @@ def test_bad_statistics(
     change: Callable[[dict[str, np.ndarray], str], None],
     expected: str,
 ) -> None:
-    most = dict(calibration.most)
-    change(most, "transformer_blocks.0.attn.to_q")
-    file = damaged(calibration, tmp_path / "c.npz", most=most)
+    amax = dict(calibration.amax)
+    change(amax, "transformer_blocks.0.attn.to_q")
+    file = damaged(calibration, tmp_path / "c.npz", amax=amax)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
     assert expected in refusal(done)
     assert not (tmp_path / "b").exists()
@@ -225,7 +223,7 @@ def test_the_command(
     said = json.loads(done.stdout)
     assert said["linears"] > 20
     (ranking,) = said["sensitivity"]
-    assert ranking["kept_error"] <= 0.004 < ranking["everything"]
+    assert ranking["error_after_exclusion"] <= 0.004 < ranking["all_quantized_error"]
     assert json.loads((workplace / "c.sensitivity.json").read_text()) == said["sensitivity"]
     built = qie(
         "build", checkpoint, "--gpu", recipe(workplace), "--calibration", "c.npz", "--out", workplace / "b", "--json"
@@ -235,7 +233,7 @@ def test_the_command(
     assert "int8-smooth in" in qie("inspect", workplace / "b").stdout
     (record,) = [e["quantization"] for e in engines if e["component"] == "transformer"]
     assert record["scheme"] == "int8-smooth"
-    assert record["quantized"] == len(ranking["errors"]) - len(ranking["keep"])
+    assert record["quantized"] == len(ranking["errors"]) - len(ranking["exclude"])
     assert (workplace / "b" / "calibration.npz").read_bytes() == (workplace / "c.npz").read_bytes()
     done = qie("run", "photo.png", "make it red", "--bundle", workplace / "b", "--steps", "2", "-o", "o.png")
     assert done.returncode == 0, done.stderr
@@ -276,13 +274,28 @@ def test_a_calibration_in_the_checkpoint_is_found(
     assert done.returncode == 0, done.stderr
 
 
-def test_reading_says_what_is_wrong_with_a_schema(calibration: Calibration, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("schema", [1, 99])
+def test_another_schema_is_refused(calibration: Calibration, tmp_path: Path, monkeypatch: Any, schema: int) -> None:
     import qie.compiler.quantization.calibration as module
 
-    monkeypatch.setattr(module, "SCHEMA", 99)
+    monkeypatch.setattr(module, "SCHEMA", schema)
     write_calibration(calibration, tmp_path / "c.npz")
     monkeypatch.undo()
-    with pytest.raises(CalibrationError, match="has schema 99, this qie reads 1"):
+    with pytest.raises(
+        CalibrationError, match=rf"has schema {schema}, expected 2; make it again with `qie calibrate`$"
+    ):
+        read_calibration(tmp_path / "c.npz")
+
+
+def test_a_file_of_schema_1_is_refused(tmp_path: Path) -> None:
+    """Its keys were others: ``most/NAME``, ``factor/SCHEME/GROUP`` and ``keep``."""
+    about = {"schema": 1, "model": "m", "name": "n", "data": "d", "samples": 1, "alphas": {}, "keep": {}}
+    np.savez(
+        tmp_path / "c.npz",
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+        **{"most/transformer_blocks.0.attn.to_q": np.ones(4, np.float32)},
+    )
+    with pytest.raises(CalibrationError, match=r"has schema 1, expected 2; make it again with `qie calibrate`$"):
         read_calibration(tmp_path / "c.npz")
 
 
@@ -317,9 +330,9 @@ def test_scales_are_those_of_modelopt(
         compared = 0
         for name, linear in block.named_modules():
             key = f"transformer_blocks.0.{name}"
-            if key in calibration.most:
+            if key in calibration.amax:
                 scale = float(linear.input_quantizer.amax) / rules.inputs.highest
-                assert float(rules.inputs.scale_of(calibration.most[key].max())) == pytest.approx(scale, rel=2e-3)
+                assert float(rules.inputs.scale_of(calibration.amax[key].max())) == pytest.approx(scale, rel=2e-3)
                 weight = readers["transformer"].read(f"{key}.weight").astype(np.float32)
                 theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.highest
                 ours = rules.weights.scale(weight.T)
@@ -327,7 +340,7 @@ def test_scales_are_those_of_modelopt(
                 compared += 1
         assert (
             compared
-            == sum(name.startswith("transformer_blocks.0.") for name in calibration.most if "attn." not in name) + 8
+            == sum(name.startswith("transformer_blocks.0.") for name in calibration.amax if "attn." not in name) + 8
         )
 
 

@@ -66,8 +66,8 @@ def distance(found: np.ndarray, exact: np.ndarray) -> float:
 
 def calibration(graph: Graph, readers: dict[Any, TensorReader], values: Values, **fields: Any) -> Calibration:
     """From one sample."""
-    most = {name: np.abs(x).reshape(-1, x.shape[-1]).max(0) for name, x in seen(graph, readers, values).items()}
-    return Calibration(model="m", name="tiny", data="d", samples=1, most=most, **fields)
+    amax = {name: np.abs(x).reshape(-1, x.shape[-1]).max(0) for name, x in seen(graph, readers, values).items()}
+    return Calibration(model="m", name="tiny", data="d", samples=1, amax=amax, **fields)
 
 
 def seen(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ def test_onnxruntime_computes_what_the_quantizers_say(
     for name, (x, y) in found.items():
         weight = readers[graph.weights[0].subfolder].read(f"{name}.weight").astype(np.float32).T
         if rules.inputs is not None:
-            x = rules.inputs.rounded(x, rules.inputs.scale_of(known.most[name].max()))
+            x = rules.inputs.rounded(x, rules.inputs.scale_of(known.amax[name].max()))
         assert distance(y, x @ rules.weights.rounded(weight)) < 1e-5, name
     assert len(found) == len(names)
 
@@ -196,7 +196,7 @@ def test_smoothing_helps_where_channels_differ(tiny_checkpoint: Checkpoint, read
     assert error(smooth) < 0.3 * error(np.ones(64, np.float32))
 
 
-def test_keep(tiny_checkpoint: Checkpoint) -> None:
+def test_excluded_linears(tiny_checkpoint: Checkpoint) -> None:
     graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
     names = linears(graph)
     blocks = sorted({name.split(".")[1] for name in names})
@@ -204,7 +204,7 @@ def test_keep(tiny_checkpoint: Checkpoint) -> None:
     assert kept(graph, ["transformer_blocks.-1.*"]) == tuple(n for n in names if n.startswith(last))
     assert kept(graph, ["*.to_q", "*.net.2"]) == tuple(n for n in names if n.endswith((".to_q", ".net.2")))
     assert not any("mod" in n or n in ("img_in", "txt_in", "proj_out") for n in names)
-    with pytest.raises(RecipeError, match=r"keep: \"\*\.to_x\" matches no linear"):
+    with pytest.raises(RecipeError, match=r"exclude: \"\*\.to_x\" matches no linear"):
         kept(graph, ["*.to_x"])
 
 
@@ -216,15 +216,15 @@ def test_what_was_measured_goes_before_the_recipe(
     def quantized(patterns: Sequence[str], **fields: Any) -> set[str]:
         graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
         known = calibration(GRAPHS["transformer"](tiny_checkpoint.model, "float32"), readers, inputs(graph), **fields)
-        section = ComponentRecipe(precision="float32", quantization="fp8", keep=tuple(patterns))
+        section = ComponentRecipe(precision="float32", scheme="fp8", exclude=tuple(patterns))
         return set(by_recipe(graph, section, known, language).linears)
 
     names = set(linears(GRAPHS["transformer"](tiny_checkpoint.model, "float32")))
     one = sorted(names)[0]
     assert quantized([]) == names
     assert quantized(["*.to_q"]) == {n for n in names if not n.endswith(".to_q")}
-    assert quantized(["*.to_q"], keep={"transformer/fp8": [one]}) == names - {one}
-    assert quantized(["*.to_q"], keep={"transformer/int8-smooth": [one]}) == {n for n in names if "to_q" not in n}
+    assert quantized(["*.to_q"], exclude={"transformer/fp8": [one]}) == names - {one}
+    assert quantized(["*.to_q"], exclude={"transformer/int8-smooth": [one]}) == {n for n in names if "to_q" not in n}
     with pytest.raises(RecipeError, match="leaves nothing to quantize"):
         quantized(["*"])
 
@@ -251,7 +251,7 @@ def test_weights_take_a_half_or_a_quarter(tiny_checkpoint: Checkpoint) -> None:
 
 def test_a_linear_without_statistics(tiny_checkpoint: Checkpoint) -> None:
     graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
-    known = Calibration(model="m", name="tiny", data="d", samples=1, most={}, source=Path("c.npz"))
+    known = Calibration(model="m", name="tiny", data="d", samples=1, amax={}, source=Path("c.npz"))
     with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
         apply(graph, "fp8", linears(graph), known, tiny_checkpoint.model.language)
 
@@ -270,8 +270,8 @@ def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, Tensor
     observer.run([dict(values)], lambda *_: None)
     names = attentions(plain)
     assert len(names) == 2
-    most = {name: observer.most[name] for attention in names for name in operands(attention)}
-    known = Calibration(model="m", name="tiny", data="d", samples=1, most=most)
+    amax = {name: observer.amax[name] for attention in names for name in operands(attention)}
+    known = Calibration(model="m", name="tiny", data="d", samples=1, amax=amax)
     section = ComponentRecipe(precision="float32", attention="fp8")
     graph = by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph
     nodes = [node.op_type for node in graph.model.graph]
@@ -280,4 +280,4 @@ def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, Tensor
     assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
     assert ATTENTION.codes == "float8_e4m3fn"
     with pytest.raises(CalibrationError, match="no statistics of .*query"):
-        by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, replace(known, most={}), language)
+        by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, replace(known, amax={}), language)

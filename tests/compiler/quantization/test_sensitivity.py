@@ -38,11 +38,11 @@ def rank(
 ) -> Rank:
     """``sensitivity`` of a component over these."""
     return lambda component, scheme, **settings: sensitivity(
-        tiny_checkpoint, readers, inputs(component), calibration, component=component, quantization=scheme, **settings
+        tiny_checkpoint, readers, inputs(component), calibration, component=component, scheme=scheme, **settings
     )
 
 
-def test_choosing_what_to_keep() -> None:
+def test_choosing_what_to_exclude() -> None:
     """Most squared error a byte first, and no more than it takes."""
     errors, sizes = {"a": 0.03, "b": 0.02, "c": 0.04, "d": 0.001}, {"a": 1, "b": 1, "c": 10, "d": 1}
     assert choose(errors, sizes, 1.0) == ()
@@ -53,13 +53,13 @@ def test_choosing_what_to_keep() -> None:
 
 @pytest.mark.parametrize(("component", "scheme"), [("transformer", "fp8"), ("language", "w4a16")])
 def test_sensitivity(rank: Rank, component: Any, scheme: Any) -> None:
-    """The keep-list meets the budget, and an empty one does not."""
+    """The excluded linears meet the budget, and an empty one does not."""
     whole = rank(component, scheme, budget=1.0)
-    assert whole.keep == ()
-    assert whole.kept_error == whole.everything > max(whole.errors.values())
-    tight = rank(component, scheme, budget=0.5 * whole.everything)
-    assert 0 < tight.kept_error <= tight.budget
-    assert 0 < len(tight.keep) < len(tight.errors)
+    assert whole.exclude == ()
+    assert whole.error_after_exclusion == whole.all_quantized_error > max(whole.errors.values())
+    tight = rank(component, scheme, budget=0.5 * whole.all_quantized_error)
+    assert 0 < tight.error_after_exclusion <= tight.budget
+    assert 0 < len(tight.exclude) < len(tight.errors)
     assert tight.errors == whole.errors
 
 
@@ -83,17 +83,17 @@ def test_each_linear_alone(
         if name:
             made = apply(graph, scheme, [name], calibration, tiny_checkpoint.model.language)
             graph = made.graph
-            through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.factors)
+            through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.smoothing_scales)
             for sample in own:
                 if component == "transformer":
-                    sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.factors)
+                    sample["modulation"] = smoothed_modulation(sample["modulation"], made.groups, made.smoothing_scales)
         run(graph, through, own, quiet)
         results[name] = [sample[RESULTS[component]] for sample in own]
 
     seen: list[tuple[int, int]] = []
     walks = []
-    for most in (2**40, 0, 200_000):
-        monkeypatch.setattr("qie.compiler.quantization.sensitivity.CARRIED_BYTES", most)
+    for limit in (2**40, 0, 200_000):
+        monkeypatch.setattr("qie.compiler.quantization.sensitivity.CARRIED_BYTES", limit)
         seen.clear()
         ranked = rank(component, scheme, budget=1.0, progress=lambda _, done, total: seen.append((done, total)))
         assert seen[-1][0] == seen[-1][1]

@@ -82,7 +82,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("[shapes]\nbatch = { mx = 2 }", 'unknown key "shapes.batch.mx" in FILE; did you mean "shapes.batch.max"?'),
         ("[limitz]", 'unknown key "limitz" in FILE; did you mean "limits"?'),
         ("[components.vae]", 'unknown key "components.vae" in FILE; '),
-        ("[gates]\nzzz = 1", 'unknown key "gates.zzz" in FILE; known here: component_relative_l2, velocity'),
+        ("[limits]\nzzz = 1", 'unknown key "limits.zzz" in FILE; known here: build_workspace_gib, host_memory_gib'),
         (
             "[[schedules]]\nstep = 4\nguidance = 1.0",
             'unknown key "schedules[0].step" in FILE; did you mean "schedules[0].steps"?',
@@ -91,6 +91,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, text: str, message: str) -> None:
     assert message in refusal(tmp_path, GPU + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "schema = 1" + GPU,
+        GPU + "[components.transformer]\nquantization = 'fp8'",
+        GPU + "[components.transformer]\nkeep = ['transformer_blocks.0.*']",
+        GPU + "[gates]\nedit_ssim = 0.9",
+        'extends = "l40s"\n[components.transformer]\nkeep = []',
+    ],
+)
+def test_a_recipe_of_schema_1_is_refused_with_the_new_keys(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, text) == (
+        "FILE has schema 1, expected 2; rename the component keys quantization to scheme and keep to exclude, "
+        "delete [gates] and set schema to 2"
+    )
 
 
 @pytest.mark.parametrize("key", ["gpu", "memory_gib", "backends"])
@@ -106,9 +123,9 @@ def test_a_required_key_of_a_schedule_is_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("schema = 2", "schema in FILE is 2; it must be 1"),
-        ("schema = true", "schema in FILE is true; it must be 1"),
-        ("schema = 1.0", "schema in FILE is 1.0; it must be 1"),
+        ("schema = 3", "schema in FILE is 3; it must be 2"),
+        ("schema = true", "schema in FILE is true; it must be 2"),
+        ("schema = 2.0", "schema in FILE is 2.0; it must be 2"),
         ("noise = 'float16'", 'noise in FILE is "float16"; it must be "float32" or "bfloat16"'),
         ("residency = 'loose'", 'residency in FILE is "loose"; it must be "resident" or "sequential"'),
         ("shapes = 3", "shapes in FILE is 3; it must be a table"),
@@ -130,10 +147,10 @@ def test_a_required_key_of_a_schedule_is_missed(tmp_path: Path) -> None:
         ("[limits]\nhost_memory_gib = inf", "is inf; it must be a number"),
         (f"[limits]\nhost_memory_gib = {10**400}", "it must be a number from 0.25 to 4096 GiB"),
         ("[limits]\nhost_memory_gib = '32'", 'is "32"; it must be a number'),
-        ("[gates]\nedit_ssim = 1.5", "it must be a number from 0 to 1"),
+        ("schedules = [{ steps = 4, guidance = 101 }]", "guidance in FILE is 101; it must be a number from 1 to 100"),
         ("[components.vision]\nprecision = 'fp16'", 'must be "float32" or "bfloat16" or "float16"'),
-        ("[components.vision]\nkeep = [1]", "components.vision.keep[0] in FILE is 1; it must be a string"),
-        ("[components.vision]\nkeep = [1979-05-27]", "keep[0] in FILE is 1979-05-27; it must be a string"),
+        ("[components.vision]\nexclude = [1]", "components.vision.exclude[0] in FILE is 1; it must be a string"),
+        ("[components.vision]\nexclude = [1979-05-27]", "exclude[0] in FILE is 1979-05-27; it must be a string"),
         ("schedules = [{ steps = 0, guidance = 1 }]", "schedules[0].steps in FILE is 0; it must be a whole number"),
         ("schedules = [{ steps = 4, guidance = 0.5 }]", "schedules[0].guidance in FILE is 0.5; it must be a number"),
         ("schedules = [{ steps = 4, guidance = 1, sizes = 'some' }]", 'is "some"; it must be "all"'),
@@ -153,8 +170,8 @@ def test_a_capability_is_a_string(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[components.transformer]\nprecision = 'float16'", 'transformer.precision in FILE is "float16", which overf'),
-        ("[components.vae_encoder]\nquantization = 'fp8'", "vae_encoder is not quantized"),
-        ("[components.vision]\nquantization = 'int8-smooth'", "vision is not quantized"),
+        ("[components.vae_encoder]\nscheme = 'fp8'", "vae_encoder is not quantized"),
+        ("[components.vision]\nscheme = 'int8-smooth'", "vision is not quantized"),
         ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder is not quantized"),
         ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
         ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; it must hold min <="),
@@ -180,9 +197,9 @@ def test_a_recipe_needs_a_schedule(tmp_path: Path) -> None:
     ("capability", "allowed"), [("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("12.0", True)]
 )
 def test_fp8_needs_the_hardware(tmp_path: Path, capability: str, allowed: bool) -> None:
-    text = GPU.replace("8.9", capability) + "[components.transformer]\nquantization = 'fp8'"
+    text = GPU.replace("8.9", capability) + "[components.transformer]\nscheme = 'fp8'"
     if allowed:
-        assert load_recipe(write(tmp_path, text)).components.transformer.quantization == "fp8"
+        assert load_recipe(write(tmp_path, text)).components.transformer.scheme == "fp8"
     else:
         message = refusal(tmp_path, text)
         assert f"needs compute capability 8.9 or later, not Test GPU ({capability}); use" in message
@@ -190,7 +207,7 @@ def test_fp8_needs_the_hardware(tmp_path: Path, capability: str, allowed: bool) 
 
 def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
     """FP8 it has: onnxruntime computes what comes out of the codes, which is how a scheme is judged without a GPU."""
-    load_recipe(write(tmp_path, 'extends = "cpu"\n[components.language]\nquantization = "fp8"'))
+    load_recipe(write(tmp_path, 'extends = "cpu"\n[components.language]\nscheme = "fp8"'))
     assert 'components.vision.precision in FILE is "bfloat16", for which onnxruntime has no kernels' in refusal(
         tmp_path, 'extends = "cpu"\n[components.vision]\nprecision = "bfloat16"'
     )
@@ -224,7 +241,7 @@ def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:
         min_side = 64
         batch = { min = 2, opt = 3, max = 5 }
         [components.transformer]
-        keep = ["a", "b"]
+        exclude = ["a", "b"]
         [[schedules]]
         steps = 30
         guidance = 2.0
@@ -241,7 +258,7 @@ def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:
         aspect_ratios = ["3:2"]
         batch = { max = 7 }
         [components.transformer]
-        quantization = "fp8"
+        scheme = "fp8"
         [[schedules]]
         steps = 6
         guidance = 1.0
@@ -251,8 +268,8 @@ def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:
     assert recipe.shapes.aspect_ratios == ("3:2",)
     assert recipe.shapes.min_side == 64
     assert recipe.shapes.batch == Range(min=2, opt=3, max=7)
-    assert recipe.components.transformer.keep == ("a", "b")
-    assert recipe.components.transformer.quantization == "fp8"
+    assert recipe.components.transformer.exclude == ("a", "b")
+    assert recipe.components.transformer.scheme == "fp8"
     assert recipe.schedules == (Schedule(steps=6, guidance=1.0),)
 
 
@@ -305,10 +322,10 @@ def test_an_unknown_parent_lists_the_names(tmp_path: Path) -> None:
 
 
 def test_strings_survive_writing(tmp_path: Path) -> None:
-    keep = ('quote " and \\', "tab\tnewline\n", "del\x7f nul\x00", "ünï 🐈")
+    exclude = ('quote " and \\', "tab\tnewline\n", "del\x7f nul\x00", "ünï 🐈")
     recipe = load_recipe(write(tmp_path, GPU))
     components = dataclasses.replace(
-        recipe.components, transformer=dataclasses.replace(recipe.components.transformer, keep=keep)
+        recipe.components, transformer=dataclasses.replace(recipe.components.transformer, exclude=exclude)
     )
     recipe = dataclasses.replace(
         recipe, components=components, schedules=(Schedule(steps=3, guidance=1.1, sizes=("1:1", "16:9")),)
@@ -320,7 +337,7 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     recipe = load_recipe("l40s")
     assert re.fullmatch("[0-9a-f]{64}", recipe.digest())
     assert load_recipe(write(tmp_path, '# a remark\nextends = "l40s"')).digest() == recipe.digest()
-    changed = load_recipe(write(tmp_path, 'extends = "l40s"\n[gates]\nedit_ssim = 0.86'))
+    changed = load_recipe(write(tmp_path, 'extends = "l40s"\n[limits]\nhost_memory_gib = 65'))
     assert changed.digest() != recipe.digest()
     assert len({load_recipe(name).digest() for name in recipe_names()}) == len(recipe_names())
 
