@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.transformer import transformer
 from qie.compiler.quantization.blockwise import Values
-from qie.compiler.quantization.calibrate import Observer
+from qie.compiler.quantization.observe import Observer
 from qie.engines.bundle.specs import RotarySpec
 from qie.engines.inputs.feeds import transformer_feed
 
@@ -66,7 +66,7 @@ def main() -> None:
     samples = [inputs(config, seed) for seed in range(options.samples)]
     start = time.perf_counter()
     times = []
-    observer.run(samples, lambda what, done, total: times.append(time.perf_counter() - start), pieces=2)
+    observer.run(samples, lambda what, done, total: times.append(time.perf_counter() - start), limit=2)
     found = {
         "cores": os.cpu_count(),
         "samples": options.samples,

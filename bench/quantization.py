@@ -33,12 +33,14 @@ from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.packing.pack import build_bundle
 from qie.compiler.planning.plan import make_plan
-from qie.compiler.quantization.calibrate import Observer, calibrate
+from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
-from qie.compiler.quantization.qdq import QUANTIZATION, Scheme
+from qie.compiler.quantization.observe import Observer
 from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
+from qie.compiler.quantization.schemes import SCHEMES, Scheme
 from qie.compiler.quantization.sensitivity import errors_of
-from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
@@ -70,8 +72,8 @@ class Variant:
     attention: Attention = "none"
 
 
-NAIVE = Scheme(weights=Quantizer(codes="int8"), inputs=Quantizer(codes="int8"), smooth=False)
-ROUGH = replace(QUANTIZATION["int8-smooth"], smooth=False)
+NAIVE = Scheme(weights=Quantizer(dtype="int8"), inputs=Quantizer(dtype="int8"))
+ROUGH = replace(SCHEMES["int8-smooth"], smoothed=())
 
 VARIANTS = (
     Variant(name="none"),
@@ -87,16 +89,16 @@ VARIANTS = (
 )
 
 LANGUAGE = (
-    *(Variant(name=name, component="language", scheme=name) for name in QUANTIZATION),
+    *(Variant(name=name, component="language", scheme=name) for name in SCHEMES),
     *(
         Variant(
             name=f"{name} without smoothing",
             component="language",
             scheme=name,
-            replacement=replace(QUANTIZATION[name], smooth=False),
+            replacement=replace(SCHEMES[name], smoothed=()),
         )
-        for name, scheme in QUANTIZATION.items()
-        if scheme.smooth
+        for name, scheme in SCHEMES.items()
+        if scheme.smoothed
     ),
 )
 
@@ -172,13 +174,13 @@ def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
 @contextmanager
 def replaced(variant: Variant) -> Iterator[None]:
     """The table of schemes with the variant's own."""
-    before = dict(QUANTIZATION)
+    before = dict(SCHEMES)
     if variant.replacement is not None:
-        QUANTIZATION[variant.scheme] = variant.replacement
+        SCHEMES[variant.scheme] = variant.replacement
     try:
         yield
     finally:
-        QUANTIZATION.update(before)
+        SCHEMES.update(before)
 
 
 def build(checkpoint: Path, variant: Variant, known: Calibration, destination: Path) -> Bundle:

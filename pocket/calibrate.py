@@ -16,7 +16,7 @@ from pocket.samples import sample
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.cli.calibrate import describe
 from qie.compiler.quantization.calibration import FILE, write_calibration
-from qie.compiler.quantization.samples import NEGATIVE, Sample
+from qie.compiler.quantization.samples import NEGATIVE, CalibrationSample
 from qie.compiler.quantization.sensitivity import measure
 
 SAMPLES = 96
@@ -35,7 +35,11 @@ def main() -> None:
     parser.add_argument("--evidence", type=Path, help="JSON file for the ranking")
     options = parser.parse_args()
     calibration, rankings = measure(
-        open_checkpoint(str(options.checkpoint)), draw(), schemes=("fp8", "int8-smooth"), budget=options.budget, most=24
+        open_checkpoint(str(options.checkpoint)),
+        draw(),
+        schemes=("fp8", "int8-smooth"),
+        budget=options.budget,
+        ranking_samples=24,
     )
     write_calibration(calibration, options.checkpoint / FILE)
     if options.evidence is not None:
@@ -44,13 +48,13 @@ def main() -> None:
         print(describe(ranking))
 
 
-def draw() -> tuple[Sample, ...]:
+def draw() -> tuple[CalibrationSample, ...]:
     """Samples as the model was trained on, evenly over the schedule."""
     rng = np.random.default_rng(11)
     order = rng.permutation(SAMPLES)
     drawn = [sample(rng, *SHAPES[number % len(SHAPES)], pictures=1) for number in range(SAMPLES)]
     return tuple(
-        Sample(
+        CalibrationSample(
             image=Image.fromarray(one.images[0]),
             text=" " if number % NEGATIVE == NEGATIVE - 1 else one.text,
             share=(int(order[number]) + 0.5) / SAMPLES,

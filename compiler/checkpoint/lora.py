@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_file
+from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, WrappedReader, open_file
 from qie.engines.errors import CheckpointError
 
 __all__ = ["Lora", "fused_reader", "open_lora", "parse_lora"]
@@ -156,16 +156,9 @@ def fused_reader(reader: TensorReader, loras: Sequence[Lora]) -> TensorReader:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _FusedReader:
-    reader: TensorReader
+class _FusedReader(WrappedReader):
     loras: tuple[Lora, ...]
     touched: frozenset[str]
-
-    def names(self) -> tuple[str, ...]:
-        return self.reader.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.reader.shape(name)
 
     def dtype(self, name: str) -> str:
         return "float32" if name in self.touched else self.reader.dtype(name)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from qie.engines.errors import CheckpointError
 
-__all__ = ["SafetensorsReader", "TensorReader", "open_component", "open_file", "read_json"]
+__all__ = ["SafetensorsReader", "TensorReader", "WrappedReader", "open_component", "open_file", "read_json"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -64,6 +64,25 @@ class TensorReader(Protocol):
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor, read-only where it is a view of a mapped file."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrappedReader:
+    """A reader with the tensors of another one; subclasses change what they need to."""
+
+    reader: TensorReader
+
+    def names(self) -> tuple[str, ...]:
+        return self.reader.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.reader.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self.reader.dtype(name)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        return self.reader.read(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

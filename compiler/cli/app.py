@@ -179,7 +179,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the recipes."""
     if context.invoked_subcommand is not None:
         return None
-    from qie.compiler.recipe.schema import load_recipe, recipe_names
+    from qie.compiler.recipe.load import load_recipe, recipe_names
 
     found = {name: load_recipe(name) for name in recipe_names()}
     if as_json:
@@ -214,7 +214,8 @@ def show(
     ],
 ) -> None:
     """Print a recipe with everything that it inherits."""
-    from qie.compiler.recipe.schema import load_recipe, to_toml
+    from qie.compiler.recipe.load import load_recipe
+    from qie.compiler.recipe.schema import to_toml
 
     typer.echo(to_toml(load_recipe(name)), nl=False)
 
@@ -272,7 +273,7 @@ def _plan(
         from qie.compiler.checkpoint.lora import open_lora, parse_lora
         from qie.compiler.planning.plan import bundle_name, make_plan
         from qie.compiler.quantization.calibration import find_calibration
-        from qie.compiler.recipe.schema import load_recipe
+        from qie.compiler.recipe.load import load_recipe
     except ModuleNotFoundError as problem:
         raise BackendMissingError(
             f"building needs {problem.name}, which is not installed; run `pip install 'qie[compile]'`"

@@ -45,17 +45,18 @@ def calibrate(
     from qie.compiler.checkpoint.checkpoint import open_checkpoint
     from qie.compiler.checkpoint.tokenizer import check_tokenizer
     from qie.compiler.quantization.calibration import write_calibration
-    from qie.compiler.quantization.qdq import QUANTIZATION
     from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
+    from qie.compiler.quantization.schemes import SCHEMES
     from qie.compiler.quantization.sensitivity import measure
-    from qie.compiler.recipe.schema import QUANTIZED
+    from qie.compiler.recipe.schema import QUANTIZABLE
 
-    unknown = [name for name in scheme or () if name not in QUANTIZATION]
+    unknown = [name for name in scheme or () if name not in SCHEMES]
     if unknown:
-        raise CalibrationError(f"--scheme is {unknown[0]!r}, expected one of {', '.join(QUANTIZATION)}")
-    schemes = [name for name in QUANTIZATION if name in (scheme or ["fp8"])]
-    if component not in QUANTIZED:
-        raise CalibrationError(f"--component is {component!r}, expected one of {', '.join(QUANTIZED)}")
+        raise CalibrationError(f"--scheme is {unknown[0]!r}, expected one of {', '.join(SCHEMES)}")
+    schemes = [name for name in SCHEMES if name in (scheme or ["fp8"])]
+    quantizable = next((name for name in QUANTIZABLE if name == component), None)
+    if quantizable is None:
+        raise CalibrationError(f"--component is {component!r}, expected one of {', '.join(QUANTIZABLE)}")
     asked = INSTRUCTIONS if instructions is None else _lines(instructions)
     drawn = draw_samples(read_images(images), asked, samples)
     checkpoint = open_checkpoint(model, revision=revision)
@@ -64,7 +65,7 @@ def calibrate(
         found, rankings = measure(
             checkpoint,
             drawn,
-            component=component,
+            component=quantizable,
             schemes=schemes if sensitivity else (),
             budget=budget,
             progress=bars,

@@ -1,15 +1,14 @@
 """Builds, on the machine of the GPU, the engines that a bundle still lacks; its graphs are all that this takes."""
 
 import shutil
-import tempfile
 from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.pack import Progress, build_engine, drop_graph, finish_folder, take_over, writing
-from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.compiler.recipe.load import parse_recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.bundle.manifest import Manifest
-from qie.engines.errors import BackendMissingError, BuildError, BundleError
+from qie.engines.bundle.manifest import MANIFEST
+from qie.engines.errors import BackendMissingError, BuildError, BundleError, RecipeError
 
 __all__ = ["finish_bundle"]
 
@@ -28,7 +27,13 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, tot
     manifest = bundle.manifest
     if not manifest.graphs:
         raise BuildError(f"{bundle.path} has every engine that its recipe prefers: there is nothing to finish")
-    recipe = _recipe(manifest)
+    try:
+        recipe = parse_recipe(manifest.recipe.toml, bundle.path / MANIFEST)
+    except RecipeError as error:
+        problem, _, _ = str(error).partition(";")
+        raise BundleError(
+            f"the recipe of {bundle.path} cannot be read ({problem}); build the bundle again with `qie build`"
+        ) from error
     for graph in manifest.graphs:
         if graph.backend not in BUILDERS:
             raise BackendMissingError(f"{graph.component} waits for {graph.backend}, which this qie does not build for")
@@ -48,11 +53,3 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, tot
             drop_graph(graph, folder)
         finish_folder(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
     return open_bundle(str(bundle.path))
-
-
-def _recipe(manifest: Manifest) -> Recipe:
-    """The resolved recipe by which the bundle was built."""
-    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
-        file.write(manifest.recipe.toml)
-        file.flush()
-        return load_recipe(file.name)

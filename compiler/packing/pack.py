@@ -52,7 +52,7 @@ from qie.engines.bundle.manifest import (
 )
 from qie.engines.errors import BuildError, BundleError
 from qie.engines.files import qie_home, replacing_folder, sha256_of
-from qie.engines.inputs.modulation import SCHEDULES, compute_tables, store_tables, table_name
+from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 
 __all__ = [
     "Progress",
@@ -317,9 +317,10 @@ def _write_schedules(
     """The modulation tables of the recipe's schedules."""
     found = recipe_schedules(plan.model, plan.recipe)
     records = []
+    weights = BundleModulation(folder, modulation)
     for number, values in enumerate(found):
         name = f"{SCHEDULES}/{table_name(modulation, values)}"
-        store_tables(compute_tables(folder, modulation, values), modulation, folder / name)
+        store_tables(compute_tables(weights, modulation, values), modulation, folder / name)
         records.append(_record(folder, name))
         progress("schedules", number + 1, len(found))
     return tuple(records)

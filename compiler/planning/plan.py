@@ -28,7 +28,8 @@ from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.qdq import by_recipe, products
+from qie.compiler.quantization.linears import linear_inputs
+from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
 from qie.compiler.recipe.schema import Backend, Recipe
 from qie.compiler.weights.modulation import modulation_dtype, modulation_weights
@@ -264,9 +265,8 @@ def bundle_name(checkpoint: Checkpoint, recipe_name: str) -> str:
 def _planned(component: Component, model: Model, recipe: Recipe, calibration: Calibration | None) -> PlannedComponent:
     section = recipe.components[component]
     plain = write_graph_of(component, model, recipe)
-    total = len(products(plain))
-    made = by_recipe(plain, section, calibration, model.language)
-    graph = made.graph
+    quantized = quantize_by_recipe(plain, section, calibration, model.language)
+    graph = quantized.graph
     known = [b for b in recipe.backends_of(component) if b in BUILDERS]
     backend = next((b for b in known if BUILDERS[b].unavailable(recipe) is None), None)
     elsewhere = bool(known) and backend != known[0] and BUILDERS[known[0]].needs_gpu
@@ -281,10 +281,10 @@ def _planned(component: Component, model: Model, recipe: Recipe, calibration: Ca
         nodes=graph.model.graph.num_nodes(),
         parameters=graph.parameters(),
         bytes=total_bytes(graph.weights),
-        linears=total,
-        quantized=len(made.linears),
-        smoothing_groups=made.groups,
-        smoothing_scales=made.smoothing_scales,
+        linears=len(linear_inputs(plain)),
+        quantized=len(quantized.linears),
+        smoothing_groups=quantized.groups,
+        smoothing_scales=quantized.smoothing_scales,
     )
 
 

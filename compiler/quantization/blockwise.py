@@ -1,7 +1,7 @@
-"""Runs a component block by block: the weights of one block and the samples' values are all that is in memory.
+"""Runs a component block by block, with one block's weights and the samples' values in memory.
 
-A graph is cut where its blocks begin (``transformer_blocks.7``, ``layers.7``). Every piece is a graph of its own that
-onnxruntime executes, for all samples one after another, before the weights of the next one are read.
+A graph is cut where its blocks begin (``transformer_blocks.7``, ``layers.7``). Every segment is a graph of its own:
+onnxruntime executes it for all samples before the weights of the next segment are read.
 """
 
 import re
@@ -23,19 +23,37 @@ from qie.compiler.graphs.graph import IR_VERSION, OPSET, Graph
 from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import Weight
 
-__all__ = ["Segment", "Values", "loaded", "read_later", "run_segments", "segments"]
+__all__ = ["Progress", "Readers", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
 
 BLOCK = re.compile(r"(?:^|/)((?:transformer_blocks|layers|blocks)\.\d+)(?:/|$)")
-"""Of the scopes of a node, the block that it is in."""
+"""The block in the scopes of a node's name."""
 
 Values = dict[str, NDArray[Any]]
 """Name in the graph -> value, of one sample."""
 
+Readers = Mapping[Subfolder, TensorReader]
+"""The tensors of a checkpoint."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what runs, steps done and steps in all."""
+
+AfterSample = Callable[["Segment", int, Values], None]
+"""Called with a segment, the index of a sample, and what the segment read and computed of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Segment:
-    """Consecutive nodes of a graph: ``reads`` are the values that come from before, ``makes`` those that are read
-    later or are outputs of the graph."""
+    """Consecutive nodes of a graph.
+
+    Attributes:
+        name: the block, or "beginning".
+        nodes: the nodes in order.
+        constants: initializers that are no weights.
+        weights: parameters that the nodes read.
+        reads: values that come from earlier segments or are inputs of the graph.
+        makes: values that later segments read or that are outputs of the graph.
+        types: element type of every value.
+    """
 
     name: str
     nodes: tuple[onnx.NodeProto, ...]
@@ -45,8 +63,8 @@ class Segment:
     makes: tuple[str, ...]
     types: Mapping[str, int]
 
-    def write(self, folder: Path, readers: Mapping[Subfolder, TensorReader], also: Sequence[str]) -> Path:
-        """The segment as a graph with its weights in ``folder``; values ``also`` are outputs too."""
+    def write(self, folder: Path, readers: Readers, outputs: Sequence[str]) -> Path:
+        """Write the segment as a graph with these outputs, and its weights, into ``folder``."""
         written = write_weights(self.weights, readers, folder / "weights")
         stored = []
         for weight in self.weights:
@@ -56,12 +74,11 @@ class Segment:
             for key, value in (("location", "weights"), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             stored.append(tensor)
-        made = dict.fromkeys((*self.makes, *also))
         graph = helper.make_graph(
             self.nodes,
             self.name,
             [helper.make_tensor_value_info(name, self.types[name], None) for name in self.reads],
-            [helper.make_tensor_value_info(name, self.types[name], None) for name in made],
+            [helper.make_tensor_value_info(name, self.types[name], None) for name in outputs],
             [*self.constants, *stored],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -71,92 +88,127 @@ class Segment:
 
 
 def segments(graph: Graph) -> tuple[Segment, ...]:
-    """The pieces of ``graph`` in order: what is before the first block, then a block each; the end is with the last."""
+    """The segments of ``graph`` in order: the beginning, then one per block; the last includes the end."""
     proto = graph.proto("", None).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*proto.input, *proto.output, *proto.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in proto.initializer}
     weights = {weight.name: weight for weight in graph.weights}
     constants = {tensor.name: tensor for tensor in proto.initializer if tensor.name not in weights}
-    pieces: list[tuple[str, list[onnx.NodeProto]]] = [("beginning", [])]
+    groups: list[tuple[str, list[onnx.NodeProto]]] = [("beginning", [])]
     for node in proto.node:
-        found = BLOCK.search(node.name)
-        if found and found[1] != pieces[-1][0]:
-            pieces.append((found[1], []))
-        pieces[-1][1].append(node)
+        match = BLOCK.search(node.name)
+        if match and match[1] != groups[-1][0]:
+            groups.append((match[1], []))
+        groups[-1][1].append(node)
     outputs = [value.name for value in proto.output]
     needed: list[set[str]] = [set(outputs)]
-    for _, nodes in reversed(pieces):
+    for _, nodes in reversed(groups):
         needed.append(needed[-1] | {name for node in nodes for name in _read(node)})
-    made = []
-    for (name, nodes), later in zip(pieces, reversed(needed[:-1]), strict=True):
-        own = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(name for node in nodes for name in _read(node) if name not in own)
-        made.append(
+    result = []
+    for (name, nodes), later in zip(groups, reversed(needed[:-1]), strict=True):
+        computed = {output for node in nodes for output in node.output}
+        read = dict.fromkeys(name for node in nodes for name in _read(node) if name not in computed)
+        result.append(
             Segment(
                 name=name,
                 nodes=tuple(nodes),
                 constants=tuple(constants[name] for name in read if name in constants),
                 weights=tuple(weights[name] for name in read if name in weights),
                 reads=tuple(name for name in read if name not in constants and name not in weights),
-                makes=tuple(sorted(own & later)),
+                makes=tuple(sorted(computed & later)),
                 types=types,
             )
         )
-    return tuple(made)
+    return tuple(result)
+
+
+def run(
+    graph: Graph,
+    readers: Readers,
+    samples: Sequence[Values],
+    progress: Progress,
+    *,
+    watch: Mapping[str, Sequence[str]] | None = None,
+    after_sample: AfterSample = lambda segment, sample, values: None,
+    after_segment: Callable[[Segment], None] = lambda segment: None,
+    limit: int | None = None,
+) -> None:
+    """Run ``samples`` through ``graph``, in place.
+
+    Args:
+        graph: the component.
+        readers: the checkpoint's tensors.
+        samples: inputs of the graph before, its outputs after.
+        progress: called after each segment.
+        watch: see ``run_segments``.
+        after_sample: see ``run_segments``.
+        after_segment: called with each segment after the last sample.
+        limit: number of segments after which to stop; None for all.
+    """
+    cut = segments(graph)
+    for number, segment in enumerate(
+        run_segments(cut, readers, samples, watch=watch, after_sample=after_sample), start=1
+    ):
+        after_segment(segment)
+        progress(graph.component, number, len(cut))
+        if number == limit:
+            break
 
 
 def run_segments(
-    pieces: Sequence[Segment],
-    readers: Mapping[Subfolder, TensorReader],
+    cut: Sequence[Segment],
+    readers: Readers,
     samples: Sequence[Values],
     *,
     watch: Mapping[str, Sequence[str]] | None = None,
-    observer: Callable[[Segment, int, Values], None] = lambda segment, sample, values: None,
+    after_sample: AfterSample = lambda segment, sample, values: None,
 ) -> Iterator[Segment]:
-    """Run ``samples``, in place, through all ``pieces``; yields each piece when all samples are behind it.
+    """Run ``samples`` through the segments ``cut``, in place, and yield each segment after its last sample.
 
     A sample holds the graph's inputs before and its outputs after; values that nothing reads any more are dropped.
-    ``observer`` is called with (piece, number of the sample, values) after every run, the values being what the piece
-    read and made; where it has a weight that ``watch`` names, also the values there.
+
+    Args:
+        cut: the segments of a graph.
+        readers: the checkpoint's tensors.
+        samples: the values of each sample.
+        watch: weight -> values that ``after_sample`` also gets for the segment of that weight.
+        after_sample: called after every run with what the segment read and computed.
     """
     watched = watch or {}
-    for number, piece in enumerate(pieces):
-        later = read_later(pieces, number)
-        seen = [value for weight in piece.weights for value in watched.get(weight.name, ())]
-        with loaded(piece, readers, [name for name in seen if name not in piece.reads]) as compute:
+    for number, segment in enumerate(cut):
+        later = read_later(cut, number)
+        extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
+        with loaded(segment, readers, [name for name in extra if name not in segment.reads]) as compute:
             for sample, values in enumerate(samples):
-                found = compute(values)
-                observer(piece, sample, values | found)
-                values |= {name: found[name] for name in piece.makes}
+                computed = compute(values)
+                after_sample(segment, sample, values | computed)
+                values |= {name: computed[name] for name in segment.makes}
                 for name in [name for name in values if name not in later]:
                     del values[name]
-                del found
-        yield piece
+                del computed
+        yield segment
 
 
 @contextmanager
-def loaded(
-    piece: Segment, readers: Mapping[Subfolder, TensorReader], also: Sequence[str] = ()
-) -> Iterator[Callable[[Values], Values]]:
-    """A function from values of a sample to those that ``piece`` makes of them, and to the values ``also``."""
-    wanted = list(dict.fromkeys((*piece.makes, *also)))
+def loaded(segment: Segment, readers: Readers, extra: Sequence[str] = ()) -> Iterator[Callable[[Values], Values]]:
+    """A function from a sample's values to those that ``segment`` makes of them, and to the values ``extra``."""
+    outputs = list(dict.fromkeys((*segment.makes, *extra)))
     with tempfile.TemporaryDirectory(prefix="qie-") as folder:
-        session = _session(piece.write(Path(folder), readers, wanted))
+        session = _session(segment.write(Path(folder), readers, outputs))
 
         def compute(values: Values) -> Values:
-            made = session.run(wanted, {name: values[name] for name in piece.reads})
-            return dict(zip(wanted, made, strict=True))
+            return dict(zip(outputs, session.run(outputs, {name: values[name] for name in segment.reads}), strict=True))
 
         yield compute
 
 
-def read_later(pieces: Sequence[Segment], number: int) -> frozenset[str]:
-    """What is read behind the piece of that number, and the outputs of the graph."""
-    return frozenset(name for after in pieces[number + 1 :] for name in after.reads) | frozenset(pieces[-1].makes)
+def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
+    """Names that segments behind number ``number`` read, and the outputs of the graph."""
+    return frozenset(name for segment in cut[number + 1 :] for name in segment.reads) | frozenset(cut[-1].makes)
 
 
 def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Everything that a node reads, by its graphs too."""
+    """Every name that a node reads, its subgraphs included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         for inner in (attribute.g, *attribute.graphs):
@@ -168,9 +220,9 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
 def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as they stand, products in float32
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: no second copy
-    options.enable_cpu_mem_arena = False  # memory goes back between the nodes
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # execute Q/DQ as written, products in float32
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped, without a second copy
+    options.enable_cpu_mem_arena = False  # frees memory between nodes
     available = ort.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     return ort.InferenceSession(str(path), options, providers=providers)

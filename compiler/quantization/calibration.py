@@ -1,6 +1,7 @@
-"""Calibration files: what samples of edits said about the inputs of a model's linears.
+"""Calibration files: statistics of the inputs of a model's linears over samples of edits.
 
-One .npz file of numpy's, without pickles: made once on any machine, used by every build of that model.
+A calibration is one numpy .npz file without pickles. It is made once, on any machine, and serves every build of that
+model. Its arrays are ``amax/NAME`` and ``smoothing/SCHEME/GROUP``; ``about`` is JSON with everything else.
 """
 
 import hashlib
@@ -22,24 +23,30 @@ from qie.engines.files import replacing
 __all__ = ["FILE", "Calibration", "find_calibration", "read_calibration", "write_calibration"]
 
 SCHEMA = 2
+"""Version of the format."""
 
 FILE = "calibration.npz"
-"""Its name in the folder of a checkpoint or a bundle."""
+"""Name of the file in the folder of a checkpoint or a bundle."""
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
-    """Statistics over ``samples`` forward passes, and what was decided from them.
+    """Statistics over ``samples`` forward passes, and what follows from them.
 
-    model: digest of the checkpoint, name: what it is called
-    data: sha256 of the pictures, instructions and sigmas
-    amax: linear -> the largest magnitude of each channel of its input [in]
-    smoothing_scales: scheme -> group -> smoothing scales [channels]
-    alphas: scheme -> group -> the alpha that made them
-    exclude: "component/scheme" -> linears that are not to be quantized, where that was measured
-    source: the file that it was read from, None before it is written; sha256 is that of its content
+    Attributes:
+        model: digest of the checkpoint.
+        name: name of the checkpoint.
+        data: sha256 of the samples' images, instructions and sigmas.
+        samples: number of forward passes.
+        amax: linear -> largest magnitude of each channel of its input [in]; also of attention's queries, keys and
+            values.
+        smoothing_scales: scheme -> group -> smoothing scales [channels].
+        alphas: scheme -> group -> the alpha of these scales.
+        exclude: "component/scheme" -> linears to exclude from quantization, where they were measured.
+        source: the file that it was read from, None before it is written.
+        sha256: sha256 of that file.
     """
 
     model: str
@@ -54,19 +61,19 @@ class Calibration:
     sha256: str | None = None
 
     def check_model(self, digest: str) -> None:
-        """See that it is of the model with that digest.
+        """Check that the calibration belongs to the model with that digest.
 
         Raises:
-            CalibrationError: it is of another one.
+            CalibrationError: it belongs to another one.
         """
         if self.model != digest:
             raise CalibrationError(
-                f"{self.source} is of another model ({self.name}, {self.model[:12]}, not {digest[:12]}); calibrate "
-                "this one with `qie calibrate`"
+                f"{self.source} belongs to another model ({self.name}, {self.model[:12]}), expected {digest[:12]}; "
+                "calibrate this one with `qie calibrate`"
             )
 
     def check_linears(self, names: Sequence[str]) -> None:
-        """See that it has statistics of the linears ``names``.
+        """Check that the calibration has statistics of the linears ``names``.
 
         Raises:
             CalibrationError: one is missing.
@@ -80,7 +87,7 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write it to ``path``, over an earlier one; equal calibrations have equal bytes."""
+    """Write ``calibration`` to ``path``, replacing an earlier file; equal calibrations have equal bytes."""
     about = {
         "schema": SCHEMA,
         "model": calibration.model,
@@ -99,7 +106,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
 
 
 def find_calibration(path: str | Path | None, checkpoint: Path) -> Calibration | None:
-    """The calibration in the file ``path``, or the one that lies in the folder of the checkpoint; None without either.
+    """The calibration in the file ``path``, or else in the folder ``checkpoint``; None where there is none.
 
     Raises:
         CalibrationError: see ``read_calibration``.
@@ -114,35 +121,36 @@ def read_calibration(path: Path) -> Calibration:
     """The calibration in the file ``path``.
 
     Raises:
-        CalibrationError: it is not there, is something else, is damaged, or its statistics cannot be those of a model.
+        CalibrationError: the file cannot be read, is no calibration, is damaged, has another schema, or has statistics
+            that no model can have.
     """
-    again = "make it again with `qie calibrate`"
+    fix = "make it again with `qie calibrate`"
     try:
         content = path.read_bytes()
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(arrays.pop("about").tobytes())
         if about["schema"] != SCHEMA:
-            raise CalibrationError(f"{path} has schema {about['schema']!r}, expected {SCHEMA}; {again}")
+            raise CalibrationError(f"{path} has schema {about['schema']!r}, expected {SCHEMA}; {fix}")
         settings = {key: about[key] for key in ("model", "name", "data", "samples", "alphas", "exclude")}
     except OSError as problem:
         raise CalibrationError(f"cannot read the calibration {path} ({problem.strerror}); check the path") from problem
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
-        raise CalibrationError(f"{path} is no calibration of qie's, or is damaged; {again}") from problem
+        raise CalibrationError(f"{path} is not a qie calibration, or is damaged; {fix}") from problem
     amax: dict[str, Array] = {}
     smoothing_scales: dict[Any, dict[str, Array]] = {}
     for key, values in arrays.items():
         kind, _, name = key.partition("/")
         if values.dtype != np.float32 or values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-            raise CalibrationError(f"{path}: {key} has elements that are no finite numbers from 0 up; {again}")
+            raise CalibrationError(f"{path} has negative or non-finite values in {key}; {fix}")
         if kind == "amax":
             if not values.any():
-                raise CalibrationError(f"{path}: the input of {name} was always 0; {again} and other pictures")
+                raise CalibrationError(f"{path} has only zeros for the input of {name}; {fix} and other images")
             amax[name] = values
         else:
             scheme, _, group = name.partition("/")
             if not values.all():
-                raise CalibrationError(f"{path}: {key} has scales of 0; {again}")
+                raise CalibrationError(f"{path} has smoothing scales of 0 in {key}; {fix}")
             smoothing_scales.setdefault(scheme, {})[group] = values
     return Calibration(
         **settings,

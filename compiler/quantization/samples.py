@@ -1,12 +1,11 @@
-"""Samples of edits for calibration: pictures and instructions become what the transformer reads, at many sigmas.
+"""Samples of edits for calibration: images and instructions become inputs of the transformer at many sigmas.
 
-The model is a rectified flow: at sigma it sees (1 - sigma) * x + sigma * noise. For calibration x are a picture's own
-latents, so that no trajectory has to be run.
+The model is a rectified flow: at sigma it reads (1 - sigma) * x + sigma * noise. For calibration x are the latents of
+the input image itself, so that no trajectory has to be run.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.graphs.graph import Graph
-from qie.compiler.quantization.blockwise import Segment, Values, run_segments, segments
-from qie.compiler.weights.modulation import write_modulation
+from qie.compiler.quantization.blockwise import Progress, Readers, Values, run
+from qie.compiler.weights.modulation import CheckpointModulation
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CalibrationError
 from qie.engines.inputs.feeds import encoder_feed, language_feed, transformer_feed, vision_feed
 from qie.engines.inputs.image import load_image, prepare
-from qie.engines.inputs.modulation import compute_tables
+from qie.engines.inputs.modulation import compute_tables, split_tables
 from qie.engines.inputs.noise import standard_normal
 from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, encode
 from qie.engines.inputs.schedule import sigmas
@@ -35,14 +31,13 @@ from qie.engines.inputs.vision import vision_inputs
 __all__ = [
     "INSTRUCTIONS",
     "NEGATIVE",
-    "Sample",
+    "CalibrationSample",
+    "component_values",
     "digest",
     "draw_samples",
     "language_values",
     "read_images",
-    "run",
     "transformer_values",
-    "values_of",
 ]
 
 INSTRUCTIONS = (
@@ -55,27 +50,30 @@ INSTRUCTIONS = (
     "add a small dog on the left",
     'write "OPEN" on the sign',
 )
-"""What is asked for where nobody says what."""
+"""The default instructions."""
 
 ASPECTS = (None, 1.0, 16 / 9, 9 / 16)
-"""Width by height to which pictures are cropped by turns; None leaves one as it is."""
+"""Width by height to which images are cropped by turns; None leaves an image as it is."""
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 NEGATIVE = 4
-"""Every so many samples, one is of guidance's negative branch."""
+"""One in so many samples is of guidance's negative branch."""
 
 STEPS = 40
-"""Sigmas are those of a schedule of so many steps."""
-
-Readers = Mapping[Subfolder, TensorReader]
-Progress = Callable[[str, int, int], None]
-Observer = Callable[[Segment, int, Values], None]
+"""Steps of the schedule from which sigmas are taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Sample:
-    """One forward pass: a picture, a prompt, and a share of the schedule from 0, where it begins, to 1."""
+class CalibrationSample:
+    """One forward pass.
+
+    Attributes:
+        image: the input image.
+        text: the instruction, or the negative prompt.
+        share: position in the schedule, from 0 (its beginning) to 1.
+        seed: seed of the noise.
+    """
 
     image: Image.Image
     text: str
@@ -84,24 +82,27 @@ class Sample:
 
 
 def read_images(folder: Path) -> list[Image.Image]:
-    """The pictures in ``folder``, in the order of their names.
+    """The images in ``folder``, sorted by name.
 
     Raises:
-        CalibrationError: there is none, or one cannot be read.
+        CalibrationError: the folder has no images.
+        RequestError: an image cannot be read.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not files:
         raise CalibrationError(
-            f"{folder} has no pictures ({', '.join(SUFFIXES)}); name a folder of pictures like those to be edited"
+            f"{folder} has no images ({', '.join(SUFFIXES)}); name a folder of images like those to be edited"
         )
     return [load_image(file).image for file in files]
 
 
-def draw_samples(images: Sequence[Image.Image], instructions: Sequence[str], count: int) -> tuple[Sample, ...]:
-    """``count`` samples: pictures, instructions, aspects and sigmas by turns, so that each meets many of the others."""
+def draw_samples(
+    images: Sequence[Image.Image], instructions: Sequence[str], count: int
+) -> tuple[CalibrationSample, ...]:
+    """``count`` samples that combine images, instructions, aspect ratios and sigmas by turns."""
     order = np.random.default_rng(0).permutation(count)
     return tuple(
-        Sample(
+        CalibrationSample(
             image=_cropped(images[i % len(images)], ASPECTS[(i // len(images)) % len(ASPECTS)]),
             text=DEFAULT_NEGATIVE if i % NEGATIVE == NEGATIVE - 1 else instructions[i % len(instructions)],
             share=(int(order[i]) + 0.5) / count,
@@ -111,19 +112,19 @@ def draw_samples(images: Sequence[Image.Image], instructions: Sequence[str], cou
     )
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """sha256 (hex) of everything in ``samples``."""
-    found = hashlib.sha256()
+def digest(samples: Sequence[CalibrationSample]) -> str:
+    """sha256 (hex) of the content of ``samples``."""
+    sha256 = hashlib.sha256()
     for sample in samples:
-        found.update(f"{sample.image.size} {sample.text} {sample.share} {sample.seed}".encode())
-        found.update(sample.image.tobytes())
-    return found.hexdigest()
+        sha256.update(f"{sample.image.size} {sample.text} {sample.share} {sample.seed}".encode())
+        sha256.update(sample.image.tobytes())
+    return sha256.hexdigest()
 
 
 def language_values(
-    checkpoint: Checkpoint, readers: Readers, samples: Sequence[Sample], progress: Progress
+    checkpoint: Checkpoint, readers: Readers, samples: Sequence[CalibrationSample], progress: Progress
 ) -> list[Values]:
-    """What the language model reads of each sample; the vision tower runs for it."""
+    """The inputs of the language model for each sample; runs the vision tower."""
     model = checkpoint.model
     tokenizer, spec, sizes = load_tokenizer(checkpoint.path), model.prompt, model.areas
     seen = [vision_inputs([prepare(s.image, sizes).vision], model.processor) for s in samples]
@@ -139,34 +140,35 @@ def language_values(
 def transformer_values(
     checkpoint: Checkpoint,
     readers: Readers,
-    samples: Sequence[Sample],
+    samples: Sequence[CalibrationSample],
     prompts: Sequence[NDArray[np.float32]],
     progress: Progress,
 ) -> list[Values]:
-    """What the transformer reads of each sample, whose prompt embeddings [1, L, D] are known; the VAE's encoder runs
-    for it, and the modulation of every sigma is computed."""
+    """The inputs of the transformer for each sample, whose prompt embeddings [1, L, D] are ``prompts``.
+
+    Runs the VAE's encoder and computes the modulation of every sigma.
+    """
     model = checkpoint.model
     sizes, scheduler, rotary = model.areas, model.scheduler, model.rotary
     encoded: list[Values] = [encoder_feed(prepare(s.image, sizes).vae) for s in samples]
     run(GRAPHS["vae_encoder"](checkpoint.model, "float32"), readers, encoded, progress)
     latents = [values["latents"] for values in encoded]
-    grids = [(found.shape[1], found.shape[2]) for found in latents]
+    grids = [(latent.shape[1], latent.shape[2]) for latent in latents]
     strengths = [
         float(sigmas(scheduler, steps=STEPS, noise_tokens=h * w)[int(s.share * STEPS)])
         for s, (h, w) in zip(samples, grids, strict=True)
     ]
-    with tempfile.TemporaryDirectory(prefix="qie-") as folder:
-        record = write_modulation(model.transformer, readers, Path(folder), tables="float32")
-        tables = compute_tables(
-            Path(folder),
-            record,
-            np.array([*strengths, 0], np.float32),
-            progress=lambda done, total: progress("modulation", done, total),
-        )
-    blocks, out = np.split(tables, [tables.shape[1] - 2 * record.width], axis=1)
+    config = model.transformer
+    flat = compute_tables(
+        CheckpointModulation(config, readers["transformer"]),
+        config,
+        np.array([*strengths, 0], np.float32),
+        progress=lambda done, total: progress("modulation", done, total),
+    )
+    tables = split_tables(flat, config)
     values: list[Values] = []
-    for number, (sample, found, grid, strength) in enumerate(zip(samples, latents, grids, strengths, strict=True)):
-        x = found.reshape(1, grid[0] * grid[1], -1)
+    for number, (sample, latent, grid, strength) in enumerate(zip(samples, latents, grids, strengths, strict=True)):
+        x = latent.reshape(1, grid[0] * grid[1], -1)
         noise = standard_normal(x.shape, seed=sample.seed, dtype="float32")
         values.append(
             transformer_feed(
@@ -175,48 +177,31 @@ def transformer_values(
                 prompt_BLD=prompts[number],
                 rotary=rotary,
                 grids=[grid, grid],
-                modulation_YM=blocks[number].reshape(record.layers, -1),
-                modulation_out_O=out[number],
+                modulation_YM=tables.blocks[number],
+                modulation_out_O=tables.out[number],
                 dsigma=-1 / STEPS,
             )
         )
     return values
 
 
-def values_of(
-    component: Component, checkpoint: Checkpoint, readers: Readers, samples: Sequence[Sample], progress: Progress
-) -> list[Values]:
-    """What the language model or the transformer reads of each sample."""
-    words = language_values(checkpoint, readers, samples, progress)
-    if component == "language":
-        return words
-    run(GRAPHS["language"](checkpoint.model, "float32"), readers, words, progress)
-    return transformer_values(checkpoint, readers, samples, [v["prompt_embeds"] for v in words], progress)
-
-
-def run(
-    graph: Graph,
+def component_values(
+    component: Component,
+    checkpoint: Checkpoint,
     readers: Readers,
-    values: Sequence[Values],
+    samples: Sequence[CalibrationSample],
     progress: Progress,
-    *,
-    watch: Mapping[str, Sequence[str]] | None = None,
-    observer: Observer = lambda segment, sample, values: None,
-    after: Callable[[Segment], None] = lambda segment: None,
-    pieces: int | None = None,
-) -> None:
-    """Run ``values``, in place, through ``graph``, or through its first ``pieces``; ``after`` is called when a piece is
-    done with all of them."""
-    cut = segments(graph)
-    for number, piece in enumerate(run_segments(cut, readers, values, watch=watch, observer=observer), start=1):
-        after(piece)
-        progress(graph.component, number, len(cut))
-        if number == pieces:
-            break
+) -> list[Values]:
+    """The inputs of the language model or the transformer for each sample."""
+    prompts = language_values(checkpoint, readers, samples, progress)
+    if component == "language":
+        return prompts
+    run(GRAPHS["language"](checkpoint.model, "float32"), readers, prompts, progress)
+    return transformer_values(checkpoint, readers, samples, [v["prompt_embeds"] for v in prompts], progress)
 
 
 def _cropped(image: Image.Image, aspect: float | None) -> Image.Image:
-    """The middle of ``image`` at that width by height."""
+    """The middle of ``image`` at ``aspect``, width by height."""
     if aspect is None:
         return image
     width, height = image.size

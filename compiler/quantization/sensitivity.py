@@ -1,8 +1,8 @@
-"""Ranks linears by what quantizing each of them alone does to the result, and chooses which to keep.
+"""Sensitivity: ranks linears by the error that quantizing each of them alone causes, and chooses those to exclude.
 
-The result of the transformer is the velocity, that of the language model the prompt embeddings; errors are relative L2
-over all samples. Errors of different linears are nearly independent, so their squares add up: that is the estimate by
-which linears are chosen, and what is chosen is then measured together.
+The error is the relative L2, over all samples together, of the transformer's velocity or of the language model's prompt
+embeddings. Errors of different linears are nearly independent, so their squares add up. The choice uses that estimate;
+the chosen set is then measured as a whole.
 """
 
 import math
@@ -16,35 +16,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Segment, Values, loaded, read_later, segments
+from qie.compiler.quantization.blockwise import Progress, Readers, Segment, Values, loaded, read_later, run, segments
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.qdq import Quantized, apply, linears
-from qie.compiler.quantization.samples import Progress, Readers, Sample, run, values_of
+from qie.compiler.quantization.linears import linears
+from qie.compiler.quantization.qdq import Quantized, quantize_linears
+from qie.compiler.quantization.samples import CalibrationSample, component_values
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.bundle.manifest import Component
 from qie.engines.files import qie_home
 
-__all__ = ["Sensitivity", "choose", "errors_of", "measure", "sensitivity"]
+__all__ = ["RESULTS", "Sensitivity", "choose", "errors_of", "measure", "sensitivity"]
 
 RESULTS: dict[Component, str] = {"transformer": "velocity", "language": "prompt_embeds"}
+"""The output of which the error is taken."""
 
 CARRIED_BYTES = 4 * 2**30
-"""Of samples' values that one walk along the blocks carries at most, give or take a block's."""
+"""Samples' values that one walk along the blocks carries at most, give or take those of one linear."""
 
 TRIES = 8
-"""How often more is kept when the measured error is above the budget though the estimate was not."""
+"""How often more linears are excluded because the measured error exceeds the budget though the estimate does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
-    """``errors``: linear -> relative L2 of the result when it alone is quantized; ``bytes``: what keeping it costs.
+    """The ranking of one component's linears for one scheme.
 
-    ``all_quantized_error`` is the error with all linears quantized; ``exclude`` lists the linears to exclude for
-    ``budget``, most important first, and ``error_after_exclusion`` is the error measured with them excluded.
+    Attributes:
+        component: the component.
+        scheme: the scheme.
+        errors: linear -> relative L2 of the result when it alone is quantized.
+        bytes: linear -> bytes of its weight in bfloat16.
+        all_quantized_error: relative L2 with all linears quantized.
+        budget: relative L2 that quantization may cause.
+        exclude: linears to exclude for that budget, most important first.
+        error_after_exclusion: relative L2 measured with these excluded.
     """
 
     component: Component
@@ -57,7 +65,7 @@ class Sensitivity:
     error_after_exclusion: float
 
     def facts(self) -> dict[str, Any]:
-        """Everything as JSON; errors are in order, most first."""
+        """The ranking as JSON, errors sorted from the largest."""
         return {
             "component": self.component,
             "scheme": self.scheme,
@@ -81,28 +89,28 @@ def sensitivity(
     budget: float,
     progress: Progress = lambda what, done, total: None,
 ) -> Sensitivity:
-    """Rank the linears of ``component`` over ``values`` and choose those to exclude for ``budget``."""
+    """Rank the linears of ``component`` over ``values`` (``component_values``), and choose those to exclude."""
     graph = GRAPHS[component](checkpoint.model, "bfloat16")
     names = linears(graph)
     stored = {weight.name: 2 * math.prod(weight.shape) for weight in graph.weights}
     sizes = {name: stored[f"{name}.weight"] for name in names}
-    exact, errors = _alone(checkpoint, readers, values, component, scheme, calibration, progress)
+    exact, errors = _errors_alone(checkpoint, readers, values, component, scheme, calibration, progress)
 
-    def error(chosen: Sequence[str]) -> float:
-        variant = _variant(checkpoint, readers, component, scheme, chosen, calibration)
-        samples = [variant.read(sample) for sample in values]
-        run(variant.made.graph, variant.readers, samples, lambda what, done, total: None)
+    def error(quantized: Sequence[str]) -> float:
+        variant = _variant(checkpoint, readers, component, scheme, quantized, calibration)
+        samples = [variant.inputs(sample) for sample in values]
+        run(variant.quantized.graph, variant.readers, samples, lambda what, done, total: None)
         return errors_of([sample[RESULTS[component]] for sample in samples], exact)
 
     all_quantized_error = error(names)
     exclude: tuple[str, ...] = ()
-    measured, aim = all_quantized_error, budget
+    measured, estimate_limit = all_quantized_error, budget
     for _ in range(TRIES):
         if measured <= budget:
             break
-        exclude = choose(errors, sizes, aim)
+        exclude = choose(errors, sizes, estimate_limit)
         measured = error([name for name in names if name not in exclude]) if len(exclude) < len(names) else 0.0
-        aim *= budget / measured if measured > budget else 1
+        estimate_limit *= budget / measured if measured > budget else 1
     return Sensitivity(
         component=component,
         scheme=scheme,
@@ -117,75 +125,85 @@ def sensitivity(
 
 def measure(
     checkpoint: Checkpoint,
-    samples: Sequence[Sample],
+    samples: Sequence[CalibrationSample],
     *,
     component: Component = "transformer",
     schemes: Sequence[SchemeName] = (),
     budget: float = 0.0,
-    most: int = 16,
+    ranking_samples: int = 16,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Calibration, list[Sensitivity]]:
-    """The calibration of ``checkpoint`` over ``samples``, with a ranking of ``component`` for each of ``schemes`` and
-    what to keep for ``budget``; ``most`` of the samples are ranked with.
+    """Calibrate ``checkpoint`` over ``samples`` and rank the linears of ``component`` for each of ``schemes``.
+
+    Args:
+        checkpoint: the checkpoint, complete with weights.
+        samples: forward passes to observe.
+        component: the component to rank.
+        schemes: the schemes to rank for; none for a calibration alone.
+        budget: relative L2 that quantization may cause.
+        ranking_samples: the number of samples used for ranking.
+        progress: called with what runs, steps done and steps in all.
 
     Raises:
         CheckpointError: weights are missing or of another shape.
-        RequestError: a picture or an instruction is one that the model cannot take.
+        RequestError: the model cannot take an image or an instruction.
     """
-    parts: tuple[Subfolder, ...] = ("transformer", "text_encoder", "vae")
-    readers: Readers = {part: checkpoint.reader(part) for part in parts}
+    readers = checkpoint.readers()
     digest = checkpoint.digest(
         cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
     )
-    found = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
-    rankings = []
-    values = values_of(component, checkpoint, readers, samples[:most], progress) if schemes else []
-    for scheme in schemes:
-        rankings.append(
-            sensitivity(
-                checkpoint,
-                readers,
-                values,
-                found,
-                component=component,
-                scheme=scheme,
-                budget=budget,
-                progress=progress,
-            )
+    calibration = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
+    used = samples[:ranking_samples]
+    values = component_values(component, checkpoint, readers, used, progress) if schemes else []
+    rankings = [
+        sensitivity(
+            checkpoint,
+            readers,
+            values,
+            calibration,
+            component=component,
+            scheme=scheme,
+            budget=budget,
+            progress=progress,
         )
-    return replace(found, exclude={f"{component}/{r.scheme}": r.exclude for r in rankings}), rankings
+        for scheme in schemes
+    ]
+    return replace(calibration, exclude={f"{component}/{r.scheme}": r.exclude for r in rankings}), rankings
 
 
 def choose(errors: dict[str, float], sizes: dict[str, int], budget: float) -> tuple[str, ...]:
-    """The linears to keep so that the others' errors come to no more than ``budget``: most error a byte first."""
-    left = sum(error**2 for error in errors.values())
-    keep = []
+    """The linears to exclude so that the estimated error of the others is at most ``budget``.
+
+    Those with the largest squared error per byte come first.
+    """
+    remaining = sum(error**2 for error in errors.values())
+    exclude = []
     for name in sorted(errors, key=lambda name: errors[name] ** 2 / sizes[name], reverse=True):
-        if left <= budget**2:
+        if remaining <= budget**2:
             break
-        keep.append(name)
-        left -= errors[name] ** 2
-    return tuple(keep)
+        exclude.append(name)
+        remaining -= errors[name] ** 2
+    return tuple(exclude)
 
 
-def errors_of(found: Sequence[NDArray[Any]], exact: Sequence[NDArray[Any]]) -> float:
-    """Relative L2 over all samples together."""
-    wrong = sum(float(np.square(a - b).sum()) for a, b in zip(found, exact, strict=True))
+def errors_of(results: Sequence[NDArray[Any]], exact: Sequence[NDArray[Any]]) -> float:
+    """Relative L2 of ``results``, over all samples together."""
+    wrong = sum(float(np.square(a - b).sum()) for a, b in zip(results, exact, strict=True))
     return math.sqrt(wrong / sum(float(np.square(b).sum()) for b in exact))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Variant:
-    """A component in float32 with some of its linears quantized, and what gives it its weights."""
+    """A component in float32 with some of its linears quantized, and the readers of its weights."""
 
-    made: Quantized
+    quantized: Quantized
     readers: Readers
 
-    def read(self, sample: Values) -> Values:
-        """``sample`` as the graph reads it: with a modulation that divides what is smoothed."""
+    def inputs(self, sample: Values) -> Values:
+        """``sample`` with the modulation that the smoothed graph reads."""
         if "modulation" not in sample:
             return dict(sample)
-        smoothed = smoothed_modulation(sample["modulation"], self.made.groups, self.made.smoothing_scales)
+        smoothed = smoothed_modulation(sample["modulation"], self.quantized.groups, self.quantized.smoothing_scales)
         return sample | {"modulation": smoothed}
 
 
@@ -197,14 +215,14 @@ def _variant(
     names: Sequence[str],
     calibration: Calibration,
 ) -> _Variant:
-    language = checkpoint.model.language
-    made = apply(GRAPHS[component](checkpoint.model, "float32"), scheme, names, calibration, language)
-    part = made.graph.subfolder
-    reader = smoothed_reader(readers[part], made.groups, made.smoothing_scales)
-    return _Variant(made=made, readers={**readers, part: reader})
+    model = checkpoint.model
+    quantized = quantize_linears(GRAPHS[component](model, "float32"), scheme, names, calibration, model.language)
+    subfolder = quantized.graph.subfolder
+    reader = smoothed_reader(readers[subfolder], quantized.groups, quantized.smoothing_scales)
+    return _Variant(quantized=quantized, readers={**readers, subfolder: reader})
 
 
-def _alone(
+def _errors_alone(
     checkpoint: Checkpoint,
     readers: Readers,
     values: Sequence[Values],
@@ -213,55 +231,94 @@ def _alone(
     calibration: Calibration,
     progress: Progress,
 ) -> tuple[list[NDArray[Any]], dict[str, float]]:
-    """The exact results of ``values``, and the error of each linear alone.
-
-    Nothing in front of a block depends on what is quantized in it, and behind it the blocks are the exact ones again.
-    So a walk along the blocks carries the values of all samples as they are with nothing quantized, and once more for
-    each linear whose block lies behind; every block's weights are read once for all of them. Where the carried values
-    fill CARRIED_BYTES, the other linears wait for another walk, from where the first of them is.
-    """
+    """The exact results of ``values``, and the error of each linear alone."""
     graph = GRAPHS[component](checkpoint.model, "float32")
-    pieces, names = segments(graph), linears(graph)
-    kinds: dict[str, list[str]] = {}
+    cut, names = segments(graph), linears(graph)
+    same_in_all_blocks: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
+        same_in_all_blocks.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
     variants: dict[str, tuple[_Variant, tuple[Segment, ...]]] = {}
-    for of_all_blocks in kinds.values():
-        variant = _variant(checkpoint, readers, component, scheme, of_all_blocks, calibration)
-        variants |= dict.fromkeys(of_all_blocks, (variant, segments(variant.made.graph)))
-    owned = {w.name.removesuffix(".weight"): number for number, piece in enumerate(pieces) for w in piece.weights}
-    done, total = 0, sum(len(pieces) - owned[name] for name in names)
+    for group in same_in_all_blocks.values():
+        variant = _variant(checkpoint, readers, component, scheme, group, calibration)
+        variants |= dict.fromkeys(group, (variant, segments(variant.quantized.graph)))
+    owners = {w.name.removesuffix(".weight"): number for number, segment in enumerate(cut) for w in segment.weights}
+    done, total = 0, sum(len(cut) - owners[name] for name in names)
     errors: dict[str, float] = {}
-    start, first = [dict(sample) for sample in values], 0
+    position, samples = 0, [dict(sample) for sample in values]
     while True:
-        exact, carried, waiting = start, dict[str, list[Values]](), None
-        for number in range(first, len(pieces)):
-            later, before = read_later(pieces, number), exact
-            with loaded(pieces[number], readers) as compute:
-                exact = [_kept(sample | compute(sample), later) for sample in before]
-                carried = {n: [_kept(s | compute(s), later) for s in samples] for n, samples in carried.items()}
-            own = [name for name in names if owned[name] == number and name not in errors]
-            for name in own if waiting is None else []:
-                if _size(carried, pieces[number].makes) > CARRIED_BYTES:
-                    waiting = number, before
-                    break
-                variant, cut = variants[name]
-                with loaded(cut[number], variant.readers) as compute:
-                    carried[name] = [_kept(sample | compute(variant.read(sample)), later) for sample in before]
-            done += len(carried)
+        pending = {name: owners[name] for name in names if name not in errors}
+        walk = _Walk(cut, readers, samples, position, pending, variants)
+        while walk.position < len(cut):
+            walk.advance()
+            done += len(walk.carried)
             progress("sensitivity", done, total)
-        results = [sample[RESULTS[component]] for sample in exact]
-        for name, samples in carried.items():
-            errors[name] = errors_of([sample[RESULTS[component]] for sample in samples], results)
-        if waiting is None:
-            return results, {name: errors[name] for name in names}
-        first, start = waiting
+        exact = [sample[RESULTS[component]] for sample in walk.exact]
+        for name, carried in walk.carried.items():
+            errors[name] = errors_of([sample[RESULTS[component]] for sample in carried], exact)
+        if walk.resume is None:
+            return exact, {name: errors[name] for name in names}
+        position, samples = walk.resume
 
 
-def _kept(values: Values, later: frozenset[str]) -> Values:
-    return {name: value for name, value in values.items() if name in later}
+class _Walk:
+    """One walk along the segments of a component, which measures as many linears as fit into CARRIED_BYTES.
+
+    Nothing in front of a segment depends on a linear in it, and behind it the segments are the exact ones again. So the
+    walk carries the values of all samples once with nothing quantized (``exact``), and once more for each linear whose
+    segment lies behind (``carried``). The weights of a segment are read once for all of them.
+
+    Attributes:
+        position: the segment that ``advance`` runs next.
+        exact: the samples' values in front of it.
+        carried: linear -> the samples' values in front of it with that linear quantized.
+        resume: position and exact values from which the next walk starts, because linears found no room in this one.
+    """
+
+    def __init__(
+        self,
+        cut: Sequence[Segment],
+        readers: Readers,
+        samples: list[Values],
+        position: int,
+        pending: Mapping[str, int],
+        variants: Mapping[str, tuple[_Variant, Sequence[Segment]]],
+    ) -> None:
+        """Start at ``position``; ``pending`` maps the linears to measure to their segments."""
+        self.position = position
+        self.exact = samples
+        self.carried: dict[str, list[Values]] = {}
+        self.resume: tuple[int, list[Values]] | None = None
+        self._cut, self._readers, self._pending, self._variants = cut, readers, pending, variants
+
+    def advance(self) -> None:
+        """Run the next segment for everything that is carried, then start the linears in it."""
+        segment, later = self._cut[self.position], read_later(self._cut, self.position)
+        before = self.exact
+        with loaded(segment, self._readers) as compute:
+            self.exact = [_only(sample | compute(sample), later) for sample in before]
+            self.carried = {
+                name: [_only(sample | compute(sample), later) for sample in samples]
+                for name, samples in self.carried.items()
+            }
+        if self.resume is None:
+            self._start_linears(before, later)
+        self.position += 1
+
+    def _start_linears(self, before: list[Values], later: frozenset[str]) -> None:
+        """Run the segment with each of its linears quantized alone, until CARRIED_BYTES are full."""
+        for name in [name for name, owner in self._pending.items() if owner == self.position]:
+            if _size(self.carried, self._cut[self.position].makes) > CARRIED_BYTES:
+                self.resume = self.position, before
+                return
+            variant, variant_cut = self._variants[name]
+            with loaded(variant_cut[self.position], variant.readers) as compute:
+                self.carried[name] = [_only(sample | compute(variant.inputs(sample)), later) for sample in before]
+
+
+def _only(values: Values, names: frozenset[str]) -> Values:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _size(carried: Mapping[str, Sequence[Values]], names: Sequence[str]) -> int:
-    """Bytes of the values of those names."""
+    """Bytes of the values ``names``."""
     return sum(s[name].nbytes for samples in carried.values() for s in samples for name in names if name in s)

@@ -1,14 +1,14 @@
-"""Smoothing: factors that move what is hard to quantize from activations into weights, or back, at no change of values.
+"""Smoothing: scales that move outliers from the inputs of linears into their weights, or back, without changing values.
 
-A linear's input is divided by a factor a channel and its weight multiplied by it. The division is done by whatever
-makes the input, at compile time: by the modulation of a LayerNorm, by the weight of an RMSNorm, by the rows of the
-linear before. Only behind a GELU there is nothing that could do it, and it stays as a multiplication in the graph.
+A linear's input is divided by a scale per channel and its weight multiplied by it. Whatever produces the input does the
+division at compile time: the modulation of a LayerNorm, the weight of an RMSNorm, or the rows of the linear in front.
+Only behind a GELU nothing can, and the graph keeps a multiplication.
 
 Xiao et al., "SmoothQuant" (2023), equation 4, for 8-bit activations; Lin et al., "AWQ" (2024), section 3.2, for 4-bit
 weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,100 +16,128 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.configs import LanguageConfig
-from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.safetensors import TensorReader, WrappedReader
 from qie.engines.bundle.manifest import Component
+from qie.engines.inputs.modulation_rows import (
+    MODULES,
+    Half,
+    block_slice,
+    has_references,
+    module_slice,
+    streams,
+)
 
-__all__ = ["Group", "factor", "groups", "smoothed_modulation", "smoothed_reader"]
+__all__ = ["Group", "smoothed_modulation", "smoothed_reader", "smoothing_groups", "smoothing_scales"]
 
 Array = NDArray[np.float32]
-Step = Literal["columns", "rows", "norm", "attention modulation", "feed-forward modulation"]
-"""What a factor does to a tensor: multiply its columns, divide its rows, or divide what a norm puts out."""
+
+Fold = Literal["multiply_columns", "divide_rows", "divide_attention_modulation", "divide_mlp_modulation"]
+"""How scales are folded into a tensor of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Linears that share a factor, because they share an input or because their inputs mix.
+    """Linears with common scales, because they share an input or because their inputs mix.
 
-    ``readers`` are the linears, ``makers`` the tensors that make their input and how each is divided; without makers
-    the graph divides. A channel of the makers is read by ``shared`` heads of ``head_dim`` channels.
+    Attributes:
+        name: name of the group in a calibration.
+        consumers: linears that read the scaled input.
+        producers: tensors that produce that input, and how each is divided; where there are none, the graph divides.
+        repeats: heads of the consumers that read one head of the producers (grouped-query attention).
+        head_dim: channels of a head, 1 where ``repeats`` is 1.
     """
 
     name: str
-    readers: tuple[str, ...]
-    makers: tuple[tuple[str, Step], ...] = ()
-    shared: int = 1
+    consumers: tuple[str, ...]
+    producers: tuple[tuple[str, Fold], ...] = ()
+    repeats: int = 1
     head_dim: int = 1
 
-    def spread(self, values: Array) -> Array:
-        """Values of the makers' channels [M], as the readers' [M * shared] see them."""
-        return values.reshape(-1, self.head_dim).repeat(self.shared, axis=0).reshape(-1)
+    def expand(self, values: Array) -> Array:
+        """Values of the producers' channels [C] as the consumers' channels [C * repeats] see them."""
+        return values.reshape(-1, self.head_dim).repeat(self.repeats, axis=0).reshape(-1)
 
-    def most(self, values: Array) -> Array:
-        """The largest of the readers' values [M * shared] for each of the makers' channels [M]."""
-        return values.reshape(-1, self.shared, self.head_dim).max(1).reshape(-1)
+    def reduce_max(self, values: Array) -> Array:
+        """The largest of the consumers' values [C * repeats] for each of the producers' channels [C]."""
+        return values.reshape(-1, self.repeats, self.head_dim).max(1).reshape(-1)
 
 
-def groups(component: Component, names: Sequence[str], language: LanguageConfig | None = None) -> tuple[Group, ...]:
-    """The groups of the linears ``names`` of a component; ``language`` is the config where that is the component."""
+def smoothing_groups(
+    component: Component, names: Sequence[str], language: LanguageConfig | None = None
+) -> tuple[Group, ...]:
+    """The groups of the linears ``names`` of a component; ``language`` is required where that is the language model."""
     blocks = dict.fromkeys(".".join(name.split(".")[: 2 if component == "transformer" else 3]) for name in names)
     if component == "transformer":
-        return tuple(group for block in blocks for group in _of_block(block, set(names)))
+        return tuple(group for block in blocks for group in _transformer_groups(block, set(names)))
     assert language is not None
-    return tuple(group for block in blocks for group in _of_layer(block, language))
+    return tuple(group for block in blocks for group in _language_groups(block, language))
 
 
-def _of_block(block: str, names: set[str]) -> Iterator[Group]:
-    """Of a block of the transformer; what the last one does not read is left out."""
+def _transformer_groups(block: str, names: set[str]) -> Iterator[Group]:
+    """The groups of a transformer block; the last block lacks some of its linears."""
 
-    def there(*linears: str) -> tuple[str, ...]:
+    def present(*linears: str) -> tuple[str, ...]:
         return tuple(name for linear in linears if (name := f"{block}.{linear}") in names)
+
+    def modulation(stream: str, fold: Fold) -> tuple[tuple[str, Fold], ...]:
+        return tuple((f"{block}.{stream}_mod.1.{kind}", fold) for kind in ("weight", "bias"))
 
     for stream, linears in (
         ("img", ("attn.to_q", "attn.to_k", "attn.to_v")),
         ("txt", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     ):
-        modulation = f"{block}.{stream}_mod.1"
-        both: tuple[tuple[str, Step], ...] = tuple(
-            (f"{modulation}.{kind}", "attention modulation") for kind in ("weight", "bias")
+        yield Group(
+            name=f"{block}.{stream}_attn",
+            consumers=present(*linears),
+            producers=modulation(stream, "divide_attention_modulation"),
         )
-        yield Group(name=f"{block}.{stream}_attn", readers=there(*linears), makers=both)
-        up, down = there(f"{stream}_mlp.net.0.proj"), there(f"{stream}_mlp.net.2")
+        up, down = present(f"{stream}_mlp.net.0.proj"), present(f"{stream}_mlp.net.2")
         if up:
-            rows: tuple[tuple[str, Step], ...] = tuple((name, "feed-forward modulation") for name, _ in both)
-            yield Group(name=f"{block}.{stream}_mlp.up", readers=up, makers=rows)
-            yield Group(name=f"{block}.{stream}_mlp.down", readers=down)
-    values = there("attn.to_v", "attn.add_v_proj")
+            yield Group(
+                name=f"{block}.{stream}_mlp.up",
+                consumers=up,
+                producers=modulation(stream, "divide_mlp_modulation"),
+            )
+            yield Group(name=f"{block}.{stream}_mlp.down", consumers=down)
+    values = present("attn.to_v", "attn.add_v_proj")
     yield Group(
         name=f"{block}.attn.out",
-        readers=there("attn.to_out.0", "attn.to_add_out"),
-        makers=tuple((f"{name}.{kind}", "rows") for name in values for kind in ("weight", "bias")),
+        consumers=present("attn.to_out.0", "attn.to_add_out"),
+        producers=tuple((f"{name}.{kind}", "divide_rows") for name in values for kind in ("weight", "bias")),
     )
 
 
-def _of_layer(layer: str, config: LanguageConfig) -> Iterator[Group]:
-    """Of a layer of the language model."""
+def _language_groups(layer: str, config: LanguageConfig) -> Iterator[Group]:
+    """The groups of a layer of the language model."""
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
-    yield Group(name=f"{attention}.qkv", readers=projections, makers=((f"{layer}.input_layernorm.weight", "norm"),))
+    yield Group(
+        name=f"{attention}.qkv",
+        consumers=tuple(f"{attention}.{name}_proj" for name in "qkv"),
+        producers=((f"{layer}.input_layernorm.weight", "divide_rows"),),
+    )
     yield Group(
         name=f"{attention}.out",
-        readers=(f"{attention}.o_proj",),
-        makers=((f"{attention}.v_proj.weight", "rows"), (f"{attention}.v_proj.bias", "rows")),
-        shared=config.heads // config.kv_heads,
+        consumers=(f"{attention}.o_proj",),
+        producers=((f"{attention}.v_proj.weight", "divide_rows"), (f"{attention}.v_proj.bias", "divide_rows")),
+        repeats=config.heads // config.kv_heads,
         head_dim=config.head_dim,
     )
     yield Group(
         name=f"{mlp}.up",
-        readers=(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-        makers=((f"{layer}.post_attention_layernorm.weight", "norm"),),
+        consumers=(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        producers=((f"{layer}.post_attention_layernorm.weight", "divide_rows"),),
     )
-    yield Group(name=f"{mlp}.down", readers=(f"{mlp}.down_proj",), makers=((f"{mlp}.up_proj.weight", "rows"),))
+    yield Group(
+        name=f"{mlp}.down",
+        consumers=(f"{mlp}.down_proj",),
+        producers=((f"{mlp}.up_proj.weight", "divide_rows"),),
+    )
 
 
-def factor(inputs: Array, weights: Array, alpha: float) -> Array:
-    """Factors of a group from magnitudes of its inputs and its weights by channel: inputs^alpha / weights^(1 - alpha).
+def smoothing_scales(inputs: Array, weights: Array, alpha: float) -> Array:
+    """Scales [C] of a group from the magnitudes of its inputs [C] and weights [C]: inputs^alpha / weights^(1 - alpha).
 
-    Channels of which one of the two is 0 are left alone; the geometric mean is 1.
+    A channel whose inputs or weights are all 0 gets the scale 1. The geometric mean of the other scales is 1.
     """
     alive = (inputs > 0) & (weights > 0)
     logarithms = np.zeros(len(inputs), np.float64)
@@ -119,91 +147,88 @@ def factor(inputs: Array, weights: Array, alpha: float) -> Array:
     return np.exp(logarithms).astype(np.float32)
 
 
-def smoothed_reader(reader: TensorReader, smoothed: Sequence[Group], factors: Mapping[str, Array]) -> TensorReader:
-    """``reader`` with the factors (group name -> [channels]) of ``smoothed`` in its weights."""
-    steps: dict[str, list[tuple[Step, Array]]] = {}
-    for group in smoothed:
-        values = factors[group.name]
-        for name in group.readers:
-            steps.setdefault(f"{name}.weight", []).append(("columns", group.spread(values)))
-        for tensor, step in group.makers:
-            steps.setdefault(tensor, []).append((step, values))
-    return _SmoothedReader(reader=reader, steps=steps)
+def smoothed_reader(reader: TensorReader, groups: Sequence[Group], scales: Mapping[str, Array]) -> TensorReader:
+    """``reader`` with the scales (group -> [channels]) of ``groups`` folded into its tensors."""
+    folds: dict[str, list[tuple[Fold, Array]]] = {}
+    for group in groups:
+        values = scales[group.name]
+        for name in group.consumers:
+            folds.setdefault(f"{name}.weight", []).append(("multiply_columns", group.expand(values)))
+        for tensor, fold in group.producers:
+            folds.setdefault(tensor, []).append((fold, values))
+    return _SmoothedReader(reader=reader, folds=folds)
 
 
-def smoothed_modulation(rows: Array, smoothed: Sequence[Group], factors: Mapping[str, Array]) -> Array:
-    """What the modulation of one timestep, [layers, rows * D] (``qie.engines.inputs.modulation``), is when it is
-    computed from smoothed weights."""
-    made = rows.copy()
-    for group in smoothed:
-        for tensor, step in group.makers:
-            if tensor.endswith("_mod.1.bias"):
-                values = factors[group.name]
-                _, layer, module, *_ = tensor.split(".")
-                image = len(made[int(layer)]) - 6 * len(values)  # text comes last
-                for first in range(0, image, 6 * len(values)) if module == "img_mod" else (image,):
-                    for row in (first + _FIRST[step] * len(values), first + (_FIRST[step] + 1) * len(values)):
-                        made[int(layer), row : row + len(values)] /= values
-    return made
+def smoothed_modulation(modulation_LM: Array, groups: Sequence[Group], scales: Mapping[str, Array]) -> Array:
+    """The modulation [layers, rows * width] of one timestep as smoothed modulation weights compute it."""
+    smoothed_LM = modulation_LM.copy()
+    for group in groups:
+        for tensor, fold in group.producers:
+            half = HALVES_OF_FOLDS.get(fold)
+            if half is None or not tensor.endswith(".bias"):  # the weight belongs to the same row as its bias
+                continue
+            _, layer, module, *_ = tensor.split(".")
+            values, width = scales[group.name], len(scales[group.name])
+            references = has_references(modulation_LM.shape[1], width)
+            for stream in streams(references=references):
+                if MODULES[stream] == module:
+                    shift = block_slice(stream, half, "shift", width, references=references)
+                    gain = block_slice(stream, half, "scale", width, references=references)
+                    smoothed_LM[int(layer), shift] /= values
+                    smoothed_LM[int(layer), gain] /= values
+    return smoothed_LM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _SmoothedReader:
-    """``dtype`` is still that of the checkpoint: what a tensor is worth storing in has not changed."""
+class _SmoothedReader(WrappedReader):
+    """Keeps the checkpoint's dtype: smoothing does not change the precision in which a tensor is worth storing."""
 
-    reader: TensorReader
-    steps: Mapping[str, Sequence[tuple[Step, Array]]]
-
-    def names(self) -> tuple[str, ...]:
-        return self.reader.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.reader.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self.reader.dtype(name)
+    folds: Mapping[str, Sequence[tuple[Fold, Array]]]
 
     def read(self, name: str) -> NDArray[Any]:
         raw = self.reader.read(name)
-        if name not in self.steps:
+        if name not in self.folds:
             return raw
         tensor = raw.astype(np.float32)
-        for step, values in self.steps[name]:
-            _SMOOTH[step](tensor, values)
+        for fold, values in self.folds[name]:
+            _FOLDS[fold](tensor, values)
         return tensor
 
 
-def _columns(tensor: Array, values: Array) -> None:
+def _multiply_columns(tensor: Array, values: Array) -> None:
     tensor *= values
 
 
-def _rows(tensor: Array, values: Array) -> None:
+def _divide_rows(tensor: Array, values: Array) -> None:
     tensor /= values.reshape(-1, *(1,) * (tensor.ndim - 1))
 
 
-def _modulation(first: int) -> Any:
-    """Divide LayerNorm(x) * (1 + scale) + shift, whose shift is the ``first`` of six parts of a modulation's output
-    (transformer_qwenimage.py, QwenImageTransformerBlock._modulate) and its scale the next."""
+def _divide_modulation(half: Half) -> Callable[[Array, Array], None]:
+    """Divide LayerNorm(x) * (1 + scale) + shift of one half of a block (transformer_qwenimage.py,
+    QwenImageTransformerBlock._modulate); ``tensor`` is the weight or the bias of the linear that makes the rows."""
 
     def divide(tensor: Array, values: Array) -> None:
         width = len(values)
-        shift, scale = tensor[first * width : (first + 1) * width], tensor[(first + 1) * width : (first + 2) * width]
-        _rows(shift, values)
+        shift, scale = tensor[module_slice(half, "shift", width)], tensor[module_slice(half, "scale", width)]
+        _divide_rows(shift, values)
         if tensor.ndim == 1:
             scale += 1
-        _rows(scale, values)
+        _divide_rows(scale, values)
         if tensor.ndim == 1:
             scale -= 1
 
     return divide
 
 
-_FIRST: dict[Step, int] = {"attention modulation": 0, "feed-forward modulation": 3}
-"""Of the six parts of a modulation's output the shift; the scale is the next."""
+HALVES_OF_FOLDS: dict[Fold, Half] = {
+    "divide_attention_modulation": "attention",
+    "divide_mlp_modulation": "mlp",
+}
+"""The half of a block whose modulation a fold divides."""
 
-_SMOOTH: dict[Step, Any] = {
-    "columns": _columns,
-    "rows": _rows,
-    "norm": _rows,
-    **{step: _modulation(first) for step, first in _FIRST.items()},
+_FOLDS: dict[Fold, Callable[[Array, Array], None]] = {
+    "multiply_columns": _multiply_columns,
+    "divide_rows": _divide_rows,
+    "divide_attention_modulation": _divide_modulation("attention"),
+    "divide_mlp_modulation": _divide_modulation("mlp"),
 }

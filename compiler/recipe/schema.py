@@ -1,24 +1,19 @@
-"""Recipes: one TOML file that says everything about a build for one GPU.
+"""The schema of recipes: one TOML file with all settings of a build for one GPU.
 
-The dataclasses below are the schema: a field is a key, a nested dataclass is a table, a default makes the key
-optional. A file may say ``extends = "l40s"`` (a name, or a path relative to itself); tables then merge key by key and
-arrays replace. recipes/README.md lists every key with its type, unit and default.
+A field is a key, a nested dataclass is a table, a default makes the key optional. A file may have ``extends = "l40s"``
+(a name, or a path relative to the file); tables then merge key by key and arrays replace. recipes/README.md lists every
+key with its type, unit and default.
 
-Memory is in GiB, sides are pixels.
+Memory is in GiB, sides are in pixels.
 """
 
-import difflib
 import hashlib
-import tomllib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
-from qie.compiler.recipe.toml import Matching, Setting, Within, build, flatten, inline, write, wrong
+from qie.compiler.recipe.toml import Matching, Within, write
 from qie.engines.bundle.manifest import COMPONENTS, Component, Residency
 from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
-from qie.engines.errors import RecipeError
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
@@ -33,8 +28,7 @@ __all__ = [
     "Schedule",
     "SchemeName",
     "Shapes",
-    "load_recipe",
-    "recipe_names",
+    "supports_fp8",
     "to_toml",
 ]
 
@@ -51,19 +45,18 @@ PARTIAL_BACKENDS: dict[Backend, tuple[Component, ...]] = {
 }
 """The backends that run only some components, and which."""
 
-QUANTIZED: tuple[Component, ...] = ("language", "transformer")
-"""The components that may be quantized: vision tower and VAE are small, and their errors are seen."""
+QUANTIZABLE: dict[Component, str] = {
+    "language": "language_model.layers.*",
+    "transformer": "transformer_blocks.*",
+}
+"""Component that can be quantized -> fnmatch pattern of its linears: those of its blocks, never embedders, output
+layers or modulation. Vision tower and VAE are small, and their errors show in the image."""
 
 FP8_CAPABILITY = "8.9"
-"""The first compute capability with FP8 tensor cores (Ada); the compilers refuse fp8_e4m3 below it."""
+"""The first compute capability with FP8 tensor cores (Ada); engine compilers refuse E4M3 below it."""
 
 REFERENCES_MAX = 3
-"""The Plus models take one to three images (their model cards), the Edit model one."""
-
-RENAMED = {"quantization": "scheme", "keep": "exclude"}
-"""Keys of a component in schema 1 -> their names in schema 2."""
-
-RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
+"""The Plus models take one to three images (model cards of -2509 and -2511), the Edit model takes one."""
 
 Count = Annotated[int, Within(low=1, high=65536)]
 Gib = Annotated[float, Within(low=0.25, high=4096, unit="GiB")]
@@ -73,10 +66,13 @@ Capability = Annotated[str, Matching(pattern=r"\d{1,2}\.\d", example="8.9")]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentRecipe:
-    """How one component computes: its precision, its quantization scheme, and the linears excluded from it.
+    """How one component computes.
 
-    ``exclude`` holds fnmatch patterns on the names of linears. ``attention`` is that of the products of queries and
-    keys and of weights and values, which stay in ``precision`` unless it says otherwise.
+    Attributes:
+        precision: type of weights and activations.
+        scheme: quantization scheme of the linears.
+        exclude: fnmatch patterns of linears that stay in ``precision``.
+        attention: precision of attention's two products; "none" leaves them in ``precision``.
     """
 
     precision: Precision = "bfloat16"
@@ -87,7 +83,7 @@ class ComponentRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """One ComponentRecipe a component."""
+    """One ``ComponentRecipe`` per component."""
 
     vision: ComponentRecipe = field(default_factory=ComponentRecipe)
     language: ComponentRecipe = field(default_factory=ComponentRecipe)
@@ -96,8 +92,8 @@ class Components:
     vae_decoder: ComponentRecipe = field(default_factory=ComponentRecipe)
 
     def __getitem__(self, component: Component) -> ComponentRecipe:
-        found: ComponentRecipe = getattr(self, component)
-        return found
+        section: ComponentRecipe = getattr(self, component)
+        return section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,12 +107,16 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """What sizes the engines take.
+    """Sizes that the engines take.
 
-    ``aspect_ratios`` (width:height) at the model's area give the buckets. ``batch`` is images a run, ``references``
-    images an edit, ``prompt_tokens`` text tokens after the template's prefix, image tokens included: the Edit model
-    has 1369 of those at 1024 x 1024 pixels and up to 1024 tokens of instruction. ``min_side`` is in pixels;
-    ``area_scale_max`` is the largest area as a multiple of the model's own.
+    Attributes:
+        aspect_ratios: width:height of the buckets, each at the model's area.
+        min_side: shortest side in pixels.
+        area_scale_max: largest area as a multiple of the model's area.
+        batch: images per run.
+        references: input images per edit.
+        prompt_tokens: text tokens after the template's prefix, image tokens included. The Edit model has 1369 image
+            tokens at 1024 x 1024 pixels; an instruction has up to 1024 tokens.
     """
 
     aspect_ratios: tuple[AspectRatio, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
@@ -129,7 +129,13 @@ class Shapes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A schedule whose modulation tables are made at build time; ``sizes`` are aspect ratios of ``Shapes``, or all."""
+    """A schedule whose modulation tables are computed at build time.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: scale of true classifier-free guidance, 1 for none.
+        sizes: aspect ratios of ``Shapes``, or "all".
+    """
 
     steps: Annotated[int, Within(low=1, high=1000, unit="steps")]
     guidance: Annotated[float, Within(low=1, high=100)]
@@ -138,7 +144,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a build may take: the engine compiler's workspace on the GPU, and memory of the host."""
+    """Limits of a build: the engine compiler's workspace on the GPU, and host memory."""
 
     build_workspace_gib: Gib = 8.0
     host_memory_gib: Gib = 32.0
@@ -148,12 +154,21 @@ class Limits:
 class Recipe:
     """A resolved recipe.
 
-    ``compute_capability`` is None for a CPU. ``memory_gib`` is the memory that engines may take: of a GPU,
-    what ``nvidia-smi`` names as its total less about half a GiB for the CUDA context.
-    ``backends`` are in order of preference. ``residency`` says whether all engines stay loaded or each is loaded for
-    its turn. ``noise`` is the dtype in which the initial noise is drawn; diffusers draws it in the dtype of the
-    pipeline (pipeline_qwenimage_edit_plus.py, prepare_latents). ``calibration`` is the path of a file of ``qie
-    calibrate``, for builds that name none. The first of ``schedules`` is ``qie run``'s default.
+    Attributes:
+        schema: version of the format.
+        gpu: name of the GPU, for people.
+        compute_capability: like "8.9"; None for a CPU.
+        memory_gib: memory that engines may take; of a GPU, the total of ``nvidia-smi`` less about half a GiB for the
+            CUDA context.
+        backends: backends in order of preference.
+        residency: whether all engines stay loaded or each is loaded when it runs.
+        noise: dtype in which the initial noise is drawn; diffusers uses the dtype of the pipeline
+            (pipeline_qwenimage_edit_plus.py, prepare_latents).
+        calibration: path of a file of ``qie calibrate``, for builds that name none.
+        components: settings of each component.
+        shapes: sizes that the engines take.
+        limits: limits of the build.
+        schedules: schedules whose tables are computed at build time; the first is the default of an edit.
     """
 
     schema: Literal[2] = 2
@@ -174,27 +189,27 @@ class Recipe:
     )
 
     def digest(self) -> str:
-        """Return the sha256 (hex) of the resolved content; comments and file names do not count."""
+        """sha256 (hex) of the resolved content, without comments and file names."""
         return hashlib.sha256(to_toml(self.portable()).encode()).hexdigest()
 
     def portable(self) -> "Recipe":
-        """Return the recipe without what holds on this machine alone, the path of a calibration."""
+        """The recipe without the path of a calibration, which is valid on this machine only."""
         return replace(self, calibration=None)
 
     def backends_of(self, component: Component) -> tuple[Backend, ...]:
-        """Return the backends that can run a component, in order of preference; never empty."""
+        """The backends that can run a component, in order of preference; never empty in a checked recipe."""
         return tuple(b for b in self.backends if component in PARTIAL_BACKENDS.get(b, COMPONENTS))
 
     def buckets(self, area: int) -> tuple[Size, ...]:
-        """Return the sizes of the aspect ratios at an area in square pixels, each once, in the recipe's order."""
+        """The distinct sizes of the aspect ratios at ``area`` square pixels, in the recipe's order."""
         return _sizes(area, self.shapes.aspect_ratios)
 
     def schedule_sizes(self, schedule: Schedule, area: int) -> tuple[Size, ...]:
-        """Return the buckets for which a schedule of this recipe wants tables, each once."""
+        """The distinct buckets for which ``schedule`` has tables."""
         return self.buckets(area) if schedule.sizes == "all" else _sizes(area, schedule.sizes)
 
     def shape_limits(self, area: int) -> ShapeLimits:
-        """Return what engines built by this recipe take for a model of ``area`` square pixels.
+        """The limits of engines built by this recipe for a model of ``area`` square pixels.
 
         The largest side and area are those of the buckets, or the model's area times ``area_scale_max``. The shortest
         side is ``shapes.min_side`` or, for a small model, that of its narrowest bucket.
@@ -213,140 +228,21 @@ class Recipe:
         )
 
 
-def recipe_names() -> tuple[str, ...]:
-    """Return the names of the recipes that qie ships, sorted."""
-    return tuple(sorted(path.stem for path in RECIPES_FOLDER.glob("*.toml")))
-
-
-def load_recipe(name_or_path: str) -> Recipe:
-    """Return the resolved recipe of a name (case does not count) or of a path that ends in ``.toml``.
-
-    Raises:
-        RecipeError: the name or file is unknown, the file is no TOML, a key is unknown, or a value is of the wrong
-            type, out of range, or more than the recipe's GPU can do.
-    """
-    path = _find(name_or_path, Path())
-    settings = _read(path, ())
-    recipe = build(Recipe, settings, path)
-    _check(recipe, path)
-    return recipe
-
-
 def to_toml(recipe: Recipe) -> str:
-    """Return a resolved recipe as TOML text with every key; ``load_recipe`` reads it back to an equal Recipe."""
+    """A resolved recipe as TOML text with every key; ``parse_recipe`` reads it back to an equal one."""
     return write(recipe)
+
+
+def supports_fp8(compute_capability: str) -> bool:
+    """Whether a GPU of that compute capability has FP8 tensor cores."""
+    return _version(compute_capability) >= _version(FP8_CAPABILITY)
+
+
+def _version(compute_capability: str) -> tuple[int, ...]:
+    """Comparable: "8.9" comes before "8.10"."""
+    return tuple(int(part) for part in compute_capability.split("."))
 
 
 def _sizes(area: int, ratios: tuple[str, ...]) -> tuple[Size, ...]:
     pairs = (ratio.split(":") for ratio in ratios)
     return tuple(dict.fromkeys(calculate_dimensions(area, int(width) / int(height)) for width, height in pairs))
-
-
-def _find(name_or_path: str, folder: Path) -> Path:
-    """Return the file of a recipe; a relative path starts at ``folder``."""
-    names = recipe_names()
-    if name_or_path.lower() in names:
-        return RECIPES_FOLDER / f"{name_or_path.lower()}.toml"
-    if name_or_path.endswith(".toml"):
-        return folder / name_or_path
-    near = difflib.get_close_matches(name_or_path.lower(), names, n=1)
-    guess = f', did you mean "{near[0]}"?' if near else ";"
-    raise RecipeError(
-        f'there is no recipe "{name_or_path}"{guess} qie has {", ".join(names)}, or give the path of a .toml file'
-    )
-
-
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
-    """Return a file's settings by dotted key, those of the recipe it extends included. ``chain`` are its extenders."""
-    real = path.resolve()
-    if real in chain:
-        circle = " -> ".join(file.name for file in (*chain[chain.index(real) :], real))
-        raise RecipeError(f"recipes extend each other in a circle ({circle}); remove one of the extends")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path} ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    _refuse_schema_1(table, path)
-    parent = table.pop("extends", None)
-    settings = flatten(Recipe, table, path, beside=("extends",))
-    calibration = settings.get("calibration")
-    if calibration is not None and isinstance(calibration.value, str):
-        settings["calibration"] = Setting(value=str((path.parent / calibration.value).resolve()), file=path)
-    if parent is None:
-        return settings
-    if not isinstance(parent, str):
-        raise wrong("extends", Setting(value=parent, file=path), 'a string like "l40s"')
-    return _read(_find(parent, path.parent), (*chain, real)) | settings
-
-
-def _refuse_schema_1(table: Mapping[str, object], file: Path) -> None:
-    """Refuse a recipe with keys of schema 1; a recipe that extends another may have no ``schema`` key.
-
-    Raises:
-        RecipeError: the recipe is one of schema 1.
-    """
-    components = table.get("components")
-    sections = components.values() if isinstance(components, dict) else ()
-    renamed = any(isinstance(section, dict) and section.keys() & RENAMED.keys() for section in sections)
-    schema = table.get("schema")
-    if (type(schema) is int and schema == 1) or renamed or "gates" in table:
-        keys = " and ".join(f"{old} to {new}" for old, new in RENAMED.items())
-        raise RecipeError(
-            f"{file} has schema 1, expected 2; rename the component keys {keys}, delete [gates] and set schema to 2"
-        )
-
-
-def _check(recipe: Recipe, file: Path) -> None:
-    """Raise RecipeError where keys that are right by themselves contradict each other."""
-    for key, why in _contradictions(recipe):
-        raise RecipeError(f"{key} in {file} {why}")
-
-
-def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield each contradiction of a recipe as a key and the rest of a sentence."""
-    shapes, capability = recipe.shapes, recipe.compute_capability
-    gpu = f"{recipe.gpu} ({capability or 'no compute_capability, so a CPU'})"
-    for name in COMPONENTS:
-        part, key = recipe.components[name], f"components.{name}"
-        if name == "transformer" and part.precision == "float16":
-            yield f"{key}.precision", 'is "float16", which overflows and gives black images; use "bfloat16"'
-        if capability is None and part.precision == "bfloat16":
-            yield f"{key}.precision", 'is "bfloat16", for which onnxruntime has no kernels on a CPU; use "float32"'
-        if name not in QUANTIZED and part.scheme != "none":
-            yield f"{key}.scheme", f'is "{part.scheme}"; {name} is not quantized, use "none"'
-        if name not in QUANTIZED and part.attention != "none":
-            yield f"{key}.attention", f'is "{part.attention}"; {name} is not quantized, use "none"'
-        if part.attention == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
-            why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
-            yield f"{key}.attention", f'{why}; use "none"'
-        if part.scheme == "fp8" and capability is not None and _version(capability) < _version(FP8_CAPABILITY):
-            why = f'is "fp8", which needs compute capability {FP8_CAPABILITY} or later, not {gpu}'
-            yield f"{key}.scheme", f'{why}; use "int8-smooth" or "none"'
-        if not recipe.backends_of(name):
-            yield "backends", f"has none that runs {name}; add onnxruntime, tensorrt or tensorrt-rtx"
-    for backend in recipe.backends:
-        if capability is None and backend.startswith("tensorrt"):
-            yield "backends", f"has {backend}, which needs a GPU; set compute_capability or use onnxruntime"
-    if recipe.limits.build_workspace_gib > recipe.memory_gib:
-        yield "limits.build_workspace_gib", f"is more than memory_gib ({recipe.memory_gib:g}); lower it"
-    for dimension in ("batch", "references", "prompt_tokens"):
-        span: Range = getattr(shapes, dimension)
-        if not span.min <= span.opt <= span.max:
-            yield f"shapes.{dimension}", f"is {inline(span)}; it must hold min <= opt <= max"
-    if shapes.references.max > REFERENCES_MAX:
-        yield "shapes.references.max", f"is {shapes.references.max}; the models take at most {REFERENCES_MAX} images"
-    if not shapes.aspect_ratios:
-        yield "shapes.aspect_ratios", 'is empty; it needs at least one, like "1:1"'
-    if not recipe.schedules:
-        yield "schedules", "is empty; the first schedule is the default of qie run, so give at least one"
-    for index, schedule in enumerate(recipe.schedules):
-        missing = [] if schedule.sizes == "all" else [s for s in schedule.sizes if s not in shapes.aspect_ratios]
-        if missing or not schedule.sizes:
-            what = f"has {', '.join(missing)}, not in shapes.aspect_ratios" if missing else "is empty"
-            yield f"schedules[{index}].sizes", f'{what}; name some of those or "all"'
-
-
-def _version(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))

@@ -1,8 +1,9 @@
-"""TOML tables as dataclasses: a strict reader and a small writer, for the schema in recipe.py.
+"""TOML tables as dataclasses: a strict reader and a small writer, for ``recipe.schema``.
 
-A field of a dataclass is a key; a nested dataclass is a table; a default makes a key optional. Fields may be ``str``,
-a ``Literal``, ``Annotated`` with ``Within`` (int, float) or ``Matching`` (str), a tuple of one of these or of a
-dataclass (an array, an array of tables), ``X | None`` (absent is None) or a word or an array (``Literal | tuple``).
+A field of a dataclass is a key, a nested dataclass is a table, a default makes a key optional. A field is ``str``, a
+``Literal``, ``Annotated`` with ``Within`` (int, float) or ``Matching`` (str), a tuple of one of these or of a dataclass
+(an array, an array of tables), ``X | None`` (None where the key is absent), or a word or an array (``Literal |
+tuple``).
 """
 
 import difflib
@@ -22,7 +23,7 @@ Table = TypeVar("Table")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Within:
-    """The rule of a number: from ``low`` to ``high``, in ``unit``, and a multiple of ``multiple`` unless that is 0."""
+    """A number from ``low`` to ``high`` in ``unit``, and a multiple of ``multiple`` unless that is 0."""
 
     low: float
     high: float
@@ -34,13 +35,13 @@ class Within:
         return f"{text}, a multiple of {self.multiple}" if self.multiple else text
 
     def allows(self, value: Any) -> bool:
-        """Say whether a number keeps the rule; NaN does not."""
+        """Whether ``value`` is in range; NaN is not."""
         return bool(self.low <= value <= self.high and not (self.multiple and value % self.multiple))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matching:
-    """The rule of a string: a regular expression that matches all of it, and an example to show."""
+    """A string that a regular expression matches as a whole, with an example for messages."""
 
     pattern: str
     example: str
@@ -49,13 +50,13 @@ class Matching:
         return f'string like "{self.example}"'
 
     def allows(self, value: Any) -> bool:
-        """Say whether a string keeps the rule."""
+        """Whether ``value`` matches."""
         return re.fullmatch(self.pattern, value, flags=re.ASCII) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A value as TOML gave it, and the file in which it stands."""
+    """A value as TOML has it, and the file that it comes from."""
 
     value: object
     file: Path
@@ -64,9 +65,9 @@ class Setting:
 def flatten(
     schema: type, table: Mapping[str, object], file: Path, prefix: str = "", beside: tuple[str, ...] = ()
 ) -> dict[str, Setting]:
-    """Return the settings of a TOML table by dotted key; arrays stay whole, so that ``|`` of two results merges files.
+    """The settings of a TOML table by dotted key. Arrays stay whole, so that ``|`` of two results merges two files.
 
-    ``beside`` are keys that the caller took out of the table: a misspelt key may be meant for one of them.
+    ``beside`` are keys that the caller has taken out of the table; messages suggest them for a misspelt key.
 
     Raises:
         RecipeError: the schema has no such key, or has a table where the file has a value.
@@ -76,10 +77,10 @@ def flatten(
     for name, value in table.items():
         key = prefix + name
         if name not in kinds:
-            known = (*kinds, *beside)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean "{prefix}{near[0]}"?' if near else f"known here: {', '.join(known)}"
-            raise RecipeError(f'unknown key "{key}" in {file}; {hint}')
+            keys = (*kinds, *beside)
+            near = difflib.get_close_matches(name, keys, n=1)
+            fix = f'use "{prefix}{near[0]}"' if near else f"use one of {', '.join(keys)}"
+            raise RecipeError(f'unknown key "{key}" in {file}; {fix}')
         if not is_dataclass(kinds[name]):
             settings[key] = Setting(value=value, file=file)
         elif isinstance(value, dict):
@@ -92,9 +93,9 @@ def flatten(
 def build(
     schema: type[Table], settings: Mapping[str, Setting], file: Path, prefix: str = "", default: Any = MISSING
 ) -> Table:
-    """Return a dataclass from settings by dotted key.
+    """A dataclass from settings by dotted key.
 
-    A missing key is taken from ``default``, then from the schema's own default; ``file`` is named if there is neither.
+    A missing key takes its value from ``default``, then from the schema; a message names ``file`` where neither has it.
 
     Raises:
         RecipeError: a key is missing, or a value is of the wrong type or out of range.
@@ -109,7 +110,7 @@ def build(
         elif is_dataclass(kinds[entry.name]):
             values[entry.name] = build(kinds[entry.name], settings, file, key + ".", fallback)
         elif fallback is MISSING:
-            raise RecipeError(f'the key "{key}" is missing in {file}; recipes/README.md says what it means')
+            raise RecipeError(f'the key "{key}" is missing in {file}; add it as recipes/README.md describes')
         else:
             values[entry.name] = fallback
     return schema(**values)
@@ -120,20 +121,20 @@ def _default(entry: Field[Any]) -> Any:
 
 
 def wrong(key: str, setting: Setting, expected: str) -> RecipeError:
-    """Return the error for a value that is not what its key expects."""
-    return RecipeError(f"{key} in {setting.file} is {inline(setting.value)}; it must be {expected}")
+    """The error for a value that its key does not allow."""
+    return RecipeError(f"{key} in {setting.file} is {inline(setting.value)}; set it to {expected}")
 
 
 def write(table: Any) -> str:
-    """Return a dataclass as TOML text with every key; ``flatten`` and ``build`` read it back to an equal one.
+    """A dataclass as TOML text with every key; ``flatten`` and ``build`` read it back to an equal one.
 
-    Its plain keys come first, then a section a table, then its arrays of tables; tables deeper down are inline.
+    Plain keys come first, then one section per table, then arrays of tables; deeper tables are inline.
     """
     return "\n".join(_lines(table)) + "\n"
 
 
 def inline(value: object) -> str:
-    """Return a value, or a dataclass, as TOML on one line."""
+    """A value or a dataclass as TOML on one line."""
     if is_dataclass(value):
         value = _plain(value)
     if isinstance(value, dict):
@@ -141,12 +142,12 @@ def inline(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(inline(item) for item in value)}]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON alone lets DEL stand
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes DEL, JSON does not
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _convert(kind: Any, key: str, setting: Setting) -> Any:
-    """Return a setting's value as the annotation ``kind`` wants it."""
+    """A setting's value as the annotation ``kind`` requires."""
     value: Any = setting.value
     options: tuple[Any, ...] = get_args(kind)
     if get_origin(kind) is Annotated:
@@ -177,7 +178,7 @@ def _convert(kind: Any, key: str, setting: Setting) -> Any:
 
 
 def _plain(table: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are set, by name."""
+    """The fields of a dataclass that are not None, by name."""
     values = {entry.name: getattr(table, entry.name) for entry in fields(table)}
     return {name: value for name, value in values.items() if value is not None}
 

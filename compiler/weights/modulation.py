@@ -1,30 +1,33 @@
-"""The modulation weights of a checkpoint, as the file from which the runtime makes its tables."""
+"""The modulation weights of a checkpoint: the file from which the runtime computes its tables, and a reader."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.weights.stream import write_weights
+from qie.compiler.weights.stream import prepare, write_weights
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.inputs.modulation import CHANNELS
 
-__all__ = ["MODULATION_FILE", "modulation_dtype", "modulation_weights", "write_modulation"]
+__all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_dtype", "modulation_weights", "write_modulation"]
 
 MODULATION_FILE = "modulation.weights"
 
 
 def modulation_dtype(reader: TensorReader) -> DType:
-    """The dtype in which the modulation weights are kept: bfloat16 where the checkpoint is, else float32."""
+    """The dtype in which a bundle stores the modulation weights: bfloat16 where the checkpoint has it, else float32."""
     return "bfloat16" if reader.dtype("norm_out.linear.weight") == "bfloat16" else "float32"
 
 
 def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
-    """Every tensor that depends on the timestep alone, in the checkpoint's own layout and names.
+    """Every tensor that only the timestep reaches, in the checkpoint's own layout and names.
 
-    Matrices are of ``dtype``, biases of float32: smoothing takes 1 / s - 1 into them.
+    Matrices have ``dtype``. Biases are float32, because smoothing adds 1 / s - 1 to them.
     """
     d = config.width
     linears = {
@@ -53,9 +56,14 @@ def write_modulation(
     tables: DType,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModulationRecord:
-    """Stream the modulation weights into ``folder``; bfloat16 stays so, every other dtype becomes float32.
+    """Stream the modulation weights into ``folder``; see ``modulation_dtype`` for their dtype.
 
-    ``tables`` is the dtype in which the transformer uses what is made from them.
+    Args:
+        config: dimensions of the transformer.
+        readers: the checkpoint's tensors.
+        folder: where to write MODULATION_FILE.
+        tables: dtype in which the transformer reads the tables.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
@@ -81,3 +89,19 @@ def write_modulation(
         width=config.width,
         zero_cond_t=config.zero_cond_t,
     )
+
+
+class CheckpointModulation:
+    """The modulation weights read from a checkpoint, rounded as ``write_modulation`` stores them."""
+
+    def __init__(self, config: TransformerConfig, reader: TensorReader) -> None:
+        self._reader = reader
+        self._weights = {weight.name: weight for weight in modulation_weights(config, modulation_dtype(reader))}
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor as float32.
+
+        Raises:
+            CheckpointError: the tensor is missing, of another shape or not finite.
+        """
+        return prepare(self._weights[name], self._reader.read(name)).astype(np.float32)

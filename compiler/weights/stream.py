@@ -13,27 +13,19 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  registers its dtypes with numpy by name
 import numpy as np
 import numpy.typing as npt
 
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.weights.weight import Layout, Stored, Weight
+from qie.compiler.weights.weight import Layout, Weight
 from qie.engines.errors import BuildError, CheckpointError
 
 __all__ = ["Entry", "WeightFile", "prepare", "total_bytes", "write_weights"]
 
-_DTYPES: dict[Stored, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "int8": np.dtype(np.int8),
-    "int4": np.dtype(ml_dtypes.int4),
-}
-
 _RAW_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-"""What a checkpoint may store; integers are another quantization, whose scales nobody here knows."""
+"""What a checkpoint may store. Integers belong to another quantization, whose scales are unknown."""
 
 _PAGE = 4096
 """Alignment in bytes of a tensor of at least this size: a page, so that a runtime can map it."""
@@ -50,7 +42,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """Where a tensor lies in the file: ``offset`` and ``length`` in bytes."""
+    """A tensor of the file, its ``offset`` and ``length`` in bytes."""
 
     name: str
     offset: int
@@ -59,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFile:
-    """A written file of external data: its size in bytes, its sha256 (hex), and its tensors in order."""
+    """A written file of external data: size in bytes, sha256 (hex) and tensors in order."""
 
     path: Path
     bytes: int
@@ -73,39 +65,39 @@ class WeightFile:
 
 
 def total_bytes(weights: Sequence[Weight]) -> int:
-    """The size in bytes of the file that ``write_weights`` makes of these weights, alignment included."""
+    """Size in bytes of the file that ``write_weights`` writes for these weights, alignment included."""
     entries = _plan(weights)
     return entries[-1].offset + entries[-1].length if entries else 0
 
 
 def prepare(weight: Weight, raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """One tensor as the graph wants it: cast (round to nearest even), laid out, reshaped; C-contiguous.
+    """One tensor as the graph reads it: cast (round to nearest even), laid out, reshaped; C-contiguous.
 
-    With a quantizer it is codes of float32 values, or their scales.
+    With a quantizer the result is the quantized values of the tensor in float32, or their scales.
 
     Raises:
-        CheckpointError: the tensor is of another shape or not floating-point, or an element is not finite in the
-            graph's dtype.
+        CheckpointError: the tensor has another shape, is not floating-point, or has an element that is not finite in
+            the graph's dtype.
     """
     problem = _mismatch(weight, raw.shape, raw.dtype.name)
     if problem:
-        raise CheckpointError(problem)
+        raise CheckpointError(f"{problem}; download the checkpoint again")
     quantizer = weight.quantizer
     with np.errstate(over="ignore", invalid="ignore"):
-        tensor = raw.astype(np.float32 if quantizer else _DTYPES[weight.dtype], copy=False)
+        tensor = raw.astype(np.dtype("float32" if quantizer else weight.dtype), copy=False)
     for step in weight.layout:
         tensor = _STEPS[step](tensor)
     if quantizer is None:
         tensor = np.ascontiguousarray(tensor).reshape(weight.shape)
     if not _is_finite(tensor):
         raise CheckpointError(
-            f"{weight.subfolder} tensor {weight.source!r} has elements that are infinite or no numbers in "
-            f"{weight.dtype}: download the checkpoint again, or leave out the LoRA that causes it"
+            f"{weight.subfolder} tensor {weight.source!r} has infinite or NaN elements in {weight.dtype}, expected "
+            "finite ones; download the checkpoint again, or leave out the LoRA that causes it"
         )
     if quantizer is not None:
         scale = quantizer.scale(tensor)
         tensor = np.ascontiguousarray(
-            quantizer.encode(tensor, scale) if weight.scale_of is None else scale.astype(_DTYPES[weight.dtype])
+            quantizer.quantize(tensor, scale) if weight.scale_of is None else scale.astype(np.dtype(weight.dtype))
         )
     return tensor
 
@@ -117,27 +109,26 @@ def write_weights(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightFile:
-    """Write all weights into one file, in their order and one at a time.
+    """Write all weights into one file, in order and one at a time.
 
-    Everything that can be known without reading tensors is checked before the first byte is written. The file appears
-    under its name only when it is whole.
+    Names, shapes and dtypes are checked before the first byte is written. The file appears under its name only when it
+    is complete.
 
     Args:
-        weights: distinct by name.
-        readers: one for each subfolder that the weights name.
-        path: the file to write; its folder exists.
+        weights: the weights, with distinct names.
+        readers: one for each subfolder of the weights.
+        path: the file to write, in an existing folder.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, not floating-point or not finite.
+        CheckpointError: a tensor is missing, has another shape, or is not floating-point or finite.
         BuildError: the disk is full or the file cannot be written.
     """
     problems = _problems(weights, readers)
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"Configs and weights do not belong together: {'; '.join(problems[:_SHOWN])}{more}. "
-            "Download the checkpoint again"
+            f"weights do not match the configs: {', '.join(problems[:_SHOWN])}{more}; download the checkpoint again"
         )
     entries, total = _plan(weights), total_bytes(weights)
     assert len({entry.name for entry in entries}) == len(entries), "two weights of one name"
@@ -180,15 +171,15 @@ def _plan(weights: Sequence[Weight]) -> tuple[Entry, ...]:
 
 
 def _length(weight: Weight) -> int:
-    """Bytes of a weight; two 4-bit codes make one."""
+    """Bytes of a weight; two 4-bit values share one."""
     count = math.prod(weight.shape)
-    return -(-count // 2) if weight.dtype == "int4" else count * _DTYPES[weight.dtype].itemsize
+    return -(-count // 2) if weight.dtype == "int4" else count * np.dtype(weight.dtype).itemsize
 
 
 def _content(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The bytes of a prepared tensor; of two 4-bit codes the first is the lower half (onnx.proto, TensorProto)."""
+    """The bytes of a prepared tensor; of two 4-bit values the first is the lower half (onnx.proto, TensorProto)."""
     flat = tensor.reshape(-1)
-    if tensor.dtype != _DTYPES["int4"]:
+    if tensor.dtype != np.dtype("int4"):
         return flat.view(np.uint8)
     nibbles = flat.astype(np.int8).view(np.uint8) & np.uint8(0xF)
     nibbles = np.pad(nibbles, (0, len(nibbles) % 2))
@@ -198,12 +189,12 @@ def _content(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 def _chunks(
     weights: Sequence[Weight], entries: Sequence[Entry], readers: Mapping[Subfolder, TensorReader]
 ) -> Iterator[bytes | memoryview]:
-    """The file's bytes in order: padding, then a tensor, in pieces of at most _CHUNK."""
+    """The file's bytes in order: padding, then a tensor, at most _CHUNK at a time."""
     end = 0
     last, raw = "", None
     for weight, entry in zip(weights, entries, strict=True):
         yield bytes(entry.offset - end)
-        if weight.source != last:  # codes and scales of a tensor stand side by side
+        if weight.source != last:  # quantized values and scales of a tensor are neighbors
             last, raw = weight.source, readers[weight.subfolder].read(weight.source)
         assert raw is not None
         content = _content(prepare(weight, raw)).data
@@ -225,21 +216,21 @@ def _problems(weights: Sequence[Weight], readers: Mapping[Subfolder, TensorReade
 
 
 def _mismatch(weight: Weight, shape: tuple[int, ...], dtype: str) -> str | None:
-    """What makes a tensor unfit for this weight, or None."""
+    """Why a tensor cannot be this weight, or None."""
     tensor = f"{weight.subfolder} tensor {weight.source!r}"
     if dtype not in _RAW_DTYPES:
         return f"{tensor} is {dtype}, expected one of {', '.join(_RAW_DTYPES)}"
     laid_out = _laid_out(weight, shape)
     if weight.scale_of is not None and weight.quantizer is not None and laid_out is not None:
         laid_out = weight.quantizer.scale_shape(laid_out)
-    if laid_out is None or not _same_but_for_splits(laid_out, weight.shape):
+    if laid_out is None or not _is_reshape(laid_out, weight.shape):
         way = f" after {', '.join(weight.layout)}" if weight.layout else ""
         return f"{tensor} has shape {list(shape)}, expected {list(weight.shape)}{way}"
     return None
 
 
 def _laid_out(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that the steps of the layout make of a raw shape, or None where a step cannot be done."""
+    """The shape of a tensor of raw ``shape`` after the layout, or None where a step does not apply."""
     for step in weight.layout:
         match step, shape:
             case "last_frame", (out, inner, frames, height, width) if frames > 0:
@@ -253,13 +244,16 @@ def _laid_out(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     return shape
 
 
-def _same_but_for_splits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one shape is the other with axes split or merged; [4, 6] and [6, 4] are not.
+def _is_reshape(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one shape is the other with axes split or merged. An equal number of elements is not enough, because a
+    transposed matrix has it too. Compared are the cumulative products:
 
-    Equal counts of elements would not tell a transposed matrix from the right one.
+        [4, 6]     4, 24
+        [4, 2, 3]  4, 8, 24    contains those of [4, 6]: a split
+        [6, 4]     6, 24       neither contains the other: a transposition
     """
-    ends, other_ends = set(accumulate(shape, mul)) - {1}, set(accumulate(other, mul)) - {1}
-    return math.prod(shape) == math.prod(other) and (ends <= other_ends or other_ends <= ends)
+    products, other_products = set(accumulate(shape, mul)) - {1}, set(accumulate(other, mul)) - {1}
+    return math.prod(shape) == math.prod(other) and (products <= other_products or other_products <= products)
 
 
 _STEPS: dict[Layout, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
@@ -270,7 +264,7 @@ _STEPS: dict[Layout, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
 
 
 def _is_finite(tensor: npt.NDArray[Any]) -> bool:
-    """In pieces, because np.isfinite makes one more byte for every element."""
+    """Whether all elements are finite; a chunk at a time, because np.isfinite allocates a byte an element."""
     flat = tensor.reshape(-1)
     return all(np.isfinite(flat[start : start + _CHUNK]).all() for start in range(0, flat.size, _CHUNK))
 
@@ -279,6 +273,6 @@ def _disk_error(error: OSError, path: Path, total: int) -> BuildError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(path.parent).free
         return BuildError(
-            f"{path} needs {total:,} bytes, and {free:,} are free ({error.strerror}): make room, or build elsewhere"
+            f"{path} needs {total:,} bytes, and {free:,} are free ({error.strerror}); make room, or build elsewhere"
         )
-    return BuildError(f"{path} cannot be written ({error}): check the folder and its permissions")
+    return BuildError(f"{path} cannot be written ({error}); check the folder and its permissions")

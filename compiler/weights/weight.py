@@ -1,21 +1,21 @@
 """A graph's parameters as names into the checkpoint.
 
-A graph is written without any weights: each parameter says which tensor of the checkpoint it is, and how that tensor
-must be laid out. ``qie.compiler.weights.stream`` follows these instructions when it streams the checkpoint.
+A graph is written without weights: each parameter names a tensor of the checkpoint and the layout in which the graph
+needs it. ``qie.compiler.weights.stream`` applies that layout when it streams the checkpoint.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.weights.quantizer import Codes, Quantizer
+from qie.compiler.weights.quantizer import QuantizedDType, Quantizer
 
 __all__ = ["DType", "Layout", "Stored", "Weight"]
 
 DType = Literal["float32", "bfloat16"]
 """The element type in which a graph computes."""
 
-Stored = DType | Codes
+Stored = DType | QuantizedDType
 """The element type in which a graph stores a weight."""
 
 Layout = Literal["last_frame", "flatten", "transpose"]
@@ -32,12 +32,14 @@ Layout = Literal["last_frame", "flatten", "transpose"]
 class Weight:
     """One parameter of a graph.
 
-    ``name`` is both the ONNX initializer's name and the checkpoint's tensor name (prefixes of the text encoder made
-    canonical). ``shape`` and ``dtype`` are the graph's; the steps of ``layout`` are applied in order to the
-    checkpoint's tensor, and the result is reshaped to ``shape`` (same number of elements).
-
-    With a ``quantizer`` the parameter holds its codes of that tensor; ``scale_of`` names the tensor of which the
-    parameter holds the quantizer's scales instead.
+    Attributes:
+        name: name of the ONNX initializer and of the checkpoint's tensor, with the text encoder's canonical prefix.
+        subfolder: subfolder of the checkpoint that holds the tensor.
+        shape: shape in the graph; the laid-out tensor is reshaped to it.
+        dtype: element type in the graph.
+        layout: steps that are applied in order to the checkpoint's tensor.
+        quantizer: quantizer of the tensor, whose quantized values the parameter holds; None where it is not quantized.
+        scale_of: name of the tensor whose scales the parameter holds instead; None where it holds values.
     """
 
     name: str
@@ -50,5 +52,5 @@ class Weight:
 
     @property
     def source(self) -> str:
-        """The checkpoint's name of the tensor that the parameter is made of."""
+        """Name of the checkpoint's tensor that the parameter is made from."""
         return self.scale_of or self.name

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +22,19 @@ from numpy.typing import NDArray
 from qie.engines.bundle.manifest import ModulationRecord
 from qie.engines.files import qie_home, replacing
 from qie.engines.inputs.bfloat16 import narrow, widen
+from qie.engines.inputs.modulation_rows import HALVES, MODULES, module_slice, streams
 
 __all__ = [
+    "CHANNELS",
     "SCHEDULES",
+    "BundleModulation",
+    "ModulationShape",
+    "ModulationWeights",
     "Tables",
     "compute_tables",
     "modulation_tables",
     "silu",
+    "split_tables",
     "store_tables",
     "table_name",
     "timesteps",
@@ -39,10 +46,34 @@ SCHEDULES = "schedules"
 CHANNELS = 256
 """Sinusoidal channels of a timestep (transformer_qwenimage.py, QwenTimestepProjEmbeddings)."""
 
-GAINS = (1, 4)
-"""Of the six rows of a stream (shift, scale, gate of attention, then of the feed-forward) those that are scales."""
-
 Array = NDArray[np.float32]
+
+
+class ModulationShape(Protocol):
+    """Dimensions that the tables depend on; a ``ModulationRecord`` and a transformer's config have them."""
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the transformer."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width of the transformer."""
+        ...
+
+    @property
+    def zero_cond_t(self) -> bool:
+        """Whether references have modulation of their own, at timestep 0."""
+        ...
+
+
+class ModulationWeights(Protocol):
+    """The modulation weights by the names of the checkpoint."""
+
+    def read(self, name: str) -> Array:
+        """A tensor as float32, in the checkpoint's [out, in] layout."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +108,11 @@ def modulation_tables(
     for place in (folder / SCHEDULES / name, cache / name):
         stored = _load(place, record, len(sigmas) - 1)
         if stored is not None:
-            return _tables(stored, record)
-    flat = compute_tables(folder, record, sigmas, progress=progress)
+            return split_tables(widen(stored), record)
+    flat = compute_tables(BundleModulation(folder, record), record, sigmas, progress=progress)
     with contextlib.suppress(OSError):
         store_tables(flat, record, cache / name)
-    return _tables(_stored(flat, record), record)
+    return split_tables(widen(_stored(flat, record)), record)
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
@@ -98,31 +129,31 @@ def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
 
 
 def compute_tables(
-    folder: Path, record: ModulationRecord, sigmas: Array, *, progress: Callable[[int, int], None] | None = None
+    weights: ModulationWeights,
+    shape: ModulationShape,
+    sigmas: Array,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Array:
     """float32 [S, L * M * D + 2 * D]: every block's rows, then gain and shift of the output norm.
 
     A gain is 1 + scale, by which a normalized value is multiplied. The sum is taken here, in float32, so that a small
     gain keeps its precision in the dtype in which the tables are stored. One block's weights are in memory at a time.
     """
-    weights = Weights(folder, record)
     conditioning_SD = _conditioning(weights, timesteps(sigmas))
-    streams = [(conditioning_SD, "img_mod")]
-    if record.zero_cond_t:
-        zero_SD = np.broadcast_to(_conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
-        streams.append((zero_SD, "img_mod"))
-    streams.append((conditioning_SD, "txt_mod"))
+    zero_SD = np.broadcast_to(_conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
     rows: list[Array] = []
-    for layer in range(record.layers):
-        for x, name in streams:
-            values = weights.linear(f"transformer_blocks.{layer}.{name}.1", x)
-            for scale in GAINS:
-                values[:, scale * record.width : (scale + 1) * record.width] += 1
+    for layer in range(shape.layers):
+        for stream in streams(references=shape.zero_cond_t):
+            x_SD = zero_SD if stream == "references" else conditioning_SD
+            values = _linear(weights, f"transformer_blocks.{layer}.{MODULES[stream]}.1", x_SD)
+            for half in HALVES:
+                values[:, module_slice(half, "scale", shape.width)] += 1
             rows.append(values)
         if progress is not None:
-            progress(layer + 1, record.layers)
-    last = weights.linear("norm_out.linear", conditioning_SD)
-    last[:, : record.width] += 1
+            progress(layer + 1, shape.layers)
+    last = _linear(weights, "norm_out.linear", conditioning_SD)
+    last[:, : shape.width] += 1
     rows.append(last)
     return np.ascontiguousarray(np.concatenate(rows, axis=1))
 
@@ -132,7 +163,13 @@ def timesteps(sigmas: Array) -> Array:
     return (sigmas[:-1] * np.float32(1000)) / np.float32(1000)
 
 
-class Weights:
+def split_tables(flat: Array, shape: ModulationShape) -> Tables:
+    """Tables of float32 ``flat`` [S, L * M * D + 2 * D]."""
+    blocks, out = np.split(flat, [flat.shape[1] - 2 * shape.width], axis=1)
+    return Tables(blocks=blocks.reshape(len(flat), shape.layers, -1), out=out)
+
+
+class BundleModulation:
     """The modulation weights of a bundle, mapped and widened one tensor at a time."""
 
     def __init__(self, folder: Path, record: ModulationRecord) -> None:
@@ -147,19 +184,20 @@ class Weights:
         raw = self.mapped[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
         return widen(raw)
 
-    def linear(self, name: str, x: Array) -> Array:
-        """``x @ weight.T + bias`` with the checkpoint's [out, in] weight."""
-        return x @ self.read(f"{name}.weight").T + self.read(f"{name}.bias")
+
+def _linear(weights: ModulationWeights, name: str, x: Array) -> Array:
+    """``x @ weight.T + bias`` with the checkpoint's [out, in] weight."""
+    return x @ weights.read(f"{name}.weight").T + weights.read(f"{name}.bias")
 
 
-def _conditioning(weights: Weights, timestep_S: Array) -> Array:
+def _conditioning(weights: ModulationWeights, timestep_S: Array) -> Array:
     """Silu of the timestep's embedding, float32 [S, D]: the input of every modulation layer."""
     half = CHANNELS // 2
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = np.float32(1000) * (timestep_S[:, None] * frequencies)
     channels = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    hidden: Array = silu(weights.linear("time_text_embed.timestep_embedder.linear_1", channels))
-    return silu(weights.linear("time_text_embed.timestep_embedder.linear_2", hidden))
+    hidden: Array = silu(_linear(weights, "time_text_embed.timestep_embedder.linear_1", channels))
+    return silu(_linear(weights, "time_text_embed.timestep_embedder.linear_2", hidden))
 
 
 def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generic] | None:
@@ -175,12 +213,6 @@ def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generi
 
 def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:
     return narrow(flat) if record.tables == "bfloat16" else flat
-
-
-def _tables(stored: NDArray[np.generic], record: ModulationRecord) -> Tables:
-    flat = widen(stored)
-    blocks, out = np.split(flat, [flat.shape[1] - 2 * record.width], axis=1)
-    return Tables(blocks=blocks.reshape(len(flat), record.layers, -1), out=out)
 
 
 def silu(x: Array) -> Array:

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from qie.compiler.recipe.schema import ComponentRecipe, Components, Range, Recipe, load_recipe, recipe_names, to_toml
+from qie.compiler.recipe.load import load_recipe, recipe_names
+from qie.compiler.recipe.schema import ComponentRecipe, Components, Range, Recipe, to_toml
 from qie.compiler.recipe.toml import inline
 from qie.engines.inputs.sizes import fits
 from tests.support.repository import ROOT

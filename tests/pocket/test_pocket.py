@@ -14,7 +14,8 @@ from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score
 from pocket.photographs import HELD_OUT, square
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.quantization.calibration import read_calibration
-from qie.compiler.recipe.schema import ComponentRecipe, SchemeName, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import ComponentRecipe, SchemeName
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request

@@ -25,7 +25,7 @@ from pocket.run import Run, learning_rate
 from pocket.samples import sample
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.tokenizer import check_tokenizer
-from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.recipe.load import load_recipe
 from qie.compiler.validation.reference import load_reference
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 

@@ -8,7 +8,8 @@ from qie.compiler.checkpoint.lora import Lora
 from qie.compiler.packing.pack import Progress, build_bundle
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle
 
 __all__ = ["build", "planned"]

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, ProfileRecord, TensorSpec
 from qie.engines.files import sha256_of
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import onnx
 from onnx import TensorProto
 
-from qie.compiler.recipe.schema import FP8_CAPABILITY, Recipe
+from qie.compiler.recipe.schema import FP8_CAPABILITY, Recipe, supports_fp8
 from qie.engines.errors import RecipeError
 
 __all__ = ["check_datatypes"]
@@ -29,14 +29,14 @@ def check_datatypes(model: onnx.ModelProto, component: str, recipe: Recipe) -> N
     Raises:
         RecipeError: the recipe's compute capability is below 8.9.
     """
-    wanted = recipe.compute_capability
-    if wanted is not None and float(wanted) >= float(FP8_CAPABILITY):
+    capability = recipe.compute_capability
+    if capability is not None and supports_fp8(capability):
         return
     name = next((name for name, kind in _types(model.graph) if kind in FLOAT8), None)
     if name is not None:
         raise RecipeError(
             f"the graph of {component} computes in FP8 (first in {name}), which needs compute capability "
-            f"{FP8_CAPABILITY} or later, and the {recipe.gpu} has {wanted or 'none'}; set components.{component}."
+            f"{FP8_CAPABILITY} or later, and the {recipe.gpu} has {capability or 'none'}; set components.{component}."
             'scheme to "int8-smooth" or "none"'
         )
 

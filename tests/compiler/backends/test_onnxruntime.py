@@ -8,7 +8,7 @@ import pytest
 from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.pack import build_bundle
 from qie.compiler.planning.profiles import profiles
-from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.recipe.load import load_recipe
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
 from tests.support.bundles import planned

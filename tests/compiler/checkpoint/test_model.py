@@ -10,7 +10,8 @@ import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.checkpoint.tokenizer import check_tokenizer
-from qie.compiler.recipe.schema import Schedule, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Schedule
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.specs import Areas

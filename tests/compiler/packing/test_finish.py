@@ -37,6 +37,14 @@ def test_graphs_alone_do_not_run(unfinished: Bundle) -> None:
         choose_engines(unfinished)
 
 
+def test_a_recipe_of_schema_1_asks_for_a_new_build(unfinished: Bundle) -> None:
+    manifest = unfinished.manifest
+    toml = manifest.recipe.toml.replace("schema = 2", "schema = 1")
+    old = replace(unfinished, manifest=replace(manifest, recipe=replace(manifest.recipe, toml=toml)))
+    with pytest.raises(BundleError, match=r"schema 1, expected 2\); build the bundle again with `qie build`$"):
+        finish_bundle(old)
+
+
 def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
     before = unfinished.manifest
     with pytest.raises(BackendMissingError, match="vision is not finished here: tensorrt is not installed; run"):

@@ -16,7 +16,7 @@ from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora
 from qie.compiler.packing import pack
 from qie.compiler.packing.pack import build_bundle
-from qie.compiler.recipe.schema import load_recipe
+from qie.compiler.recipe.load import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, Component

@@ -17,7 +17,8 @@ from qie.compiler.planning.estimate import REACHABLE, Estimate, check_fit, estim
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.workload import largest_sizes, sizes_of, workload
-from qie.compiler.recipe.schema import Backend, ComponentRecipe, Components, Recipe, load_recipe, recipe_names
+from qie.compiler.recipe.load import load_recipe, recipe_names
+from qie.compiler.recipe.schema import Backend, ComponentRecipe, Components, Recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.errors import BuildError, RecipeError, RequestError

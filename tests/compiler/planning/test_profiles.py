@@ -10,7 +10,8 @@ from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import write_graph_of
 from qie.compiler.planning.profiles import profiles
-from qie.compiler.recipe.schema import Range, Recipe, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Range, Recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.manifest import COMPONENTS, Component, ProfileRecord

@@ -9,7 +9,7 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.samples import INSTRUCTIONS, Sample, draw_samples, read_images
+from qie.compiler.quantization.samples import INSTRUCTIONS, CalibrationSample, draw_samples, read_images
 from tests.support.images import smooth_image
 
 
@@ -33,12 +33,12 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def samples(image_folder: Path) -> tuple[Sample, ...]:
+def samples(image_folder: Path) -> tuple[CalibrationSample, ...]:
     return draw_samples(read_images(image_folder), INSTRUCTIONS, 8)
 
 
 @pytest.fixture(scope="module")
 def calibration(
-    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[CalibrationSample, ...]
 ) -> Calibration:
     return calibrate(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())

@@ -12,18 +12,18 @@ import pytest
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.quantization.blockwise import run
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
-from qie.compiler.quantization.qdq import linears
+from qie.compiler.quantization.linears import linears
 from qie.compiler.quantization.samples import (
     INSTRUCTIONS,
-    Sample,
+    CalibrationSample,
+    component_values,
     draw_samples,
     language_values,
     read_images,
-    run,
     transformer_values,
-    values_of,
 )
 from qie.compiler.validation.reference import load_reference
 from qie.engines.errors import CalibrationError
@@ -50,7 +50,7 @@ def test_what_is_seen_is_what_the_reference_computes(
     checkpoint: Path,
     tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
-    samples: tuple[Sample, ...],
+    samples: tuple[CalibrationSample, ...],
     calibration: Calibration,
 ) -> None:
     """The inputs of the reference's own linears, caught while it computes the same passes."""
@@ -124,7 +124,7 @@ def test_the_language_model_is_seen_too(tiny_checkpoint: Checkpoint, calibration
 def test_calibrating_again_gives_the_same_bytes(
     tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
-    samples: tuple[Sample, ...],
+    samples: tuple[CalibrationSample, ...],
     calibration: Calibration,
     tmp_path: Path,
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_calibration_of_another_model(
     file = damaged(calibration, tmp_path / "c.npz", model="0" * 64)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", file, "--out", tmp_path / "b")
     said = refusal(done)
-    assert "is of another model (tiny, 000000000000, not" in said
+    assert "belongs to another model (tiny, 000000000000), expected" in said
     assert "qie calibrate" in said
     assert not (tmp_path / "b").exists()
 
@@ -177,9 +177,9 @@ def recipe(folder: Path, scheme: str = "int8-smooth") -> Path:
     ("change", "expected"),
     [
         (lambda amax, name: amax.pop(name), "has no statistics of"),
-        (lambda amax, name: amax.update({name: amax[name] * np.nan}), "no finite numbers from 0 up"),
-        (lambda amax, name: amax.update({name: amax[name] * 0}), "was always 0"),
-        (lambda amax, name: amax.update({name: -amax[name]}), "no finite numbers from 0 up"),
+        (lambda amax, name: amax.update({name: amax[name] * np.nan}), "has negative or non-finite values in amax/"),
+        (lambda amax, name: amax.update({name: amax[name] * 0}), "has only zeros for the input of"),
+        (lambda amax, name: amax.update({name: -amax[name]}), "has negative or non-finite values in amax/"),
     ],
 )
 def test_bad_statistics(
@@ -203,7 +203,7 @@ def test_bad_statistics(
 def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refusal: Any, content: bytes) -> None:
     (tmp_path / "c.npz").write_bytes(content)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "c.npz")
-    assert "is no calibration of qie's, or is damaged" in refusal(done)
+    assert "is not a qie calibration, or is damaged" in refusal(done)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "none.npz")
     assert "cannot read the calibration" in refusal(done)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path))
@@ -251,7 +251,7 @@ def test_the_command(
     assert "cannot read the calibration" in refusal(qie("build", checkpoint, "--gpu", shipping))
 
     for words, expected in (
-        (("--images", workplace / "none"), "has no pictures"),
+        (("--images", workplace / "none"), "has no images"),
         (("--images", image_folder, "--scheme", "int3"), "--scheme is 'int3'"),
         (("--images", image_folder, "--component", "vision"), "--component is 'vision'"),
     ):
@@ -303,16 +303,16 @@ def test_scales_are_those_of_modelopt(
     checkpoint: Path,
     tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],
-    samples: tuple[Sample, ...],
+    samples: tuple[CalibrationSample, ...],
     calibration: Calibration,
 ) -> None:
     """NVIDIA's own calibration of the first block, over the same passes: ranges of inputs, and scales of weights."""
     quantization = pytest.importorskip("modelopt.torch.quantization")
-    from qie.compiler.quantization.qdq import QUANTIZATION
+    from qie.compiler.quantization.schemes import SCHEMES
 
-    values = values_of("transformer", tiny_checkpoint, readers, samples, quiet)
+    values = component_values("transformer", tiny_checkpoint, readers, samples, quiet)
     for scheme, config in (("fp8", quantization.FP8_DEFAULT_CFG), ("int8-smooth", quantization.INT8_DEFAULT_CFG)):
-        rules, reference = QUANTIZATION[scheme], load_reference(checkpoint)
+        rules, reference = SCHEMES[scheme], load_reference(checkpoint)
         assert rules.inputs is not None
 
         def passes(_: Any, reference: Any = reference) -> None:
@@ -331,10 +331,12 @@ def test_scales_are_those_of_modelopt(
         for name, linear in block.named_modules():
             key = f"transformer_blocks.0.{name}"
             if key in calibration.amax:
-                scale = float(linear.input_quantizer.amax) / rules.inputs.highest
-                assert float(rules.inputs.scale_of(calibration.amax[key].max())) == pytest.approx(scale, rel=2e-3)
+                scale = float(linear.input_quantizer.amax) / rules.inputs.qmax
+                assert float(rules.inputs.scale_from_amax(calibration.amax[key].max())) == pytest.approx(
+                    scale, rel=2e-3
+                )
                 weight = readers["transformer"].read(f"{key}.weight").astype(np.float32)
-                theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.highest
+                theirs = linear.weight_quantizer.amax.numpy().reshape(-1) / rules.weights.qmax
                 ours = rules.weights.scale(weight.T)
                 np.testing.assert_allclose(ours if len(theirs) > 1 else ours.max(), theirs, rtol=1e-5)
                 compared += 1
@@ -344,7 +346,7 @@ def test_scales_are_those_of_modelopt(
         )
 
 
-def grid_of(tiny_checkpoint: Checkpoint, sample: Sample) -> tuple[int, int]:
+def grid_of(tiny_checkpoint: Checkpoint, sample: CalibrationSample) -> tuple[int, int]:
     """(height, width) in tokens."""
     from qie.engines.inputs.image import prepare
 
@@ -352,7 +354,7 @@ def grid_of(tiny_checkpoint: Checkpoint, sample: Sample) -> tuple[int, int]:
     return height // 16, width // 16
 
 
-def sigma_of(tiny_checkpoint: Checkpoint, sample: Sample) -> float:
+def sigma_of(tiny_checkpoint: Checkpoint, sample: CalibrationSample) -> float:
     from qie.engines.inputs.schedule import sigmas
 
     height, width = grid_of(tiny_checkpoint, sample)

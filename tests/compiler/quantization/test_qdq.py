@@ -12,11 +12,12 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.quantization.blockwise import Segment, Values
+from qie.compiler.quantization.blockwise import Segment, Values, run
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.qdq import QUANTIZATION, apply, by_recipe, kept, linears, products, quantize
-from qie.compiler.quantization.samples import run
-from qie.compiler.quantization.smoothing import groups, smoothed_modulation, smoothed_reader
+from qie.compiler.quantization.linears import excluded, linear_inputs, linears
+from qie.compiler.quantization.qdq import insert_qdq, quantize_by_recipe, quantize_linears
+from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader, smoothing_groups
 from qie.compiler.recipe.schema import ComponentRecipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.manifest import Component
@@ -73,7 +74,7 @@ def calibration(graph: Graph, readers: dict[Any, TensorReader], values: Values, 
 def seen(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> dict[str, np.ndarray]:
     """The input of every linear that may be quantized."""
     names = linears(graph)
-    read = {name: value for name, value in products(graph).items() if name in names}
+    read = {name: value for name, value in linear_inputs(graph).items() if name in names}
     found: dict[str, np.ndarray] = {}
 
     def observe(piece: Segment, sample: int, here: Values) -> None:
@@ -81,7 +82,7 @@ def seen(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> dict
         found.update({name: here[value].copy() for name, value in read.items() if name in own})
 
     watch = {f"{name}.weight": [value] for name, value in read.items()}
-    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, observer=observe)
+    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, after_sample=observe)
     return found
 
 
@@ -93,13 +94,13 @@ def test_onnxruntime_computes_what_the_quantizers_say(
     """Every product of the quantized graph, against numpy: rounded inputs times rounded weights."""
     graph = GRAPHS[component](tiny_checkpoint.model, "float32")
     names = linears(graph)
-    before = products(graph)
+    before = linear_inputs(graph)
     made = {name: next(iter(node.outputs)).name for node in graph.model.graph for name in names
             if node.op_type == "MatMul" and node.inputs[1].name == f"{name}.weight"}  # fmt: skip
     values = inputs(graph)
     known = calibration(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, values)
     language = tiny_checkpoint.model.language
-    graph = apply(graph, scheme, names, known, language).graph
+    graph = quantize_linears(graph, scheme, names, known, language).graph
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def observe(piece: Segment, sample: int, here: Values) -> None:
@@ -107,13 +108,13 @@ def test_onnxruntime_computes_what_the_quantizers_say(
         found.update({name: (here[before[name]].copy(), here[made[name]].copy()) for name in own.intersection(names)})
 
     watch = {f"{name}.weight": (before[name], made[name]) for name in names}
-    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, observer=observe)
-    rules = QUANTIZATION[scheme]
+    run(graph, readers, [dict(values)], lambda *_: None, watch=watch, after_sample=observe)
+    rules = SCHEMES[scheme]
     for name, (x, y) in found.items():
         weight = readers[graph.weights[0].subfolder].read(f"{name}.weight").astype(np.float32).T
         if rules.inputs is not None:
-            x = rules.inputs.rounded(x, rules.inputs.scale_of(known.amax[name].max()))
-        assert distance(y, x @ rules.weights.rounded(weight)) < 1e-5, name
+            x = rules.inputs.fake_quantize(x, rules.inputs.scale_from_amax(known.amax[name].max()))
+        assert distance(y, x @ rules.weights.fake_quantize(weight)) < 1e-5, name
     assert len(found) == len(names)
 
 
@@ -127,24 +128,24 @@ def test_smoothing_changes_nothing(
     exact = result(graph, readers, values)
     rng = np.random.default_rng(1)
     language = tiny_checkpoint.model.language
-    smoothed = groups(component, linears(graph), language)
-    assert {name for group in smoothed for name in group.readers} == set(linears(graph))
+    smoothed = smoothing_groups(component, linears(graph), language)
+    assert {name for group in smoothed for name in group.consumers} == set(linears(graph))
     part = graph.weights[0].subfolder
     sizes = {w.name: w.shape[0] for w in graph.weights}
     factors = {
-        g.name: np.exp(rng.uniform(-1, 1, sizes[f"{g.readers[0]}.weight"] // g.shared)).astype(np.float32)
+        g.name: np.exp(rng.uniform(-1, 1, sizes[f"{g.consumers[0]}.weight"] // g.repeats)).astype(np.float32)
         for g in smoothed
     }
-    explicit = {n: g.spread(factors[g.name]) for g in smoothed if not g.makers for n in g.readers}
-    graph = quantize(GRAPHS[component](tiny_checkpoint.model, "float32"), QUANTIZATION["int8-smooth"], [], {}, explicit)
+    explicit = {n: g.expand(factors[g.name]) for g in smoothed if not g.producers for n in g.consumers}
+    graph = insert_qdq(GRAPHS[component](tiny_checkpoint.model, "float32"), SCHEMES["int8-smooth"], [], {}, explicit)
     changed = dict(values)
     if component == "transformer":
         changed["modulation"] = smoothed_modulation(values["modulation"], smoothed, factors)
     through = {**readers, part: smoothed_reader(readers[part], smoothed, factors)}
     assert distance(result(graph, through, changed), exact) < 1e-5
     for number, group in enumerate(smoothed):
-        if group.makers:
-            half = [*smoothed[:number], replace(group, makers=()), *smoothed[number + 1 :]]
+        if group.producers:
+            half = [*smoothed[:number], replace(group, producers=()), *smoothed[number + 1 :]]
             through = {**readers, part: smoothed_reader(readers[part], half, factors)}
             rows = changed
             if component == "transformer":
@@ -153,46 +154,41 @@ def test_smoothing_changes_nothing(
 
 
 def test_smoothed_modulation_is_that_of_smoothed_weights(
-    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], tmp_path: Path
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader]
 ) -> None:
-    from qie.compiler.weights.modulation import write_modulation
-    from qie.engines.inputs.modulation import compute_tables
+    from qie.compiler.weights.modulation import CheckpointModulation
+    from qie.engines.inputs.modulation import compute_tables, split_tables
 
     graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
     config = tiny_checkpoint.model.transformer
-    smoothed = groups("transformer", linears(graph))
+    smoothed = smoothing_groups("transformer", linears(graph))
     rng = np.random.default_rng(0)
-    factors = {g.name: np.exp(rng.uniform(-1, 1, config.width)).astype(np.float32) for g in smoothed if g.makers}
-    smoothed = tuple(g for g in smoothed if g.makers)
+    factors = {g.name: np.exp(rng.uniform(-1, 1, config.width)).astype(np.float32) for g in smoothed if g.producers}
+    smoothed = tuple(g for g in smoothed if g.producers)
     tables = []
-    for number, reader in enumerate(
-        (readers["transformer"], smoothed_reader(readers["transformer"], smoothed, factors))
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        record = write_modulation(config, {**readers, "transformer": reader}, folder, tables="float32")
-        flat = compute_tables(folder, record, np.array([0.7, 0], np.float32))
-        tables.append(flat[0, : -2 * config.width].reshape(config.layers, -1))
+    for reader in (readers["transformer"], smoothed_reader(readers["transformer"], smoothed, factors)):
+        flat = compute_tables(CheckpointModulation(config, reader), config, np.array([0.7, 0], np.float32))
+        tables.append(split_tables(flat, config).blocks[0])
     np.testing.assert_allclose(smoothed_modulation(tables[0], smoothed, factors), tables[1], rtol=1e-4, atol=1e-4)
     assert distance(tables[0], tables[1]) > 0.1
 
 
 def test_smoothing_helps_where_channels_differ(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader]) -> None:
     """A few channels a hundred times as large as the others ruin INT8 without smoothing, and not with it."""
-    from qie.compiler.quantization.smoothing import factor
+    from qie.compiler.quantization.smoothing import smoothing_scales
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 64)).astype(np.float32)
     x[:, [3, 17]] *= 100
     w = rng.standard_normal((64, 32)).astype(np.float32)
-    scheme = QUANTIZATION["int8-smooth"]
+    scheme = SCHEMES["int8-smooth"]
     assert scheme.inputs is not None
 
     def error(factors: np.ndarray) -> float:
-        made = scheme.inputs.rounded(x / factors) @ scheme.weights.rounded(w * factors[:, None])
+        made = scheme.inputs.fake_quantize(x / factors) @ scheme.weights.fake_quantize(w * factors[:, None])
         return distance(made, x @ w)
 
-    smooth = factor(np.abs(x).max(0), np.abs(w).max(1), 0.5)
+    smooth = smoothing_scales(np.abs(x).max(0), np.abs(w).max(1), 0.5)
     assert error(smooth) < 0.3 * error(np.ones(64, np.float32))
 
 
@@ -201,11 +197,13 @@ def test_excluded_linears(tiny_checkpoint: Checkpoint) -> None:
     names = linears(graph)
     blocks = sorted({name.split(".")[1] for name in names})
     last = f"transformer_blocks.{blocks[-1]}."
-    assert kept(graph, ["transformer_blocks.-1.*"]) == tuple(n for n in names if n.startswith(last))
-    assert kept(graph, ["*.to_q", "*.net.2"]) == tuple(n for n in names if n.endswith((".to_q", ".net.2")))
+    assert excluded(graph, ["transformer_blocks.-1.*"]) == tuple(n for n in names if n.startswith(last))
+    assert excluded(graph, ["*.to_q", "*.net.2"]) == tuple(n for n in names if n.endswith((".to_q", ".net.2")))
     assert not any("mod" in n or n in ("img_in", "txt_in", "proj_out") for n in names)
-    with pytest.raises(RecipeError, match=r"exclude: \"\*\.to_x\" matches no linear"):
-        kept(graph, ["*.to_x"])
+    with pytest.raises(
+        RecipeError, match=r"exclude has \"\*\.to_x\", which matches no linear of this model; use names"
+    ):
+        excluded(graph, ["*.to_x"])
 
 
 def test_what_was_measured_goes_before_the_recipe(
@@ -217,7 +215,7 @@ def test_what_was_measured_goes_before_the_recipe(
         graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
         known = calibration(GRAPHS["transformer"](tiny_checkpoint.model, "float32"), readers, inputs(graph), **fields)
         section = ComponentRecipe(precision="float32", scheme="fp8", exclude=tuple(patterns))
-        return set(by_recipe(graph, section, known, language).linears)
+        return set(quantize_by_recipe(graph, section, known, language).linears)
 
     names = set(linears(GRAPHS["transformer"](tiny_checkpoint.model, "float32")))
     one = sorted(names)[0]
@@ -225,7 +223,7 @@ def test_what_was_measured_goes_before_the_recipe(
     assert quantized(["*.to_q"]) == {n for n in names if not n.endswith(".to_q")}
     assert quantized(["*.to_q"], exclude={"transformer/fp8": [one]}) == names - {one}
     assert quantized(["*.to_q"], exclude={"transformer/int8-smooth": [one]}) == {n for n in names if "to_q" not in n}
-    with pytest.raises(RecipeError, match="leaves nothing to quantize"):
+    with pytest.raises(RecipeError, match="leaves no linear to quantize; shorten it"):
         quantized(["*"])
 
 
@@ -237,9 +235,9 @@ def test_weights_take_a_half_or_a_quarter(tiny_checkpoint: Checkpoint) -> None:
     codes = sum(np.prod(w.shape) for w in graph.weights if w.name.removesuffix(".weight") in names)
     plain = total_bytes(graph.weights)
     for scheme, size in (("fp8", 1), ("int8-smooth", 1), ("w4a16", 0.5)):
-        made = quantize(
+        made = insert_qdq(
             GRAPHS["transformer"](tiny_checkpoint.model, "bfloat16"),
-            QUANTIZATION[scheme],
+            SCHEMES[scheme],
             names,
             dict.fromkeys(names, 1.0),
             {},
@@ -249,18 +247,28 @@ def test_weights_take_a_half_or_a_quarter(tiny_checkpoint: Checkpoint) -> None:
         assert made.parameters() == graph.parameters()
 
 
+@pytest.mark.parametrize("attention", ["none", "fp8"])
+def test_a_graph_is_not_changed(tiny_checkpoint: Checkpoint, attention: Any) -> None:
+    graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
+    before = graph.digest()
+    section = ComponentRecipe(precision="float32", scheme="int8-smooth", attention=attention)
+    quantized = quantize_by_recipe(graph, section, None, tiny_checkpoint.model.language).graph
+    assert graph.digest() == before != quantized.digest()
+
+
 def test_a_linear_without_statistics(tiny_checkpoint: Checkpoint) -> None:
     graph = GRAPHS["transformer"](tiny_checkpoint.model, "float32")
     known = Calibration(model="m", name="tiny", data="d", samples=1, amax={}, source=Path("c.npz"))
     with pytest.raises(CalibrationError, match=r"c\.npz has no statistics of 'transformer_blocks\.0\..* more; make it"):
-        apply(graph, "fp8", linears(graph), known, tiny_checkpoint.model.language)
+        quantize_linears(graph, "fp8", linears(graph), known, tiny_checkpoint.model.language)
 
 
 @pytest.mark.parametrize("component", ["transformer", "language"])
 def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
     """Queries, keys and values go through E4M3, and nothing else changes."""
-    from qie.compiler.quantization.calibrate import Observer
-    from qie.compiler.quantization.qdq import ATTENTION, attentions, operands
+    from qie.compiler.quantization.linears import attention_input_names, attention_inputs
+    from qie.compiler.quantization.observe import Observer
+    from qie.compiler.quantization.schemes import ATTENTION
 
     language = tiny_checkpoint.model.language
     plain = GRAPHS[component](tiny_checkpoint.model, "float32")
@@ -268,16 +276,18 @@ def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, Tensor
     exact = result(plain, readers, values)
     observer = Observer(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, 1, language)
     observer.run([dict(values)], lambda *_: None)
-    names = attentions(plain)
+    names = attention_inputs(plain)
     assert len(names) == 2
-    amax = {name: observer.amax[name] for attention in names for name in operands(attention)}
+    amax = {name: observer.amax[name] for attention in names for name in attention_input_names(attention)}
     known = Calibration(model="m", name="tiny", data="d", samples=1, amax=amax)
     section = ComponentRecipe(precision="float32", attention="fp8")
-    graph = by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph
+    graph = quantize_by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph
     nodes = [node.op_type for node in graph.model.graph]
     assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
     assert graph.weights == plain.weights
     assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
-    assert ATTENTION.codes == "float8_e4m3fn"
+    assert ATTENTION.dtype == "float8_e4m3fn"
     with pytest.raises(CalibrationError, match="no statistics of .*query"):
-        by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, replace(known, amax={}), language)
+        quantize_by_recipe(
+            GRAPHS[component](tiny_checkpoint.model, "float32"), section, replace(known, amax={}), language
+        )

@@ -10,10 +10,11 @@ import pytest
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Values
+from qie.compiler.quantization.blockwise import Values, run
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.qdq import apply, linears
-from qie.compiler.quantization.samples import Sample, run, values_of
+from qie.compiler.quantization.linears import linears
+from qie.compiler.quantization.qdq import quantize_linears
+from qie.compiler.quantization.samples import CalibrationSample, component_values
 from qie.compiler.quantization.sensitivity import RESULTS, Sensitivity, choose, errors_of, sensitivity
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
 
@@ -27,9 +28,11 @@ Rank = Callable[..., Sensitivity]
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[Sample, ...]) -> Inputs:
+def inputs(
+    tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[CalibrationSample, ...]
+) -> Inputs:
     """What a component reads of two samples."""
-    return cache(lambda component: values_of(component, tiny_checkpoint, readers, samples[:2], quiet))
+    return cache(lambda component: component_values(component, tiny_checkpoint, readers, samples[:2], quiet))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_each_linear_alone(
         graph, through = GRAPHS[component](tiny_checkpoint.model, "float32"), dict(readers)
         own = [dict(sample) for sample in inputs(component)]
         if name:
-            made = apply(graph, scheme, [name], calibration, tiny_checkpoint.model.language)
+            made = quantize_linears(graph, scheme, [name], calibration, tiny_checkpoint.model.language)
             graph = made.graph
             through[graph.subfolder] = smoothed_reader(readers[graph.subfolder], made.groups, made.smoothing_scales)
             for sample in own:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.recipe.schema import Range, Recipe, Schedule, load_recipe, recipe_names, to_toml
+from qie.compiler.recipe.load import load_recipe, recipe_names
+from qie.compiler.recipe.schema import Range, Recipe, Schedule, to_toml
 from qie.engines.bundle.specs import Size
 from qie.engines.errors import RecipeError
 
@@ -50,9 +51,12 @@ def test_names_are_found_whatever_their_case() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("l40", r'no recipe "l40", did you mean "l40s"\? qie has a100, a100-40gb, .*rtx5090, or give the path'),
-        ("voodoo", r'no recipe "voodoo"; qie has a100, .*rtx5090, or give the path of a \.toml file'),
-        ("", r'no recipe ""; qie has'),
+        (
+            "l40",
+            r'no recipe "l40"; use "l40s", or another of a100, a100-40gb, .*rtx5090, or the path of a \.toml file$',
+        ),
+        ("voodoo", r'no recipe "voodoo"; use one of a100, .*rtx5090, or the path of a \.toml file$'),
+        ("", r'no recipe ""; use one of a100'),
         ("../recipes/cpu", r"no recipe"),
     ],
 )
@@ -76,16 +80,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpuu = 1", 'unknown key "gpuu" in FILE; did you mean "gpu"?'),
-        ('extend = "l40s"', 'unknown key "extend" in FILE; did you mean "extends"?'),
-        ("[shapes]\nmin_sides = 64", 'unknown key "shapes.min_sides" in FILE; did you mean "shapes.min_side"?'),
-        ("[shapes]\nbatch = { mx = 2 }", 'unknown key "shapes.batch.mx" in FILE; did you mean "shapes.batch.max"?'),
-        ("[limitz]", 'unknown key "limitz" in FILE; did you mean "limits"?'),
+        ("gpuu = 1", 'unknown key "gpuu" in FILE; use "gpu"'),
+        ('extend = "l40s"', 'unknown key "extend" in FILE; use "extends"'),
+        ("[shapes]\nmin_sides = 64", 'unknown key "shapes.min_sides" in FILE; use "shapes.min_side"'),
+        ("[shapes]\nbatch = { mx = 2 }", 'unknown key "shapes.batch.mx" in FILE; use "shapes.batch.max"'),
+        ("[limitz]", 'unknown key "limitz" in FILE; use "limits"'),
         ("[components.vae]", 'unknown key "components.vae" in FILE; '),
-        ("[limits]\nzzz = 1", 'unknown key "limits.zzz" in FILE; known here: build_workspace_gib, host_memory_gib'),
+        ("[limits]\nzzz = 1", 'unknown key "limits.zzz" in FILE; use one of build_workspace_gib, host_memory_gib'),
         (
             "[[schedules]]\nstep = 4\nguidance = 1.0",
-            'unknown key "schedules[0].step" in FILE; did you mean "schedules[0].steps"?',
+            'unknown key "schedules[0].step" in FILE; use "schedules[0].steps"',
         ),
     ],
 )
@@ -123,37 +127,37 @@ def test_a_required_key_of_a_schedule_is_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("schema = 3", "schema in FILE is 3; it must be 2"),
-        ("schema = true", "schema in FILE is true; it must be 2"),
-        ("schema = 2.0", "schema in FILE is 2.0; it must be 2"),
-        ("noise = 'float16'", 'noise in FILE is "float16"; it must be "float32" or "bfloat16"'),
-        ("residency = 'loose'", 'residency in FILE is "loose"; it must be "resident" or "sequential"'),
-        ("shapes = 3", "shapes in FILE is 3; it must be a table"),
-        ("shapes = { batch = 3 }", "shapes.batch in FILE is 3; it must be a table"),
-        ("schedules = 3", "schedules in FILE is 3; it must be an array"),
-        ("schedules = [3]", "schedules[0] in FILE is 3; it must be a table"),
-        ("extends = 3", 'extends in FILE is 3; it must be a string like "l40s"'),
-        ("[shapes]\nmin_side = 100", "is 100; it must be a whole number from 16 to 4096 pixels, a multiple of 16"),
-        ("[shapes]\nmin_side = 0", "it must be a whole number from 16 to 4096 pixels"),
-        ("[shapes]\nmin_side = 64.0", "is 64.0; it must be a whole number"),
-        ("[shapes]\nmin_side = true", "is true; it must be a whole number"),
-        ("[shapes]\nbatch = { min = 0 }", "shapes.batch.min in FILE is 0; it must be a whole number from 1 to"),
-        ("[shapes]\narea_scale_max = 0.5", "it must be a number from 1 to 16 times the model's area"),
-        ("[shapes]\naspect_ratios = ['16x9']", 'shapes.aspect_ratios[0] in FILE is "16x9"; it must be a string like'),
-        ("[shapes]\naspect_ratios = ['0:1']", "it must be a string like"),
-        ("[shapes]\naspect_ratios = '1:1'", "it must be an array"),
-        ("[limits]\nhost_memory_gib = -1", "limits.host_memory_gib in FILE is -1; it must be a number from 0.25 to"),
-        ("[limits]\nhost_memory_gib = nan", "is nan; it must be a number"),
-        ("[limits]\nhost_memory_gib = inf", "is inf; it must be a number"),
-        (f"[limits]\nhost_memory_gib = {10**400}", "it must be a number from 0.25 to 4096 GiB"),
-        ("[limits]\nhost_memory_gib = '32'", 'is "32"; it must be a number'),
-        ("schedules = [{ steps = 4, guidance = 101 }]", "guidance in FILE is 101; it must be a number from 1 to 100"),
-        ("[components.vision]\nprecision = 'fp16'", 'must be "float32" or "bfloat16" or "float16"'),
-        ("[components.vision]\nexclude = [1]", "components.vision.exclude[0] in FILE is 1; it must be a string"),
-        ("[components.vision]\nexclude = [1979-05-27]", "exclude[0] in FILE is 1979-05-27; it must be a string"),
-        ("schedules = [{ steps = 0, guidance = 1 }]", "schedules[0].steps in FILE is 0; it must be a whole number"),
-        ("schedules = [{ steps = 4, guidance = 0.5 }]", "schedules[0].guidance in FILE is 0.5; it must be a number"),
-        ("schedules = [{ steps = 4, guidance = 1, sizes = 'some' }]", 'is "some"; it must be "all"'),
+        ("schema = 3", "schema in FILE is 3; set it to 2"),
+        ("schema = true", "schema in FILE is true; set it to 2"),
+        ("schema = 2.0", "schema in FILE is 2.0; set it to 2"),
+        ("noise = 'float16'", 'noise in FILE is "float16"; set it to "float32" or "bfloat16"'),
+        ("residency = 'loose'", 'residency in FILE is "loose"; set it to "resident" or "sequential"'),
+        ("shapes = 3", "shapes in FILE is 3; set it to a table"),
+        ("shapes = { batch = 3 }", "shapes.batch in FILE is 3; set it to a table"),
+        ("schedules = 3", "schedules in FILE is 3; set it to an array"),
+        ("schedules = [3]", "schedules[0] in FILE is 3; set it to a table"),
+        ("extends = 3", 'extends in FILE is 3; set it to a string like "l40s"'),
+        ("[shapes]\nmin_side = 100", "is 100; set it to a whole number from 16 to 4096 pixels, a multiple of 16"),
+        ("[shapes]\nmin_side = 0", "set it to a whole number from 16 to 4096 pixels"),
+        ("[shapes]\nmin_side = 64.0", "is 64.0; set it to a whole number"),
+        ("[shapes]\nmin_side = true", "is true; set it to a whole number"),
+        ("[shapes]\nbatch = { min = 0 }", "shapes.batch.min in FILE is 0; set it to a whole number from 1 to"),
+        ("[shapes]\narea_scale_max = 0.5", "set it to a number from 1 to 16 times the model's area"),
+        ("[shapes]\naspect_ratios = ['16x9']", 'shapes.aspect_ratios[0] in FILE is "16x9"; set it to a string like'),
+        ("[shapes]\naspect_ratios = ['0:1']", "set it to a string like"),
+        ("[shapes]\naspect_ratios = '1:1'", "set it to an array"),
+        ("[limits]\nhost_memory_gib = -1", "limits.host_memory_gib in FILE is -1; set it to a number from 0.25 to"),
+        ("[limits]\nhost_memory_gib = nan", "is nan; set it to a number"),
+        ("[limits]\nhost_memory_gib = inf", "is inf; set it to a number"),
+        (f"[limits]\nhost_memory_gib = {10**400}", "set it to a number from 0.25 to 4096 GiB"),
+        ("[limits]\nhost_memory_gib = '32'", 'is "32"; set it to a number'),
+        ("schedules = [{ steps = 4, guidance = 101 }]", "guidance in FILE is 101; set it to a number from 1 to 100"),
+        ("[components.vision]\nprecision = 'fp16'", 'set it to "float32" or "bfloat16" or "float16"'),
+        ("[components.vision]\nexclude = [1]", "components.vision.exclude[0] in FILE is 1; set it to a string"),
+        ("[components.vision]\nexclude = [1979-05-27]", "exclude[0] in FILE is 1979-05-27; set it to a string"),
+        ("schedules = [{ steps = 0, guidance = 1 }]", "schedules[0].steps in FILE is 0; set it to a whole number"),
+        ("schedules = [{ steps = 4, guidance = 0.5 }]", "schedules[0].guidance in FILE is 0.5; set it to a number"),
+        ("schedules = [{ steps = 4, guidance = 1, sizes = 'some' }]", 'is "some"; set it to "all"'),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, text: str, message: str) -> None:
@@ -163,20 +167,20 @@ def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, text: str,
 
 def test_a_capability_is_a_string(tmp_path: Path) -> None:
     text = GPU.replace('"8.9"', "8.9")
-    assert 'compute_capability in FILE is 8.9; it must be a string like "8.9"' in refusal(tmp_path, text)
+    assert 'compute_capability in FILE is 8.9; set it to a string like "8.9"' in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[components.transformer]\nprecision = 'float16'", 'transformer.precision in FILE is "float16", which overf'),
-        ("[components.vae_encoder]\nscheme = 'fp8'", "vae_encoder is not quantized"),
-        ("[components.vision]\nscheme = 'int8-smooth'", "vision is not quantized"),
-        ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder is not quantized"),
+        ("[components.vae_encoder]\nscheme = 'fp8'", "vae_encoder cannot be quantized; use"),
+        ("[components.vision]\nscheme = 'int8-smooth'", "vision cannot be quantized; use"),
+        ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder cannot be quantized; use"),
         ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
-        ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; it must hold min <="),
+        ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; choose values"),
         ("[shapes]\nprompt_tokens = { min = 300 }", "shapes.prompt_tokens in FILE is { min = 300, opt = 256"),
-        ("[shapes]\nreferences = { max = 4 }", "shapes.references.max in FILE is 4; the models take at most 3"),
+        ("[shapes]\nreferences = { max = 4 }", "shapes.references.max in FILE is 4, expected at most 3; lower it"),
         ("[shapes]\naspect_ratios = []", "shapes.aspect_ratios in FILE is empty"),
         (
             "[[schedules]]\nsteps = 4\nguidance = 1\nsizes = ['7:5']",
@@ -317,7 +321,7 @@ def test_a_circle_is_an_error(tmp_path: Path, files: dict[str, str], circle: str
 
 
 def test_an_unknown_parent_lists_the_names(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r'no recipe "l41s", did you mean "l40s"'):
+    with pytest.raises(RecipeError, match=r'no recipe "l41s"; use "l40s"'):
         load_recipe(write(tmp_path, 'extends = "l41s"'))
 
 

@@ -168,7 +168,7 @@ def test_all_problems_are_found_before_anything_is_read(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "transformer tensor 'bad' has shape [3], expected [4]" in text
     assert "'absent3' is missing" in text and "absent4" not in text and "and 3 more" in text
-    assert "Download the checkpoint again" in text
+    assert "; download the checkpoint again" in text
     assert reader.reads == 0 and not list(tmp_path.iterdir())
 
 
@@ -187,7 +187,7 @@ def test_elements_that_are_not_finite(tmp_path: Path, value: float, raw: Any, dt
 
 
 def test_a_finite_value_beyond_bfloat16() -> None:
-    with pytest.raises(CheckpointError, match="infinite or no numbers in bfloat16"):
+    with pytest.raises(CheckpointError, match="infinite or NaN elements in bfloat16"):
         prepare(weight("w", 1, dtype="bfloat16"), np.array([3.4e38], np.float32))
 
 

@@ -15,7 +15,15 @@ from qie.engines.bundle.manifest import FileRecord, ModulationRecord, Modulation
 from qie.engines.bundle.specs import SchedulerSpec
 from qie.engines.inputs import modulation as module
 from qie.engines.inputs.bfloat16 import narrow, round_to_bfloat16, widen
-from qie.engines.inputs.modulation import SCHEDULES, Tables, compute_tables, modulation_tables, store_tables, table_name
+from qie.engines.inputs.modulation import (
+    SCHEDULES,
+    BundleModulation,
+    Tables,
+    compute_tables,
+    modulation_tables,
+    store_tables,
+    table_name,
+)
 from qie.engines.inputs.modulation import timesteps as timesteps_of
 from qie.engines.inputs.schedule import sigmas
 
@@ -108,7 +116,7 @@ def expected(weights: dict[str, Float64], *, zero_cond_t: bool) -> Float64:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_against_float64(make: Callable[..., Case], dtype: str, zero_cond_t: bool) -> None:
     folder, record, weights = make(dtype=dtype, zero_cond_t=zero_cond_t)
-    flat = compute_tables(folder, record, SIGMAS)
+    flat = compute_tables(BundleModulation(folder, record), record, SIGMAS)
     wanted = expected(weights, zero_cond_t=zero_cond_t)
     assert flat.dtype == np.float32
     assert flat.shape == wanted.shape
@@ -121,7 +129,7 @@ def test_against_float64(make: Callable[..., Case], dtype: str, zero_cond_t: boo
 def test_shapes_and_order(make: Callable[..., Case], tmp_path: Path) -> None:
     folder, record, _ = make()
     tables = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "cache")
-    flat = compute_tables(folder, record, SIGMAS)
+    flat = compute_tables(BundleModulation(folder, record), record, SIGMAS)
     assert tables.blocks.shape == (5, LAYERS, 18 * WIDTH)
     assert tables.out.shape == (5, 2 * WIDTH)
     assert np.array_equal(np.concatenate([tables.blocks.reshape(5, -1), tables.out], axis=1), flat)
@@ -144,7 +152,9 @@ def test_timesteps_are_rounded_as_diffusers_does() -> None:
 def test_progress_goes_block_by_block(make: Callable[..., Case]) -> None:
     folder, record, _ = make()
     seen: list[tuple[int, int]] = []
-    compute_tables(folder, record, SIGMAS, progress=lambda done, total: seen.append((done, total)))
+    compute_tables(
+        BundleModulation(folder, record), record, SIGMAS, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(n + 1, LAYERS) for n in range(LAYERS)]
 
 
@@ -222,7 +232,11 @@ def test_precomputed_tables_are_those_that_would_be_computed(
     folder, record, _ = make(tables=tables)
     wanted = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "cache")
     assert computed == [1]
-    store_tables(compute_tables(folder, record, SIGMAS), record, folder / SCHEDULES / table_name(record, SIGMAS))
+    store_tables(
+        compute_tables(BundleModulation(folder, record), record, SIGMAS),
+        record,
+        folder / SCHEDULES / table_name(record, SIGMAS),
+    )
     found = modulation_tables(folder, record, SIGMAS, cache=tmp_path / "other")
     assert computed == [1]
     assert equal(found, wanted)
@@ -237,7 +251,7 @@ def test_a_build_precomputes_what_the_runtime_would_compute(bundle: Path, tmp_pa
             values = sigmas(opened.manifest.model.scheduler, steps=steps, noise_tokens=size.area // 256)
             stored = modulation_tables(bundle, record, values, cache=tmp_path)
             assert computed == []
-            flat = compute_tables(bundle, record, values)
+            flat = compute_tables(BundleModulation(bundle, record), record, values)
             assert np.array_equal(np.concatenate([stored.blocks.reshape(steps, -1), stored.out], axis=1), flat)
 
 
@@ -281,7 +295,7 @@ def test_damaged_tables_are_made_again(
     else:
         damage(cache / name)
     assert equal(modulation_tables(folder, record, SIGMAS, cache=cache), wanted)
-    assert np.array_equal(np.load(cache / name), compute_tables(folder, record, SIGMAS))
+    assert np.array_equal(np.load(cache / name), compute_tables(BundleModulation(folder, record), record, SIGMAS))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(make: Callable[..., Case], tmp_path: Path) -> None:
@@ -301,7 +315,7 @@ def test_the_name_depends_on_weights_and_schedule(make: Callable[..., Case]) -> 
 
 def test_the_weights_of_a_bundle_are_mapped_not_read(bundle: Path) -> None:
     opened: Bundle = open_bundle(str(bundle))
-    weights = module.Weights(bundle, opened.manifest.model.modulation)
+    weights = BundleModulation(bundle, opened.manifest.model.modulation)
     assert isinstance(weights.mapped, np.memmap)
     with pytest.raises(KeyError):
         weights.read("no.such.tensor")

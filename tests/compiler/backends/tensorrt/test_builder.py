@@ -24,7 +24,8 @@ from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import build_bundle
 from qie.compiler.planning.plan import Plan, check_buildable, engine_key, graph_keys
 from qie.compiler.planning.profiles import profiles
-from qie.compiler.recipe.schema import Recipe, load_recipe
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.recipe.schema import Recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.weights.stream import write_weights

@@ -12,7 +12,9 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.planning.profiles import profiles
-from qie.compiler.quantization.qdq import QUANTIZATION, linears, products, quantize
+from qie.compiler.quantization.linears import linear_inputs, linears
+from qie.compiler.quantization.qdq import insert_qdq
+from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.weights.stream import write_weights
@@ -45,10 +47,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any, gpu: str) -> Made:
     """The engine of one component with all its linears quantized, but one that is kept."""
     recipe, graph = small(gpu), GRAPHS[component](checkpoint.model, "bfloat16")
-    total, names, record = len(products(graph)), linears(graph), None
+    total, names, record = len(linear_inputs(graph)), linears(graph), None
     if scheme != "none":
         names = names[1:]
-        graph = quantize(graph, QUANTIZATION[scheme], names, dict.fromkeys(names, 4.0), {})
+        graph = insert_qdq(graph, SCHEMES[scheme], names, dict.fromkeys(names, 4.0), {})
         record = QuantizationRecord(scheme=scheme, quantized=len(names), linears=total)
     readers = {part: checkpoint.reader(part) for part in ("transformer", "text_encoder")}
     written = write_weights(graph.weights, readers, folder / "graph.weights")
