@@ -135,10 +135,19 @@ def compute_tables(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Array:
-    """float32 [S, L * M * D + 2 * D]: every block's rows, then gain and shift of the output norm.
+    """Tables of the schedule ``sigmas`` [S + 1], with one block's weights in memory at a time.
 
-    A gain is 1 + scale, by which a normalized value is multiplied. The sum is taken here, in float32, so that a small
-    gain keeps its precision in the dtype in which the tables are stored. One block's weights are in memory at a time.
+    The rows of a block are those of ``modulation_rows``, with 1 + scale in place of scale. The sum is taken in float32,
+    so that a small 1 + scale does not lose precision in bfloat16 tables.
+
+    Args:
+        weights: the modulation weights.
+        shape: dimensions of the transformer.
+        sigmas: float32 sigmas of the schedule, the last of which is 0.
+        progress: called with the blocks done and the blocks in all.
+
+    Returns:
+        float32 [S, L * M * D + 2 * D]: every block's rows, then 1 + scale and shift of the output norm.
     """
     conditioning_SD = _conditioning(weights, timesteps(sigmas))
     zero_SD = np.broadcast_to(_conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
