@@ -65,7 +65,7 @@ class Lora:
         Raises:
             CheckpointError: the LoRA was made for a tensor of another shape.
         """
-        pair = self._pair(part_key, shape)
+        pair = self.pair_for(part_key, shape)
         if pair is None:
             return None
         down = self.reader.read(pair.down).astype(np.float32)
@@ -79,7 +79,12 @@ class Lora:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _pair(self, part_key: str, shape: tuple[int, ...]) -> _Pair | None:
+    def pair_for(self, part_key: str, shape: tuple[int, ...]) -> _Pair | None:
+        """The matrices for the tensor ``part_key`` of this shape; None if the LoRA does not touch it.
+
+        Raises:
+            CheckpointError: the LoRA was made for a tensor of another shape.
+        """
         pair = self.pairs.get(_flat(part_key.removesuffix(".weight"))) if part_key.endswith(".weight") else None
         if pair is not None and pair.shape != shape:
             raise CheckpointError(
@@ -150,7 +155,7 @@ def fused_reader(reader: TensorReader, loras: Sequence[Lora]) -> TensorReader:
                 "use a LoRA made for this model"
             )
         for flat in lora.pairs:
-            lora._pair(layers[flat], reader.shape(layers[flat]))
+            lora.pair_for(layers[flat], reader.shape(layers[flat]))
             touched.add(layers[flat])
     return _FusedReader(reader=reader, loras=tuple(loras), touched=frozenset(touched))
 

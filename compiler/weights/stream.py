@@ -33,7 +33,7 @@ _PAGE = 4096
 _LINE = 64
 """Alignment in bytes of a smaller tensor: a cache line."""
 
-_CHUNK = 1 << 26
+CHUNK_BYTES = 1 << 26
 """Bytes written between two reports of progress."""
 
 _SHOWN = 5
@@ -189,7 +189,7 @@ def _content(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 def _chunks(
     weights: Sequence[Weight], entries: Sequence[Entry], readers: Mapping[Subfolder, TensorReader]
 ) -> Iterator[bytes | memoryview]:
-    """The file's bytes in order: padding, then a tensor, at most _CHUNK at a time."""
+    """The file's bytes in order: padding, then a tensor, at most CHUNK_BYTES at a time."""
     end = 0
     last, raw = "", None
     for weight, entry in zip(weights, entries, strict=True):
@@ -198,8 +198,8 @@ def _chunks(
             last, raw = weight.source, readers[weight.subfolder].read(weight.source)
         assert raw is not None
         content = _content(prepare(weight, raw)).data
-        for start in range(0, entry.length, _CHUNK):
-            yield content[start : start + _CHUNK]
+        for start in range(0, entry.length, CHUNK_BYTES):
+            yield content[start : start + CHUNK_BYTES]
         end = entry.offset + entry.length
 
 
@@ -266,7 +266,7 @@ _STEPS: dict[Layout, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
 def _is_finite(tensor: npt.NDArray[Any]) -> bool:
     """Whether all elements are finite; a chunk at a time, because np.isfinite allocates a byte an element."""
     flat = tensor.reshape(-1)
-    return all(np.isfinite(flat[start : start + _CHUNK]).all() for start in range(0, flat.size, _CHUNK))
+    return all(np.isfinite(flat[start : start + CHUNK_BYTES]).all() for start in range(0, flat.size, CHUNK_BYTES))
 
 
 def _disk_error(error: OSError, path: Path, total: int) -> BuildError:

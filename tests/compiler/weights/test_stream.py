@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
 
     def interrupt(done: int, _: int) -> None:
         if done > 2000:
@@ -267,7 +267,7 @@ def test_what_a_killed_build_left_is_written_over(tmp_path: Path) -> None:
 def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, readers = [weight("w", 3000, dtype="bfloat16")], {"transformer": Tensors({"w": draw(3000)})}
     whole = write_weights(weights, readers, tmp_path / "whole")
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
     calls: list[int] = []
     pieces = write_weights(weights, readers, tmp_path / "pieces", progress=lambda done, _: calls.append(done))
     assert calls == [0, 1000, 2000, 3000, 4000, 5000, 6000]
