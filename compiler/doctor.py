@@ -16,27 +16,7 @@ from qie.engines.sessions.choose import choose_engines
 __all__ = ["Ability", "BundleReport", "Report", "examine"]
 
 RUN = "run engines of"
-ON_GPU = {
-    f"{RUN} onnxruntime on a GPU": "onnxruntime",
-    f"{RUN} tensorrt-rtx": "tensorrt-rtx",
-    f"{RUN} tensorrt": "tensorrt",
-}
-"""Abilities that take a GPU, and the backends that they are about."""
-
-NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    **{f"{RUN} {name}": (backend.modules, backend.install) for name, backend in BACKENDS.items()},
-    f"{RUN} onnxruntime on a GPU": (
-        ("onnxruntime-gpu",),
-        "pip uninstall --yes onnxruntime && pip install 'qie[cuda]'",
-    ),
-    "build bundles for a CPU": (
-        ("onnx", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
-        "pip install 'qie[compile]'",
-    ),
-    "build bundles for a GPU": (("tensorrt_rtx",), "pip install 'qie[compile]'"),
-    "compare with the reference": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
-}
-"""Ability: what it takes, and the command that brings it. Names with a hyphen are distributions, others modules."""
+ON_GPU = "on a GPU"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,16 +61,44 @@ def examine() -> Report:
         machine=machine,
         home=str(home),
         free_bytes=shutil.disk_usage(existing(home)).free,
-        abilities=tuple(_ability(what, packages, mend, machine) for what, (packages, mend) in NEEDS.items()),
+        abilities=tuple(_ability(what, packages, mend, machine) for what, (packages, mend) in _needs().items()),
         bundles=tuple(BundleReport(name=path.name, reason=_reason(str(path))) for path in bundles()),
     )
+
+
+def _needs() -> dict[str, tuple[tuple[str, ...], str]]:
+    """Ability: what it takes, and the command that installs it. Names with a hyphen are packages, others modules."""
+    needs: dict[str, tuple[tuple[str, ...], str]] = {}
+    for name, backend in BACKENDS.items():
+        needs[f"{RUN} {name}"] = (backend.modules, backend.install)
+    for name, backend in BACKENDS.items():
+        if backend.gpu_package is not None and backend.gpu_install is not None:
+            needs[f"{RUN} {name} {ON_GPU}"] = ((backend.gpu_package,), backend.gpu_install)
+    builders = [backend for backend in BACKENDS.values() if backend.compiles and not backend.builds_on_gpu]
+    return needs | {
+        "build bundles for a CPU": (
+            ("onnx", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
+            "pip install 'qie[compile]'",
+        ),
+        "build bundles for a GPU": ((builders[0].build_module,), builders[0].build_install),
+        "compare with the reference": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
+    }
+
+
+def _gpu_backend(what: str) -> str | None:
+    """The backend whose engines on a GPU ``what`` is about; None where it is about something else."""
+    for name, backend in BACKENDS.items():
+        if backend.on_gpu and what == (f"{RUN} {name} {ON_GPU}" if backend.on_cpu else f"{RUN} {name}"):
+            return name
+    return None
 
 
 def _ability(what: str, packages: tuple[str, ...], mend: str, machine: Machine) -> Ability:
     found = [package for package in packages if _installed(package)]
     missing = tuple(package for package in packages if package not in found)
-    if not missing and what in ON_GPU:
-        missing, mend = _missing_of_gpu(ON_GPU[what], machine)
+    backend = _gpu_backend(what)
+    if not missing and backend is not None:
+        missing, mend = _missing_of_gpu(backend, machine)
     return Ability(
         what=what,
         ready=not missing,

@@ -1,6 +1,6 @@
 """Builders: graph to engine, one file a backend; the two TensorRTs share theirs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,17 +13,7 @@ __all__ = ["BUILDERS", "Builder"]
 
 
 class Builder(Protocol):
-    """What a backend's builder offers; a module or an object."""
-
-    @property
-    def compiles(self) -> bool:
-        """Whether an engine is something else than its graph."""
-        ...
-
-    @property
-    def needs_gpu(self) -> bool:
-        """Whether engines are built for the GPU at hand, so that another machine may have to."""
-        ...
+    """What builds the engines of a backend; a module or an object."""
 
     def version(self) -> str:
         """Version of the installed backend."""
@@ -50,11 +40,9 @@ class Builder(Protocol):
         ...
 
 
-BUILDERS: Mapping[str, Builder] = {
+BUILDERS: dict[str, Builder] = {
     "onnxruntime": onnxruntime,
-    "tensorrt-rtx": TensorRT(
-        backend="tensorrt-rtx", module="tensorrt_rtx", needs_gpu=False, mend="pip install 'qie[compile]'"
-    ),
-    "tensorrt": TensorRT(backend="tensorrt", module="tensorrt", needs_gpu=True, mend="pip install 'qie[tensorrt]'"),
+    "tensorrt-rtx": TensorRT("tensorrt-rtx"),
+    "tensorrt": TensorRT("tensorrt"),
 }
-"""Backend to its builder."""
+"""Backend to its builder. Facts such as the module that builds are in ``qie.engines.backends``."""

@@ -11,10 +11,7 @@ from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.errors import BuildError
 
-__all__ = ["build", "compiles", "needs_gpu", "unavailable", "version"]
-
-compiles = False
-needs_gpu = False
+__all__ = ["build", "unavailable", "version"]
 
 
 def version() -> str:
@@ -37,7 +34,7 @@ def build(
 ) -> EngineRecord:
     """Load ``graph``, whose files lie in ``folder``, once; its files are the engine's.
 
-    A graph for a GPU is not loaded where onnxruntime can use none: the processor lacks kernels for bfloat16.
+    A graph for a GPU is not loaded where onnxruntime can use none: a CPU has no kernels for bfloat16.
 
     Raises:
         BuildError: onnxruntime refuses the graph.
@@ -51,7 +48,7 @@ def build(
         backend="onnxruntime",
         compute_capability=recipe.compute_capability or "cpu",
         backend_version=version(),
-        precision=graph.dtype,
+        precision=graph.precision,
         key=key,
         path=graph.path,
         files=graph.files,

@@ -49,7 +49,8 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, tot
             raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")
         engines = []
         for graph in manifest.graphs:
-            engines.append(build_engine(graph.backend, graph, folder, recipe, progress))
-            drop_graph(graph, folder)
+            engine = build_engine(graph.backend, graph, folder, recipe, progress)
+            drop_graph(graph, engine, folder)
+            engines.append(engine)
         finish_folder(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
     return open_bundle(str(bundle.path))

@@ -150,8 +150,8 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
                 engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
             if part.finish is not None:
                 graphs.append(graph)
-            elif engine is not None and engine.files != graph.files:
-                drop_graph(graph, folder)
+            elif engine is not None:
+                drop_graph(graph, engine, folder)
         if engine is not None:
             engines.append(engine)
     modulation = write_modulation(
@@ -197,10 +197,11 @@ def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe,
     )
 
 
-def drop_graph(graph: GraphRecord, folder: Path) -> None:
-    """Delete the files of ``graph``."""
+def drop_graph(graph: GraphRecord, engine: EngineRecord, folder: Path) -> None:
+    """Delete the files of ``graph`` that ``engine``, built from it, does not use."""
     for record in graph.files:
-        (folder / record.path).unlink()
+        if record not in engine.files:
+            (folder / record.path).unlink()
 
 
 def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
@@ -254,7 +255,7 @@ def _graph(
     return GraphRecord(
         component=part.component,
         backend=backend,
-        dtype=part.graph.dtype,
+        precision=part.graph.dtype,
         key=key,
         path=graph_name,
         files=(_record(folder, graph_name), weights),

@@ -13,7 +13,8 @@ from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
-from qie.compiler.recipe.schema import Backend
+from qie.compiler.recipe.schema import BackendName
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.inputs.feeds import STEP_INPUTS
@@ -26,14 +27,7 @@ REACHABLE = 0.6
 """The part of a card's peak for which a second time is given: an assumption to plan with, not a measurement."""
 
 HOST_BASE = 200_000_000
-HOST_FACTOR: Mapping[Backend, float] = {"tensorrt-rtx": 1.6, "tensorrt": 2.1}
-"""Private memory of a compiling process: bytes of its own, and bytes a byte of weights.
-
-Measured with tensorrt-rtx 1.7.1 on a 2-core machine, blocks of the published transformer. Streamed to a file, 0.68 GB
-of weights took 1.24 GB, 1.27 GB took 2.14, 2.04 GB 3.43, 3.99 GB 6.30 and 4.76 GB 7.74. Not streamed, 0.68 GB took
-1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was not measured: it is taken to be as TensorRT-RTX is when it
-does not stream. The mapped weights come on top, as pages that the system may take back.
-"""
+"""Private memory of a building process beside its weights, measured with the ``host_factor`` of ``BACKENDS``."""
 
 HOST_TENSORS = 2
 """Backends that compile nothing hold one tensor at a time and its copy: 0.40 GB was measured with onnxruntime for a
@@ -57,7 +51,7 @@ class ComponentEstimate:
     """
 
     component: Component
-    backend: Backend
+    backend: BackendName
     disk_bytes: int
     weights_bytes: int
     largest_activation_bytes: int
@@ -206,7 +200,7 @@ def _estimate(
         weights_bytes=part.bytes,
         largest_activation_bytes=most.activation_bytes,
         largest_io_bytes=most.io_bytes + (steps - 1) * _step_bytes(part.graph),
-        workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if backend == "tensorrt" else 0,
+        workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
         host_bytes=max(_host_bytes(part, backend) for backend in builds or [backend]),
         runs=runs,
         cost=once,
@@ -223,9 +217,10 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _host_bytes(part: PlannedComponent, backend: Backend) -> int:
-    if backend in HOST_FACTOR:
-        return HOST_BASE + int(HOST_FACTOR[backend] * part.bytes)
+def _host_bytes(part: PlannedComponent, backend: BackendName) -> int:
+    factor = BACKENDS[backend].host_factor
+    if factor is not None:
+        return HOST_BASE + int(factor * part.bytes)
     return HOST_BASE + HOST_TENSORS * max(_bytes(w.shape, w.dtype) for w in part.graph.weights)
 
 

@@ -31,9 +31,10 @@ from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
-from qie.compiler.recipe.schema import Backend, Recipe
+from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.compiler.weights.modulation import modulation_dtype, modulation_weights
 from qie.compiler.weights.stream import total_bytes
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, is_bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, CalibrationError
@@ -58,8 +59,8 @@ class PlannedComponent:
     """
 
     component: Component
-    backend: Backend | None
-    finish: Backend | None
+    backend: BackendName | None
+    finish: BackendName | None
     precision: str
     scheme: str
     attention: str
@@ -86,7 +87,7 @@ class PlannedComponent:
     @property
     def passing_bytes(self) -> int:
         """What the graph takes while an engine is compiled of it, where it does not stay."""
-        compiled = self.backend is not None and BUILDERS[self.backend].compiles
+        compiled = self.backend is not None and BACKENDS[self.backend].compiles
         return self.bytes if compiled and self.finish is None else 0
 
 
@@ -269,7 +270,7 @@ def _planned(component: Component, model: Model, recipe: Recipe, calibration: Ca
     graph = quantized.graph
     known = [b for b in recipe.backends_of(component) if b in BUILDERS]
     backend = next((b for b in known if BUILDERS[b].unavailable(recipe) is None), None)
-    elsewhere = bool(known) and backend != known[0] and BUILDERS[known[0]].needs_gpu
+    elsewhere = bool(known) and backend != known[0] and BACKENDS[known[0]].builds_on_gpu
     return PlannedComponent(
         component=component,
         backend=backend,

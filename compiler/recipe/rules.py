@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qie.compiler.recipe.schema import FP8_CAPABILITY, QUANTIZABLE, REFERENCES_MAX, Range, Recipe, supports_fp8
 from qie.compiler.recipe.toml import inline
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import RecipeError
 
@@ -48,12 +49,15 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if section.scheme == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):
-            yield "backends", f"has none that runs {name}; add onnxruntime, tensorrt or tensorrt-rtx"
+            yield (
+                "backends",
+                f"has none that runs {name}; add one of {', '.join(b for b, row in BACKENDS.items() if name in row.components)}",
+            )
 
 
 def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for backend in recipe.backends:
-        if recipe.compute_capability is None and backend.startswith("tensorrt"):
+        if recipe.compute_capability is None and not BACKENDS[backend].on_cpu:
             yield "backends", f"has {backend}, which needs a GPU; set compute_capability or use onnxruntime"
     if recipe.limits.build_workspace_gib > recipe.memory_gib:
         yield "limits.build_workspace_gib", f"is more than memory_gib ({recipe.memory_gib:g}); lower it"

@@ -11,13 +11,14 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from qie.compiler.recipe.toml import Matching, Within, write
-from qie.engines.bundle.manifest import COMPONENTS, Component, Residency
+from qie.compiler.recipe.toml import Matching, OneOf, Within, write
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.manifest import Component, Residency
 from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
-    "Backend",
+    "BackendName",
     "ComponentRecipe",
     "Components",
     "Limits",
@@ -32,18 +33,12 @@ __all__ = [
     "to_toml",
 ]
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-llm", "vllm"]
+BackendName = Annotated[str, OneOf(what="backend", table=BACKENDS)]
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
 SchemeName = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
 
 Attention = Literal["none", "fp8"]
-
-PARTIAL_BACKENDS: dict[Backend, tuple[Component, ...]] = {
-    "tensorrt-llm": ("language",),
-    "vllm": ("vision", "language"),
-}
-"""The backends that run only some components, and which."""
 
 QUANTIZABLE: dict[Component, str] = {
     "language": "language_model.layers.*",
@@ -175,7 +170,7 @@ class Recipe:
     gpu: Annotated[str, Matching(pattern=r"[ -~]*[!-~][ -~]*", example="L40S")]
     compute_capability: Capability | None = None
     memory_gib: Gib
-    backends: tuple[Backend, ...]
+    backends: tuple[BackendName, ...]
     residency: Residency = "resident"
     noise: Noise = "bfloat16"
     calibration: str | None = None
@@ -196,9 +191,9 @@ class Recipe:
         """The recipe without the path of a calibration, which is valid on this machine only."""
         return replace(self, calibration=None)
 
-    def backends_of(self, component: Component) -> tuple[Backend, ...]:
+    def backends_of(self, component: Component) -> tuple[BackendName, ...]:
         """The backends that can run a component, in order of preference; never empty in a checked recipe."""
-        return tuple(b for b in self.backends if component in PARTIAL_BACKENDS.get(b, COMPONENTS))
+        return tuple(b for b in self.backends if component in BACKENDS[b].components)
 
     def buckets(self, area: int) -> tuple[Size, ...]:
         """The distinct sizes of the aspect ratios at ``area`` square pixels, in the recipe's order."""

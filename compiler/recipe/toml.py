@@ -1,8 +1,8 @@
 """TOML tables as dataclasses: a strict reader and a small writer, for ``recipe.schema``.
 
 A field of a dataclass is a key, a nested dataclass is a table, a default makes a key optional. A field is ``str``, a
-``Literal``, ``Annotated`` with ``Within`` (int, float) or ``Matching`` (str), a tuple of one of these or of a dataclass
-(an array, an array of tables), ``X | None`` (None where the key is absent), or a word or an array (``Literal |
+``Literal``, ``Annotated`` with ``Within`` (int, float), ``Matching`` or ``OneOf`` (str), a tuple of one of these or of
+a dataclass (an array, an array of tables), ``X | None`` (None where the key is absent), or a word or an array (``Literal |
 tuple``).
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from qie.engines.errors import RecipeError
 
-__all__ = ["Matching", "Setting", "Within", "build", "flatten", "inline", "write", "wrong"]
+__all__ = ["Matching", "OneOf", "Setting", "Within", "build", "flatten", "inline", "write", "wrong"]
 
 Table = TypeVar("Table")
 
@@ -52,6 +52,21 @@ class Matching:
     def allows(self, value: Any) -> bool:
         """Whether ``value`` matches."""
         return re.fullmatch(self.pattern, value, flags=re.ASCII) is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OneOf:
+    """A string that is a key of ``table``, which is read at every check."""
+
+    what: str
+    table: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return f"{self.what} ({', '.join(inline(key) for key in self.table)})"
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is a key."""
+        return value in self.table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

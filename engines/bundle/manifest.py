@@ -1,6 +1,6 @@
-"""The manifest of a bundle: all that the runtime knows of model, engines and limits, as one JSON file.
+"""The manifest of a bundle: model, engines and limits as one JSON file.
 
-The runtime reads this file and nothing else to decide what to load and how to feed it.
+It is the only file that the runtime reads to decide what to load and how to feed it.
 """
 
 import json
@@ -37,7 +37,7 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
@@ -71,7 +71,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileRecord:
-    """The smallest, tuned-for and largest shape of one input, for engines that are bound to them."""
+    """The smallest, tuned-for and largest shape of one input."""
 
     input: str
     min: tuple[int, ...]
@@ -81,10 +81,14 @@ class ProfileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationRecord:
-    """``quantized`` of the ``linears`` of a component hold codes of the recipe's ``scheme``.
+    """The quantized linears of a component.
 
-    ``fused`` of these are computed by a kernel that takes the codes, as far as an engine's own description says; None
-    where it says nothing, or is none.
+    Attributes:
+        scheme: how they are quantized.
+        quantized: their number.
+        linears: number of all linears of the component.
+        fused: number of those that a kernel computes from quantized values, according to the engine's own description;
+            None where there is no description.
     """
 
     scheme: str
@@ -95,14 +99,28 @@ class QuantizationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """One component built for one target.
+    """One component, or one part of it, built for one target.
 
-    ``path`` is the file that the backend opens, ``files`` everything it needs. ``key`` is the sha256 of all that
-    decided the engine: graph, weights, recipe section, versions; an equal key means an equal engine.
-    ``compute_capability`` is "cpu" for engines that run on the processor. ``build_peak_bytes`` is the most memory
-    that the building process held. ``activation_bytes`` is what a run of the largest shapes needs on the device beside
-    the weights, None where the backend does not say. ``structure`` lists the layers, their types and precisions, for
-    engines that cannot be opened without their device.
+    Attributes:
+        component: what it computes.
+        backend: who executes it.
+        compute_capability: of the GPU, such as "8.9"; "cpu" for a CPU.
+        backend_version: that built it.
+        precision: dtype in which it computes.
+        key: sha256 of everything that decided it: graph, weights, recipe section, versions; equal keys are equal
+            engines.
+        path: file that the backend opens.
+        files: everything that it needs.
+        inputs: in the order of the graph.
+        outputs: in the order of the graph.
+        parameters: of the model, in this engine.
+        build_seconds: time of the build.
+        build_peak_bytes: peak memory of the building process.
+        profiles: shapes that it takes, for backends that fix them.
+        quantization: its quantized linears.
+        activation_bytes: memory that a run of the largest shapes needs beside the weights; None where unknown.
+        structure: layers with their types and precisions, for engines that cannot be opened without their GPU.
+        part: number of several consecutive engines of one component, from 0.
     """
 
     component: Component
@@ -122,19 +140,31 @@ class EngineRecord:
     quantization: QuantizationRecord | None = None
     activation_bytes: int | None = None
     structure: FileRecord | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphRecord:
-    """One component as ONNX: what a builder makes an engine for ``backend`` of, here or on another machine.
+    """One component, or one part of it, as ONNX: what a builder turns into an engine, here or on another machine.
 
-    ``path`` is the .onnx file, ``files`` are that and its weights. ``dtype`` is what it computes in. ``key`` is the
-    sha256 of all that decided the graph and its weights. ``profiles`` are the shapes that the engine shall take.
+    Attributes:
+        component: what it computes.
+        backend: that the engine is for.
+        precision: dtype in which it computes.
+        key: sha256 of everything that decided the graph and its weights.
+        path: the .onnx file.
+        files: that file and its weights.
+        inputs: in the order of the graph.
+        outputs: in the order of the graph.
+        parameters: of the model, in this graph.
+        profiles: shapes that the engine must take.
+        quantization: its quantized linears.
+        part: number of several consecutive graphs of one component, from 0.
     """
 
     component: Component
     backend: str
-    dtype: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16"]
     key: str
     path: str
     files: tuple[FileRecord, ...]
@@ -143,6 +173,7 @@ class GraphRecord:
     parameters: int
     profiles: tuple[ProfileRecord, ...]
     quantization: QuantizationRecord | None = None
+    part: int = 0
 
 
 def modulation_rows(zero_cond_t: bool) -> int:
@@ -165,7 +196,7 @@ class ModulationTensor:
 class ModulationRecord:
     """The weights that turn a timestep into modulation, for schedules that were not precomputed.
 
-    ``tables`` is the dtype in which the transformer uses what comes out of them.
+    ``tables`` is the dtype in which the transformer reads the modulation.
     """
 
     file: FileRecord
@@ -183,9 +214,9 @@ class ModulationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRecord:
-    """What the model is, and every constant of it that the runtime needs.
+    """The model, with every constant of it that the runtime needs.
 
-    ``about`` is what a small model says of itself to whoever runs it.
+    ``about`` is a note of its checkpoint to the person who runs it.
     """
 
     name: str
@@ -222,7 +253,7 @@ class RecipeRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What an edit uses where it is not told otherwise. ``noise`` is the dtype in which torch would draw it."""
+    """Defaults of a request. ``noise`` is the dtype in which the noise is drawn, as in torch."""
 
     steps: int
     guidance: float
@@ -234,8 +265,8 @@ class Defaults:
 class Manifest:
     """A bundle's table of contents.
 
-    ``graphs`` are those of which engines are yet to be built, on the GPU's machine. ``calibration`` is what the scales
-    of quantized components came from.
+    ``graphs`` are those whose engines are still to be built, on the machine with the GPU. ``calibration`` is where the
+    scales of quantized components came from.
     """
 
     schema: int

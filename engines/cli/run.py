@@ -336,7 +336,7 @@ def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
         header = ["structure of", "layers", "kernels", "attention", "fused", "largest buffer", "allocated in a run"]
         parts.append(table(structures, header=header, right=[1, 2, 3, 4, 5, 6]))
     waiting = [
-        [g.component, g.backend, g.dtype, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
+        [g.component, g.backend, g.precision, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
         for g in manifest.graphs
     ]
     if waiting:

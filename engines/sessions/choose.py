@@ -45,7 +45,7 @@ def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
 
 
 def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
-    """What keeps ``machine`` from running ``engine``: the first of GPU, backend, driver and version."""
+    """The first reason why ``machine`` cannot run ``engine``: backend, GPU, package, driver or version."""
     target = f"{engine.component} is built for {engine.backend}/{engine.compute_capability}"
     backend = BACKENDS.get(engine.backend)
     if backend is None:
@@ -59,10 +59,9 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
             return obstacle
     if not available(engine.backend):
         return BackendMissingError(f"{target}, which is not installed here; run `{backend.install}`")
-    if on_gpu and engine.backend == "onnxruntime" and not serves_gpu():
+    if on_gpu and backend.gpu_package is not None and not serves_gpu():
         return BackendMissingError(
-            f"{target}, and the onnxruntime that is installed here uses the processor alone; run "
-            "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
+            f"{target}, and the {engine.backend} that is installed here uses only the CPU; run `{backend.gpu_install}`"
         )
     return _version_obstacle(target, engine, machine)
 
@@ -85,7 +84,7 @@ def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieErr
 def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
     """Engines of TensorRT need a driver that serves its CUDA, and the version that built them."""
     backend = BACKENDS[engine.backend]
-    if not backend.bound or machine is None:
+    if not backend.version_locked or machine is None:
         return None
     packages = dict(backend.distributions)
     needed = cuda_needed(engine.backend)

@@ -14,11 +14,11 @@ from qie.engines.sessions.session import Session
 if TYPE_CHECKING:
     from qie.engines.sessions.device import Device
 
-__all__ = ["load", "open_device"]
+__all__ = ["SESSIONS", "load", "open_device"]
 
 
 def open_device(engines: Iterable[EngineRecord], *, cuda_graphs: bool = True) -> Device | None:
-    """What the sessions of ``engines`` share on a GPU; None where none of them takes part.
+    """The device that the sessions of ``engines`` share on a GPU; None where none of them needs one.
 
     ``cuda_graphs`` allows them to capture repeated runs as CUDA graphs.
 
@@ -26,7 +26,7 @@ def open_device(engines: Iterable[EngineRecord], *, cuda_graphs: bool = True) ->
         EngineMismatchError: CUDA offers no GPU of the engines' compute capability.
     """
     for engine in engines:
-        if engine.backend in ("tensorrt", "tensorrt-rtx"):
+        if BACKENDS[engine.backend].shares_device:
             from qie.engines.sessions.device import Device
 
             return Device(engine.compute_capability, cuda_graphs=cuda_graphs)
@@ -34,20 +34,20 @@ def open_device(engines: Iterable[EngineRecord], *, cuda_graphs: bool = True) ->
 
 
 def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Session:
-    """Load ``engine`` of the bundle ``folder`` with its backend, on the ``device`` that ``open_device`` gave.
+    """Load ``engine`` of the bundle ``folder`` with its backend, on the ``device`` of ``open_device``.
 
     Raises:
         BackendMissingError: the backend's package is not installed.
         BundleError: the backend cannot load the engine.
-        EngineError: the GPU has no room for it.
+        EngineError: the GPU is out of memory.
     """
     if not available(engine.backend):
-        known = BACKENDS.get(engine.backend)
+        backend = BACKENDS.get(engine.backend)
         raise BackendMissingError(
             f"{engine.component} is built for {engine.backend}, which is not installed here; "
-            f"run `{known.install if known else 'pip install --upgrade qie'}`"
+            f"run `{backend.install if backend else 'pip install --upgrade qie'}`"
         )
-    return _LOADERS[engine.backend](folder, engine, device)
+    return SESSIONS[engine.backend](folder, engine, device)
 
 
 def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
@@ -63,8 +63,9 @@ def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None) -> Sess
     return TensorRtSession(folder, engine, device)
 
 
-_LOADERS: dict[str, Callable[[Path, EngineRecord, Device | None], Session]] = {
+SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None], Session]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt,
     "tensorrt": _tensorrt,
 }
+"""Backend to what makes its session, from the bundle's folder, the engine and the shared device."""

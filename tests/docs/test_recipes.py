@@ -141,7 +141,10 @@ def test_readme_says_type_and_meaning_of_every_key() -> None:
 
 
 def literal_words(kind: Any) -> set[str]:
-    """The words that an annotation allows, at any depth."""
+    """The words that an annotation allows, at any depth; a ``OneOf`` allows the keys of its table."""
+    rules = [rule for rule in getattr(kind, "__metadata__", ()) if isinstance(rule, OneOf)]
+    if rules:
+        return set(rules[0].table)
     return {arg for arg in get_args(kind) if isinstance(arg, str)}.union(*map(literal_words, get_args(kind)))
 
 
@@ -150,7 +153,7 @@ def literal_words(kind: Any) -> set[str]:
 )
 def test_readme_lists_every_word_of_a_key(table: type, prefix: str) -> None:
     rows = readme_rows()
-    kinds = get_type_hints(table)
+    kinds = get_type_hints(table, include_extras=True)
     for name in ("backends", "residency", "noise", "precision", "scheme"):
         if name in kinds:
             words = set(re.findall(r'"([^"]+)"', rows[prefix + name][0]))

@@ -21,7 +21,7 @@ from qie.compiler.cli import app as cli
 from tests.support.repository import FOLDERS, ROOT, SOURCES
 
 DEPENDENCIES = {"numpy", "onnxruntime", "pillow", "tokenizers", "typer"}
-EXTRAS = {"compile", "cuda", "dev", "reference", "rtx", "serve", "tensorrt", "trtllm"}
+EXTRAS = {"compile", "cuda", "dev", "reference", "rtx", "tensorrt"}
 
 BUILD = """
 import sys

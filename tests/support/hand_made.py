@@ -38,7 +38,7 @@ def record(folder: Path, model: onnx.ModelProto, **shapes: tuple[tuple[int, ...]
     return GraphRecord(
         component="transformer",
         backend="tensorrt-rtx",
-        dtype="bfloat16",
+        precision="bfloat16",
         key="0" * 64,
         path=path.name,
         files=(FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)),),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx
 
@@ -27,6 +27,7 @@ from qie.compiler.backends.tensorrt import worker as tensorrt_worker
 from qie.compiler.backends.tensorrt.datatypes import check_datatypes
 from qie.compiler.backends.tensorrt.structure import Program, write_structure
 from qie.compiler.recipe.schema import Recipe
+from qie.engines.backends import BACKENDS, Backend
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord, ProfileRecord, QuantizationRecord
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home, sha256_of
@@ -52,34 +53,32 @@ OUT_OF_MEMORY = re.compile(
 """What TensorRT says when memory is what it lacks; "could not find any implementation" is one of these ways."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorRT:
-    """A builder for ``backend``, whose Python module is ``module``; ``needs_gpu`` where it builds for the GPU at hand.
-
-    ``mend`` is the command that installs the module.
-    """
+    """The builder for ``backend``, a row of ``BACKENDS``."""
 
     backend: str
-    module: str
-    needs_gpu: bool
-    mend: str
 
-    compiles: ClassVar[bool] = True
+    @property
+    def facts(self) -> Backend:
+        """The backend's row."""
+        return BACKENDS[self.backend]
 
     def version(self) -> str:
         """Version of the installed module."""
-        return str(import_module(self.module).__version__)
+        return str(import_module(self.facts.build_module).__version__)
 
     def unavailable(self, recipe: Recipe) -> str | None:
         """Why this machine cannot build for the recipe's GPU, and what to do about it; None where it can."""
-        if find_spec(self.module) is None:
-            return f"{self.backend} is not installed; run `{self.mend}`"
+        install = self.facts.build_install
+        if find_spec(self.facts.build_module) is None:
+            return f"{self.backend} is not installed; run `{install}`"
         try:
-            trt = import_module(self.module)
+            trt = import_module(self.facts.build_module)
         except (ImportError, OSError) as problem:
-            return f"{self.backend} is installed and does not load ({problem}); run `{self.mend}`"
+            return f"{self.backend} is installed and does not load ({problem}); run `{install}`"
         wanted = recipe.compute_capability
-        if self.needs_gpu:
+        if self.facts.builds_on_gpu:
             found = [gpu.compute_capability for gpu in this_machine().gpus]
             if wanted in found:
                 return None
@@ -115,7 +114,7 @@ class TensorRT:
         engine = folder / f"{stem}.engine"
         weights_bytes = sum(file.bytes for file in graph.files if file.path != graph.path)
         job = {
-            "module": self.module,
+            "module": self.facts.build_module,
             "onnx": str(folder / graph.path),
             "engine": str(engine),
             "weights_bytes": weights_bytes,
@@ -123,7 +122,7 @@ class TensorRT:
             "workspace_bytes": int(recipe.limits.build_workspace_gib * GIB),
             "compute_capability": recipe.compute_capability,
             "weight_streaming": weights_bytes > STREAMED_SHARE * recipe.memory_gib * GIB,
-            "timing_cache": str(self._timing_cache(recipe)) if self.needs_gpu else None,
+            "timing_cache": str(self._timing_cache(recipe)) if self.facts.builds_on_gpu else None,
         }
         found = self._compile(job, graph, recipe, progress)
         structure = folder / f"{stem}.json"
@@ -134,7 +133,7 @@ class TensorRT:
             backend=self.backend,
             compute_capability=str(recipe.compute_capability),
             backend_version=self.version(),
-            precision=graph.dtype,
+            precision=graph.precision,
             key=key,
             path=engine.name,
             files=(_record(engine),),
@@ -162,7 +161,7 @@ class TensorRT:
     def _environment(self, recipe: Recipe) -> dict[str, str]:
         """Where several GPUs are at hand and nobody chose one, the worker sees the first that the recipe is for."""
         chosen = {}
-        if self.needs_gpu and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        if self.facts.builds_on_gpu and "CUDA_VISIBLE_DEVICES" not in os.environ:
             chosen = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(_gpu_index(recipe))}
         return {**os.environ, **chosen}
 

@@ -5,14 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import cast
 
 import pytest
 
-from qie.compiler.backends import BUILDERS, Builder
-from qie.compiler.backends.tensorrt.builder import TensorRT
 from qie.compiler.packing.finish import finish_bundle
 from qie.compiler.packing.pack import build_bundle
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BackendMissingError, BuildError, BundleError
@@ -56,8 +54,8 @@ def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
 def left_from_a100(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """What is built for the A100 without one. From then on TensorRT for RTX plays the TensorRT of a machine with it."""
     bundle = build(checkpoint, tmp_path / "bundle", small("a100"))
-    there = TensorRT(backend="tensorrt", module="tensorrt_rtx", needs_gpu=False, mend="")
-    monkeypatch.setitem(cast(dict[str, Builder], BUILDERS), "tensorrt", there)
+    there = replace(BACKENDS["tensorrt"], build_module="tensorrt_rtx", builds_on_gpu=False)
+    monkeypatch.setitem(BACKENDS, "tensorrt", there)
     return bundle
 
 

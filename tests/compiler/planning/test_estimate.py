@@ -18,7 +18,7 @@ from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.workload import largest_sizes, sizes_of, workload
 from qie.compiler.recipe.load import load_recipe, recipe_names
-from qie.compiler.recipe.schema import Backend, ComponentRecipe, Components, Recipe
+from qie.compiler.recipe.schema import BackendName, ComponentRecipe, Components, Recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.errors import BuildError, RecipeError, RequestError
@@ -229,7 +229,7 @@ def test_the_workspace_counts_where_the_compiler_takes_one(tiny: Plan) -> None:
     check_fit(changed(built_by(tiny, "tensorrt-rtx"), memory_gib=8))
 
 
-def built_by(plan: Plan, backend: Backend, finish: Backend | None = None) -> Plan:
+def built_by(plan: Plan, backend: BackendName, finish: BackendName | None = None) -> Plan:
     return replace(plan, components=tuple(replace(p, backend=backend, finish=finish) for p in plan.components))
 
 

@@ -67,15 +67,15 @@ def test_no_json(tmp_path: Path, text: str) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None, [1], {}])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2", None, [2], {}])
 def test_another_schema(bundle: Path, tmp_path: Path, schema: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema .*, this qie reads schema 1; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema .*, this qie reads schema 2; {AGAIN}"):
         read_manifest(write(tmp_path, plain(bundle) | {"schema": schema}))
 
 
 @pytest.mark.parametrize("data", [[], "x", 1, None, {}])
 def test_json_of_something_else(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema None, this qie reads schema 1; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema None, this qie reads schema 2; {AGAIN}"):
         read_manifest(write(tmp_path, json.dumps(data)))
 
 

@@ -112,7 +112,7 @@ def test_a_backend_that_is_not_installed(
 def test_an_onnxruntime_without_a_gpu(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "serves_gpu", lambda: False)
     assert refusal(engine(opened, "onnxruntime"), machine(L40S)) == (
-        "vision is built for onnxruntime/8.9, and the onnxruntime that is installed here uses the processor alone; run "
+        "vision is built for onnxruntime/8.9, and the onnxruntime that is installed here uses only the CPU; run "
         "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
     )
     assert refusal(engine(opened, "onnxruntime", "cpu"), machine(L40S)) is None
@@ -210,7 +210,7 @@ def test_the_machine_is_looked_at_once(opened: Bundle, monkeypatch: pytest.Monke
 def test_an_unfinished_bundle(opened: Bundle) -> None:
     record = opened.manifest.engines[-1]
     kept = {f: getattr(record, f) for f in ("component", "key", "path", "files", "inputs", "outputs", "parameters")}
-    graph = GraphRecord(**kept, backend="tensorrt", dtype="bfloat16", profiles=())
+    graph = GraphRecord(**kept, backend="tensorrt", precision="bfloat16", profiles=())
     manifest = replace(opened.manifest, engines=opened.manifest.engines[:-1], graphs=(graph,))
     with pytest.raises(BundleError, match=f"graph of {record.component} and no engine yet; run `qie build --finish "):
         choose_engines(replace(opened, manifest=manifest))

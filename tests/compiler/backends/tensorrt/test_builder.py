@@ -9,15 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
-from qie.compiler.backends import BUILDERS, Builder
-from qie.compiler.backends.tensorrt.builder import TensorRT
+from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.graphs.components import write_graph_of
 from qie.compiler.graphs.graph import write_graph
@@ -30,6 +29,7 @@ from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import Weight
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, FileRecord, GraphRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
@@ -130,7 +130,7 @@ def test_what_a_bundle_holds(built: Built) -> None:
         return
     assert [graph.component for graph in manifest.graphs] == list(COMPONENTS)
     for graph, engine in zip(manifest.graphs, manifest.engines, strict=True):
-        assert (graph.backend, graph.dtype, graph.profiles) == ("tensorrt", "bfloat16", engine.profiles)
+        assert (graph.backend, graph.precision, graph.profiles) == ("tensorrt", "bfloat16", engine.profiles)
         assert [file.path for file in graph.files] == [f"{graph.component}.onnx", f"{graph.component}.weights"]
     counted = sum(2 * part.bytes for part in built.plan.components)
     assert built.plan.bytes == counted + built.plan.modulation_bytes + built.plan.tables_bytes
@@ -213,19 +213,26 @@ def test_what_decides_an_engine(checkpoint: Path, tmp_path: Path, monkeypatch: p
 # Who builds
 
 
-def test_a_builder_says_why_it_cannot_build(gpus: Callable[..., None]) -> None:
+@pytest.fixture
+def set_facts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change facts of a backend: ``set_facts("tensorrt", build_module="tensorrt_rtx")``."""
+    return lambda backend, **facts: monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], **facts))
+
+
+def test_a_builder_says_why_it_cannot_build(gpus: Callable[..., None], set_facts: Callable[..., None]) -> None:
     a100 = load_recipe("a100")
     assert RTX.unavailable(a100) is None
     assert re.search(r"does not compile for compute capability 9\.0", str(RTX.unavailable(load_recipe("h100"))))
-    absent = TensorRT(backend="tensorrt", module="no_such_tensorrt", needs_gpu=True, mend="pip install x")
-    assert absent.unavailable(a100) == "tensorrt is not installed; run `pip install x`"
-    here = replace(absent, module="tensorrt_rtx")
+    full = BUILDERS["tensorrt"]
+    set_facts("tensorrt", build_module="no_such_tensorrt", build_install="pip install x")
+    assert full.unavailable(a100) == "tensorrt is not installed; run `pip install x`"
+    set_facts("tensorrt", build_module="tensorrt_rtx")
     gpus()
-    assert re.search(r"none of compute capability 8\.0 \(it has no GPU\); build there", str(here.unavailable(a100)))
+    assert re.search(r"none of compute capability 8\.0 \(it has no GPU\); build there", str(full.unavailable(a100)))
     gpus("8.9", "8.6")
-    assert re.search(r"its GPUs have 8\.9, 8\.6", str(here.unavailable(a100)))
+    assert re.search(r"its GPUs have 8\.9, 8\.6", str(full.unavailable(a100)))
     gpus("8.9", "8.0")
-    assert here.unavailable(a100) is None
+    assert full.unavailable(a100) is None
 
 
 def test_the_first_builder_that_can_is_chosen(checkpoint: Path, tmp_path: Path) -> None:
@@ -242,12 +249,9 @@ def test_the_first_builder_that_can_is_chosen(checkpoint: Path, tmp_path: Path) 
     }
 
 
-def test_without_the_package_nothing_is_built(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_nothing_is_built(checkpoint: Path, tmp_path: Path, set_facts: Callable[..., None]) -> None:
     """It could be installed here, so there is nothing to be finished elsewhere."""
-    absent = TensorRT(backend="tensorrt-rtx", module="no_such_rtx", needs_gpu=False, mend="pip install 'qie[compile]'")
-    monkeypatch.setitem(cast(dict[str, Builder], BUILDERS), "tensorrt-rtx", absent)
+    set_facts("tensorrt-rtx", build_module="no_such_rtx")
     plan = planned(checkpoint, tmp_path / "out", small("l40s"))
     assert {(part.backend, part.finish) for part in plan.components} == {(None, None)}
     with pytest.raises(BackendMissingError, match=r"tensorrt-rtx is not installed; run `pip install 'qie\[compile\]'`"):
@@ -258,7 +262,7 @@ def test_without_the_package_nothing_is_built(
 
 
 def test_the_timing_cache_is_the_gpus(
-    gpus: Callable[..., None], tmp_path: Path, qie_home: Path, worker: Worker
+    gpus: Callable[..., None], set_facts: Callable[..., None], tmp_path: Path, qie_home: Path, worker: Worker
 ) -> None:
     """And of several GPUs the worker sees the recipe's."""
     gpus("8.9", "8.0")
@@ -267,9 +271,9 @@ def test_the_timing_cache_is_the_gpus(
         f"job = json.load(sys.stdin); Path({str(seen)!r}).write_text(json.dumps([job['timing_cache'], "
         "os.environ.get('CUDA_VISIBLE_DEVICES')])); tell(failed=['stopped'])"
     )
-    there = TensorRT(backend="tensorrt", module="tensorrt_rtx", needs_gpu=True, mend="")
+    set_facts("tensorrt", build_module="tensorrt_rtx")
     with pytest.raises(BuildError, match="stopped"):
-        there.build(record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=small("a100"))
+        BUILDERS["tensorrt"].build(record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=small("a100"))
     assert json.loads(seen.read_text()) == [str(qie_home / "timing" / f"gpu-8-0-{trt.__version__}.cache"), "1"]
 
 
@@ -345,7 +349,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
         found = GraphRecord(
             component=component,
             backend="tensorrt-rtx",
-            dtype=graph.dtype,
+            precision=graph.dtype,
             key="0" * 64,
             path="graph.onnx",
             files=(FileRecord(path="weights", bytes=written.bytes, sha256=written.sha256),),

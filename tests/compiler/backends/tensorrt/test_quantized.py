@@ -62,7 +62,7 @@ def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any
     asked = GraphRecord(
         component=component,
         backend="tensorrt-rtx",
-        dtype="bfloat16",
+        precision="bfloat16",
         key="k",
         path="graph.onnx",
         files=files,
@@ -121,7 +121,7 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
     written = write_weights(part.graph.weights, {"transformer": opened.reader("transformer")}, tmp_path / "w")
     write_graph(part.graph, tmp_path / "g.onnx", "w", written.places)
     asked = GraphRecord(
-        component="transformer", backend="tensorrt-rtx", dtype="bfloat16", key="k", path="g.onnx",
+        component="transformer", backend="tensorrt-rtx", precision="bfloat16", key="k", path="g.onnx",
         files=tuple(FileRecord(path=n, bytes=1, sha256="") for n in ("g.onnx", "w")),
         inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
         profiles=profiles(part.graph, recipe, opened.model),
