@@ -164,7 +164,7 @@ def smoothed_modulation(modulation_LM: Array, groups: Sequence[Group], scales: M
     smoothed_LM = modulation_LM.copy()
     for group in groups:
         for tensor, fold in group.producers:
-            half = HALVES_OF_FOLDS.get(fold)
+            half = _MODULATED_HALF.get(fold)
             if half is None or not tensor.endswith(".bias"):  # the weight belongs to the same row as its bias
                 continue
             _, layer, module, *_ = tensor.split(".")
@@ -220,7 +220,7 @@ def _divide_modulation(half: Half) -> Callable[[Array, Array], None]:
     return divide
 
 
-HALVES_OF_FOLDS: dict[Fold, Half] = {
+_MODULATED_HALF: dict[Fold, Half] = {
     "divide_attention_modulation": "attention",
     "divide_mlp_modulation": "mlp",
 }
