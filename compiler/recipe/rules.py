@@ -49,10 +49,8 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if section.scheme == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):
-            yield (
-                "backends",
-                f"has none that runs {name}; add one of {', '.join(b for b, row in BACKENDS.items() if name in row.components)}",
-            )
+            able = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
+            yield "backends", f"has none that runs {name}; add one of {able}"
 
 
 def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -2,8 +2,8 @@
 
 A field of a dataclass is a key, a nested dataclass is a table, a default makes a key optional. A field is ``str``, a
 ``Literal``, ``Annotated`` with ``Within`` (int, float), ``Matching`` or ``OneOf`` (str), a tuple of one of these or of
-a dataclass (an array, an array of tables), ``X | None`` (None where the key is absent), or a word or an array (``Literal |
-tuple``).
+a dataclass (an array, an array of tables), ``X | None`` (None where the key is absent), or a word or an array
+(``Literal | tuple``).
 """
 
 import difflib

@@ -9,7 +9,7 @@ import pytest
 
 from qie.compiler.recipe.load import load_recipe, recipe_names
 from qie.compiler.recipe.schema import ComponentRecipe, Components, Range, Recipe, to_toml
-from qie.compiler.recipe.toml import inline
+from qie.compiler.recipe.toml import OneOf, inline
 from qie.engines.inputs.sizes import fits
 from tests.support.repository import ROOT
 
