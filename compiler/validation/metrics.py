@@ -1,0 +1,61 @@
+"""Distances between a result and what is expected, computed in float64 with NumPy alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["pooled_relative_l2", "psnr_db", "relative_l2"]
+
+Array = NDArray[Any]
+
+
+def psnr_db(image: Array, expected: Array, *, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio in dB: ``10 log10(peak² / mean((image - expected)²))``, over all pixels and channels.
+
+    The same as ``skimage.metrics.peak_signal_noise_ratio`` with ``data_range=peak``.
+
+    Args:
+        image: An image of any shape and dtype.
+        expected: The image it should be, of the same shape.
+        peak: The distance between the smallest and the largest possible value: 255 for uint8, 2 for -1 .. 1.
+
+    Returns:
+        Higher is closer; infinite for equal images.
+    """
+    assert image.shape == expected.shape, (image.shape, expected.shape)
+    mean_square = float(np.mean(np.square(image.astype(np.float64) - expected)))
+    return 10 * math.log10(peak**2 / mean_square) if mean_square else math.inf
+
+
+def relative_l2(values: Array, expected: Array) -> float:
+    """Relative L2 error: ``‖values - expected‖₂ / ‖expected‖₂`` over all elements.
+
+    Args:
+        values: An array of any shape and dtype.
+        expected: The array it should be, of the same shape; not all zero.
+
+    Returns:
+        Lower is closer, 0 for equal arrays.
+    """
+    return pooled_relative_l2([values], [expected])
+
+
+def pooled_relative_l2(samples: Sequence[Array], expected: Sequence[Array]) -> float:
+    """Relative L2 error of all samples together: ``sqrt(Σᵢ ‖samplesᵢ - expectedᵢ‖² / Σᵢ ‖expectedᵢ‖²)``.
+
+    Args:
+        samples: One array a sample; samples may differ in shape.
+        expected: The arrays they should be, in the same order and of the same shapes; not all zero.
+
+    Returns:
+        Lower is closer, 0 for equal arrays.
+    """
+    error = reference = 0.0
+    for sample, exact in zip(samples, expected, strict=True):
+        assert sample.shape == exact.shape, (sample.shape, exact.shape)
+        error += float(np.square(sample.astype(np.float64) - exact).sum())
+        reference += float(np.square(exact.astype(np.float64)).sum())
+    return math.sqrt(error / reference)
