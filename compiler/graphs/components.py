@@ -1,4 +1,4 @@
-"""The components: the one list of parts that become engines, and how each is written as a graph."""
+"""The graph of every component."""
 
 from collections.abc import Callable
 
@@ -26,21 +26,22 @@ assert tuple(GRAPHS) == COMPONENTS
 
 
 def graph_dtype(recipe: Recipe, component: Component) -> DType:
-    """The dtype in which ``recipe`` wants ``component`` to compute.
+    """The dtype in which ``component`` computes under ``recipe``.
 
     Raises:
-        RecipeError: the graphs are not written in it.
+        RecipeError: the graphs do not support the recipe's precision.
     """
     precision = recipe.components[component].precision
     if precision == "float16":
         raise RecipeError(
-            f'components.{component}.precision is "float16"; the graphs are written in "float32" or "bfloat16"'
+            f'components.{component}.precision is "float16", which the graphs do not support; set it to "bfloat16" or '
+            '"float32"'
         )
     return precision
 
 
 def write_graph_of(component: Component, model: Model, recipe: Recipe) -> Graph:
-    """The graph of ``component`` in the recipe's precision; no weight is read.
+    """The graph of ``component`` in the recipe's precision; reads no weight.
 
     Raises:
         RecipeError: see ``graph_dtype``.

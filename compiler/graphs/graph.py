@@ -1,12 +1,13 @@
-"""A component as ONNX: the graph itself and the parameters that it names.
+"""A component as ONNX: the graph and the parameters that it names.
 
-A graph is written module by module with ``onnxscript.nn``; module names mirror the checkpoint's, so that every
-parameter's qualified name is the checkpoint's tensor name. No weight is loaded: a graph of the published transformer
-takes seconds and a few hundred megabytes.
+A graph is written module by module with ``onnxscript.nn``. Module names mirror the checkpoint's, so the qualified name
+of every parameter is the checkpoint's tensor name. No weight is loaded: the graph of the published transformer takes
+seconds and a few hundred megabytes.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from qie.engines.bundle.manifest import Component, TensorSpec
 __all__ = ["DTYPES", "IR_VERSION", "OPSET", "Graph", "Parameter", "constant", "write_graph"]
 
 OPSET = 23
-"""The first opset with Attention, RMSNormalization and RotaryEmbedding; onnxruntime and TensorRT both execute it."""
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding; onnxruntime and TensorRT both support it."""
 
 IR_VERSION = 11
 """The ONNX IR version that belongs to opset 23."""
@@ -40,7 +41,7 @@ DTYPES: dict[str, ir.DataType] = {
 
 
 class Parameter(nn.Parameter):
-    """A named tensor of the checkpoint: shape and dtype as the graph wants them, layout as the way to get there."""
+    """A tensor of the checkpoint: shape and dtype in the graph, and the layout steps that lead to them."""
 
     def __init__(self, shape: Sequence[int], dtype: DType, layout: tuple[Layout, ...] = ()) -> None:
         super().__init__(shape, dtype=DTYPES[dtype])
@@ -50,17 +51,21 @@ class Parameter(nn.Parameter):
 
 
 def constant(op: Any, values: Any, dtype: str = "float32") -> ir.Value:
-    """A small constant tensor inside the graph."""
+    """A small constant tensor stored inside the graph."""
     number = len(op.builder.root.graph.initializers)
     return op.initializer(ir.tensor(values, dtype=DTYPES[dtype]), name=f"constant_{number}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
-    """One component's graph, computing in ``dtype``.
+    """The graph of one component.
 
-    ``weights`` are the parameters in order of first use; pruned parts of the checkpoint are not among them.
-    ``inputs`` and ``outputs`` give dtype and dims, where a name stands for a dimension that is free at run time.
+    Attributes:
+        component: the component.
+        dtype: the dtype in which the graph computes.
+        model: the ONNX model, without weight data.
+        inputs, outputs: names, dtypes and dims; a dim that is a name is free at run time.
+        weights: the parameters in order of first use, without the pruned tensors of the checkpoint.
     """
 
     component: Component
@@ -81,7 +86,7 @@ class Graph:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
     ) -> "Graph":
-        """Write ``body(op, *inputs)``, which returns the outputs in order."""
+        """The graph of ``body(op, *inputs)``, which returns the outputs in order."""
         values = [ir.Value(name=i.name, type=ir.TensorType(DTYPES[i.dtype]), shape=ir.Shape(i.dims)) for i in inputs]
         graph = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET}, name=component)
         builder = GraphBuilder(graph)
@@ -119,41 +124,36 @@ class Graph:
         return self.weights[0].subfolder
 
     def parameters(self) -> int:
-        """Number of scalar weights; scales are none."""
-        return sum(_size(w.shape) for w in self.weights if w.scale_of is None)
+        """Number of scalar weights, without quantization scales."""
+        return sum(math.prod(w.shape) for w in self.weights if w.scale_of is None)
 
     def proto(self, location: str, places: dict[str, tuple[int, int]] | None) -> onnx.ModelProto:
-        """The graph as a protobuf whose weights lie in the file ``location``.
+        """The graph as a protobuf with its weights as external data.
 
-        ``places`` maps each weight to (offset, length) in bytes; None leaves the weights without data, as names only
-        (length 0), for a graph that is to be looked at and not to be run.
+        Args:
+            location: the file of the weights, relative to the graph's.
+            places: (offset, length) of each weight in bytes; None gives every weight length 0, for a graph that is
+                inspected and never run.
         """
+        initializers = self.model.graph.initializers
         for weight in self.weights:
             offset, length = places[weight.name] if places is not None else (0, 0)
-            self.model.graph.initializers[weight.name].const_value = ir.ExternalTensor(
-                location,
-                offset,
-                length,
-                DTYPES[weight.dtype],
-                shape=ir.Shape(weight.shape),
-                name=weight.name,
+            initializers[weight.name].const_value = ir.ExternalTensor(
+                location, offset, length, DTYPES[weight.dtype], shape=ir.Shape(weight.shape), name=weight.name
             )
-        return ir.serde.serialize_model(self.model)
+        try:
+            return ir.serde.serialize_model(self.model)
+        finally:
+            for weight in self.weights:
+                initializers[weight.name].const_value = None
 
     def digest(self) -> str:
-        """sha256 of structure, weight names and layouts: equal graphs have equal digests."""
+        """The sha256 of structure, weight names and layouts."""
         layouts = json.dumps([[w.name, w.subfolder, w.dtype, w.layout] for w in self.weights])
         proto = self.proto("", None).SerializeToString(deterministic=True)
         return hashlib.sha256(proto + layouts.encode()).hexdigest()
 
 
 def write_graph(graph: Graph, path: Path, location: str, places: dict[str, tuple[int, int]] | None) -> None:
-    """Write ``graph`` to ``path``; its weights lie beside it in the file ``location``."""
+    """Write ``graph`` to ``path``, with its weights in the file ``location`` beside it (``Graph.proto``)."""
     path.write_bytes(graph.proto(location, places).SerializeToString(deterministic=True))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size

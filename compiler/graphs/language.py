@@ -1,12 +1,13 @@
 """The language model as a graph: Qwen2.5-VL's decoder from token ids to the prompt embeddings of the transformer.
 
-Architecture: transformers ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``, Qwen2_5_VLTextModel. Image embeddings are
-gathered into the prompt by ``image_index``; positions are Qwen2.5-VL's three (frame, height, width), each rotating
-its own section of the head. The output is the last hidden state after the final norm without the template's prefix
-(diffusers ``pipeline_qwenimage_edit_plus.py``, _get_qwen_prompt_embeds). The language head is not part of it.
-Attention is causal and padding stands on the right, so no real token ever sees a padded one.
+Architecture: transformers ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``, Qwen2_5_VLTextModel. ``image_index`` gathers
+image embeddings into the prompt. Positions are Qwen2.5-VL's three (frame, height, width), each of which rotates its own
+section of a head. The output is the last hidden state after the final norm, without the template's prefix (diffusers
+``pipeline_qwenimage_edit_plus.py``, _get_qwen_prompt_embeds). The language head is left out. Attention is causal and
+padding is on the right, so padding does not affect real tokens.
 
-Shape suffixes: B batch, S tokens, V image tokens, D width, E half a head width.
+Shape suffixes: B batch, S prompt tokens, L = S - 64 text tokens after the prefix, V image tokens, D width, E half a
+head width.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ __all__ = ["language"]
 
 
 def language(config: LanguageConfig, *, dtype: DType) -> Graph:
-    """The graph of the decoder.
+    """The graph of the language model.
 
     Inputs: ``input_ids`` int64 [B, S], ``image_embeds`` float32 [V, D], ``image_index`` int64 [B, S] (row of
     ``image_embeds``, or -1 for text), ``position_ids`` int64 [3, B, S].
-    Output: ``prompt_embeds`` float32 [B, S - 64, D].
+    Output: ``prompt_embeds`` float32 [B, L, D].
     """
     inputs = (
         TensorSpec(name="input_ids", dtype="int64", dims=("batch", "prompt_tokens")),
@@ -64,13 +65,14 @@ class Decoder(nn.Module):
     ) -> Sequence[ir.Value]:
         rotary = rotary_tables(op, position_ids_3BS, self.config)
         zero = constant(op, 0, "int64")
-        images = op.Gather(cast(op, image_embeds_VD, "float32", self.dtype), op.Max(image_index_BS, zero), axis=0)
+        image_embeds_VD = cast(op, image_embeds_VD, "float32", self.dtype)
+        image_embeds_BSD = op.Gather(image_embeds_VD, op.Max(image_index_BS, zero), axis=0)
         is_image_BS1 = op.Unsqueeze(op.GreaterOrEqual(image_index_BS, zero), [-1])
-        x_BSD = op.Where(is_image_BS1, images, self.embed_tokens(op, input_ids_BS))
+        x_BSD = op.Where(is_image_BS1, image_embeds_BSD, self.embed_tokens(op, input_ids_BS))
         for layer in self.layers:
             x_BSD = layer(op, x_BSD, rotary)
-        kept = op.Slice(x_BSD, [PREFIX_TOKENS], [2**63 - 1], [1])
-        return (cast(op, self.norm(op, kept), self.dtype, "float32"),)
+        x_BLD = op.Slice(x_BSD, [PREFIX_TOKENS], [2**63 - 1], [1])
+        return (cast(op, self.norm(op, x_BLD), self.dtype, "float32"),)
 
 
 class Embedding(nn.Module):

@@ -17,9 +17,9 @@ __all__ = ["Linear", "RMSNorm", "attention", "cast", "loop", "rotate", "silu", "
 
 
 class Linear(nn.Module):
-    """``x @ weight (+ bias)`` over the last axis; the checkpoint's [out, in] is stored as [in, out].
+    """``x @ weight (+ bias)`` over the last axis, with the checkpoint's [out, in] transposed to [in, out].
 
-    ``name`` is given where the checkpoint's differs from the attribute's, as in ``to_out.0``.
+    ``name`` is the module's name in the checkpoint where it is no Python attribute, such as ``to_out.0``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ def attention(
 ) -> ir.Value:
     """Scaled dot-product attention, scale 1/sqrt(K), on tensors with the heads folded into the last axis.
 
-    ``mask`` is bool, true where a query may look, broadcastable to [B, H, S, S].
+    ``mask`` is bool, true where a query attends to a key, and broadcastable to [B, H, S, S].
     """
     return op.Attention(
         q_BSD, k_BSD, v_BSD, mask, q_num_heads=heads, kv_num_heads=kv_heads or heads, is_causal=int(causal)
@@ -76,40 +76,45 @@ def attention(
 def rotate(
     op: Any, x_BSD: ir.Value, cos_BSE: ir.Value, sin_BSE: ir.Value, *, heads: int, dtype: DType, interleaved: bool
 ) -> ir.Value:
-    """Rotary embedding in float32, as the reference computes it; pairs are adjacent if ``interleaved``, else halves."""
+    """Rotary embedding in float32, as in the reference; pairs are adjacent if ``interleaved``, otherwise half a head
+    apart."""
     x = cast(op, x_BSD, dtype, "float32")
     y = op.RotaryEmbedding(x, cos_BSE, sin_BSE, num_heads=heads, interleaved=int(interleaved))
     return cast(op, y, "float32", dtype)
 
 
 def cast(op: Any, x: ir.Value, old: str, new: str) -> ir.Value:
-    """``x`` in dtype ``new``; nothing where it already is."""
+    """``x`` cast from dtype ``old`` to ``new``; ``x`` itself where they are equal."""
     return x if old == new else op.Cast(x, to=DTYPES[new])
 
 
 def loop(op: Any, times: ir.Value, body: Callable[[Any, ir.Value], ir.Value], dtype: DType) -> ir.Value:
-    """``body(op, i)`` for i from 0, int64 [1] ``times`` times, one after another; the results on a new first axis.
+    """The results of ``body(op, i)`` for i in 0 .. ``times`` - 1, in sequence, stacked on a new first axis.
 
-    TensorRT wants the condition as a tensor, though it is always true, and no Scan, which has none.
+    ``times`` is int64 [1]. TensorRT requires the loop condition as a tensor, even where it is always true, and does not
+    support Scan.
     """
     index = ir.Value(name="index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    going = ir.Value(name="going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    condition = ir.Value(name="going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
     outputs = [
-        ir.Value(name="still_going", type=going.type, shape=ir.Shape([])),
+        ir.Value(name="still_going", type=condition.type, shape=ir.Shape([])),
         ir.Value(name="", type=ir.TensorType(DTYPES[dtype])),
     ]
     graph = op.builder.subgraph(
-        lambda op, index, going: [op.Identity(going), body(op, index)], [index, going], outputs, name="body"
+        lambda op, index, condition: [op.Identity(condition), body(op, index)],
+        [index, condition],
+        outputs,
+        name="body",
     )
-    start = op.initializer(ir.tensor(True), name="always")
-    return op.Loop(op.Squeeze(times), start, body=graph)
+    true = op.initializer(ir.tensor(True), name="always")
+    return op.Loop(op.Squeeze(times), true, body=graph)
 
 
 def silu(op: Any, x: ir.Value) -> ir.Value:
-    """X * sigmoid(x)."""
+    """SiLU: x * sigmoid(x)."""
     return op.Mul(x, op.Sigmoid(x))
 
 
 def split(op: Any, x: ir.Value, parts: int, *, axis: int) -> Sequence[ir.Value]:
-    """``x`` in equal parts along ``axis``."""
+    """``parts`` equal slices of ``x`` along ``axis``."""
     return op.Split(x, num_outputs=parts, axis=axis, _outputs=parts)

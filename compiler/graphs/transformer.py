@@ -1,22 +1,22 @@
 """The transformer as a graph: one denoising step of Qwen-Image-Edit's double-stream diffusion transformer.
 
-Architecture: diffusers ``models/transformers/transformer_qwenimage.py``; guidance and step: diffusers
+Architecture: diffusers ``models/transformers/transformer_qwenimage.py``. Guidance and step: diffusers
 ``pipelines/qwenimage/pipeline_qwenimage_edit_plus.py`` and ``schedulers/scheduling_flow_match_euler_discrete.py``.
-What leaves the graph, and what enters it:
+The graph differs from the reference in three ways (docs/graphs.md):
 
-- The timestep embedder, ``img_mod``, ``txt_mod`` and ``norm_out.linear`` depend on the timestep alone. Their outputs
-  are inputs here (``modulation``, ``modulation_out``), made by ``qie.engines.inputs.modulation``.
-- Guidance with its norm rescale and the Euler update are in the graph. A pass without guidance takes zeros as
-  ``negative_velocity`` and 1 as ``guidance``, which leaves its velocity exactly as it is.
-- In the last block only the noise tokens go on: their queries, attention rows and feed-forward are computed, the
-  references' and the text's are not.
+- The timestep embedder, ``img_mod``, ``txt_mod`` and ``norm_out.linear`` depend only on the timestep. Their outputs are
+  inputs (``modulation``, ``modulation_out``), computed by ``qie.engines.inputs.modulation``.
+- Guidance with its norm rescale and the Euler step are part of the graph. A pass without guidance takes zeros as
+  ``negative_velocity`` and 1 as ``guidance``, which leaves its velocity unchanged.
+- The last block computes queries, attention rows and feed-forward only for noise tokens.
 
-Shape suffixes: B batch, N noise tokens, R reference tokens, T = N + R, L text tokens, S = L + T, D width,
-F = 4 D, C = 64 latent channels of a token, E half a head width.
+Shape suffixes: B batch, N noise tokens, R reference tokens, T = N + R, L text tokens, S = L + T, D width, J width of
+the prompt embeddings, C = 64 latent channels of a token, E half a head width, K blocks, M = rows * D modulation values
+of a block.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 from onnxscript import nn
@@ -32,18 +32,38 @@ __all__ = ["transformer"]
 EPS = 1e-6
 """Epsilon of every norm (transformer_qwenimage.py, QwenImageTransformerBlock)."""
 
-Modulation = tuple[ir.Value, ir.Value, ir.Value]
-"""shift, gain (1 + scale) and gate, [D] each."""
+INT64_MAX = 2**63 - 1
+"""The ``ends`` of a Slice that runs to the end of its axis."""
+
+
+class Modulation(NamedTuple):
+    """How the timestep modulates one branch of a block.
+
+    Attributes:
+        shift: [D], added to the normalized input.
+        gain: [D], factor of the normalized input: 1 + the reference's scale.
+        gate: [D], factor of the branch's output before it is added to the residual.
+    """
+
+    shift: ir.Value
+    gain: ir.Value
+    gate: ir.Value
+
+
+class StreamModulation(NamedTuple):
+    """The modulation of one stream of tokens: of its attention branch and of its feed-forward branch."""
+
+    attention: Modulation
+    mlp: Modulation
 
 
 def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
-    """The graph of one step; contract in DESIGN: ``latents`` and ``reference`` in, ``velocity`` and next latents out.
+    """The graph of one step, whose contract docs/graphs.md states.
 
-    Inputs (float32): ``latents`` [B, N, C], ``reference`` [B, R, C], ``prompt_embeds`` [B, L, joint width],
-    ``rotary_cos`` and ``rotary_sin`` [S, E] in the order text, noise, references, ``modulation`` [layers, rows * D]
-    and ``modulation_out`` [2 * D] of this step's timestep, ``negative_velocity`` [B, N, C], ``guidance`` [1],
-    ``dsigma`` [1] (next sigma minus this one). Outputs (float32): ``velocity`` [B, N, C] of this pass alone and
-    ``latents_next`` [B, N, C].
+    Inputs (float32): ``latents`` [B, N, C], ``reference`` [B, R, C], ``prompt_embeds`` [B, L, J], ``rotary_cos`` and
+    ``rotary_sin`` [S, E] in the order text, noise, references, ``modulation`` [K, M] and ``modulation_out`` [2 * D] of
+    the step's timestep, ``negative_velocity`` [B, N, C], ``guidance`` [1], ``dsigma`` [1] (next sigma minus current
+    sigma). Outputs (float32): ``velocity`` [B, N, C] before guidance, and ``latents_next`` [B, N, C].
     """
     c, d = config.in_channels, config.width
     inputs = (
@@ -86,55 +106,59 @@ class Transformer(nn.Module):
         prompt_embeds_BLJ: ir.Value,
         cos_SE: ir.Value,
         sin_SE: ir.Value,
-        modulation: ir.Value,
-        modulation_out: ir.Value,
-        negative_BNC: ir.Value,
+        modulation_KM: ir.Value,
+        modulation_out_2D: ir.Value,
+        negative_velocity_BNC: ir.Value,
         guidance_1: ir.Value,
         dsigma_1: ir.Value,
     ) -> Sequence[ir.Value]:
         config, dtype = self.config, self.dtype
         tokens = Tokens(op, latents_BNC, prompt_embeds_BLJ, reference_BRC)
-        rotary = tuple(op.Expand(op.Unsqueeze(t, [0]), tokens.batch_11) for t in (cos_SE, sin_SE))
-        rows = cast(op, modulation, "float32", dtype)
-        out_gain_shift = cast(op, modulation_out, "float32", dtype)
+        rotary_BSE = tuple(op.Expand(op.Unsqueeze(t, [0]), tokens.batch_11) for t in (cos_SE, sin_SE))
+        modulation_KM = cast(op, modulation_KM, "float32", dtype)
+        modulation_out_2D = cast(op, modulation_out_2D, "float32", dtype)
 
         image_BTD = self.img_in(op, cast(op, op.Concat(latents_BNC, reference_BRC, axis=1), "float32", dtype))
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
-            image_BTD, text_BLD = block(op, image_BTD, text_BLD, rows, rotary, tokens, last=i == config.layers - 1)
-        gain, shift = split(op, out_gain_shift, 2, axis=0)
-        noise_BND = modulated_norm(op, image_BTD, shift, gain)
+            last = i == config.layers - 1
+            image_BTD, text_BLD = block(op, image_BTD, text_BLD, modulation_KM, rotary_BSE, tokens, last=last)
+        noise_BND = image_BTD  # the last block keeps nothing else
+        gain_D, shift_D = split(op, modulation_out_2D, 2, axis=0)
+        noise_BND = modulated_norm(op, noise_BND, shift_D, gain_D)
         velocity_BNC = cast(op, self.proj_out(op, noise_BND), dtype, "float32")
-        return velocity_BNC, euler_step(op, latents_BNC, velocity_BNC, negative_BNC, guidance_1, dsigma_1)
+        return velocity_BNC, euler_step(op, latents_BNC, velocity_BNC, negative_velocity_BNC, guidance_1, dsigma_1)
 
 
 class Tokens:
-    """Token counts and the mask that tells references from noise, computed once."""
+    """The number of tokens of each kind, and the mask that separates noise from references; computed once.
+
+    Attributes:
+        noise, text: int64 [1], number of tokens.
+        batch_11: int64 [3], the shape [B, 1, 1].
+        is_noise_T1: bool [T, 1], true for the noise tokens of the image stream.
+    """
 
     def __init__(self, op: Any, latents_BNC: ir.Value, prompt_BLJ: ir.Value, reference_BRC: ir.Value) -> None:
         self.noise = op.Shape(latents_BNC, start=1, end=2)
         self.text = op.Shape(prompt_BLJ, start=1, end=2)
-        references = op.Shape(reference_BRC, start=1, end=2)
+        reference = op.Shape(reference_BRC, start=1, end=2)
         self.batch_11 = op.Concat(op.Shape(latents_BNC, start=0, end=1), [1, 1], axis=0)
-        total = op.Squeeze(op.Add(self.noise, references))
-        index_T1 = op.Unsqueeze(op.Range(constant(op, 0, "int64"), total, constant(op, 1, "int64")), [1])
+        image = op.Squeeze(op.Add(self.noise, reference))
+        index_T1 = op.Unsqueeze(op.Range(constant(op, 0, "int64"), image, constant(op, 1, "int64")), [1])
         self.is_noise_T1 = op.Less(index_T1, self.noise)
 
     def of_noise(self, op: Any, x_BTD: ir.Value) -> ir.Value:
-        """The noise tokens of an image stream."""
+        """The noise tokens of the image stream, [B, N, D]."""
         return op.Slice(x_BTD, [0], self.noise, [1])
 
     def of_references(self, op: Any, x_BTD: ir.Value) -> ir.Value:
-        """The reference tokens of an image stream."""
+        """The reference tokens of the image stream, [B, R, D]."""
         return op.Slice(x_BTD, self.noise, [INT64_MAX], [1])
 
 
-INT64_MAX = 2**63 - 1
-"""Slice's word for "to the end"."""
-
-
 class Block(nn.Module):
-    """One double-stream block: joint attention and a feed-forward a stream, each modulated by the timestep."""
+    """One double-stream block: joint attention, and a feed-forward per stream, each modulated by the timestep."""
 
     def __init__(self, config: TransformerConfig, dtype: DType, number: int) -> None:
         super().__init__()
@@ -150,54 +174,61 @@ class Block(nn.Module):
         op: Any,
         image_BTD: ir.Value,
         text_BLD: ir.Value,
-        rows: ir.Value,
-        rotary: tuple[ir.Value, ir.Value],
+        modulation_KM: ir.Value,
+        rotary_BSE: tuple[ir.Value, ir.Value],
         tokens: Tokens,
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
-        row = op.Gather(rows, constant(op, self.number, "int64"), axis=0)
-        noise, references, text = self.modulations(op, row)
-        image = self.normed_image(op, image_BTD, noise[0], references[0], tokens)
-        words = self.normed(op, text_BLD, text[0])
-        image, words = self.attn(op, image, words, rotary, tokens, last=last)
+        """The image and the text stream after the block; of the last block, noise tokens [B, N, D] and ``text_BLD``."""
+        modulation_M = op.Gather(modulation_KM, constant(op, self.number, "int64"), axis=0)
+        noise, reference, text = self.modulations(op, modulation_M)
+        image_in_BTD = self.image_norm(op, image_BTD, noise.attention, reference.attention, tokens)
+        text_in_BLD = modulated_norm(op, text_BLD, text.attention.shift, text.attention.gain)
+        attended = self.attn(op, image_in_BTD, text_in_BLD, rotary_BSE, tokens, last=last)
         if last:
-            noise_BND = op.Add(tokens.of_noise(op, image_BTD), op.Mul(noise[0][2], image))
-            hidden = self.img_mlp(op, self.normed(op, noise_BND, noise[1]))
-            return op.Add(noise_BND, op.Mul(noise[1][2], hidden)), text_BLD
+            noise_out_BND, _ = attended
+            noise_BND = op.Add(tokens.of_noise(op, image_BTD), op.Mul(noise.attention.gate, noise_out_BND))
+            noise_out_BND = self.img_mlp(op, modulated_norm(op, noise_BND, noise.mlp.shift, noise.mlp.gain))
+            return op.Add(noise_BND, op.Mul(noise.mlp.gate, noise_out_BND)), text_BLD
 
-        image_BTD = op.Add(image_BTD, op.Mul(self.gate(op, noise[0], references[0], tokens), image))
-        text_BLD = op.Add(text_BLD, op.Mul(text[0][2], words))
-        image = self.img_mlp(op, self.normed_image(op, image_BTD, noise[1], references[1], tokens))
-        image_BTD = op.Add(image_BTD, op.Mul(self.gate(op, noise[1], references[1], tokens), image))
-        words = self.txt_mlp(op, self.normed(op, text_BLD, text[1]))
-        return image_BTD, op.Add(text_BLD, op.Mul(text[1][2], words))
+        image_out_BTD, text_out_BLD = attended
+        image_gate = self.image_gate(op, noise.attention, reference.attention, tokens)
+        image_BTD = op.Add(image_BTD, op.Mul(image_gate, image_out_BTD))
+        text_BLD = op.Add(text_BLD, op.Mul(text.attention.gate, text_out_BLD))
+        image_out_BTD = self.img_mlp(op, self.image_norm(op, image_BTD, noise.mlp, reference.mlp, tokens))
+        image_gate = self.image_gate(op, noise.mlp, reference.mlp, tokens)
+        image_BTD = op.Add(image_BTD, op.Mul(image_gate, image_out_BTD))
+        text_out_BLD = self.txt_mlp(op, modulated_norm(op, text_BLD, text.mlp.shift, text.mlp.gain))
+        return image_BTD, op.Add(text_BLD, op.Mul(text.mlp.gate, text_out_BLD))
 
-    def modulations(self, op: Any, row: ir.Value) -> Sequence[Sequence[Modulation]]:
-        """(attention, feed-forward) modulation of noise, references and text; order of rows: TransformerConfig."""
-        values = split(op, row, self.config.modulation_rows, axis=0)
-        triples = [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3)]
-        streams = [triples[i : i + 2] for i in range(0, len(triples), 2)]
-        return streams if self.config.zero_cond_t else (streams[0], streams[0], streams[1])
+    def modulations(self, op: Any, modulation_M: ir.Value) -> tuple[StreamModulation, ...]:
+        """The modulation of noise, reference and text tokens; without ``zero_cond_t`` references share the noise's.
 
-    def normed(self, op: Any, x_BSD: ir.Value, modulation: Modulation) -> ir.Value:
-        return modulated_norm(op, x_BSD, modulation[0], modulation[1])
+        ``TransformerConfig`` documents the order of the rows.
+        """
+        rows = split(op, modulation_M, self.config.modulation_rows, axis=0)
+        branches = [Modulation(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+        streams = [StreamModulation(*branches[i : i + 2]) for i in range(0, len(branches), 2)]
+        return tuple(streams) if self.config.zero_cond_t else (streams[0], streams[0], streams[1])
 
-    def normed_image(
-        self, op: Any, x_BTD: ir.Value, noise: Modulation, references: Modulation, tokens: Tokens
+    def image_norm(
+        self, op: Any, x_BTD: ir.Value, noise: Modulation, reference: Modulation, tokens: Tokens
     ) -> ir.Value:
+        """The modulated norm of the image stream, [B, T, D]."""
         if not self.config.zero_cond_t:
-            return self.normed(op, x_BTD, noise)
+            return modulated_norm(op, x_BTD, noise.shift, noise.gain)
         parts = (
-            self.normed(op, tokens.of_noise(op, x_BTD), noise),
-            self.normed(op, tokens.of_references(op, x_BTD), references),
+            modulated_norm(op, tokens.of_noise(op, x_BTD), noise.shift, noise.gain),
+            modulated_norm(op, tokens.of_references(op, x_BTD), reference.shift, reference.gain),
         )
         return op.Concat(*parts, axis=1)
 
-    def gate(self, op: Any, noise: Modulation, references: Modulation, tokens: Tokens) -> ir.Value:
+    def image_gate(self, op: Any, noise: Modulation, reference: Modulation, tokens: Tokens) -> ir.Value:
+        """The gate of the image stream: [T, D], or [D] where references are modulated like noise."""
         if not self.config.zero_cond_t:
-            return noise[2]
-        return op.Where(tokens.is_noise_T1, noise[2], references[2])
+            return noise.gate
+        return op.Where(tokens.is_noise_T1, noise.gate, reference.gate)
 
 
 class JointAttention(nn.Module):
@@ -226,41 +257,41 @@ class JointAttention(nn.Module):
         op: Any,
         image_BTD: ir.Value,
         text_BLD: ir.Value,
-        rotary: tuple[ir.Value, ir.Value],
+        rotary_BSE: tuple[ir.Value, ir.Value],
         tokens: Tokens,
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
-        """(image, text) after attention and output projection; in the last block noise tokens alone, text unused."""
-        key = op.Concat(
-            self.heads(op, self.add_k_proj(op, text_BLD), self.norm_added_k),
-            self.heads(op, self.to_k(op, image_BTD), self.norm_k),
+        """The branch outputs of image and text; in the last block of noise tokens [B, N, D] only, and ``text_BLD``."""
+        key_BSD = op.Concat(
+            self.head_norm(op, self.add_k_proj(op, text_BLD), self.norm_added_k),
+            self.head_norm(op, self.to_k(op, image_BTD), self.norm_k),
             axis=1,
         )
-        value = op.Concat(self.add_v_proj(op, text_BLD), self.to_v(op, image_BTD), axis=1)
+        value_BSD = op.Concat(self.add_v_proj(op, text_BLD), self.to_v(op, image_BTD), axis=1)
         if last:
-            query = self.heads(op, self.to_q(op, tokens.of_noise(op, image_BTD)), self.norm_q)
+            query = self.head_norm(op, self.to_q(op, tokens.of_noise(op, image_BTD)), self.norm_q)
             end = op.Add(tokens.text, tokens.noise)
-            query_rotary = tuple(op.Slice(t, tokens.text, end, [1]) for t in rotary)
+            query_rotary = tuple(op.Slice(t, tokens.text, end, [1]) for t in rotary_BSE)
         else:
             query = op.Concat(
-                self.heads(op, self.add_q_proj(op, text_BLD), self.norm_added_q),
-                self.heads(op, self.to_q(op, image_BTD), self.norm_q),
+                self.head_norm(op, self.add_q_proj(op, text_BLD), self.norm_added_q),
+                self.head_norm(op, self.to_q(op, image_BTD), self.norm_q),
                 axis=1,
             )
-            query_rotary = rotary
+            query_rotary = rotary_BSE
         heads, dtype = self.config.heads, self.dtype
         query = rotate(op, query, *query_rotary, heads=heads, dtype=dtype, interleaved=True)
-        key = rotate(op, key, *rotary, heads=heads, dtype=dtype, interleaved=True)
-        joint = attention(op, query, key, value, heads=heads)
+        key_BSD = rotate(op, key_BSD, *rotary_BSE, heads=heads, dtype=dtype, interleaved=True)
+        joint_out = attention(op, query, key_BSD, value_BSD, heads=heads)
         if last:
-            return self.to_out(op, joint), text_BLD
-        words = op.Slice(joint, [0], tokens.text, [1])
-        image = op.Slice(joint, tokens.text, [INT64_MAX], [1])
-        return self.to_out(op, image), self.to_add_out(op, words)
+            return self.to_out(op, joint_out), text_BLD
+        text_out_BLD = op.Slice(joint_out, [0], tokens.text, [1])
+        image_out_BTD = op.Slice(joint_out, tokens.text, [INT64_MAX], [1])
+        return self.to_out(op, image_out_BTD), self.to_add_out(op, text_out_BLD)
 
-    def heads(self, op: Any, x_BSD: ir.Value, norm: RMSNorm) -> ir.Value:
-        """Norm over each head's width."""
+    def head_norm(self, op: Any, x_BSD: ir.Value, norm: RMSNorm) -> ir.Value:
+        """``norm`` over each head's width."""
         by_head = op.Reshape(x_BSD, [0, 0, self.config.heads, self.config.head_dim])
         return op.Reshape(norm(op, by_head), [0, 0, self.config.width])
 
@@ -277,17 +308,24 @@ class FeedForward(nn.Module):
         return self.down(op, op.Gelu(self.up(op, x), approximate="tanh"))
 
 
-def modulated_norm(op: Any, x: ir.Value, shift: ir.Value, gain: ir.Value) -> ir.Value:
+def modulated_norm(op: Any, x_BSD: ir.Value, shift_D: ir.Value, gain_D: ir.Value) -> ir.Value:
     """LayerNorm(x) * gain + shift, as one LayerNormalization whose weight and bias are the modulation."""
-    return op.LayerNormalization(x, gain, shift, axis=-1, epsilon=EPS)
+    return op.LayerNormalization(x_BSD, gain_D, shift_D, axis=-1, epsilon=EPS)
 
 
 def euler_step(
-    op: Any, latents_BNC: ir.Value, velocity: ir.Value, negative: ir.Value, guidance: ir.Value, dsigma: ir.Value
+    op: Any,
+    latents_BNC: ir.Value,
+    velocity_BNC: ir.Value,
+    negative_velocity_BNC: ir.Value,
+    guidance_1: ir.Value,
+    dsigma_1: ir.Value,
 ) -> ir.Value:
-    """Latents + dsigma * guided velocity, the guided velocity rescaled per token to the norm of the conditional one."""
-    guided = op.Add(negative, op.Mul(guidance, op.Sub(velocity, negative)))
-    norms = [op.ReduceL2(v, [-1], keepdims=1) for v in (velocity, guided)]
+    """Latents + dsigma * guided velocity, rescaled for each token to the norm of the velocity without guidance."""
+    difference_BNC = op.Sub(velocity_BNC, negative_velocity_BNC)
+    guided_BNC = op.Add(negative_velocity_BNC, op.Mul(guidance_1, difference_BNC))
+    norm_BN1 = op.ReduceL2(velocity_BNC, [-1], keepdims=1)
+    guided_norm_BN1 = op.ReduceL2(guided_BNC, [-1], keepdims=1)
     tiny = constant(op, 1e-30)
-    rescaled = op.Mul(guided, op.Div(norms[0], op.Max(norms[1], tiny)))
-    return op.Add(latents_BNC, op.Mul(dsigma, rescaled))
+    rescaled_BNC = op.Mul(guided_BNC, op.Div(norm_BN1, op.Max(guided_norm_BN1, tiny)))
+    return op.Add(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))

@@ -1,11 +1,12 @@
 """The VAE as two graphs: image to latents, latents to image, for single frames.
 
 Architecture: diffusers ``models/autoencoders/autoencoder_kl_qwenimage.py``. For one frame every causal Conv3d sees
-zeros in front of it, so it is exactly the Conv2d of its last temporal slice, and the temporal resampling convolutions
-are not reached. Pixel scaling, latent normalization and 2x2 packing (``pipelines/qwenimage/
-pipeline_qwenimage_edit_plus.py``: _encode_vae_image, _pack_latents) are inside.
+zeros in front of it, so it equals the Conv2d of its last temporal slice, and the temporal resampling convolutions are
+unused. The graphs include pixel scaling, latent normalization and 2x2 packing (``pipelines/qwenimage/
+pipeline_qwenimage_edit_plus.py``: _encode_vae_image, _pack_latents).
 
-Shape suffixes: B batch, H W pixels or feature rows and columns, C channels, h w = H/16, W/16, P = H * W positions.
+Shape suffixes: B batch, H W pixels or feature rows and columns, C channels, h w rows and columns of tokens
+(16 pixels wide), P = H * W positions.
 """
 
 from collections.abc import Sequence
@@ -26,15 +27,17 @@ __all__ = ["vae_decoder", "vae_encoder"]
 
 
 def vae_encoder(config: VaeConfig, *, dtype: DType) -> Graph:
-    """``image`` uint8 [B, H, W, 3] to ``latents`` float32 [B, H/16, W/16, 64]: the posterior's mode, normalized and
-    packed 2x2 with channels major. H and W are multiples of 16."""
+    """The graph from ``image`` uint8 [B, H, W, 3] to ``latents`` float32 [B, h, w, 64].
+
+    The latents are the posterior's mode, normalized and packed 2x2 with channels major. H and W are multiples of 16.
+    """
     inputs = (TensorSpec(name="image", dtype="uint8", dims=("batch", "height", "width", 3)),)
     outputs = (TensorSpec(name="latents", dtype="float32", dims=("batch", "rows", "columns", 4 * config.z_dim)),)
     return Graph.trace("vae_encoder", "vae", dtype, EncoderGraph(config, dtype), inputs=inputs, outputs=outputs)
 
 
 def vae_decoder(config: VaeConfig, *, dtype: DType) -> Graph:
-    """``latents`` float32 [B, h, w, 64], normalized and packed, to ``image`` uint8 [B, 16 h, 16 w, 3]."""
+    """The graph from ``latents`` float32 [B, h, w, 64], normalized and packed, to ``image`` uint8 [B, H, W, 3]."""
     inputs = (TensorSpec(name="latents", dtype="float32", dims=("batch", "rows", "columns", 4 * config.z_dim)),)
     outputs = (TensorSpec(name="image", dtype="uint8", dims=("batch", "height", "width", 3)),)
     return Graph.trace("vae_decoder", "vae", dtype, DecoderGraph(config, dtype), inputs=inputs, outputs=outputs)
@@ -51,12 +54,12 @@ class EncoderGraph(nn.Module):
         self.quant_conv = Conv(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype, causal=True)
 
     def forward(self, op: Any, image_BHWC: ir.Value) -> Sequence[ir.Value]:
-        pixels = op.Transpose(op.Cast(image_BHWC, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2])
-        scaled = op.Sub(op.Div(pixels, constant(op, 127.5)), constant(op, 1.0))
-        moments = self.quant_conv(op, self.encoder(op, cast(op, scaled, "float32", self.dtype)))
-        mode, _ = split(op, moments, 2, axis=1)
-        latents = op.Div(op.Sub(cast(op, mode, self.dtype, "float32"), mean(op, self.config)), std(op, self.config))
-        return (pack(op, latents, self.config.z_dim),)
+        pixels_BCHW = op.Transpose(op.Cast(image_BHWC, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2])
+        scaled_BCHW = op.Sub(op.Div(pixels_BCHW, constant(op, 127.5)), constant(op, 1.0))
+        moments_BCHW = self.quant_conv(op, self.encoder(op, cast(op, scaled_BCHW, "float32", self.dtype)))
+        mode_BCHW, _ = split(op, moments_BCHW, 2, axis=1)
+        centered_BCHW = op.Sub(cast(op, mode_BCHW, self.dtype, "float32"), mean(op, self.config))
+        return (pack(op, op.Div(centered_BCHW, std(op, self.config)), self.config.z_dim),)
 
 
 class DecoderGraph(nn.Module):
@@ -69,15 +72,14 @@ class DecoderGraph(nn.Module):
         self.post_quant_conv = Conv(config.z_dim, config.z_dim, 1, dtype=dtype, causal=True)
         self.decoder = Decoder(config, dtype)
 
-    def forward(self, op: Any, latents_Bhw: ir.Value) -> Sequence[ir.Value]:
-        latents = op.Add(
-            op.Mul(unpack(op, latents_Bhw, self.config.z_dim), std(op, self.config)), mean(op, self.config)
-        )
-        image = self.decoder(op, self.post_quant_conv(op, cast(op, latents, "float32", self.dtype)))
-        clipped = op.Clip(cast(op, image, self.dtype, "float32"), constant(op, -1.0), constant(op, 1.0))
-        unit = op.Add(op.Mul(clipped, constant(op, 0.5)), constant(op, 0.5))
-        levels = op.Round(op.Mul(op.Transpose(unit, perm=[0, 2, 3, 1]), constant(op, 255.0)))
-        return (op.Cast(levels, to=ir.DataType.UINT8),)
+    def forward(self, op: Any, latents_BhwC: ir.Value) -> Sequence[ir.Value]:
+        scaled_BCHW = op.Mul(unpack(op, latents_BhwC, self.config.z_dim), std(op, self.config))
+        latents_BCHW = op.Add(scaled_BCHW, mean(op, self.config))
+        image_BCHW = self.decoder(op, self.post_quant_conv(op, cast(op, latents_BCHW, "float32", self.dtype)))
+        clipped_BCHW = op.Clip(cast(op, image_BCHW, self.dtype, "float32"), constant(op, -1.0), constant(op, 1.0))
+        unit_BCHW = op.Add(op.Mul(clipped_BCHW, constant(op, 0.5)), constant(op, 0.5))
+        levels_BHWC = op.Round(op.Mul(op.Transpose(unit_BCHW, perm=[0, 2, 3, 1]), constant(op, 255.0)))
+        return (op.Cast(levels_BHWC, to=ir.DataType.UINT8),)
 
 
 class Encoder(nn.Module):
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class Up(nn.Module):
-    """Residual blocks, then doubling where the level is not the last."""
+    """Residual blocks, then upsampling on all levels but the last."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, upsample: bool, dtype: DType) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class Up(nn.Module):
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut."""
+    """Norm, SiLU and convolution, twice, plus a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, dtype: DType) -> None:
         super().__init__()
@@ -175,10 +177,10 @@ class Middle(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions, as wide as the feature map, for one row of queries after another.
+    """Single-head attention over all positions, one row of queries at a time.
 
-    The head is too wide for a fused kernel, so its scores are a tensor. A loop keeps those of one row, [B, W, P];
-    whole, or split into parts that a compiler may run side by side, they would be [B, P, P].
+    The head is as wide as the feature map, too wide for a fused kernel, so the scores are a tensor. The loop limits
+    them to one row, [B, W, P]; computed at once, or in chunks that a compiler may run in parallel, they are [B, P, P].
     """
 
     def __init__(self, width: int, dtype: DType) -> None:
@@ -205,7 +207,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves rows and columns: a strided convolution over an image padded on the right and below."""
+    """Halves rows and columns: a strided convolution over an image padded at the right and at the bottom."""
 
     def __init__(self, width: int, dtype: DType) -> None:
         super().__init__()
@@ -216,7 +218,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles rows and columns by repetition, then convolves to half the channels."""
+    """Doubles rows and columns by nearest-neighbor interpolation, then a convolution to half the channels."""
 
     def __init__(self, width: int, dtype: DType) -> None:
         super().__init__("upsamplers.0")
@@ -231,7 +233,7 @@ class Upsample(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 2-D convolution; ``causal`` marks a kernel that the checkpoint holds in 3-D."""
+    """A 2-D convolution; ``causal`` marks a kernel that the checkpoint stores in 3-D."""
 
     def __init__(
         self,
@@ -288,8 +290,8 @@ def pack(op: Any, latents_BCHW: ir.Value, z_dim: int) -> ir.Value:
     return op.Reshape(op.Transpose(positions_first, perm=[0, 1, 2, 4, 3]), [0, 0, 0, 4 * z_dim])
 
 
-def unpack(op: Any, latents_Bhw: ir.Value, z_dim: int) -> ir.Value:
+def unpack(op: Any, latents_BhwC: ir.Value, z_dim: int) -> ir.Value:
     """[B, h, w, 4z] to [B, z, 2h, 2w]: the inverse of ``pack``."""
-    channels_first = op.Reshape(latents_Bhw, [0, 0, 0, z_dim, 4])
+    channels_first = op.Reshape(latents_BhwC, [0, 0, 0, z_dim, 4])
     blocks = op.Reshape(op.Transpose(channels_first, perm=[0, 1, 2, 4, 3]), [0, 0, 0, 4 * z_dim])
     return op.DepthToSpace(op.Transpose(blocks, perm=[0, 3, 1, 2]), blocksize=2, mode="DCR")

@@ -1,10 +1,10 @@
 """The vision tower as a graph: Qwen2.5-VL's windowed vision transformer and its patch merger.
 
-Architecture: transformers ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``. Everything that depends on image sizes alone
-(the order of patches, windows, rotary tables) is an input, made by ``qie.engines.inputs.vision``, so the graph has no
-data-dependent shape: window attention is an equality mask over window ids, full attention one over image ids.
+Architecture: transformers ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``. Everything that depends only on image sizes
+(patch order, windows, rotary tables) is an input, computed by ``qie.engines.inputs.vision``, so no shape depends on
+data: window attention is an equality mask over window ids, full attention an equality mask over image ids.
 
-Shape suffixes: P patches, V = P / merge² image tokens, D width, E half a head width.
+Shape suffixes: P patches, V = P / merge² image tokens, D width, M = merge² * D, E half a head width.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def vision(config: VisionConfig, *, dtype: DType) -> Graph:
     """The graph of the vision tower.
 
     Inputs: ``patches`` float32 [P, patch width] in window order, ``window_ids`` and ``image_ids`` int64 [P],
-    ``rotary_cos`` and ``rotary_sin`` float32 [P, E], ``raster_index`` int64 [V] that brings merged tokens back from
-    window order. Output: ``image_embeds`` float32 [V, width of the language model] in the processor's order.
+    ``rotary_cos`` and ``rotary_sin`` float32 [P, E], ``raster_index`` int64 [V], which restores raster order after the
+    merger. Output: ``image_embeds`` float32 [V, width of the language model] in the image processor's order.
     """
     half = config.head_dim // 2
     inputs = (
@@ -66,11 +66,12 @@ class VisionTower(nn.Module):
         sin_PE: ir.Value,
         raster_index_V: ir.Value,
     ) -> Sequence[ir.Value]:
-        masks = [same(op, ids) for ids in (window_ids_P, image_ids_P)]
+        window_mask_PP, image_mask_PP = same(op, window_ids_P), same(op, image_ids_P)
         rotary = [op.Unsqueeze(t, [0]) for t in (cos_PE, sin_PE)]
         x_1PD = op.Unsqueeze(self.patch_embed(op, cast(op, patches, "float32", self.dtype)), [0])
         for i, block in enumerate(self.blocks):
-            x_1PD = block(op, x_1PD, masks[i in self.config.full_attention_blocks], rotary)
+            mask_PP = image_mask_PP if i in self.config.full_attention_blocks else window_mask_PP
+            x_1PD = block(op, x_1PD, mask_PP, rotary)
         embeds_VD = op.Gather(op.Squeeze(self.merger(op, x_1PD), [0]), raster_index_V, axis=0)
         return (cast(op, embeds_VD, self.dtype, "float32"),)
 
@@ -96,13 +97,13 @@ class Block(nn.Module):
         self.attn = Attention(config, dtype)
         self.mlp = GatedMLP(config, dtype)
 
-    def forward(self, op: Any, x: ir.Value, mask: ir.Value, rotary: Sequence[ir.Value]) -> ir.Value:
-        x = op.Add(x, self.attn(op, self.norm1(op, x), mask, rotary))
-        return op.Add(x, self.mlp(op, self.norm2(op, x)))
+    def forward(self, op: Any, x_1PD: ir.Value, mask_PP: ir.Value, rotary: Sequence[ir.Value]) -> ir.Value:
+        x_1PD = op.Add(x_1PD, self.attn(op, self.norm1(op, x_1PD), mask_PP, rotary))
+        return op.Add(x_1PD, self.mlp(op, self.norm2(op, x_1PD)))
 
 
 class Attention(nn.Module):
-    """Self-attention within the mask, query, key and value in one projection."""
+    """Masked self-attention with one projection for query, key and value."""
 
     def __init__(self, config: VisionConfig, dtype: DType) -> None:
         super().__init__()
@@ -111,10 +112,10 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width, dtype=dtype)
         self.proj = Linear(config.width, config.width, dtype=dtype)
 
-    def forward(self, op: Any, x: ir.Value, mask: ir.Value, rotary: Sequence[ir.Value]) -> ir.Value:
-        q, k, v = split(op, self.qkv(op, x), 3, axis=-1)
+    def forward(self, op: Any, x_1PD: ir.Value, mask_PP: ir.Value, rotary: Sequence[ir.Value]) -> ir.Value:
+        q, k, v = split(op, self.qkv(op, x_1PD), 3, axis=-1)
         q, k = (rotate(op, t, *rotary, heads=self.heads, dtype=self.dtype, interleaved=False) for t in (q, k))
-        return self.proj(op, attention(op, q, k, v, heads=self.heads, mask=mask))
+        return self.proj(op, attention(op, q, k, v, heads=self.heads, mask=mask_PP))
 
 
 class GatedMLP(nn.Module):
@@ -131,7 +132,7 @@ class GatedMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """Norm, then merge² neighbouring patches become one token of the language model's width."""
+    """Norm, then a two-layer MLP that turns merge² neighboring patches into one token of the language model's width."""
 
     def __init__(self, config: VisionConfig, dtype: DType) -> None:
         super().__init__()
@@ -141,10 +142,10 @@ class Merger(nn.Module):
         self.down = Linear(self.merged, config.out_width, dtype=dtype, name="mlp.2")
 
     def forward(self, op: Any, x_1PD: ir.Value) -> ir.Value:
-        merged = op.Reshape(self.ln_q(op, x_1PD), [0, -1, self.merged])
-        return self.down(op, op.Gelu(self.up(op, merged)))
+        merged_1VM = op.Reshape(self.ln_q(op, x_1PD), [0, -1, self.merged])
+        return self.down(op, op.Gelu(self.up(op, merged_1VM)))
 
 
 def same(op: Any, ids_P: ir.Value) -> ir.Value:
-    """Bool [P, P]: true where two patches carry the same id."""
+    """Bool [P, P], true for two patches with the same id."""
     return op.Equal(op.Unsqueeze(ids_P, [1]), op.Unsqueeze(ids_P, [0]))

@@ -38,8 +38,8 @@ MUTANTS = {
     ),
     "norm rescale": Mutant(
         "compiler/graphs/transformer.py",
-        "op.Mul(guided, op.Div(norms[0], op.Max(norms[1], tiny)))",
-        "guided",
+        "op.Mul(guided_BNC, op.Div(norm_BN1, op.Max(guided_norm_BN1, tiny)))",
+        "guided_BNC",
         TRANSFORMER,
     ),
     "mu from noise tokens only": Mutant(
@@ -51,23 +51,23 @@ MUTANTS = {
         'streams.append((streams[-1][0], "txt_mod"))', TRANSFORMER,
     ),
     "zero_cond_t on reference tokens": Mutant(
-        "compiler/graphs/transformer.py", "self.normed(op, tokens.of_references(op, x_BTD), references)",
-        "self.normed(op, tokens.of_references(op, x_BTD), noise)", TRANSFORMER,
+        "compiler/graphs/transformer.py", "tokens.of_references(op, x_BTD), reference.shift, reference.gain",
+        "tokens.of_references(op, x_BTD), noise.shift, noise.gain", TRANSFORMER,
     ),
     "latent packing order": Mutant(
         "compiler/graphs/vae.py", "op.Reshape(blocks, [0, 0, 0, 4, z_dim])",
         "op.Transpose(op.Reshape(blocks, [0, 0, 0, z_dim, 4]), perm=[0, 1, 2, 4, 3])", VAE,
     ),
     "VAE mean": Mutant(
-        "compiler/graphs/vae.py", "op.Sub(cast(op, mode, self.dtype, \"float32\"), mean(op, self.config))",
-        "cast(op, mode, self.dtype, \"float32\")", VAE,
+        "compiler/graphs/vae.py", "op.Sub(cast(op, mode_BCHW, self.dtype, \"float32\"), mean(op, self.config))",
+        "cast(op, mode_BCHW, self.dtype, \"float32\")", VAE,
     ),
     "VAE std": Mutant(
-        "compiler/graphs/vae.py", "op.Mul(unpack(op, latents_Bhw, self.config.z_dim), std(op, self.config))",
-        "unpack(op, latents_Bhw, self.config.z_dim)", VAE,
+        "compiler/graphs/vae.py", "op.Mul(unpack(op, latents_BhwC, self.config.z_dim), std(op, self.config))",
+        "unpack(op, latents_BhwC, self.config.z_dim)", VAE,
     ),
     "window attention": Mutant(
-        "compiler/graphs/vision.py", "masks[i in self.config.full_attention_blocks]", "masks[1]",
+        "compiler/graphs/vision.py", "if i in self.config.full_attention_blocks else window_mask_PP", "",
         "test_components.py::test_vision[2511-2]",
     ),
     "mrope sections": Mutant(
