@@ -12,7 +12,7 @@ CONSTRAINTS := --constraint .ci/constraints.txt
 
 .PHONY: demo test test-gpu pocket check format clean
 
-demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit a photograph with it.
+demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
 	$(BIN)/qie run docs/images/cat.jpg "make it grayscale" --bundle pocket --seed 1 --out $(DEMO)/cat-edited.png
 
@@ -23,10 +23,10 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.
 	$(BIN)/python -m pytest tests/gpu
 
-pocket: $(VENV)/dev.stamp              ## Train the pocket model; goes on where it was stopped.
-	$(BIN)/python -m pocket.train_vae $(DEMO)/pocket/vae
-	$(BIN)/python -m pocket.train_reader $(DEMO)/pocket
-	$(BIN)/python -m pocket.train_editor $(DEMO)/pocket
+pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where it was stopped.
+	$(BIN)/python -m pocket.training.vae $(DEMO)/pocket/vae
+	$(BIN)/python -m pocket.training.text_encoder $(DEMO)/pocket
+	$(BIN)/python -m pocket.training.transformer $(DEMO)/pocket
 	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
 	$(BIN)/python -m pocket.calibrate recipes/pocket --evidence docs/pocket-sensitivity.json
 

@@ -23,8 +23,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.plot import line_plot
-from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score, views
-from pocket.photographs import HELD_OUT, square
+from pocket.data.images import HELD_OUT, center_crop
+from pocket.judge import Case, Score, capped_psnr_db, cases, pair_cases, score, views
 from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.editor import Editor
@@ -51,7 +51,9 @@ def main() -> None:
     steps = options.steps or editor.bundle.manifest.defaults.steps
     found: dict[str, Any] = {"bundle": editor.bundle.path.name, "steps": steps}
 
-    found["vae_round_trip_db"] = {name: psnr_db(round_trip(editor, square(name)), square(name)) for name in HELD_OUT}
+    found["vae_round_trip_db"] = {
+        name: capped_psnr_db(round_trip(editor, center_crop(name)), center_crop(name)) for name in HELD_OUT
+    }
     print("\nThe VAE's round trip of held-out photographs, dB")
     rows = [[name, f"{db:.2f}"] for name, db in found["vae_round_trip_db"].items()]
     mean = fmean(found["vae_round_trip_db"].values())
@@ -102,7 +104,7 @@ def ceiling(editor: Editor, asked: Sequence[Case]) -> dict[str, float]:
     """Name -> mean PSNR of the exact answers after a round trip."""
     found: dict[str, list[float]] = {}
     for case in asked:
-        found.setdefault(case.name, []).append(psnr_db(round_trip(editor, case.answer), case.answer))
+        found.setdefault(case.name, []).append(capped_psnr_db(round_trip(editor, case.target), case.target))
     return {name: fmean(values) for name, values in found.items()}
 
 

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pocket.edits import EDITS, instruction, say
+from pocket.data.edits import EDITS, instruction_text, random_instruction
+from pocket.data.examples import HELD_OUT_PAIRS
+from pocket.data.images import SIDE
+from pocket.data.scenes import scene
 from pocket.judge import views
-from pocket.photographs import SIDE
-from pocket.samples import HELD_OUT_PAIRS
-from pocket.scenes import scene
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
@@ -41,10 +41,10 @@ def main() -> None:
     asked = []
     for number, (name, edit) in enumerate(EDITS.items()):
         picture = drawn if edit.scene else pictures[number % len(pictures)]
-        images = [picture.image, pictures[(number + 1) % len(pictures)].image][: edit.pictures]
-        asked.append((images, say(instruction(rng, name))))
+        images = [picture.image, pictures[(number + 1) % len(pictures)].image][: edit.images]
+        asked.append((images, instruction_text(random_instruction(rng, name))))
     for number, pair in enumerate(HELD_OUT_PAIRS[:5]):
-        text = " and ".join(say(instruction(rng, name)) for name in pair)
+        text = " and ".join(instruction_text(random_instruction(rng, name)) for name in pair)
         asked.append(([pictures[number].image], text))
     cells = [cell(editor, images, text, options.seed) for images, text in asked]
     sheet(cells).save(options.out, quality=90)

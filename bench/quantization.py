@@ -331,8 +331,8 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
             name="",
             images=(np.asarray(sample.image),),
             text=sample.text.strip() or "blur it",
-            answer=np.empty(0),
-            others=(),
+            target=np.empty(0),
+            other_targets=(),
         )
         steps += feeds(exact, record(exact, case))
     observer = Observer(graph, readers, len(steps))

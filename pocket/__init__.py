@@ -1,1 +1,4 @@
-"""How the pocket model is made: what it learns from, what it learns, and the training itself. Not part of the wheel."""
+"""How the pocket model is made: its training data, its modules, their training, calibration and evaluation.
+
+Not part of the wheel.
+"""

@@ -1,7 +1,8 @@
 """Calibrate the pocket model: ``python -m pocket.calibrate CHECKPOINT [--evidence FILE]``.
 
-Over pictures and instructions as it was trained on, none of them held out; the file lies in the checkpoint's folder,
-where ``qie build pocket`` finds it. FILE gets the ranking of the transformer's linears.
+The samples are images and instructions as in training, none of them held out. The calibration is written into the
+folder of the checkpoint, where ``qie build pocket`` finds it, and the sensitivity ranking of the transformer's linears
+into FILE.
 """
 
 import argparse
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pocket.photographs import SIDE
-from pocket.samples import sample
+from pocket.data.examples import draw_example
+from pocket.data.images import SIDE
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.cli.calibrate import describe
 from qie.compiler.quantization.calibration import FILE, write_calibration
@@ -20,23 +21,24 @@ from qie.compiler.quantization.samples import NEGATIVE, CalibrationSample
 from qie.compiler.quantization.sensitivity import measure
 
 SAMPLES = 96
+"""Number of samples."""
 
-SHAPES = ((SIDE, SIDE), (96, 160), (160, 96))
-"""(height, width) of pictures, by turns."""
+SIZES = ((SIDE, SIDE), (96, 160), (160, 96))
+"""(height, width) of the samples' images, in turn."""
 
 BUDGET = 0.02
-"""Relative L2 of the velocity that quantization may bring."""
+"""Relative L2 error of the velocity that quantization may cause."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--budget", type=float, default=BUDGET)
-    parser.add_argument("--evidence", type=Path, help="JSON file for the ranking")
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"relative L2 error budget, default: {BUDGET}")
+    parser.add_argument("--evidence", type=Path, help="JSON file for the sensitivity ranking")
     options = parser.parse_args()
     calibration, rankings = measure(
         open_checkpoint(str(options.checkpoint)),
-        draw(),
+        calibration_samples(),
         schemes=("fp8", "int8-smooth"),
         budget=options.budget,
         ranking_samples=24,
@@ -48,19 +50,19 @@ def main() -> None:
         print(describe(ranking))
 
 
-def draw() -> tuple[CalibrationSample, ...]:
-    """Samples as the model was trained on, evenly over the schedule."""
+def calibration_samples() -> tuple[CalibrationSample, ...]:
+    """Calibration samples from training examples, spread evenly over the schedule."""
     rng = np.random.default_rng(11)
     order = rng.permutation(SAMPLES)
-    drawn = [sample(rng, *SHAPES[number % len(SHAPES)], pictures=1) for number in range(SAMPLES)]
+    examples = [draw_example(rng, *SIZES[number % len(SIZES)], images=1) for number in range(SAMPLES)]
     return tuple(
         CalibrationSample(
-            image=Image.fromarray(one.images[0]),
-            text=" " if number % NEGATIVE == NEGATIVE - 1 else one.text,
+            image=Image.fromarray(example.images[0]),
+            text=" " if number % NEGATIVE == NEGATIVE - 1 else example.text,
             share=(int(order[number]) + 0.5) / SAMPLES,
             seed=number,
         )
-        for number, one in enumerate(drawn)
+        for number, example in enumerate(examples)
     )
 
 

@@ -1,6 +1,6 @@
-"""How good an editor of the pocket model is: its edits of held-out photographs against the exact answers.
+"""Evaluation of an editor on the pocket model's tasks: its edits of held-out photos against the exact results.
 
-Any function from pictures and an instruction to an image can be judged: qie's engines, diffusers, a quantized bundle.
+It evaluates any function from images and an instruction to an image: qie's engines, diffusers, a quantized bundle.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,36 +11,56 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
-from pocket.edits import EDITS, Instruction, Picture, answer, instruction, say
-from pocket.photographs import JUDGED, SIDE, square
-from pocket.samples import HELD_OUT_PAIRS
-from pocket.scenes import scene
+from pocket.data.edits import EDITS, Instruction, exact_result, instruction_text, random_instruction
+from pocket.data.examples import HELD_OUT_PAIRS
+from pocket.data.images import EVALUATED, SIDE, center_crop
+from pocket.data.operations import Source
+from pocket.data.scenes import scene
+from qie.compiler.validation.metrics import psnr_db
 
-__all__ = ["Case", "Score", "cases", "pair_cases", "psnr_db", "score", "ssim", "views"]
+__all__ = ["PSNR_MAX_DB", "Case", "Score", "capped_psnr_db", "cases", "pair_cases", "score", "ssim", "views"]
 
 Rgb = NDArray[np.uint8]
-Edits = Callable[[Sequence[Rgb], str], Rgb]
-"""(pictures, instruction) -> edited image."""
+EditFunction = Callable[[Sequence[Rgb], str], Rgb]
+"""(images, instruction) -> edited image."""
 
-CLOSER = (1.0, 2.0)
-"""Views of every photograph: its middle, and the middle of that."""
+ZOOMS = (1.0, 2.0)
+"""Zooms of the central crop of every photo."""
+
+PSNR_MAX_DB = 60.0
+"""Upper bound of a PSNR, so that a mean exists where images are equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Case:
-    """One edit to ask for: ``images`` uint8 [SIDE, SIDE, 3], the exact ``answer``, and the answers to ``others``."""
+    """One edit to evaluate.
+
+    Attributes:
+        name: name of the edit, or of both edits of a pair.
+        images: the inputs, uint8 [SIDE, SIDE, 3] each.
+        text: the instruction.
+        target: the exact result.
+        other_targets: (name, exact result) of other instructions for the same images.
+    """
 
     name: str
     images: tuple[Rgb, ...]
     text: str
-    answer: Rgb
-    others: tuple[tuple[str, Rgb], ...]
+    target: Rgb
+    other_targets: tuple[tuple[str, Rgb], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """The mean over the cases of one instruction. ``nearest`` is the share of cases whose result is nearer to the right
-    answer than to the answer to any other instruction; ``unedited`` are the figures of the picture as it was."""
+    """Means over the cases of one name.
+
+    Attributes:
+        name: name of the edit, or of both edits of a pair.
+        cases: number of cases.
+        psnr_db, ssim: result against target.
+        unedited_psnr_db, unedited_ssim: input against target.
+        nearest: share of cases whose result is nearer to the target than to any of the other targets.
+    """
 
     name: str
     cases: int
@@ -52,97 +72,102 @@ class Score:
 
 
 def cases(*, phrases: int | None = None, seed: int = 0) -> Iterator[Case]:
-    """Every instruction in every (or the first few) of its phrasings, on every held-out photograph or scene."""
+    """Every edit on every view of a held-out photo or on scenes; ``phrases`` limits the phrases of each edit."""
     rng = np.random.default_rng([7, seed])
-    photographs = views()
-    scenes = [scene(rng, SIDE, SIDE) for _ in photographs]
+    photos = views()
+    scenes = [scene(rng, SIDE, SIDE) for _ in photos]
     for name, edit in EDITS.items():
-        pictures = scenes if edit.scene else photographs
-        for number, picture in enumerate(pictures):
-            second = pictures[(number + 1) % len(pictures)]
+        sources = scenes if edit.scene else photos
+        for number, source in enumerate(sources):
+            second = sources[(number + 1) % len(sources)]
             for phrase in range(len(edit.phrases))[:phrases]:
-                asked = instruction(rng, name)
-                others = {other: instruction(rng, other) for other in EDITS if other != name}
+                instruction = random_instruction(rng, name)
+                others = {other: random_instruction(rng, other) for other in EDITS if other != name}
                 yield Case(
                     name=name,
-                    images=(picture.image, second.image)[: edit.pictures],
-                    text=say(asked, phrase),
-                    answer=answer(asked, picture, second),
-                    others=_answers(others, picture, second),
+                    images=(source.image, second.image)[: edit.images],
+                    text=instruction_text(instruction, phrase),
+                    target=exact_result(instruction, source, second),
+                    other_targets=_targets(others, source, second),
                 )
 
 
-def views() -> list[Picture]:
-    """The held-out photographs as they are edited."""
-    return [Picture(image=square(name, closer=closer)) for closer in CLOSER for name in JUDGED]
+def views() -> list[Source]:
+    """The views of held-out photos that cases edit."""
+    return [Source(image=center_crop(name, zoom=zoom)) for zoom in ZOOMS for name in EVALUATED]
 
 
 def pair_cases(*, seed: int = 0) -> Iterator[Case]:
-    """Every pair of edits that was never trained on together, on every held-out photograph.
+    """Every pair of edits that training never combines, on every view of a held-out photo.
 
-    The others are the other pairs, either edit alone, and the two in the other order where that differs.
+    The other targets are those of the other pairs and of each edit alone.
     """
     rng = np.random.default_rng([8, seed])
-    for picture in views():
-        asked = {pair: tuple(instruction(rng, edit) for edit in pair) for pair in HELD_OUT_PAIRS}
-        answers = {pair: _in_turn(picture, steps) for pair, steps in asked.items()}
-        for pair, steps in asked.items():
-            others = [(" + ".join(p), a) for p, a in answers.items() if p != pair]
-            others += [(step.name, answer(step, picture)) for step in steps]
+    for source in views():
+        pairs = {pair: tuple(random_instruction(rng, edit) for edit in pair) for pair in HELD_OUT_PAIRS}
+        targets = {pair: _apply_in_order(source, instructions) for pair, instructions in pairs.items()}
+        for pair, instructions in pairs.items():
+            others = [(" + ".join(other), target) for other, target in targets.items() if other != pair]
+            others += [(instruction.name, exact_result(instruction, source)) for instruction in instructions]
             yield Case(
                 name=" + ".join(pair),
-                images=(picture.image,),
-                text=" and ".join(say(step) for step in steps),
-                answer=answers[pair],
-                others=tuple(others),
+                images=(source.image,),
+                text=" and ".join(instruction_text(instruction) for instruction in instructions),
+                target=targets[pair],
+                other_targets=tuple(others),
             )
 
 
-def score(edit: Edits, asked: Sequence[Case]) -> list[Score]:
-    """The scores of ``edit``, one for each name, in the order of the cases."""
-    found: dict[str, list[tuple[float, float, float, float, bool]]] = {}
-    for case in asked:
-        result = edit(case.images, case.text)
-        own = psnr_db(result, case.answer)
-        nearest = all(own > psnr_db(result, other) for _, other in case.others)
-        before = case.images[0]
-        row = (own, ssim(result, case.answer), psnr_db(before, case.answer), ssim(before, case.answer), nearest)
-        found.setdefault(case.name, []).append(row)
+def score(edit: EditFunction, evaluated: Sequence[Case]) -> list[Score]:
+    """The scores of ``edit``, one per name, in the order of the cases."""
+    rows: dict[str, list[tuple[float, float, float, float, bool]]] = {}
+    for case in evaluated:
+        result, unedited = edit(case.images, case.text), case.images[0]
+        psnr = capped_psnr_db(result, case.target)
+        rows.setdefault(case.name, []).append(
+            (
+                psnr,
+                ssim(result, case.target),
+                capped_psnr_db(unedited, case.target),
+                ssim(unedited, case.target),
+                all(psnr > capped_psnr_db(result, other) for _, other in case.other_targets),
+            )
+        )
     return [
         Score(
             name=name,
-            cases=len(rows),
-            psnr_db=fmean(row[0] for row in rows),
-            ssim=fmean(row[1] for row in rows),
-            unedited_psnr_db=fmean(row[2] for row in rows),
-            unedited_ssim=fmean(row[3] for row in rows),
-            nearest=fmean(row[4] for row in rows),
+            cases=len(of_name),
+            psnr_db=fmean(row[0] for row in of_name),
+            ssim=fmean(row[1] for row in of_name),
+            unedited_psnr_db=fmean(row[2] for row in of_name),
+            unedited_ssim=fmean(row[3] for row in of_name),
+            nearest=fmean(row[4] for row in of_name),
         )
-        for name, rows in found.items()
+        for name, of_name in rows.items()
     ]
 
 
-def psnr_db(found: Rgb, expected: Rgb) -> float:
-    """At most 60, so that a mean exists where images are equal."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return 60.0 if error == 0 else min(60.0, 10 * float(np.log10(255**2 / error)))
+def capped_psnr_db(image: Rgb, target: Rgb) -> float:
+    """PSNR in dB, at most PSNR_MAX_DB."""
+    return min(PSNR_MAX_DB, psnr_db(image, target))
 
 
-def ssim(found: Rgb, expected: Rgb) -> float:
-    return float(structural_similarity(found, expected, channel_axis=2))
+def ssim(image: Rgb, target: Rgb) -> float:
+    """Structural similarity over all channels, 1 for equal images (Wang et al. 2004, ``skimage.metrics``)."""
+    return float(structural_similarity(image, target, channel_axis=2))
 
 
-def _answers(asked: dict[str, Instruction], picture: Picture, second: Picture) -> tuple[tuple[str, Rgb], ...]:
-    """Of every instruction that the picture allows."""
+def _targets(instructions: dict[str, Instruction], source: Source, second: Source) -> tuple[tuple[str, Rgb], ...]:
+    """The exact results of all instructions that apply to ``source``."""
     return tuple(
-        (name, answer(other, picture, second))
-        for name, other in asked.items()
-        if picture.foreground is not None or not EDITS[name].scene
+        (name, exact_result(instruction, source, second))
+        for name, instruction in instructions.items()
+        if source.foreground is not None or not EDITS[name].scene
     )
 
 
-def _in_turn(picture: Picture, steps: Sequence[Instruction]) -> Rgb:
-    image = picture.image
-    for step in steps:
-        image = answer(step, Picture(image=image))
+def _apply_in_order(source: Source, instructions: Sequence[Instruction]) -> Rgb:
+    image = source.image
+    for instruction in instructions:
+        image = exact_result(instruction, Source(image=image))
     return image

@@ -1,4 +1,4 @@
-"""The shipped pocket model: whole, small, loadable by qie and diffusers alike, and an editor that edits."""
+"""The shipped pocket model is complete and small, loads in qie and diffusers, and edits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocket.judge import Case, Score, cases, pair_cases, psnr_db, score
-from pocket.photographs import HELD_OUT, square
+from pocket.data.images import HELD_OUT, center_crop
+from pocket.judge import Case, Score, cases, pair_cases, score
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.quantization.calibration import read_calibration
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import ComponentRecipe, SchemeName
+from qie.compiler.validation.metrics import psnr_db
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
@@ -39,21 +40,21 @@ def built(destination: Path, scheme: SchemeName) -> Editor:
 
 
 def edit(editor: Editor, images: Sequence[np.ndarray], text: str) -> np.ndarray:
-    pictures = [Image.fromarray(image) for image in images]
-    return np.asarray(editor.edit(Request(images=pictures, instructions=[text], seeds=[SEED])).images[0])
+    inputs = [Image.fromarray(image) for image in images]
+    return np.asarray(editor.edit(Request(images=inputs, instructions=[text], seeds=[SEED])).images[0])
 
 
-def some(views: int = 2) -> list[Case]:
-    """Every instruction, in its plainest words, on the first photographs or scenes."""
-    found: dict[str, list[Case]] = {}
+def plain_cases(views: int = 2) -> list[Case]:
+    """Every edit, in its plainest phrase, on the first photos or scenes."""
+    by_name: dict[str, list[Case]] = {}
     for case in cases(phrases=1):
-        found.setdefault(case.name, []).append(case)
-    return [case for of_one in found.values() for case in of_one[:views]]
+        by_name.setdefault(case.name, []).append(case)
+    return [case for of_name in by_name.values() for case in of_name[:views]]
 
 
 @pytest.fixture(scope="module")
 def scores(plain: Editor) -> list[Score]:
-    return score(partial(edit, plain), some())
+    return score(partial(edit, plain), plain_cases())
 
 
 def test_it_edits(scores: list[Score]) -> None:
@@ -64,38 +65,38 @@ def test_it_edits(scores: list[Score]) -> None:
     assert fmean(s.nearest for s in scores) >= 0.95
 
 
-def test_it_does_two_things_at_once_that_it_was_never_shown_together(plain: Editor) -> None:
-    found = score(partial(edit, plain), list(pair_cases())[:30])
-    assert fmean(s.psnr_db - s.unedited_psnr_db for s in found) > 10
-    assert fmean(s.nearest for s in found) >= 0.85
+def test_it_combines_two_edits_that_training_never_combined(plain: Editor) -> None:
+    pairs = score(partial(edit, plain), list(pair_cases())[:30])
+    assert fmean(s.psnr_db - s.unedited_psnr_db for s in pairs) > 10
+    assert fmean(s.nearest for s in pairs) >= 0.85
 
 
-def test_its_vae(plain: Editor) -> None:
-    trips = []
+def test_its_vae_reconstructs_photos(plain: Editor) -> None:
+    round_trips = []
     for name in HELD_OUT:
-        image = square(name)
+        image = center_crop(name)
         (decoded,) = plain.stages.decode(plain.stages.encode([image]))
-        trips.append(psnr_db(decoded, image))
-    assert fmean(trips) >= 28
+        round_trips.append(psnr_db(decoded, image))
+    assert fmean(round_trips) >= 28
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("fp8", 0.3), ("int8-smooth", 0.5)])
-def test_eight_bits_cost_little(scores: list[Score], tmp_path: Path, scheme: SchemeName, most: float) -> None:
-    found = score(partial(edit, built(tmp_path / scheme, scheme)), some())
-    assert fmean(s.psnr_db for s in scores) - fmean(s.psnr_db for s in found) < most
-    assert fmean(s.nearest for s in scores) - fmean(s.nearest for s in found) <= 0.03
+@pytest.mark.parametrize(("scheme", "loss_db"), [("fp8", 0.3), ("int8-smooth", 0.5)])
+def test_eight_bits_cost_little(scores: list[Score], tmp_path: Path, scheme: SchemeName, loss_db: float) -> None:
+    quantized = score(partial(edit, built(tmp_path / scheme, scheme)), plain_cases())
+    assert fmean(s.psnr_db for s in scores) - fmean(s.psnr_db for s in quantized) < loss_db
+    assert fmean(s.nearest for s in scores) - fmean(s.nearest for s in quantized) <= 0.03
 
 
-def test_diffusers_makes_the_same(plain: Editor) -> None:
+def test_diffusers_agrees(plain: Editor) -> None:
     reference = load_reference(POCKET)
     steps = plain.bundle.manifest.defaults.steps
-    for case in [c for c in some(1) if c.name in ("sepia", "mirror", "colours of picture 2")]:
-        pictures = [Image.fromarray(image) for image in case.images]
-        theirs = reference.edit(pictures, case.text, steps=steps, seed=SEED, cfg=1.0)
+    for case in [c for c in plain_cases(1) if c.name in ("sepia", "mirror", "colours of picture 2")]:
+        inputs = [Image.fromarray(image) for image in case.images]
+        theirs = reference.edit(inputs, case.text, steps=steps, seed=SEED, cfg=1.0)
         assert psnr_db(edit(plain, case.images, case.text), theirs) > 40
 
 
-def test_it_is_small_and_whole() -> None:
+def test_it_is_small_and_complete() -> None:
     opened = open_checkpoint("pocket")
     assert opened.complete
     assert sum(file.stat().st_size for file in POCKET.rglob("*.safetensors")) < 24e6
@@ -105,5 +106,5 @@ def test_it_is_small_and_whole() -> None:
 
 
 def test_another_instruction_runs_too(plain: Editor) -> None:
-    image = square("chelsea")
+    image = center_crop("chelsea")
     assert edit(plain, [image], "put a red hat on the person").shape == image.shape

@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied; AdamW for everything that is no matrix.
+"""Muon: momentum with orthogonalized updates for matrices, AdamW for all other parameters.
 
 Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), with the coefficients of its
-Newton-Schulz iteration. Kernels of convolutions are matrices of [out, in * height * width].
+Newton-Schulz iteration. A convolution's kernel counts as a matrix [out, in * height * width].
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "orthogonal", "split"]
+__all__ = ["Muon", "orthogonalize", "split_parameters"]
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with ``matrices=True`` are updated by Muon, the others by AdamW; both have ``lr`` of their own."""
+    """Updates groups with ``matrices=True`` by Muon and the others by AdamW; each group has its own ``lr``."""
 
     def __init__(self, groups: Iterable[dict[str, object]], *, momentum: float = 0.95) -> None:
         super().__init__(groups, {"lr": 0.0, "matrices": False, "weight_decay": 0.0, "momentum": momentum})
@@ -26,13 +26,18 @@ class Muon(torch.optim.Optimizer):
                     (_muon if group["matrices"] else _adam)(parameter, self.state[parameter], group)
 
 
-def split(model: nn.Module, ends: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrices inside ``model``, and the rest; parameters whose names begin with one of ``ends`` are of the rest."""
+def split_parameters(model: nn.Module, excluded: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """The trainable parameters of ``model`` for Muon, and those for AdamW.
+
+    Args:
+        model: the model.
+        excluded: prefixes of parameter names that go to AdamW though they are matrices.
+    """
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            inner = parameter.ndim >= 2 and min(parameter.shape[:2]) > 1 and not name.startswith(ends)
-            (matrices if inner else rest).append(parameter)
+            is_matrix = parameter.ndim >= 2 and min(parameter.shape[:2]) > 1 and not name.startswith(excluded)
+            (matrices if is_matrix else rest).append(parameter)
     return matrices, rest
 
 
@@ -43,20 +48,20 @@ def _muon(parameter: Tensor, state: dict[str, Tensor], group: dict[str, float]) 
     velocity.lerp_(gradient, 1 - group["momentum"])
     update = gradient.lerp(velocity, group["momentum"]).reshape(len(gradient), -1)
     rows, columns = update.shape
-    update = orthogonal(update) * max(1.0, rows / columns) ** 0.5
+    update = orthogonalize(update) * max(1.0, rows / columns) ** 0.5
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.add_(update.view_as(parameter), alpha=-group["lr"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with singular values of 1."""
-    turned = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if turned else matrix).bfloat16()
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """An approximation of the nearest matrix whose singular values are all 1."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.T if turned else x).float()
+    return (x.T if tall else x).float()
 
 
 def _adam(parameter: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> None:

@@ -1,0 +1,1 @@
+"""Training data: images, instructions and the exact result of each."""
