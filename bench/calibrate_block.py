@@ -1,14 +1,10 @@
-"""Calibrates one block of the published transformer: ``python bench/calibrate_block.py [--samples N] [--json FILE]``.
+"""Calibration of one block of the published transformer: ``python -m bench.calibrate_block [--samples N]``.
 
-The block has the published width (3072, 24 heads) and random weights, the samples 1024 + 1024 image tokens and 256 of
-text. Seconds and the peak of memory of the process are measured, and extrapolated to 60 blocks.
+The block has the published width (3072, 24 heads) and random weights; a sample has 1024 + 1024 image tokens and 256
+text tokens. The benchmark measures the time and the peak memory of the process, and extrapolates the time to 60 blocks.
 """
 
-import argparse
-import json
-import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,22 +12,27 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from bench.report import argument_parser, environment, write_report
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.transformer import transformer
 from qie.compiler.quantization.blockwise import Values
 from qie.compiler.quantization.observe import Observer
 from qie.engines.bundle.specs import RotarySpec
 from qie.engines.inputs.feeds import transformer_feed
+from qie.engines.terminal import table
 
 BLOCKS = 60
+"""Blocks of the published transformer."""
+
 GRID = (32, 32)
+"""Rows and columns of tokens of an image of 512x512 pixels."""
+
 TEXT = 256
+"""Text tokens of a prompt."""
 
 
-class Random:
-    """Random bfloat16 tensors of the shapes that a graph wants, as a checkpoint stores them."""
+class RandomReader:
+    """A ``TensorReader`` of random bfloat16 tensors with the given shapes."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -48,27 +49,25 @@ class Random:
     def read(self, name: str) -> Any:
         shape = self._shapes[name]
         scale = shape[1] ** -0.5 if len(shape) == 2 else 0.02
-        drawn = np.random.default_rng(len(name)).standard_normal(shape, np.float32)
-        return (drawn * np.float32(scale) + np.float32(name.endswith("norm.weight"))).astype(ml_dtypes.bfloat16)
+        values = np.random.default_rng(len(name)).standard_normal(shape, np.float32)
+        return (values * np.float32(scale) + np.float32(name.endswith("norm.weight"))).astype(ml_dtypes.bfloat16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--samples", type=int, default=8, help="number of samples, default: 8")
     options = parser.parse_args()
     config = TransformerConfig(
         layers=2, heads=24, head_dim=128, joint_width=3584, in_channels=64, axes_dims=(16, 56, 56), zero_cond_t=True
     )
     graph = transformer(config, dtype="float32")
     shapes = {w.name: w.shape[::-1] if w.layout == ("transpose",) else w.shape for w in graph.weights}
-    observer = Observer(graph, {"transformer": Random(shapes)}, options.samples)
+    observer = Observer(graph, {"transformer": RandomReader(shapes)}, options.samples)
     samples = [inputs(config, seed) for seed in range(options.samples)]
     start = time.perf_counter()
     times = []
     observer.run(samples, lambda what, done, total: times.append(time.perf_counter() - start), limit=2)
-    found = {
-        "cores": os.cpu_count(),
+    figures = {
         "samples": options.samples,
         "image_tokens": 2 * GRID[0] * GRID[1],
         "text_tokens": TEXT,
@@ -77,17 +76,20 @@ def main() -> None:
         "peak_bytes": peak_bytes(),
         "linears": len(observer.amax),
     }
-    print(
-        f"{found['cores']} cores, {options.samples} samples of {found['image_tokens']} image and {TEXT} text tokens\n"
-        f"one block {found['block_seconds']:.0f} s, {BLOCKS} blocks {found['all_blocks_hours']:.1f} h, peak "
-        f"{found['peak_bytes'] / 1e9:.2f} GB"
-    )
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    machine = environment()
+    rows = [
+        ["CPU", f"{machine['cpu']}, {machine['cores']} cores"],
+        ["samples", f"{options.samples} of {figures['image_tokens']} image and {TEXT} text tokens"],
+        ["one block", f"{figures['block_seconds']:.0f} s"],
+        [f"{BLOCKS} blocks, extrapolated", f"{figures['all_blocks_hours']:.1f} h"],
+        ["peak memory", f"{figures['peak_bytes'] / 1e9:.2f} GB"],
+    ]
+    print(table(rows))
+    write_report(options, figures)
 
 
 def inputs(config: TransformerConfig, seed: int) -> Values:
-    """What the transformer reads, from a normal distribution."""
+    """Inputs of the transformer from a normal distribution."""
     rng = np.random.default_rng(seed)
     tokens = GRID[0] * GRID[1]
 
@@ -107,10 +109,10 @@ def inputs(config: TransformerConfig, seed: int) -> Values:
 
 
 def peak_bytes() -> int:
-    """The most that this process held."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Peak resident memory of this process, from the kernel."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""An edit on the processor against its peers, on the pocket model: ``python bench/cpu_edit.py [--json FILE]``.
+"""An edit of the pocket model on the CPU against diffusers and OpenVINO: ``python -m bench.cpu_edit``.
 
-Everything in one run and with one number of threads; medians after warm-up.
+It measures a whole edit from the shell, one step of the transformer, and the VAE. All peers run the same weights with
+the same number of threads in one run of the benchmark; figures are medians after warm-up.
 """
 
 import argparse
@@ -10,17 +11,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
+from bench.report import WARM_UP, argument_parser, median_seconds, write_report
 from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.conditioning import condition
@@ -32,65 +30,68 @@ from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.terminal import table
 
-PICTURE = ROOT / "docs" / "images" / "cat.jpg"
-TEXT = "make it grayscale"
-WARM_UP = 3
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "cat.jpg"
+INSTRUCTION = "make it grayscale"
 
-SCRIPT = """
+DIFFUSERS_EDIT = """
 import sys
 from pathlib import Path
 from PIL import Image
 from qie.compiler.validation.reference import load_reference
 reference = load_reference(Path(sys.argv[1]))
-made = reference.edit([Image.open(sys.argv[2])], sys.argv[3], steps=int(sys.argv[4]), seed=1, cfg=1.0)
-Image.fromarray(made).save(sys.argv[5])
+edited = reference.edit([Image.open(sys.argv[2])], sys.argv[3], steps=int(sys.argv[4]), seed=1, cfg=1.0)
+Image.fromarray(edited).save(sys.argv[5])
 """
-"""The shortest script for diffusers: its pipeline, with a processor that needs no torchvision and the small areas."""
+"""The shortest script for diffusers: its pipeline with the checkpoint's image areas, without torchvision."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--bundle", default="pocket", help="name or folder of a bundle of the pocket model")
-    parser.add_argument("--checkpoint", type=Path, default=POCKET, help="its checkpoint, for the peers")
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each, at least 5")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=POCKET, help="checkpoint for the peers, default: the pocket model"
+    )
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each, default: 7")
     options = parser.parse_args()
     import torch
 
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     editor = Editor(open_bundle(options.bundle))
-    found: dict[str, Any] = {"threads": threads, "torch": torch.__version__, "runs": options.runs}
     print(f"{threads} threads, torch {torch.__version__}, medians of {options.runs} runs")
-    found["edit"] = shell(options, editor.bundle.manifest.defaults.steps)
-    found["transformer"] = transformer(options, editor, threads)
-    found["vae"] = vae(options, editor)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    figures = {
+        "threads": threads,
+        "runs": options.runs,
+        "edit": measure_edit(options, editor.bundle.manifest.defaults.steps),
+        "transformer": measure_transformer(options, editor, threads),
+        "vae": measure_vae(options, editor),
+    }
+    write_report(options, figures)
 
 
-def shell(options: argparse.Namespace, steps: int) -> dict[str, Any]:
-    """A whole edit from the shell: seconds and the peak of memory."""
+def measure_edit(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """A whole edit from the shell: time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out.png"
-        qie = [str(Path(sys.executable).parent / "qie"), "run", str(PICTURE), TEXT, "--bundle", options.bundle]
+        qie = [str(Path(sys.executable).parent / "qie"), "run", str(IMAGE), INSTRUCTION, "--bundle", options.bundle]
+        diffusers = [sys.executable, "-c", DIFFUSERS_EDIT, str(options.checkpoint)]
         commands = {
             "qie run": [*qie, "--seed", "1", "-o", out],
-            "diffusers": [sys.executable, "-c", SCRIPT, str(options.checkpoint), str(PICTURE), TEXT, str(steps), out],
+            "diffusers": [*diffusers, str(IMAGE), INSTRUCTION, str(steps), out],
         }
-        measured = {}
+        figures = {}
         for name, command in commands.items():
             runs = []
             for _ in range(options.runs + 1):
                 Path(out).unlink(missing_ok=True)
-                runs.append(spent(command))
+                runs.append(measure_process(command))
             seconds, peak = (statistics.median(column) for column in zip(*runs[1:], strict=True))
-            measured[name] = {"seconds": seconds, "peak_bytes": peak}
-    ratios = {key: measured["diffusers"][key] / measured["qie run"][key] for key in ("seconds", "peak_bytes")}
+            figures[name] = {"seconds": seconds, "peak_bytes": peak}
+    ratios = {key: figures["diffusers"][key] / figures["qie run"][key] for key in ("seconds", "peak_bytes")}
     print(f"\nOne edit from the shell, {steps} steps")
-    rows = [[name, f"{m['seconds']:.2f} s", f"{m['peak_bytes'] / 2**20:.0f} MiB"] for name, m in measured.items()]
+    rows = [[name, f"{f['seconds']:.2f} s", f"{f['peak_bytes'] / 2**20:.0f} MiB"] for name, f in figures.items()]
     print(table([*rows, ["ratio", f"{ratios['seconds']:.1f}", f"{ratios['peak_bytes']:.1f}"]], right=(1, 2)))
-    return {**measured, "ratio": ratios, "steps": steps}
+    return {**figures, "ratio": ratios, "steps": steps}
 
 
 LAUNCHER = """
@@ -100,10 +101,11 @@ child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(child, 0)
 print(json.dumps([time.perf_counter() - start, usage.ru_maxrss * 1024, status]))
 """
-"""Starts a command and says what it took. Linux counts the peak of a child from its parent's, so this one is small."""
+"""Prints time, peak memory and exit status of a command. Linux starts the peak of a child at that of its parent, so the
+parent has to be small."""
 
 
-def spent(command: list[str]) -> tuple[float, int]:
+def measure_process(command: list[str]) -> tuple[float, int]:
     """Seconds and peak bytes of a process."""
     launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
     done = subprocess.run(launch, capture_output=True, text=True, check=True)
@@ -113,34 +115,22 @@ def spent(command: list[str]) -> tuple[float, int]:
     return seconds, peak
 
 
-def median(runs: int, work: Callable[[], Any]) -> float:
-    """Seconds of one run."""
-    for _ in range(WARM_UP):
-        work()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def show(title: str, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Print and return seconds and their ratios to qie's."""
+    """Print seconds and their ratios to qie's; returns both."""
     ratios = {name: value / seconds["qie"] for name, value in seconds.items()}
     print(f"\n{title}")
     print(table([[name, f"{1000 * s:.2f} ms", f"{ratios[name]:.2f}"] for name, s in seconds.items()], right=(1, 2)))
     return {"seconds": dict(seconds), "ratio": ratios}
 
 
-def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> dict[str, Any]:
-    """One step of one edit."""
+def measure_transformer(options: argparse.Namespace, editor: Editor, threads: int) -> dict[str, Any]:
+    """One step of an edit."""
     import torch
 
     from qie.compiler.validation.reference import load_reference
 
     request = Request(
-        images=[Image.open(PICTURE)], instructions=[TEXT], seeds=[1], steps=WARM_UP + options.runs, guidance=1.0
+        images=[Image.open(IMAGE)], instructions=[INSTRUCTION], seeds=[1], steps=WARM_UP + options.runs, guidance=1.0
     )
     settings = resolve(request, editor.bundle.manifest)
     conditioning = condition(editor.stages, editor.tokenizer, request, settings)
@@ -167,7 +157,7 @@ def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> di
             rotary=editor.model.rotary,
             grids=conditioning.grids,
         )
-        seconds = {"qie": median(options.runs, denoiser.step)}
+        seconds = {"qie": median_seconds(options.runs, denoiser.step)}
 
     reference = load_reference(options.checkpoint)
     module = reference.pipeline.transformer
@@ -185,41 +175,41 @@ def transformer(options: argparse.Namespace, editor: Editor, threads: int) -> di
                 return_dict=False,
             )
 
-    seconds["diffusers eager"] = median(options.runs, lambda: step(module))
+    seconds["diffusers eager"] = median_seconds(options.runs, lambda: step(module))
     compiled = torch.compile(module)
-    seconds["diffusers torch.compile"] = median(options.runs, lambda: step(compiled))
+    seconds["diffusers torch.compile"] = median_seconds(options.runs, lambda: step(compiled))
     try:
         import openvino
     except ImportError:
-        print("\nOpenVINO is not installed: pip install openvino")
+        print("\nOpenVINO is not installed; run `pip install openvino` to compare with it")
     else:
         graph = next(e for e in editor.bundle.manifest.engines if e.component == "transformer")
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         model = openvino.Core().compile_model(str(editor.bundle.path / graph.path), "CPU", settings)
         request = model.create_infer_request()
-        seconds["OpenVINO"] = median(options.runs, lambda: request.infer(arrays))
-    return show(f"One transformer step, {hidden.shape[1]} image tokens, {prompt.shape[1]} of text", seconds)
+        seconds["OpenVINO"] = median_seconds(options.runs, lambda: request.infer(arrays))
+    return show(f"One transformer step, {hidden.shape[1]} image tokens, {prompt.shape[1]} text tokens", seconds)
 
 
-def vae(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
-    """One image to latents, and back."""
+def measure_vae(options: argparse.Namespace, editor: Editor) -> dict[str, Any]:
+    """One image to latents and back."""
     import torch
 
     from qie.compiler.validation.reference import load_reference
 
     reference = load_reference(options.checkpoint)
-    image = reference.reference_image(Image.open(PICTURE))
+    image = reference.reference_image(Image.open(IMAGE))
     (latents,) = editor.stages.encode([image])
     rows, columns, _ = latents.shape
     tokens = latents.reshape(rows * columns, -1)
     with torch.inference_mode():
         encode = {
-            "qie": median(options.runs, lambda: editor.stages.encode([image])),
-            "diffusers": median(options.runs, lambda: reference.encode_image(image)),
+            "qie": median_seconds(options.runs, lambda: editor.stages.encode([image])),
+            "diffusers": median_seconds(options.runs, lambda: reference.encode_image(image)),
         }
         decode = {
-            "qie": median(options.runs, lambda: editor.stages.decode([latents])),
-            "diffusers": median(options.runs, lambda: reference.decode(tokens, rows, columns)),
+            "qie": median_seconds(options.runs, lambda: editor.stages.decode([latents])),
+            "diffusers": median_seconds(options.runs, lambda: reference.decode(tokens, rows, columns)),
         }
     height, width = image.shape[:2]
     return {

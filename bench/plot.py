@@ -10,7 +10,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 16, 16, 44
 
 
 def line_plot(path: Path, points: Mapping[int, float], *, x_label: str, y_label: str) -> None:
-    """Write ``points`` (x -> y) with x at equal distances and y from just below the least to just above the most."""
+    """Write ``points`` (x -> y), with x at equal distances and a margin of 0.5 above and below the y values."""
     low, high = min(points.values()) - 0.5, max(points.values()) + 0.5
 
     def place(number: int, y: float) -> tuple[float, float]:

@@ -1,17 +1,16 @@
-"""What quantization costs the pocket model: ``python bench/quantization.py --images FOLDER [--json FILE]``.
+"""Accuracy and speed of quantized pocket models: ``python -m bench.quantization [--images FOLDER]``.
 
-Every scheme of the transformer with and without what makes it good, in one run: the velocity at every step where the
-float32 model's own latents are fed (teacher-forced), the edits against the exact answers, and a step's time on this
-processor. The graphs are those of the engines, in a float32 carrier, executed by onnxruntime.
+Every scheme of the transformer, with and without exclusions and smoothing, in one run: the relative L2 error of the
+velocity at every step, teacher-forced with the latents of the float32 model; the edits against the exact results; and
+the time of a step on this CPU. The graphs are those of the engines with float32 in place of bfloat16, executed by
+onnxruntime.
 
-Then every scheme of the language model: its prompt embeddings, and the edits. And what calibration on a picture's own
-latents misses of true trajectories.
+Then every scheme of the language model: its prompt embeddings, and the edits. With FOLDER, also how the statistics of
+calibration on noised latents of images differ from those of true denoising trajectories.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from bench.pocket_quality import SEED, edit
+from bench.report import argument_parser, write_report
 from pocket.judge import Case, cases, score
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
@@ -38,9 +36,9 @@ from qie.compiler.quantization.calibration import Calibration, read_calibration,
 from qie.compiler.quantization.observe import Observer
 from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
 from qie.compiler.quantization.schemes import SCHEMES, Scheme
-from qie.compiler.quantization.sensitivity import errors_of
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName
+from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
@@ -53,38 +51,44 @@ from qie.engines.inputs.modulation import Tables, modulation_tables
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.terminal import table
 
-FORCED = 6
-"""Edits whose steps are compared."""
+TEACHER_FORCED = 6
+"""Number of edits whose steps are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way of quantizing ``component``: ``replacement`` takes the place of the scheme of that name.
+    """A way of quantizing one component.
 
-    ``excludes`` says whether the linears that the calibration excludes stay in float32.
+    Attributes:
+        name: name in the tables.
+        component: the component.
+        scheme: name of the scheme.
+        replacement: replaces the scheme of that name.
+        exclude: whether linears that the calibration excludes stay unquantized.
+        attention: quantization of attention.
     """
 
     name: str
     component: Component = "transformer"
     scheme: SchemeName = "none"
     replacement: Scheme | None = None
-    excludes: bool = True
+    exclude: bool = True
     attention: Attention = "none"
 
 
-NAIVE = Scheme(weights=Quantizer(dtype="int8"), inputs=Quantizer(dtype="int8"))
-ROUGH = replace(SCHEMES["int8-smooth"], smoothed=())
+INT8_MIN_MAX = Scheme(weights=Quantizer(dtype="int8"), inputs=Quantizer(dtype="int8"))
+INT8_PLAIN = replace(SCHEMES["int8-smooth"], smoothed=())
 
 VARIANTS = (
     Variant(name="none"),
     Variant(name="fp8", scheme="fp8"),
-    Variant(name="fp8, nothing excluded", scheme="fp8", excludes=False),
+    Variant(name="fp8, no exclusions", scheme="fp8", exclude=False),
     Variant(name="fp8, and FP8 attention", scheme="fp8", attention="fp8"),
     Variant(name="int8-smooth", scheme="int8-smooth"),
-    Variant(name="int8-smooth, nothing excluded", scheme="int8-smooth", excludes=False),
-    Variant(name="int8 without smoothing", scheme="int8-smooth", replacement=ROUGH),
-    Variant(name="int8 without smoothing, nothing excluded", scheme="int8-smooth", replacement=ROUGH, excludes=False),
-    Variant(name="int8, naive min-max", scheme="int8-smooth", replacement=NAIVE, excludes=False),
+    Variant(name="int8-smooth, no exclusions", scheme="int8-smooth", exclude=False),
+    Variant(name="int8 without smoothing", scheme="int8-smooth", replacement=INT8_PLAIN),
+    Variant(name="int8 without smoothing, no exclusions", scheme="int8-smooth", replacement=INT8_PLAIN, exclude=False),
+    Variant(name="int8, naive min-max", scheme="int8-smooth", replacement=INT8_MIN_MAX, exclude=False),
     Variant(name="w8a16", scheme="w8a16"),
 )
 
@@ -104,59 +108,60 @@ LANGUAGE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=POCKET)
-    parser.add_argument("--calibration", type=Path, help="default the checkpoint's own")
-    parser.add_argument("--images", type=Path, help="pictures for the comparison of calibrations; none, no comparison")
-    parser.add_argument("--phrases", type=int, default=1, help="phrasings of every instruction")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=POCKET, help="folder of the checkpoint, default: pocket")
+    parser.add_argument("--calibration", type=Path, help="calibration file, default: the checkpoint's")
+    parser.add_argument("--images", type=Path, help="folder of images for the comparison of calibrations")
+    parser.add_argument("--phrases", type=int, default=1, help="phrases of every edit, default: 1")
     options = parser.parse_args()
-    known = read_calibration(options.calibration or options.checkpoint / "calibration.npz")
-    asked = list(cases(phrases=options.phrases))
-    forced = asked[:: len(asked) // FORCED][:FORCED]
-    found: dict[str, Any] = {"edits": len(asked), "variants": {}, "language": {}}
+    calibration = read_calibration(options.calibration or options.checkpoint / "calibration.npz")
+    evaluated = list(cases(phrases=options.phrases))
+    forced = evaluated[:: len(evaluated) // TEACHER_FORCED][:TEACHER_FORCED]
+    transformers: dict[str, Any] = {}
+    languages: dict[str, Any] = {}
+    figures: dict[str, Any] = {"edits": len(evaluated), "variants": transformers, "language": languages}
     with tempfile.TemporaryDirectory() as folder:
-        exact = Editor(build(options.checkpoint, VARIANTS[0], known, Path(folder) / "exact"))
-        recorded = [record(exact, case) for case in forced]
+        exact = Editor(build(options.checkpoint, VARIANTS[0], calibration, Path(folder) / "exact"))
+        recordings = [record(exact, case) for case in forced]
         for variant in VARIANTS:
-            with variant_editor(options.checkpoint, variant, known, Path(folder)) as editor:
-                errors, seconds = teacher_forced(editor, recorded)
-                found["variants"][variant.name] = {
+            with variant_editor(options.checkpoint, variant, calibration, Path(folder)) as editor:
+                errors, seconds = teacher_forced_errors(editor, recordings)
+                transformers[variant.name] = {
                     "velocity_relative_l2": errors,
                     "step_seconds": seconds,
-                    **edits_of(editor, variant, asked),
+                    **evaluate(editor, variant, evaluated),
                 }
-        show(found["variants"])
-        prompts = [prompt_embeds(exact, case) for case in forced]
-        found["language"]["none"] = {"prompt_embeds_relative_l2": 0.0, **edits_of(exact, LANGUAGE[0], asked)}
+        show_transformers(transformers)
+        exact_embeds = [prompt_embeds(exact, case) for case in forced]
+        languages["none"] = {"prompt_embeds_relative_l2": 0.0, **evaluate(exact, LANGUAGE[0], evaluated)}
         for variant in LANGUAGE:
-            with variant_editor(options.checkpoint, variant, known, Path(folder)) as editor:
-                found["language"][variant.name] = {
-                    "prompt_embeds_relative_l2": errors_of([prompt_embeds(editor, case) for case in forced], prompts),
-                    **edits_of(editor, variant, asked),
+            with variant_editor(options.checkpoint, variant, calibration, Path(folder)) as editor:
+                embeds = [prompt_embeds(editor, case) for case in forced]
+                languages[variant.name] = {
+                    "prompt_embeds_relative_l2": pooled_relative_l2(embeds, exact_embeds),
+                    **evaluate(editor, variant, evaluated),
                 }
-        show_language(found["language"])
+        show_languages(languages)
         if options.images is not None:
-            found["trajectories"] = trajectories(options, exact, Path(folder))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            figures["trajectories"] = compare_calibrations(options, exact, Path(folder))
+    write_report(options, figures)
 
 
 @contextmanager
-def variant_editor(checkpoint: Path, variant: Variant, known: Calibration, folder: Path) -> Iterator[Editor]:
-    """An editor of the pocket model that is quantized so."""
+def variant_editor(checkpoint: Path, variant: Variant, calibration: Calibration, folder: Path) -> Iterator[Editor]:
+    """An editor of the variant, whose bundle is deleted afterwards."""
     with (
-        replaced(variant),
-        tempfile.TemporaryDirectory(dir=folder) as own,
-        Editor(build(checkpoint, variant, known, Path(own) / "bundle")) as editor,
+        replaced_scheme(variant),
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
+        Editor(build(checkpoint, variant, calibration, Path(temporary) / "bundle")) as editor,
     ):
         yield editor
 
 
-def edits_of(editor: Editor, variant: Variant, asked: Sequence[Case]) -> dict[str, Any]:
-    """How good the edits are, and what the weights of the variant's component take."""
+def evaluate(editor: Editor, variant: Variant, evaluated: Sequence[Case]) -> dict[str, Any]:
+    """The scores of the edits, and the size of the weights of the variant's component."""
     manifest = editor.bundle.manifest
-    scores = score(partial(edit, editor, manifest.defaults.steps), asked)
+    scores = score(partial(edit, editor, manifest.defaults.steps), evaluated)
     (engine,) = (e for e in manifest.engines if e.component == variant.component)
     return {
         "psnr_db": fmean(s.psnr_db for s in scores),
@@ -172,19 +177,19 @@ def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
 
 
 @contextmanager
-def replaced(variant: Variant) -> Iterator[None]:
-    """The table of schemes with the variant's own."""
-    before = dict(SCHEMES)
+def replaced_scheme(variant: Variant) -> Iterator[None]:
+    """Replace the scheme in the table of schemes by that of the variant, for the block."""
+    schemes = dict(SCHEMES)
     if variant.replacement is not None:
         SCHEMES[variant.scheme] = variant.replacement
     try:
         yield
     finally:
-        SCHEMES.update(before)
+        SCHEMES.update(schemes)
 
 
-def build(checkpoint: Path, variant: Variant, known: Calibration, destination: Path) -> Bundle:
-    """The variant for the processor, with a float32 carrier."""
+def build(checkpoint: Path, variant: Variant, calibration: Calibration, destination: Path) -> Bundle:
+    """Build the variant for the CPU, with float32 in place of bfloat16."""
     recipe = load_recipe("cpu")
     section = ComponentRecipe(precision="float32", scheme=variant.scheme, attention=variant.attention)
     plan = make_plan(
@@ -193,14 +198,14 @@ def build(checkpoint: Path, variant: Variant, known: Calibration, destination: P
         recipe=replace(recipe, components=replace(recipe.components, **{variant.component: section})),
         loras=[],
         destination=destination,
-        calibration=known if variant.excludes else replace(known, exclude={}),
+        calibration=calibration if variant.exclude else replace(calibration, exclude={}),
     )
     return build_bundle(plan)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recording:
-    """An edit: what the transformer reads at every step, and every step."""
+    """The inputs of the transformer in one edit, and every step of it."""
 
     conditioning: Conditioning
     steps: tuple[StepState, ...]
@@ -223,19 +228,19 @@ def conditioning_of(editor: Editor, case: Case) -> Conditioning:
 
 
 def schedule_of(editor: Editor, recording: Recording) -> tuple[np.ndarray, Tables]:
-    """Sigmas and modulation of the recorded steps, by the model of ``editor``."""
+    """The sigmas and the modulation of the recorded steps, from the model of ``editor``."""
     tokens = recording.steps[0].latents.shape[1]
     schedule = sigmas(editor.model.scheduler, steps=len(recording.steps), noise_tokens=tokens)
     return schedule, modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
 
 
-def teacher_forced(editor: Editor, recorded: Sequence[Recording]) -> tuple[list[float], float]:
-    """Relative L2 of the velocity at every step over all edits, and the median seconds of a step."""
-    velocities: list[list[np.ndarray]] = [[] for _ in recorded[0].steps]
-    exact: list[list[np.ndarray]] = [[] for _ in recorded[0].steps]
+def teacher_forced_errors(editor: Editor, recordings: Sequence[Recording]) -> tuple[list[float], float]:
+    """The relative L2 error of the velocity at every step over all recordings, and the median seconds of a step."""
+    velocities: list[list[np.ndarray]] = [[] for _ in recordings[0].steps]
+    exact: list[list[np.ndarray]] = [[] for _ in recordings[0].steps]
     times = []
     with editor.stages.session("transformer") as session:
-        for recording in recorded:
+        for recording in recordings:
             schedule, tables = schedule_of(editor, recording)
             denoiser = Denoiser.start(
                 session,
@@ -253,10 +258,10 @@ def teacher_forced(editor: Editor, recorded: Sequence[Recording]) -> tuple[list[
                 times.append(time.perf_counter() - start)
                 velocities[number].append(denoiser.velocity())
                 exact[number].append(state.velocity)
-    return [errors_of(v, e) for v, e in zip(velocities, exact, strict=True)], statistics.median(times)
+    return [pooled_relative_l2(v, e) for v, e in zip(velocities, exact, strict=True)], statistics.median(times)
 
 
-def feeds(editor: Editor, recording: Recording) -> list[Feed]:
+def transformer_feeds(editor: Editor, recording: Recording) -> list[Feed]:
     """The transformer's inputs at every recorded step."""
     schedule, tables = schedule_of(editor, recording)
     return [
@@ -274,58 +279,57 @@ def feeds(editor: Editor, recording: Recording) -> list[Feed]:
     ]
 
 
-JUDGED = ("PSNR", "", "nearest")
+SCORE_COLUMNS = ("PSNR", "", "nearest")
 
 
-def judged(variant: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
-    """How good the edits are, in the columns JUDGED."""
-    change = variant["psnr_db"] - plain["psnr_db"]
+def score_cells(variant: Mapping[str, Any], unquantized: Mapping[str, Any]) -> list[str]:
+    """The scores of the edits, in SCORE_COLUMNS."""
+    change = variant["psnr_db"] - unquantized["psnr_db"]
     return [f"{variant['psnr_db']:.2f}", f"{change:+.2f}", f"{variant['nearest']:.1%}"]
 
 
-def show(variants: Mapping[str, Mapping[str, Any]]) -> None:
-    plain = variants["none"]
+def show_transformers(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    unquantized = variants["none"]
     rows = [
         [
             name,
             str(v["quantized"]),
             *(f"{100 * error:.2f} %" for error in v["velocity_relative_l2"]),
-            *judged(v, plain),
+            *score_cells(v, unquantized),
             f"{v['weight_bytes'] / 1e6:.1f} MB",
             f"{1000 * v['step_seconds']:.1f} ms",
         ]
         for name, v in variants.items()
     ]
-    steps = [f"step {number}" for number in range(1, len(plain["velocity_relative_l2"]) + 1)]
-    header = ("transformer", "linears", *steps, *JUDGED, "weights", "a step here")
+    steps = [f"step {number}" for number in range(1, len(unquantized["velocity_relative_l2"]) + 1)]
+    header = ("transformer", "linears", *steps, *SCORE_COLUMNS, "weights", "step")
     print(table(rows, header=header, right=range(1, len(header))))
 
 
-def show_language(variants: Mapping[str, Mapping[str, Any]]) -> None:
-    plain = variants["none"]
+def show_languages(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    unquantized = variants["none"]
     rows = [
         [
             name,
             str(v["quantized"]),
             f"{100 * v['prompt_embeds_relative_l2']:.2f} %",
-            *judged(v, plain),
+            *score_cells(v, unquantized),
             f"{v['weight_bytes'] / 1e6:.2f} MB",
         ]
         for name, v in variants.items()
     ]
-    header = ("language model", "linears", "prompt embeddings", *JUDGED, "weights")
+    header = ("language model", "linears", "prompt embeddings", *SCORE_COLUMNS, "weights")
     print()
     print(table(rows, header=header, right=range(1, len(header))))
 
 
-def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> dict[str, float]:
-    """Statistics from pictures' own latents against those from true edits of the same pictures."""
+def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Path) -> dict[str, float]:
+    """Statistics over noised latents of images against those over denoising trajectories of the same images."""
     checkpoint = open_checkpoint(str(options.checkpoint))
-    readers: Any = {part: checkpoint.reader(part) for part in ("transformer", "text_encoder", "vae")}
+    readers = checkpoint.readers()
     samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
-    own = calibrate(checkpoint, readers, samples, model=checkpoint.digest())
-    graph = GRAPHS["transformer"](checkpoint, "float32")
-    steps: list[Feed] = []
+    calibration = calibrate(checkpoint, readers, samples, model=checkpoint.digest())
+    feeds: list[Feed] = []
     for sample in samples[:: len(samples) // 8]:
         case = Case(
             name="",
@@ -334,34 +338,38 @@ def trajectories(options: argparse.Namespace, exact: Editor, folder: Path) -> di
             target=np.empty(0),
             other_targets=(),
         )
-        steps += feeds(exact, record(exact, case))
-    observer = Observer(graph, readers, len(steps))
-    observer.run(steps, lambda what, done, total: None)
-    ratios = np.array([own.amax[name].max() / values.max() for name, values in observer.amax.items()])
-    channels = np.concatenate([own.amax[name] / np.maximum(values, 1e-6) for name, values in observer.amax.items()])
-    both = {
+        feeds += transformer_feeds(exact, record(exact, case))
+    observer = Observer(GRAPHS["transformer"](checkpoint.model, "float32"), readers, len(feeds))
+    observer.run(feeds, lambda what, done, total: None)
+    ratios = np.array([calibration.amax[name].max() / amax.max() for name, amax in observer.amax.items()])
+    channels = np.concatenate([calibration.amax[name] / np.maximum(amax, 1e-6) for name, amax in observer.amax.items()])
+    figures = {
         "samples": len(samples),
-        "steps": len(steps),
+        "steps": len(feeds),
         "range_ratio_median": float(np.median(ratios)),
-        "range_ratio_least": float(ratios.min()),
-        "range_ratio_most": float(ratios.max()),
+        "range_ratio_min": float(ratios.min()),
+        "range_ratio_max": float(ratios.max()),
         "channel_ratio_median": float(np.median(channels)),
     }
-    truth = replace(
-        own,
-        amax=own.amax | observer.amax,
-        smoothing_scales={s: f | observer.smoothing_scales.get(s, {}) for s, f in own.smoothing_scales.items()},
+    trajectory_calibration = replace(
+        calibration,
+        amax=calibration.amax | observer.amax,
+        smoothing_scales={
+            scheme: scales | observer.smoothing_scales.get(scheme, {})
+            for scheme, scales in calibration.smoothing_scales.items()
+        },
     )
-    few = list(cases(phrases=1))
-    for name, one in (("own latents", own), ("trajectories", truth)):
-        write_calibration(one, folder / f"{name}.npz")
-        again = read_calibration(folder / f"{name}.npz")
-        editor = Editor(build(options.checkpoint, Variant(name=name, scheme="int8-smooth"), again, folder / name))
-        scores = score(partial(edit, editor, editor.bundle.manifest.defaults.steps), few)
-        both[f"psnr_db, {name}"] = fmean(s.psnr_db for s in scores)
-    print("\nCalibration on a picture's own latents against true trajectories")
-    print(table([[name, f"{value:.3f}"] for name, value in both.items()], right=(1,)))
-    return both
+    plain = list(cases(phrases=1))
+    for name, of_name in (("noised latents", calibration), ("trajectories", trajectory_calibration)):
+        write_calibration(of_name, folder / f"{name}.npz")
+        stored = read_calibration(folder / f"{name}.npz")
+        variant = Variant(name=name, scheme="int8-smooth")
+        with Editor(build(options.checkpoint, variant, stored, folder / name)) as editor:
+            scores = score(partial(edit, editor, editor.bundle.manifest.defaults.steps), plain)
+        figures[f"psnr_db, {name}"] = fmean(s.psnr_db for s in scores)
+    print("\nCalibration on noised latents of images against denoising trajectories")
+    print(table([[name, f"{value:.3f}"] for name, value in figures.items()], right=(1,)))
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,0 +1,10 @@
+"""Benchmarks: ``python -m bench.NAME``, from the root of the repository. Not part of the wheel.
+
+Each prints a table, and writes its figures with machine and versions as JSON with ``--json FILE``.
+
+- ``cpu_edit``: an edit on the CPU against diffusers, torch.compile and OpenVINO.
+- ``quantization``: accuracy and speed of every scheme on the pocket model.
+- ``calibrate_block``: time and memory that the calibration of the published transformer needs.
+- ``pocket_quality``: edits of the pocket model against the exact results.
+- ``pocket_sheet``: edits of the pocket model as one image.
+"""
