@@ -82,12 +82,12 @@ INT8_PLAIN = replace(SCHEMES["int8-smooth"], smoothed=())
 VARIANTS = (
     Variant(name="none"),
     Variant(name="fp8", scheme="fp8"),
-    Variant(name="fp8, no exclusions", scheme="fp8", exclude=False),
+    Variant(name="fp8, nothing excluded", scheme="fp8", exclude=False),
     Variant(name="fp8, and FP8 attention", scheme="fp8", attention="fp8"),
     Variant(name="int8-smooth", scheme="int8-smooth"),
-    Variant(name="int8-smooth, no exclusions", scheme="int8-smooth", exclude=False),
+    Variant(name="int8-smooth, nothing excluded", scheme="int8-smooth", exclude=False),
     Variant(name="int8 without smoothing", scheme="int8-smooth", replacement=INT8_PLAIN),
-    Variant(name="int8 without smoothing, no exclusions", scheme="int8-smooth", replacement=INT8_PLAIN, exclude=False),
+    Variant(name="int8 without smoothing, nothing excluded", scheme="int8-smooth", replacement=INT8_PLAIN, exclude=False),
     Variant(name="int8, naive min-max", scheme="int8-smooth", replacement=INT8_MIN_MAX, exclude=False),
     Variant(name="w8a16", scheme="w8a16"),
 )
