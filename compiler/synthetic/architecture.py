@@ -1,4 +1,4 @@
-"""The sizes of a Qwen-Image-Edit model and the names and shapes of its tensors, without any values.
+"""The sizes of a Qwen-Image-Edit model, and the names and shapes of its tensors.
 
 Shapes are PyTorch's: linear [out, in], convolution [out, in, (time,) height, width].
 """
@@ -16,14 +16,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Every size of a checkpoint. Widths are in features, areas in pixels; the defaults are those of the "tiny" preset.
+    """The sizes of a checkpoint; the defaults are those of the preset "tiny".
 
-    The text decoder's width is also the vision tower's output width and the transformer's ``joint_attention_dim``.
-    ``text_vocab_size`` is the number of embedding rows, as published more than the tokenizer has entries.
-    ``text_names`` is the naming of the text encoder's tensors: "old" is ``visual.*`` and ``model.*`` (transformers 4),
-    "new" is ``model.visual.*`` and ``model.language_model.*``. ``vae_area`` and ``condition_area`` are the image areas
-    that the pipeline resizes to for the VAE and for the vision tower, ``schedule`` the steps and the guidance that the
-    model wants where nothing else is asked for.
+    Names are those of the configs of diffusers and transformers, with the prefixes ``text_``, ``vision_`` and ``vae_``.
+    Widths are in features.
+
+    Attributes:
+        pipeline: "edit" takes one image, "edit_plus" several.
+        zero_cond_t: whether reference tokens are modulated at timestep 0, as in 2511.
+        vae_area: area in pixels to which the pipeline resizes images for the VAE.
+        condition_area: area in pixels to which it resizes images for the vision tower.
+        schedule: default steps and guidance of the model; None for the pipeline's.
+        text_hidden_size: also the output width of the vision tower and the ``joint_attention_dim`` of the transformer.
+        text_vocab_size: rows of the embedding; like the published ones, more than the tokenizer has entries.
+        text_names: names of the text encoder's tensors: "old" is ``visual.*`` and ``model.*`` (transformers 4), "new"
+            is ``model.visual.*`` and ``model.language_model.*``.
     """
 
     pipeline: Literal["edit", "edit_plus"] = "edit_plus"
@@ -135,13 +142,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen-image-edit-2509": _PUBLISHED,
     "qwen-image-edit-2511": replace(_PUBLISHED, zero_cond_t=True),
 }
-"""Presets by name. "tiny" (as 2511), "tiny-2509" and "tiny-edit" are for tests, "pocket" is the trained model of
-``recipes/pocket``; the "qwen-image-edit*" ones have the published dimensions (the configs of the model cards;
-Qwen2.5-VL-7B for the text encoder)."""
+"""Presets by name. "tiny" (like 2511), "tiny-2509" and "tiny-edit" are for tests, "demo" is a larger one for trials,
+"pocket" is the trained model of ``recipes/pocket``, and "qwen-image-edit*" have the published sizes (configs of the
+model repositories; Qwen2.5-VL-7B for the text encoder)."""
 
 
 def tensor_shapes(architecture: Architecture) -> dict[Subfolder, dict[str, Shape]]:
-    """Every tensor of a checkpoint: subfolder -> canonical name (as ``Weight.name``) -> shape."""
+    """All tensors of a checkpoint: subfolder -> canonical name (``Weight.name``) -> shape."""
     return {
         "transformer": dict(_transformer(architecture)),
         "text_encoder": dict(_text_encoder(architecture)),
@@ -150,7 +157,7 @@ def tensor_shapes(architecture: Architecture) -> dict[Subfolder, dict[str, Shape
 
 
 def _linear(name: str, fan_in: int, fan_out: int, *kernel: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:
-    """A linear layer, or with ``kernel`` sizes a convolution."""
+    """A linear layer; with ``kernel`` sizes, a convolution."""
     yield f"{name}.weight", (fan_out, fan_in, *kernel)
     if bias:
         yield f"{name}.bias", (fan_out,)

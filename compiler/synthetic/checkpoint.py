@@ -1,11 +1,11 @@
-"""A checkpoint of the real architecture with random weights, in the diffusers format and of any size.
+"""A checkpoint of the real architecture with random weights, in diffusers format and of any size.
 
-It loads in diffusers and transformers like the published ones, so every graph can be proven against them without a
-download; what it draws is noise. ``python -m qie.compiler.synthetic.checkpoint OUT`` writes one.
+It loads in diffusers and transformers like the published checkpoints, so every graph can be checked against them
+without a download; its edits are noise. ``python -m qie.compiler.synthetic.checkpoint OUT`` writes one.
 
-Weights depend on the seed and the tensor's name alone, and come from raw PCG64 bits, so that equal arguments give
-equal bytes. Their scales keep activations near 1 through any depth and let every parameter show in the output: norms
-are spread around 1, biases are not zero, the temporal slices of a kernel differ.
+Weights depend only on the seed and the tensor's name, and come from raw PCG64 bits, so equal arguments give equal
+bytes. Their scales keep activations near 1 at any depth, and every parameter affects the output: norms are spread
+around 1, biases are not zero, the temporal slices of a kernel differ.
 """
 
 import argparse
@@ -85,7 +85,7 @@ _IMAGE_PROCESSOR = {
 }
 """As published (processor/preprocessor_config.json of Qwen-Image-Edit), without the patch size."""
 
-_ABOUT = "the weights are random: an edit shows that everything runs, its result is noise"
+_ABOUT = "the weights are random, so an edit shows that everything runs, but only noise"
 
 _GAINS = {
     "timestep_embedder.linear_1": 2.0,
@@ -99,7 +99,7 @@ _GAINS = {
     "post_quant_conv": 0.5,
     "decoder.conv_out": 0.4,
 }
-"""Standard deviation of a layer's output for inputs of standard deviation 1, where it is not 1, by its name's end."""
+"""End of a layer's name -> standard deviation of its output for inputs of standard deviation 1; 1 for all others."""
 
 
 def write_checkpoint(
@@ -112,18 +112,26 @@ def write_checkpoint(
     shard_bytes: int | None = None,
     words: str = "",
 ) -> Path:
-    """Write a diffusers checkpoint to ``folder`` and return it; one tensor is in memory at a time.
+    """Write a diffusers checkpoint, complete or not at all; one tensor is in memory at a time.
 
-    ``words`` is text that the vocabulary shall spell in few tokens.
+    Args:
+        folder: the folder to write; it must not exist, or be empty.
+        architecture: the sizes.
+        seed: seed of the weights.
+        dtype: dtype of the weights.
+        weights: False leaves out the safetensors files.
+        shard_bytes: splits transformer and text encoder into shards of at most this size (or one tensor), with an
+            index; None writes one file each.
+        words: text that the vocabulary encodes in few tokens.
 
-    ``weights=False`` leaves the safetensors files out. ``shard_bytes`` splits the transformer and the text encoder into
-    shards of at most that many bytes (or one tensor) with an index. The folder appears complete or not at all.
+    Returns:
+        ``folder``.
 
     Raises:
         CheckpointError: ``folder`` exists and is not an empty folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an empty folder: delete it or name another one")
+        raise CheckpointError(f"{folder} exists and is not an empty folder; delete it or choose another one")
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
@@ -147,7 +155,7 @@ def _write_weights(
     sizes = {name: stored_dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards = _split(sizes, shard_bytes)
     stem = "model" if subfolder == "text_encoder" else "diffusion_pytorch_model"
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -155,9 +163,9 @@ def _write_weights(
         for name in names:
             start, end = end, end + sizes[name]
             stored = _stored_name(subfolder, name, architecture)
-            kind = "BF16" if dtype == "bfloat16" else "F32"
-            header[stored] = {"dtype": kind, "shape": shapes[name], "data_offsets": (start, end)}
-            places[stored] = file
+            st_dtype = "BF16" if dtype == "bfloat16" else "F32"
+            header[stored] = {"dtype": st_dtype, "shape": shapes[name], "data_offsets": (start, end)}
+            weight_map[stored] = file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as stream:
@@ -165,20 +173,20 @@ def _write_weights(
             for name in names:
                 stream.write(_values(subfolder, name, shapes[name], seed).astype(stored_dtype).tobytes())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
 
 
 def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in order, in as many lists as it takes to keep each list's size within the limit."""
+    """The names in order, in lists whose sizes stay within ``limit``."""
     shards: list[list[str]] = [[]]
-    filled = 0
+    shard_size = 0
     for name, size in sizes.items():
-        if limit is not None and shards[-1] and filled + size > limit:
+        if limit is not None and shards[-1] and shard_size + size > limit:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(name)
-        filled += size
+        shard_size += size
     return shards
 
 
@@ -189,7 +197,7 @@ def _stored_name(subfolder: Subfolder, name: str, architecture: Architecture) ->
 
 
 def _values(subfolder: Subfolder, name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
-    """One tensor: uniform, with centre and spread by the kind of parameter."""
+    """One tensor: uniformly distributed, with center and standard deviation by the kind of parameter."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {subfolder} {name}".encode()).digest())
     count = math.prod(shape)
     bits = np.random.PCG64(key).random_raw((count + 1) // 2).astype("<u8").view("<u4")[:count]
@@ -197,21 +205,21 @@ def _values(subfolder: Subfolder, name: str, shape: Shape, seed: int) -> NDArray
     values *= np.float32(2 * math.sqrt(3) / 2**32)
     values -= np.float32(math.sqrt(3))
     layer, _, kind = name.rpartition(".")
-    centre, spread = 0.0, 1.0
+    center, std = 0.0, 1.0
     if kind == "bias":
-        spread = 0.1
+        std = 0.1
     elif kind == "gamma" or len(shape) == 1:
-        centre, spread = 1.0, 0.2
+        center, std = 1.0, 0.2
     elif not name.endswith("embed_tokens.weight"):
-        seen = (shape[1], *shape[-2:]) if subfolder == "vae" else shape[1:]
-        spread = next((gain for end, gain in _GAINS.items() if layer.endswith(end)), 1.0) / math.sqrt(math.prod(seen))
-    values *= np.float32(spread)
-    values += np.float32(centre)
+        fan_in = math.prod((shape[1], *shape[-2:]) if subfolder == "vae" else shape[1:])
+        std = next((gain for end, gain in _GAINS.items() if layer.endswith(end)), 1.0) / math.sqrt(fan_in)
+    values *= np.float32(std)
+    values += np.float32(center)
     return values.reshape(shape)
 
 
 def _files(a: Architecture, words: str) -> dict[str, str]:
-    """Every file of the checkpoint but the weights: path -> text."""
+    """All files of the checkpoint except weights: path -> text."""
     tokenizer = small_tokenizer(words)
     vocabulary = tokenizer_files(tokenizer)
     pipeline = {
@@ -288,7 +296,7 @@ def _text_encoder_config(a: Architecture, tokenizer: Tokenizer) -> dict[str, Any
         "tokens_per_second": 2,
         "window_size": a.vision_window_size,
     }
-    places = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
+    tokens = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -296,7 +304,7 @@ def _text_encoder_config(a: Architecture, tokenizer: Tokenizer) -> dict[str, Any
         **decoder,
         "text_config": {"model_type": "qwen2_5_vl_text", **decoder},
         "vision_config": vision,
-        **{key: tokenizer.token_to_id(f"<|{place}|>") for key, place in zip(keys, places, strict=True)},
+        **{key: tokenizer.token_to_id(f"<|{token}|>") for key, token in zip(keys, tokens, strict=True)},
         "tie_word_embeddings": False,
     }
 
@@ -317,11 +325,11 @@ def _vae_config(a: Architecture) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the checkpoint that the command line asks for."""
+    """Write a checkpoint with random weights."""
     parser = argparse.ArgumentParser(prog="python -m qie.compiler.synthetic.checkpoint", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="demo")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="demo", help="sizes, default: demo")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, default: 0")
     parser.add_argument("--no-weights", action="store_true", help="write configs and tokenizer only")
     arguments = parser.parse_args()
     try:
@@ -333,7 +341,7 @@ def main() -> None:
         )
     except CheckpointError as error:
         parser.error(str(error))
-    print(f"A random checkpoint ({arguments.architecture}, seed {arguments.seed}) is in {folder}")
+    print(f"Wrote a random checkpoint ({arguments.architecture}, seed {arguments.seed}) to {folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small byte-pair vocabulary in the form of Qwen's: its special tokens, its splitting of text, words of one's own."""
+"""A small byte-pair tokenizer like Qwen's: its special tokens and pre-tokenizer, with a vocabulary of its own."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _SPECIAL_TOKENS = (
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 )
-"""Qwen2.5-VL's, in its order; their ids follow the byte-pair vocabulary."""
+"""The special tokens of Qwen2.5-VL in their order; their ids follow the byte-pair vocabulary."""
 
 _VOCABULARY_TEXT = (
     f"{PREFIX}Picture 1: <|vision_start|>"
@@ -27,12 +27,12 @@ _VOCABULARY_TEXT = (
     "Turn her left hand around, put glasses on his face, keep everything else unchanged and brighten those mountains."
     "<|im_end|>\n<|im_start|>assistant\n"
 )
-"""Every word of it becomes one token, so that ``PREFIX`` has 64 as with the published vocabulary. Other text is spelled
-in smaller pieces, down to bytes."""
+"""Each of its words becomes one token, so ``PREFIX`` has 64 tokens as with the published vocabulary. Other text is
+split into smaller tokens, down to bytes."""
 
 
 def small_tokenizer(words: str = "") -> Tokenizer:
-    """A byte-level tokenizer as Qwen's that spells the template, and the text ``words``, in few tokens."""
+    """A byte-level tokenizer like Qwen's that encodes the template and ``words`` in few tokens."""
     tokenizer = byte_level(BPE())
     trainer = trainers.BpeTrainer(
         min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
@@ -43,7 +43,7 @@ def small_tokenizer(words: str = "") -> Tokenizer:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of transformers' Qwen2Tokenizer for ``tokenizer``: name -> text."""
+    """The files that transformers' Qwen2Tokenizer reads: name -> text."""
     model = json.loads(tokenizer.to_str())["model"]
     ids = {token: tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -66,5 +66,5 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """A config as transformers and diffusers write them."""
+    """``content`` as JSON in the form that transformers and diffusers write."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

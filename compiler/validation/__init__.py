@@ -1,1 +1,1 @@
-"""The reference and the metrics by which engines are judged."""
+"""The reference that engines are compared with, and the metrics of the comparison."""

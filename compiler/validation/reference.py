@@ -1,13 +1,13 @@
-"""The torch pipeline of diffusers as the judge: whatever qie builds is compared with what these functions return.
+"""The diffusers pipeline in torch, the reference for everything that qie builds.
 
 It runs on the CPU, without torchvision, and corrects diffusers in one place: with transformers 5 the pipelines no
-longer tell the text encoder which tokens are images (diffusers issue 14194), so its rotary positions silently become
-those of plain text. Here they are as the model was trained. Needs ``qie[reference]``, imported by the first call.
+longer pass the text encoder the types of its tokens (diffusers issue 14194), so image tokens silently get the rotary
+positions of text. Here they get those of training. It needs ``qie[reference]``, which the first call imports.
 
 Shapes: B batch, N noise tokens, R reference tokens of one image, T = N + R of all images, C = 64 channels a token (or
 of a VAE latent or pixel), L prompt tokens, D prompt width, S tokens of the whole prompt, P vision patches, V = P / 4
 image tokens, I images, H W height and width. A grid is the (height, width) of an image in tokens, 16 pixels wide.
-All arrays are float32 unless said otherwise.
+All arrays are float32 unless stated otherwise.
 """
 
 import importlib
@@ -36,11 +36,14 @@ _PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencePrompt:
-    """What the text encoder is given for one prompt, and what it makes of it.
+    """The inputs of the text encoder for one prompt, and its output.
 
-    ``input_ids`` int64 [S] and ``position_ids`` int64 [3, S] (time, height, width) include the template's prefix;
-    ``patches`` [P, 1176] and ``grid_thw`` int64 [I, 3] are the vision tower's input; ``embeds`` [L, D] is the last
-    hidden state after the final norm, without the prefix.
+    Attributes:
+        input_ids: int64 [S], with the template's prefix.
+        position_ids: int64 [3, S] (time, height, width), with the prefix.
+        patches: [P, 1176], input of the vision tower.
+        grid_thw: int64 [I, 3], patches of each image in time, height and width.
+        embeds: [L, D], the last hidden state after the final norm, without the prefix.
     """
 
     input_ids: NDArray[np.int64]
@@ -52,8 +55,15 @@ class ReferencePrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceStep:
-    """One step of an edit: from ``latents`` [N, C] at noise level ``sigma`` along ``velocity`` [N, C], which is the
-    transformer's output after guidance, to ``latents_next`` [N, C]."""
+    """One step of an edit.
+
+    Attributes:
+        index: number of the step, from 0.
+        sigma: noise level before the step.
+        latents: [N, C] before the step.
+        velocity: [N, C], after guidance.
+        latents_next: [N, C] after the step.
+    """
 
     index: int
     sigma: float
@@ -64,7 +74,14 @@ class ReferenceStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A loaded pipeline. ``vae_area`` and ``condition_area`` are the pixels its images are resized to."""
+    """A loaded pipeline.
+
+    Attributes:
+        pipeline: the diffusers pipeline.
+        dtype: dtype of weights and activations.
+        vae_area: area in pixels to which images are resized for the VAE.
+        condition_area: area in pixels to which images are resized for the vision tower.
+    """
 
     pipeline: Any
     dtype: DType
@@ -77,21 +94,21 @@ class Reference:
         return _floats(visual(self._tensor(patches_P), grid_thw=_torch().from_numpy(grid_thw_I3)).pooler_output)
 
     def prompt(self, images: Sequence[Image.Image], instruction: str) -> ReferencePrompt:
-        """Prepare and encode the prompt of an edit of RGB ``images`` in their original size."""
+        """Tokenize and encode the prompt of an edit of RGB ``images`` in their original size."""
         encoder = self.pipeline.text_encoder
-        given: dict[str, Any] = {}
-        handle = encoder.register_forward_pre_hook(lambda _, __, inputs: given.update(inputs), with_kwargs=True)
+        inputs: dict[str, Any] = {}
+        handle = encoder.register_forward_pre_hook(lambda _, __, arguments: inputs.update(arguments), with_kwargs=True)
         try:
             embeds_BLD, _ = self.pipeline._get_qwen_prompt_embeds(instruction, self._condition_images(images))
         finally:
             handle.remove()
-        tokens = {key: given[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+        tokens = {key: inputs[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
         position_ids_3BS, _ = encoder.model.get_rope_index(**tokens)
         return ReferencePrompt(
-            input_ids=given["input_ids"][0].numpy(),
+            input_ids=inputs["input_ids"][0].numpy(),
             position_ids=position_ids_3BS[:, 0].numpy(),
-            patches=_floats(given["pixel_values"]),
-            grid_thw=given["image_grid_thw"].numpy(),
+            patches=_floats(inputs["pixel_values"]),
+            grid_thw=inputs["image_grid_thw"].numpy(),
             embeds=_floats(embeds_BLD[0]),
         )
 
@@ -120,7 +137,12 @@ class Reference:
     ) -> Floats:
         """One pass of the transformer, before guidance -> [B, N, C].
 
-        ``reference_BRC`` has one array a reference image, ``grids`` one grid for the noise and one a reference image.
+        Args:
+            latents_BNC: noisy latents.
+            reference_BRC: latents of each reference image.
+            prompt_embeds_BLD: prompt embeddings.
+            sigma: noise level.
+            grids: grid of the noise, then of each reference image.
         """
         hidden_BTC = self._tensor(np.concatenate([latents_BNC, *reference_BRC], axis=1))
         batch, noise_tokens, _ = latents_BNC.shape
@@ -161,16 +183,24 @@ class Reference:
     ) -> NDArray[np.uint8]:
         """A whole edit by the pipeline itself -> uint8 [height, width, 3].
 
-        ``images`` are RGB in their original size. The noise is ``latents`` [N, C] or drawn from ``seed``. ``width`` and
-        ``height`` in pixels default to the model's area at the aspect ratio of the image. Guidance is off for
-        ``cfg`` <= 1. ``on_step`` sees every step.
+        Args:
+            images: RGB in their original size.
+            instruction: the instruction.
+            negative: negative prompt.
+            cfg: scale of true classifier-free guidance; 1 or less turns it off.
+            steps: number of steps.
+            seed: seed of the noise; exclusive with ``latents``.
+            latents: noise [N, C].
+            width: width of the result in pixels; None for the model's area at the aspect ratio of the last image.
+            height: height of the result in pixels.
+            on_step: called after every step.
 
         Raises:
             RequestError: not exactly one of ``seed`` and ``latents``, or several images for a model that takes one.
         """
         if (seed is None) == (latents is None):
-            found = "neither seed nor latents are given" if seed is None else "both seed and latents are given"
-            raise RequestError(f"{found}, and the noise comes from one of them; give one of the two", option="seed")
+            given = "neither seed nor latents are given" if seed is None else "both seed and latents are given"
+            raise RequestError(f"{given}, expected one of them; give one of the two", option="seed")
         if not self._plus and len(images) != 1:
             raise RequestError(
                 f"{len(images)} images were given, this model takes 1; use one image or an Edit-Plus checkpoint"
@@ -209,12 +239,12 @@ class Reference:
         return self.pipeline.image_processor.resize(image, height, width)
 
     def _condition_images(self, images: Sequence[Image.Image]) -> list[Any]:
-        """The images as the vision tower's preprocessor gets them: Edit has one size for it and the VAE, Plus two."""
+        """The images as the pipeline passes them to the image processor: Edit resizes them once, Edit-Plus twice."""
         return [self._resize(image, self.condition_area if self._plus else self.vae_area) for image in images]
 
     @contextmanager
     def _areas(self) -> Iterator[None]:
-        """Within it the pipeline's code resizes to the checkpoint's areas."""
+        """Inside the block, the code of the pipeline resizes to the areas of the checkpoint."""
         module, original = self._module, self._module.calculate_dimensions
         areas = {VAE_AREA: self.vae_area, CONDITION_AREA: self.condition_area}
         module.calculate_dimensions = lambda area, ratio: original(areas[area], ratio)
@@ -225,7 +255,7 @@ class Reference:
 
     @contextmanager
     def _observed(self, on_step: Callable[[ReferenceStep], None] | None) -> Iterator[None]:
-        """Within it the scheduler reports its steps."""
+        """Inside the block, the scheduler reports its steps."""
         scheduler, original = self.pipeline.scheduler, self.pipeline.scheduler.step
 
         def step(velocity_BNC: Any, timestep: Any, latents_BNC: Any, **options: Any) -> Any:
@@ -255,16 +285,18 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
 
     Raises:
         BackendMissingError: torch, diffusers or transformers is not installed.
-        CheckpointError: the folder is no checkpoint of a pipeline that qie knows.
+        CheckpointError: the folder is not a checkpoint of a supported pipeline.
     """
     torch, diffusers = _torch(), _import("diffusers")
     index_path = folder / "model_index.json"
     if not index_path.is_file():
-        raise CheckpointError(f"{index_path} is missing: name a folder in the diffusers format")
+        raise CheckpointError(f"{index_path} is missing; use a folder in diffusers format")
     index = json.loads(index_path.read_text(encoding="utf-8"))
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
-        raise CheckpointError(f"{index_path} is of {kind}: expected {' or '.join(_PIPELINES)}")
+        raise CheckpointError(
+            f"{index_path} has a {kind}, expected {' or '.join(_PIPELINES)}; use a checkpoint of one of them"
+        )
     pipeline = getattr(diffusers, kind).from_pretrained(
         folder, processor=_load_processor(folder / "processor"), dtype=getattr(torch, dtype), local_files_only=True
     )
@@ -282,20 +314,20 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
 
 
 def randn(shape: Sequence[int], seed: int, dtype: DType = "float32") -> Floats:
-    """What ``torch.randn`` draws on the CPU in ``dtype`` from a new generator, as float32."""
+    """The output of ``torch.randn`` on the CPU in ``dtype`` with a new generator, as float32."""
     torch = _torch()
     generator = torch.Generator("cpu").manual_seed(seed)
     return _floats(torch.randn(tuple(shape), generator=generator, dtype=getattr(torch, dtype)))
 
 
 def _mark_image_tokens(encoder: Any, arguments: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell the text encoder which tokens are an image's, so that it computes their positions in three dimensions."""
+    """Pass the text encoder the types of its tokens, so that image tokens get positions in three dimensions."""
     types_BS = (inputs["input_ids"] == encoder.config.image_token_id).int()
     return arguments, {**inputs, "mm_token_type_ids": types_BS}
 
 
 def _load_processor(folder: Path) -> Any:
-    """The checkpoint's Qwen2VLProcessor for images and text alone, as its video part would need torchvision."""
+    """The checkpoint's Qwen2VLProcessor without video, whose processor needs torchvision."""
     transformers = _import("transformers")
 
     class ImageTextProcessor(transformers.Qwen2VLProcessor):  # type: ignore[misc, name-defined]
@@ -323,5 +355,5 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BackendMissingError(
-            f"{name} is not installed ({error}), but the reference needs it: install qie[reference]"
+            f"{name} is not installed ({error}), which the reference needs; run `pip install 'qie[reference]'`"
         ) from error

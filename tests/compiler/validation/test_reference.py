@@ -1,4 +1,4 @@
-"""The judge judged: its methods compose to diffusers' own edit, and it corrects what diffusers loses."""
+"""The methods of the reference compose to diffusers' own edit, and it corrects the positions that diffusers loses."""
 
 import json
 import subprocess
@@ -55,28 +55,28 @@ def images(name: str) -> list[Image.Image]:
 def test_an_edit_has_the_checkpoints_area_and_depends_on_the_seed(
     name: str, reference: Callable[[str], Reference]
 ) -> None:
-    judge = reference(name)
-    edited = judge.edit(images(name), INSTRUCTION, steps=2, seed=0)
+    loaded = reference(name)
+    edited = loaded.edit(images(name), INSTRUCTION, steps=2, seed=0)
     assert edited.dtype == np.uint8
     assert edited.shape == {"tiny-edit": (96, 160, 3)}.get(name, (160, 96, 3))
     assert 20 < edited.std() < 100
-    np.testing.assert_array_equal(edited, judge.edit(images(name), INSTRUCTION, steps=2, seed=0))
-    assert (edited != judge.edit(images(name), INSTRUCTION, steps=2, seed=1)).mean() > 0.5
-    assert (edited != judge.edit(images(name), INSTRUCTION, steps=2, seed=0, cfg=1.0)).mean() > 0.5
-    assert judge.edit(images(name), INSTRUCTION, steps=2, seed=0, width=64, height=48).shape == (48, 64, 3)
+    np.testing.assert_array_equal(edited, loaded.edit(images(name), INSTRUCTION, steps=2, seed=0))
+    assert (edited != loaded.edit(images(name), INSTRUCTION, steps=2, seed=1)).mean() > 0.5
+    assert (edited != loaded.edit(images(name), INSTRUCTION, steps=2, seed=0, cfg=1.0)).mean() > 0.5
+    assert loaded.edit(images(name), INSTRUCTION, steps=2, seed=0, width=64, height=48).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_methods_compose_to_the_edit(name: str, reference: Callable[[str], Reference]) -> None:
-    judge, steps = reference(name), list[ReferenceStep]()
-    edited = judge.edit(images(name), INSTRUCTION, negative="blurry", cfg=3.0, steps=3, seed=5, on_step=steps.append)
+    loaded, steps = reference(name), list[ReferenceStep]()
+    edited = loaded.edit(images(name), INSTRUCTION, negative="blurry", cfg=3.0, steps=3, seed=5, on_step=steps.append)
 
-    resized = [judge.reference_image(image) for image in images(name)]
-    latents_BRC = [judge.encode_image(image)[None] for image in resized]
+    resized = [loaded.reference_image(image) for image in images(name)]
+    latents_BRC = [loaded.encode_image(image)[None] for image in resized]
     grid = (edited.shape[0] // 16, edited.shape[1] // 16)
     grids = [grid, *((image.shape[0] // 16, image.shape[1] // 16) for image in resized)]
-    positive_BLD = judge.prompt_embeds(images(name), INSTRUCTION)[None]
-    negative_BLD = judge.prompt_embeds(images(name), "blurry")[None]
+    positive_BLD = loaded.prompt_embeds(images(name), INSTRUCTION)[None]
+    negative_BLD = loaded.prompt_embeds(images(name), "blurry")[None]
     noise = randn((1, 1, 16, 2 * grid[0], 2 * grid[1]), seed=5)
     latents_NC = noise.reshape(16, grid[0], 2, grid[1], 2).transpose(1, 3, 0, 2, 4).reshape(-1, 64)
 
@@ -84,7 +84,7 @@ def test_the_methods_compose_to_the_edit(name: str, reference: Callable[[str], R
     for step in steps:
         np.testing.assert_allclose(step.latents, latents_NC, atol=1e-4)
         positive, negative = (
-            judge.velocity(latents_NC[None], latents_BRC, embeds_BLD, step.sigma, grids)[0]
+            loaded.velocity(latents_NC[None], latents_BRC, embeds_BLD, step.sigma, grids)[0]
             for embeds_BLD in (positive_BLD, negative_BLD)
         )
         combined = negative + 3.0 * (positive - negative)
@@ -95,31 +95,31 @@ def test_the_methods_compose_to_the_edit(name: str, reference: Callable[[str], R
         latents_NC = latents_NC + np.float32(sigma_next - step.sigma) * velocity_NC
         np.testing.assert_allclose(step.latents_next, latents_NC, atol=1e-4)
     assert steps[-1].sigma == pytest.approx(0.02)
-    np.testing.assert_array_equal(judge.decode(steps[-1].latents_next, *grid), edited)
+    np.testing.assert_array_equal(loaded.decode(steps[-1].latents_next, *grid), edited)
 
 
 def test_given_latents_replace_the_seed(reference: Callable[[str], Reference]) -> None:
-    judge, steps = reference("tiny"), list[ReferenceStep]()
-    edited = judge.edit(images("tiny"), INSTRUCTION, steps=2, seed=3, on_step=steps.append)
-    again = judge.edit(images("tiny"), INSTRUCTION, steps=2, latents=steps[0].latents)
+    loaded, steps = reference("tiny"), list[ReferenceStep]()
+    edited = loaded.edit(images("tiny"), INSTRUCTION, steps=2, seed=3, on_step=steps.append)
+    again = loaded.edit(images("tiny"), INSTRUCTION, steps=2, latents=steps[0].latents)
     np.testing.assert_array_equal(edited, again)
 
 
 def test_a_batch_is_its_rows(reference: Callable[[str], Reference]) -> None:
-    judge, grids = reference("tiny"), [(4, 6), (5, 3), (2, 2)]
+    loaded, grids = reference("tiny"), [(4, 6), (5, 3), (2, 2)]
     latents_BNC, first_BRC, second_BRC = (randn((2, h * w, 64), seed=h) for h, w in grids)
     embeds_BLD = randn((2, 9, 64), seed=0)
-    both = judge.velocity(latents_BNC, [first_BRC, second_BRC], embeds_BLD, 0.7, grids)
+    both = loaded.velocity(latents_BNC, [first_BRC, second_BRC], embeds_BLD, 0.7, grids)
     assert both.shape == latents_BNC.shape
     for row in (slice(0, 1), slice(1, 2)):
-        alone = judge.velocity(latents_BNC[row], [first_BRC[row], second_BRC[row]], embeds_BLD[row], 0.7, grids)
+        alone = loaded.velocity(latents_BNC[row], [first_BRC[row], second_BRC[row]], embeds_BLD[row], 0.7, grids)
         np.testing.assert_allclose(both[row], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_image_positions_reach_the_text_encoder(name: str, reference: Callable[[str], Reference]) -> None:
-    judge = reference(name)
-    encoder, prompt = judge.pipeline.text_encoder, judge.prompt(images(name), INSTRUCTION)
+    loaded = reference(name)
+    encoder, prompt = loaded.pipeline.text_encoder, loaded.prompt(images(name), INSTRUCTION)
     inputs = {
         "input_ids": torch.from_numpy(prompt.input_ids)[None],
         "pixel_values": torch.from_numpy(prompt.patches),
@@ -146,23 +146,23 @@ def test_image_positions_reach_the_text_encoder(name: str, reference: Callable[[
 
 
 def test_vision_is_what_the_prompt_holds(reference: Callable[[str], Reference]) -> None:
-    judge = reference("tiny")
-    prompt = judge.prompt(images("tiny"), INSTRUCTION)
-    features = judge.pipeline.text_encoder.model.get_image_features(
+    loaded = reference("tiny")
+    prompt = loaded.prompt(images("tiny"), INSTRUCTION)
+    features = loaded.pipeline.text_encoder.model.get_image_features(
         torch.from_numpy(prompt.patches), torch.from_numpy(prompt.grid_thw)
     )
-    embeds_VD = judge.vision(prompt.patches, prompt.grid_thw)
+    embeds_VD = loaded.vision(prompt.patches, prompt.grid_thw)
     assert embeds_VD.shape == (len(prompt.patches) // 4, 64)
     np.testing.assert_array_equal(embeds_VD, torch.cat(features.pooler_output).numpy())
 
 
 def test_the_last_hidden_state_is_past_the_final_norm(reference: Callable[[str], Reference]) -> None:
-    judge = reference("tiny")
-    decoder = judge.pipeline.text_encoder.model.language_model
+    loaded = reference("tiny")
+    decoder = loaded.pipeline.text_encoder.model.language_model
     outputs: list[Any] = []
     handle = decoder.layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
-        prompt = judge.prompt(images("tiny"), INSTRUCTION)
+        prompt = loaded.prompt(images("tiny"), INSTRUCTION)
     finally:
         handle.remove()
     np.testing.assert_array_equal(prompt.embeds, decoder.norm(outputs[0])[0, 64:].numpy())
@@ -170,17 +170,17 @@ def test_the_last_hidden_state_is_past_the_final_norm(reference: Callable[[str],
 
 
 def test_the_areas_do_not_leak(reference: Callable[[str], Reference]) -> None:
-    judge = reference("tiny")
-    module = sys.modules[type(judge.pipeline).__module__]
-    before, step = module.calculate_dimensions, judge.pipeline.scheduler.step
+    loaded = reference("tiny")
+    module = sys.modules[type(loaded.pipeline).__module__]
+    before, step = module.calculate_dimensions, loaded.pipeline.scheduler.step
 
     def stop(_: ReferenceStep) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge.edit(images("tiny"), INSTRUCTION, steps=2, seed=0, on_step=stop)
+        loaded.edit(images("tiny"), INSTRUCTION, steps=2, seed=0, on_step=stop)
     assert module.calculate_dimensions is before
-    assert judge.pipeline.scheduler.step == step
+    assert loaded.pipeline.scheduler.step == step
     assert before(1024 * 1024, 1.0) == (1024, 1024)
 
 
@@ -195,9 +195,9 @@ def test_areas_are_the_published_ones_without_a_note(checkpoint: Callable[[str],
         if part.is_dir():
             (tmp_path / part.name).symlink_to(part)
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    judge = load_reference(tmp_path)
-    assert (judge.vae_area, judge.condition_area) == (1024 * 1024, 384 * 384)
-    assert judge.reference_image(smooth_image(64, 64)).shape == (1024, 1024, 3)
+    loaded = load_reference(tmp_path)
+    assert (loaded.vae_area, loaded.condition_area) == (1024 * 1024, 384 * 384)
+    assert loaded.reference_image(smooth_image(64, 64)).shape == (1024, 1024, 3)
 
 
 def test_bfloat16_is_close_to_float32(checkpoint: Callable[[str], Path], reference: Callable[[str], Reference]) -> None:
@@ -205,10 +205,10 @@ def test_bfloat16_is_close_to_float32(checkpoint: Callable[[str], Path], referen
     assert {parameter.dtype for parameter in rounded.pipeline.transformer.parameters()} == {torch.bfloat16}
     pairs = [
         (
-            judge.prompt_embeds(images("tiny"), INSTRUCTION),
-            judge.encode_image(judge.reference_image(smooth_image(90, 90))),
+            loaded.prompt_embeds(images("tiny"), INSTRUCTION),
+            loaded.encode_image(loaded.reference_image(smooth_image(90, 90))),
         )
-        for judge in (exact, rounded)
+        for loaded in (exact, rounded)
     ]
     for expected, value in zip(*pairs, strict=True):
         assert value.dtype == np.float32
@@ -247,7 +247,7 @@ def test_a_missing_package_says_what_to_install(
     package: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendMissingError, match=rf"{package} is not installed.*install qie\[reference\]"):
+    with pytest.raises(BackendMissingError, match=rf"{package} is not installed.*run `pip install 'qie\[reference\]'"):
         load_reference(checkpoint("tiny"))
 
 

@@ -21,7 +21,7 @@ def test_stdout_is_the_path_alone(qie: Qie, workplace: Path, bundle: Path) -> No
     assert done.returncode == 0
     assert done.stdout == "red.png\n"
     lines = done.stderr.splitlines()
-    assert lines[0] == "tiny: the weights are random: an edit shows that everything runs, its result is noise"
+    assert lines[0] == "tiny: the weights are random, so an edit shows that everything runs, but only noise"
     assert lines[1].startswith("tiny (tiny-cpu), 160x96, 20 steps, guidance 4 away from ' ', ")
     assert lines[2:] == ["seed 7: "]
     assert "%" not in done.stderr and "\x1b" not in done.stderr
