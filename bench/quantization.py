@@ -87,7 +87,9 @@ VARIANTS = (
     Variant(name="int8-smooth", scheme="int8-smooth"),
     Variant(name="int8-smooth, nothing excluded", scheme="int8-smooth", exclude=False),
     Variant(name="int8 without smoothing", scheme="int8-smooth", replacement=INT8_PLAIN),
-    Variant(name="int8 without smoothing, nothing excluded", scheme="int8-smooth", replacement=INT8_PLAIN, exclude=False),
+    Variant(
+        name="int8 without smoothing, nothing excluded", scheme="int8-smooth", replacement=INT8_PLAIN, exclude=False
+    ),
     Variant(name="int8, naive min-max", scheme="int8-smooth", replacement=INT8_MIN_MAX, exclude=False),
     Variant(name="w8a16", scheme="w8a16"),
 )

@@ -1,4 +1,4 @@
-"""Builders: graph to engine, one file a backend; the two TensorRTs share theirs."""
+"""Builders from graph to engine, one per backend; TensorRT and TensorRT for RTX share theirs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,14 @@ __all__ = ["BUILDERS", "Builder"]
 
 
 class Builder(Protocol):
-    """What builds the engines of a backend; a module or an object."""
+    """The interface of a backend's builder: a module or an object."""
 
     def version(self) -> str:
-        """Version of the installed backend."""
+        """The version of the installed backend."""
         ...
 
     def unavailable(self, recipe: Recipe) -> str | None:
-        """Why this machine cannot build for the recipe's GPU, and what to do about it; None where it can."""
+        """Why this machine cannot build for the recipe's GPU, a semicolon, and the fix; None where it can."""
         ...
 
     def build(
@@ -32,10 +32,18 @@ class Builder(Protocol):
         recipe: Recipe,
         progress: Callable[[int, int], None] = ...,
     ) -> EngineRecord:
-        """Make an engine of ``graph``, whose files lie in ``folder``, in the same folder.
+        """Build an engine of ``graph`` into the folder of the graph.
+
+        Args:
+            graph: the graph.
+            folder: the folder of the graph's files.
+            key: the engine's cache key.
+            recipe: the recipe.
+            progress: called with (units done, units in all).
 
         Raises:
-            RecipeError, BuildError: the graph cannot become an engine for the recipe's GPU, or not on this machine.
+            RecipeError: the recipe's GPU lacks a data type of the graph.
+            BuildError: the backend rejects the graph or fails, or memory or disk space ran out.
         """
         ...
 
@@ -45,4 +53,4 @@ BUILDERS: dict[str, Builder] = {
     "tensorrt-rtx": TensorRT("tensorrt-rtx"),
     "tensorrt": TensorRT("tensorrt"),
 }
-"""Backend to its builder. Facts such as the module that builds are in ``qie.engines.backends``."""
+"""Backend -> its builder. ``qie.engines.backends`` has the facts of a backend, such as the module that builds."""

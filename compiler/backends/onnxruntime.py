@@ -1,4 +1,4 @@
-"""Builds engines for onnxruntime, which executes graphs: what is built is the proof that it loads them."""
+"""The builder for onnxruntime, which executes graphs as they are: a build only checks that it loads them."""
 
 import resource
 import time
@@ -15,12 +15,12 @@ __all__ = ["build", "unavailable", "version"]
 
 
 def version() -> str:
-    """Version of the onnxruntime that the engines are proven to load with."""
+    """The version of the installed onnxruntime."""
     return str(ort.__version__)
 
 
 def unavailable(recipe: Recipe) -> str | None:
-    """None: qie needs onnxruntime to run at all."""
+    """None: qie depends on onnxruntime."""
     return None
 
 
@@ -32,12 +32,12 @@ def build(
     recipe: Recipe,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EngineRecord:
-    """Load ``graph``, whose files lie in ``folder``, once; its files are the engine's.
+    """Load ``graph``, whose files are those of the engine, once (``Builder.build``).
 
-    A graph for a GPU is not loaded where onnxruntime can use none: a CPU has no kernels for bfloat16.
+    A graph for a GPU is not loaded where onnxruntime has no CUDA: its CPU kernels do not support bfloat16.
 
     Raises:
-        BuildError: onnxruntime refuses the graph.
+        BuildError: onnxruntime does not load the graph.
     """
     start = time.perf_counter()
     provider = "CPUExecutionProvider" if recipe.compute_capability is None else "CUDAExecutionProvider"
@@ -65,8 +65,15 @@ def build(
 def _load(path: Path, provider: str) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped: no second copy
+    options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of the weights
     try:
         ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as problem:
-        raise BuildError(f"onnxruntime {version()} does not load the graph it was given: {problem}") from problem
+        raise BuildError(
+            f"onnxruntime {version()} does not load {path.name} ({_first_line(problem)}); set the precision of the "
+            'component to "float32" in the recipe, or install another version of onnxruntime'
+        ) from problem
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0]

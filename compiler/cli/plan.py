@@ -4,12 +4,11 @@ from typing import Any
 
 from qie.compiler.planning.estimate import REACHABLE, ComponentEstimate, Estimate
 from qie.engines.errors import QieError
+from qie.engines.machine import GIB
 from qie.engines.records import to_plain
 from qie.engines.terminal import human_bytes, table
 
 __all__ = ["describe", "facts"]
-
-GIB = 2**30
 
 
 def facts(found: Estimate, refusal: QieError | None) -> dict[str, Any]:

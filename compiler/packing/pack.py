@@ -48,6 +48,7 @@ from qie.engines.bundle.manifest import (
     ModulationRecord,
     QuantizationRecord,
     RecipeRecord,
+    file_record,
     write_manifest,
 )
 from qie.engines.errors import BuildError, BundleError
@@ -173,7 +174,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         defaults=Defaults(
             steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency
         ),
-        tokenizer=_record(folder, TOKENIZER_FILE),
+        tokenizer=file_record(folder, TOKENIZER_FILE),
         calibration=_calibration(folder, plan),
         schedules=_write_schedules(folder, plan, modulation, progress),
         engines=tuple(engines),
@@ -258,7 +259,7 @@ def _graph(
         precision=part.graph.dtype,
         key=key,
         path=graph_name,
-        files=(_record(folder, graph_name), weights),
+        files=(file_record(folder, graph_name), weights),
         inputs=part.graph.inputs,
         outputs=part.graph.outputs,
         parameters=part.graph.parameters(),
@@ -293,7 +294,7 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
         return None
     assert plan.calibration.source is not None
     shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
-    return _record(folder, calibration.FILE)
+    return file_record(folder, calibration.FILE)
 
 
 def _quantization(part: PlannedComponent) -> QuantizationRecord | None:
@@ -322,14 +323,9 @@ def _write_schedules(
     for number, values in enumerate(found):
         name = f"{SCHEDULES}/{table_name(modulation, values)}"
         store_tables(compute_tables(weights, modulation, values), modulation, folder / name)
-        records.append(_record(folder, name))
+        records.append(file_record(folder, name))
         progress("schedules", number + 1, len(found))
     return tuple(records)
-
-
-def _record(folder: Path, name: str) -> FileRecord:
-    path = folder / name
-    return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _sync(path: Path) -> None:

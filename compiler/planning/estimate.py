@@ -18,10 +18,9 @@ from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.inputs.feeds import STEP_INPUTS
+from qie.engines.machine import GIB
 
 __all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "check_fit", "estimate", "refusal"]
-
-GIB = 2**30
 
 REACHABLE = 0.6
 """The part of a card's peak for which a second time is given: an assumption to plan with, not a measurement."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.errors import BundleError
+from qie.engines.files import sha256_of
 from qie.engines.records import from_plain, to_plain
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RecipeRecord",
     "Residency",
     "TensorSpec",
+    "file_record",
     "modulation_rows",
     "read_manifest",
     "write_manifest",
@@ -67,6 +69,12 @@ class FileRecord:
     path: str
     bytes: int
     sha256: str
+
+
+def file_record(folder: Path, name: str) -> FileRecord:
+    """The record of the file ``name`` in ``folder``, which is read for its checksum."""
+    path = folder / name
+    return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,21 @@
-"""Another worker in the place of the real one, and a machine with other GPUs."""
+"""A scripted worker process, and a machine with other GPUs."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from qie.compiler.backends.tensorrt import builder as tensorrt
+from qie.engines.backends import BACKENDS
 from qie.engines.machine import Gpu, Machine
 from tests.support.hand_made import Worker
 
 
 @pytest.fixture
 def worker(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Worker:
-    """Puts a script in the place of the worker; returns the file that is there once it was called."""
+    """Replaces the worker process by a script (``Worker``)."""
 
     def put(script: str) -> Path:
         folder = tmp_path_factory.mktemp("worker")
@@ -25,6 +28,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
             f"{script}\n"
         )
         monkeypatch.setattr(tensorrt, "WORKER", path)
+        if find_spec("tensorrt_rtx") is None:  # a scripted worker needs only a package with a version
+            monkeypatch.setitem(BACKENDS, "tensorrt-rtx", replace(BACKENDS["tensorrt-rtx"], build_module="onnx"))
         return folder / "called"
 
     return put
@@ -32,11 +37,13 @@ def worker(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the machine have GPUs of these compute capabilities."""
+    """Gives the machine GPUs of these compute capabilities."""
 
     def pretend(*capabilities: str) -> None:
-        found = tuple(Gpu(name=f"GPU {c}", compute_capability=c, memory_gib=80.0, driver="600") for c in capabilities)
-        machine = Machine(system="Linux", processor="CPU", cores=2, memory_gib=24.0, gpus=found)
+        pretended = tuple(
+            Gpu(name=f"GPU {c}", compute_capability=c, memory_gib=80.0, driver="600") for c in capabilities
+        )
+        machine = Machine(system="Linux", processor="CPU", cores=2, memory_gib=24.0, gpus=pretended)
         monkeypatch.setattr(tensorrt, "this_machine", lambda: machine)
 
     return pretend

@@ -1,26 +1,30 @@
-"""What the builders' tests share: recipes for small models, and graphs of a few nodes."""
+"""What the tests of builders share: recipes for small models, graphs of a few nodes, and a scripted worker."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Recipe
-from qie.engines.bundle.manifest import FileRecord, GraphRecord, ProfileRecord, TensorSpec
-from qie.engines.files import sha256_of
+from qie.engines.bundle.manifest import GraphRecord, ProfileRecord, TensorSpec, file_record
 
 Worker = Callable[[str], Path]
-"""Puts a script in the place of the real worker; returns the file that is there once it was called."""
+"""Replaces the worker process by a script; returns a file that exists once the script has run."""
+
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+"""Marks a test that compiles with TensorRT for RTX."""
 
 
 def small(name: str) -> Recipe:
-    """The recipe in bfloat16, for models of small areas too, and for a machine that has little memory."""
+    """The recipe without quantization, for models with small image areas, and for a machine with little memory."""
     recipe = load_recipe(name)
     plain = replace(recipe.components, transformer=replace(recipe.components.transformer, scheme="none", exclude=()))
     return replace(
@@ -32,7 +36,7 @@ def small(name: str) -> Recipe:
 
 
 def record(folder: Path, model: onnx.ModelProto, **shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> GraphRecord:
-    """``model`` as the transformer's graph in ``folder``, with (min, max) of each input."""
+    """Write ``model`` as the transformer's graph into ``folder``; ``shapes`` are (min, max) of each input."""
     path = folder / "transformer.onnx"
     path.write_bytes(model.SerializeToString())
     return GraphRecord(
@@ -41,7 +45,7 @@ def record(folder: Path, model: onnx.ModelProto, **shapes: tuple[tuple[int, ...]
         precision="bfloat16",
         key="0" * 64,
         path=path.name,
-        files=(FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)),),
+        files=(file_record(folder, path.name),),
         inputs=(TensorSpec(name="x", dtype="bfloat16", dims=("n", 64)),),
         outputs=(TensorSpec(name="y", dtype="bfloat16", dims=("n", 64)),),
         parameters=0,
@@ -57,13 +61,13 @@ def model_of(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], 
 
 
 def linear(op: str = "MatMul") -> onnx.ModelProto:
-    """One product of x [n, 64] with random weights."""
+    """One matrix product of x [n, 64] with random weights."""
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(ml_dtypes.bfloat16)
     return model_of([helper.make_node(op, ["x", "w"], ["y"], name="product")], [numpy_helper.from_array(weights, "w")])
 
 
 def fp8_linear() -> onnx.ModelProto:
-    """The same with both operands in FP8, dequantized to bfloat16."""
+    """The product of ``linear`` with both operands in FP8, dequantized to bfloat16."""
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(ml_dtypes.float8_e4m3fn)
     scales = [numpy_helper.from_array(np.array(0.5, np.float32), name) for name in ("sx", "sw")]
     zero = numpy_helper.from_array(np.array(0, ml_dtypes.float8_e4m3fn), "zero")

@@ -1,1 +1,1 @@
-"""Engines of TensorRT and TensorRT for RTX, compiled in a process of their own."""
+"""The builder for TensorRT and TensorRT for RTX, which compiles each engine in a separate process."""

@@ -1,8 +1,8 @@
-"""Builds engines for TensorRT and TensorRT for RTX, each in a process of its own.
+"""The builder for TensorRT and TensorRT for RTX, which compiles each engine in a separate process.
 
-TensorRT for RTX compiles for a named compute capability on any machine, TensorRT for the GPU that it runs on. The
-process (``qie.compiler.backends.tensorrt.worker``) gives every build its own logger and its own peak of memory, and one
-that the system kills for memory takes nothing with it.
+TensorRT for RTX compiles for any compute capability on any machine, TensorRT for a GPU of this machine. The process
+(``qie.compiler.backends.tensorrt.worker``) gives every build its own logger and its own peak memory; if the system
+kills it for lack of memory, the builder survives.
 """
 
 import contextlib
@@ -28,67 +28,72 @@ from qie.compiler.backends.tensorrt.datatypes import check_datatypes
 from qie.compiler.backends.tensorrt.structure import Program, write_structure
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.backends import BACKENDS, Backend
-from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord, ProfileRecord, QuantizationRecord
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord, QuantizationRecord, file_record
 from qie.engines.errors import BuildError
-from qie.engines.files import qie_home, sha256_of
-from qie.engines.machine import this_machine
+from qie.engines.files import qie_home
+from qie.engines.machine import GIB, this_machine
 
 __all__ = ["TensorRT"]
 
-GIB = 2**30
-
 STREAMED_SHARE = 0.75
-"""An engine whose weights take a larger share of the card's memory is built so that they may stay in host memory:
-activations, inputs and outputs need their room too."""
+"""An engine whose weights exceed this share of GPU memory is built with weight streaming, so that they may stay in host
+memory: activations, inputs and outputs need GPU memory too."""
 
 WORKER = Path(tensorrt_worker.__file__)
 
 SHOWN = 3
-"""How many of the compiler's messages an error shows."""
+"""Maximum number of the compiler's messages in an error."""
 
 OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|could not find any implementation|insufficient (memory|workspace)|requested size",
     re.IGNORECASE,
 )
-"""What TensorRT says when memory is what it lacks; "could not find any implementation" is one of these ways."""
+"""Messages of TensorRT when memory runs out, among them "could not find any implementation"."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRT:
-    """The builder for ``backend``, a row of ``BACKENDS``."""
+    """The builder of one backend.
+
+    Attributes:
+        backend: name of the backend, a key of ``BACKENDS``.
+    """
 
     backend: str
 
     @property
     def facts(self) -> Backend:
-        """The backend's row."""
+        """The row of the backend in ``BACKENDS``."""
         return BACKENDS[self.backend]
 
     def version(self) -> str:
-        """Version of the installed module."""
+        """The version of the installed module."""
         return str(import_module(self.facts.build_module).__version__)
 
     def unavailable(self, recipe: Recipe) -> str | None:
-        """Why this machine cannot build for the recipe's GPU, and what to do about it; None where it can."""
+        """Why this machine cannot build for the recipe's GPU, a semicolon, and the fix; None where it can."""
         install = self.facts.build_install
         if find_spec(self.facts.build_module) is None:
             return f"{self.backend} is not installed; run `{install}`"
         try:
             trt = import_module(self.facts.build_module)
         except (ImportError, OSError) as problem:
-            return f"{self.backend} is installed and does not load ({problem}); run `{install}`"
-        wanted = recipe.compute_capability
+            return f"{self.backend} is installed but does not load ({problem}); run `{install}`"
+        capability = recipe.compute_capability
         if self.facts.builds_on_gpu:
-            found = [gpu.compute_capability for gpu in this_machine().gpus]
-            if wanted in found:
+            capabilities = [gpu.compute_capability for gpu in this_machine().gpus]
+            if capability in capabilities:
                 return None
-            here = f"its GPUs have {', '.join(found)}" if found else "it has no GPU"
+            gpus = f"its GPUs have {', '.join(capabilities)}" if capabilities else "it has no GPU"
             return (
-                f"{self.backend} builds for the GPU at hand, and this machine has none of compute capability {wanted} "
-                f"({here}); build there"
+                f"{self.backend} builds for a GPU of this machine, which has none of compute capability {capability} "
+                f"({gpus}); build on a machine with such a GPU"
             )
-        if wanted is None or not hasattr(trt.ComputeCapability, _name(wanted)):
-            return f"{self.backend} {self.version()} does not compile for compute capability {wanted}"
+        if capability is None or not hasattr(trt.ComputeCapability, _sm_name(capability)):
+            return (
+                f"{self.backend} {self.version()} does not compile for compute capability {capability}; set other "
+                "backends in the recipe"
+            )
         return None
 
     def build(
@@ -100,13 +105,11 @@ class TensorRT:
         recipe: Recipe,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> EngineRecord:
-        """Compile ``graph``, whose files lie in ``folder``, into the same folder.
-
-        ``progress`` is called with rising thousandths. The record's profiles are read back from TensorRT.
+        """Compile ``graph`` into an engine (``Builder.build``), whose profiles are read back from TensorRT.
 
         Raises:
-            RecipeError: the recipe's GPU lacks a data type of the graph; the compiler is not called.
-            BuildError: TensorRT refuses the graph or makes no engine of it, memory or the disk is full.
+            RecipeError: the recipe's GPU lacks a data type of the graph; the compiler does not start.
+            BuildError: TensorRT rejects the graph or builds no engine, or memory or disk space ran out.
         """
         start = time.perf_counter()
         check_datatypes(onnx.load(folder / graph.path, load_external_data=False), graph.component, recipe)
@@ -124,10 +127,10 @@ class TensorRT:
             "weight_streaming": weights_bytes > STREAMED_SHARE * recipe.memory_gib * GIB,
             "timing_cache": str(self._timing_cache(recipe)) if self.facts.builds_on_gpu else None,
         }
-        found = self._compile(job, graph, recipe, progress)
+        result = self._compile(job, graph, recipe, progress)
         structure = folder / f"{stem}.json"
-        program = write_structure(found["layers"], engine, structure)
-        _check_codes(found["layers"], graph)
+        program = write_structure(result["layers"], engine, structure)
+        _check_quantized(result["layers"], graph)
         return EngineRecord(
             component=graph.component,
             backend=self.backend,
@@ -136,39 +139,43 @@ class TensorRT:
             precision=graph.precision,
             key=key,
             path=engine.name,
-            files=(_record(engine),),
+            files=(file_record(folder, engine.name),),
             inputs=graph.inputs,
             outputs=graph.outputs,
             parameters=graph.parameters,
             quantization=_with_fused(graph.quantization, program),
             build_seconds=round(time.perf_counter() - start, 3),
-            build_peak_bytes=found["peak_bytes"],
+            build_peak_bytes=result["peak_bytes"],
             profiles=tuple(
-                ProfileRecord(input=name, min=tuple(low), opt=tuple(tuned), max=tuple(high))
-                for name, low, tuned, high in found["profiles"]
+                ProfileRecord(input=name, min=tuple(smallest), opt=tuple(typical), max=tuple(largest))
+                for name, smallest, typical, largest in result["profiles"]
             ),
-            activation_bytes=found["activation_bytes"],
-            structure=_record(structure),
+            activation_bytes=result["activation_bytes"],
+            structure=file_record(folder, structure.name),
         )
 
     def _timing_cache(self, recipe: Recipe) -> Path:
-        """Where TensorRT's measurements of this GPU lie, which hold for GPUs of its name and for its own version."""
+        """The file of TensorRT's timings, which hold for one GPU model and one version of TensorRT."""
         gpu = this_machine().gpus[_gpu_index(recipe)]
         path = qie_home() / "timing" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower())}-{self.version()}.cache"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def _environment(self, recipe: Recipe) -> dict[str, str]:
-        """Where several GPUs are at hand and nobody chose one, the worker sees the first that the recipe is for."""
-        chosen = {}
+        """The worker's environment: without CUDA_VISIBLE_DEVICES, it sees the first GPU that the recipe is for."""
+        selected = {}
         if self.facts.builds_on_gpu and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            chosen = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(_gpu_index(recipe))}
-        return {**os.environ, **chosen}
+            selected = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(_gpu_index(recipe))}
+        return {**os.environ, **selected}
 
     def _compile(
         self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, progress: Callable[[int, int], None]
     ) -> Mapping[str, Any]:
-        """What the worker found out about the engine that it wrote."""
+        """Run the worker; returns its message "done" (``worker.compile_engine``).
+
+        Raises:
+            BuildError: see ``build``.
+        """
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             with subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
@@ -185,74 +192,79 @@ class TensorRT:
                     process.kill()
                     raise
             log.seek(0)
-            said = log.read().strip().splitlines()[-SHOWN:]
+            stderr = log.read().strip().splitlines()[-SHOWN:]
         if "done" in last:
-            found: Mapping[str, Any] = last["done"]
-            return found
+            result: Mapping[str, Any] = last["done"]
+            return result
         if "disk" in last:
-            raise BuildError(f"{job['engine']} cannot be written ({last['disk']}): make room, or build elsewhere")
+            raise BuildError(
+                f"{job['engine']} cannot be written ({last['disk']}); free some space or build in another folder"
+            )
         if "refused" in last:
             raise BuildError(
-                f"{self.backend} {self.version()} does not take the graph of {graph.component}: "
-                f"{'; '.join(last['refused'][:SHOWN])}"
+                f"{self.backend} {self.version()} rejects the graph of {graph.component} "
+                f"({', '.join(last['refused'][:SHOWN])}); set another backend for it in the recipe"
             )
-        errors = last.get("failed", said)
+        errors = last.get("failed", stderr)
         if process.returncode == -signal.SIGKILL:
             errors = ["the system killed the process"]
         if any(OUT_OF_MEMORY.search(error) for error in errors) or process.returncode == -signal.SIGKILL:
             raise BuildError(self._out_of_memory(job, graph, recipe, errors))
+        reason = ", ".join(errors) or f"it ended {_ending(process.returncode)} without a message"
         raise BuildError(
-            f"{self.backend} {self.version()} made no engine of {graph.component}: "
-            f"{'; '.join(errors) or f'it ended {_ending(process.returncode)} and said nothing'}"
+            f"{self.backend} {self.version()} built no engine of {graph.component} ({reason}); set another backend for "
+            "it in the recipe"
         )
 
     def _out_of_memory(self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, errors: list[str]) -> str:
         limits = recipe.limits
         return (
-            f"memory ran out while {self.backend} compiled {graph.component} ({errors[0]}): its weights are "
+            f"memory ran out while {self.backend} compiled {graph.component} ({errors[0]}), whose weights take "
             f"{job['weights_bytes'] / GIB:.1f} GiB, and the recipe for {recipe.gpu} has limits.build_workspace_gib = "
             f"{limits.build_workspace_gib:g} and limits.host_memory_gib = {limits.host_memory_gib:g}; build on a "
-            "machine with more memory, or in a recipe of your own raise the first or lower shapes.batch.max"
+            "machine with more memory, or raise the first or lower shapes.batch.max in your own recipe"
         )
 
 
 def _listen(
     process: "subprocess.Popen[str]", job: Mapping[str, Any], progress: Callable[[int, int], None]
 ) -> Mapping[str, Any]:
-    """Give the worker its job and pass its progress on; returns its last message, empty where it said nothing."""
+    """Send the job to the worker and forward its progress; returns its last message, empty where there is none."""
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it is gone: what it left behind says why
+    with contextlib.suppress(BrokenPipeError):  # the worker ended: its log and exit code tell why
         process.stdin.write(json.dumps(job))
         process.stdin.close()
     last: Mapping[str, Any] = {}
     for line in process.stdout:
         if not line.endswith("\n"):
-            break  # it was killed in the middle of a word
+            break  # the worker was killed while it wrote
         last = json.loads(line)
         if "progress" in last:
             progress(last["progress"], tensorrt_worker.ALL)
     return last
 
 
-CODES = ("FP8", "INT8", "INT4")
-"""TensorRT's names of what quantized weights are."""
+QUANTIZED_DTYPES = ("FP8", "INT8", "INT4")
+"""TensorRT's names of the dtypes of quantized weights."""
 
 
-def _check_codes(layers: Sequence[Any], graph: GraphRecord) -> None:
-    """See that TensorRT holds as many weights as codes as the graph has.
+def _check_quantized(layers: Sequence[Any], graph: GraphRecord) -> None:
+    """Check that all quantized weights of the graph are quantized in the engine.
 
     Raises:
-        BuildError: it widened some of them.
+        BuildError: TensorRT stores some of them in a wider dtype.
     """
     if graph.quantization is None:
         return
-    held = sum(kind == "CONSTANT" and bool(made) and made[0][0] in CODES for _, kind, made in layers)
-    wanted = graph.quantization.quantized
-    if held != wanted:
+    quantized = sum(
+        kind == "CONSTANT" and bool(outputs) and outputs[0][0] in QUANTIZED_DTYPES for _, kind, outputs in layers
+    )
+    expected = graph.quantization.quantized
+    if quantized != expected:
         raise BuildError(
-            f"the engine of {graph.component} holds {held} quantized weights, its graph {wanted}: this version of "
-            'TensorRT is not one that qie knows how to quantize for; set scheme to "none" in the recipe'
+            f"the engine of {graph.component} has {quantized} quantized weights, expected {expected} as in its graph; "
+            'use another version of TensorRT, or set the scheme of the component to "none" in the recipe'
         )
 
 
@@ -265,14 +277,10 @@ def _ending(code: int) -> str:
 
 
 def _gpu_index(recipe: Recipe) -> int:
-    """The place of the first GPU that the recipe is for, in the order of ``nvidia-smi``, which is that of the bus."""
+    """Index of the first GPU that the recipe is for, in the order of ``nvidia-smi`` (PCI bus)."""
     return [gpu.compute_capability for gpu in this_machine().gpus].index(str(recipe.compute_capability))
 
 
-def _name(compute_capability: str) -> str:
-    """As TensorRT for RTX names it: "8.9" is SM89."""
+def _sm_name(compute_capability: str) -> str:
+    """TensorRT's name of a compute capability: "8.9" is SM89."""
     return "SM" + compute_capability.replace(".", "")
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -1,4 +1,4 @@
-"""Which data types a GPU computes in, asked of a graph before a compiler is."""
+"""Checks a graph for data types that its GPU does not support, before the engine is compiled."""
 
 from collections.abc import Iterator
 
@@ -20,11 +20,11 @@ FLOAT8 = frozenset(
 )
 
 TYPE_ATTRIBUTES = ("to", "output_dtype", "dtype")
-"""Attributes of nodes that name the type of what they make (Cast, QuantizeLinear, DequantizeLinear, ...)."""
+"""Node attributes that hold the element type of an output (Cast, QuantizeLinear, DequantizeLinear, ...)."""
 
 
 def check_datatypes(model: onnx.ModelProto, component: str, recipe: Recipe) -> None:
-    """Refuse a graph with FP8 tensors for a GPU that has no FP8.
+    """Check that a graph with FP8 tensors is for a GPU with FP8.
 
     Raises:
         RecipeError: the recipe's compute capability is below 8.9.
@@ -42,7 +42,7 @@ def check_datatypes(model: onnx.ModelProto, component: str, recipe: Recipe) -> N
 
 
 def _types(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:
-    """(name, element type) of everything in ``graph`` that names one."""
+    """(name, element type) of every tensor, value and node in ``graph`` that has one."""
     for tensor in graph.initializer:
         yield tensor.name, tensor.data_type
     for value in (*graph.input, *graph.output, *graph.value_info):

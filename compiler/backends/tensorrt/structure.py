@@ -1,9 +1,8 @@
-"""What an engine is made of, written down when it is built, because an engine cannot be opened without its device.
+"""The structure of an engine: its layers and kernels, recorded at build time, since loading an engine needs its GPU.
 
-The layers are those of the strongly typed network: their data types are what the compiler is bound to. The kernels are
-read from the engine's own bytes: engines made by TensorRT's graph compiler carry their program as text, one operation a
-line with the layers that went into it. Where an engine carries none (nothing promises that it does), what depends on
-it is None.
+The layers are those of the strongly typed network, whose data types bind the compiler. The kernels come from the bytes
+of the engine: engines of TensorRT's graph compiler contain their program as text, one operation a line with the layers
+that it fuses. This is undocumented; where an engine has no such text, everything derived from it is None.
 """
 
 import json
@@ -21,39 +20,44 @@ ATTENTION_KERNEL = "mha"
 """Part of the name of a kernel that computes attention without a score tensor (``_gemm_mha_v2``)."""
 
 KERNELS = (b"function", b"runtime_function", b"runtime_fusion")
-"""Operations that are a kernel of the compiler's own, by its name."""
+"""Operations that are compiled kernels, identified by name."""
 
 LIBRARY = {b"fully_connected": "gemm", b"corrltn": "convolution"}
-"""Operations whose kernel is chosen at run time, and what they are."""
+"""Operations with a library kernel chosen at run time -> their kind."""
 
 OPERATION = re.compile(rb'\n  (\w+)=\{ name="?([^" ]+)"? [^\n]*?layers="([^"]*)"')
 REGION = re.compile(rb"\n  region = \{ name=\S+ size=(\d+) [^\n]*place=accelerator")
 PRODUCT, DEQUANTIZE = "/MatMul_node", ".DequantizeLinear"
-"""Parts of the names of a graph's nodes: a product, and what ``qie.compiler.quantization.qdq`` puts before it."""
+"""Parts of node names: a matrix product, and the dequantization that ``qie.compiler.quantization.qdq`` inserts."""
 
 LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """What an engine's bytes say: ``kernels`` as (name, layers in it), bytes of the largest buffer on the device, and
-    how many tensors are allocated anew in every run because the compiler's workspace had no room for them."""
+    """The program in the bytes of an engine.
+
+    Attributes:
+        kernels: (name, fused layers) of every kernel.
+        largest_buffer_bytes: size of the largest GPU buffer.
+        allocations: tensors that every run allocates, because the workspace limit left no room for them.
+    """
 
     kernels: tuple[tuple[str, tuple[str, ...]], ...]
     largest_buffer_bytes: int
     allocations: int
 
     def fused(self) -> int:
-        """Products that a kernel computes together with the DequantizeLinear of what it multiplies."""
-        found = set()
+        """The number of matrix products that share a kernel with the DequantizeLinear of their operands."""
+        products = set()
         for name, layers in self.kernels:
             if name == LIBRARY[b"fully_connected"] and any(DEQUANTIZE in layer for layer in layers):
-                found |= {layer for layer in layers if PRODUCT in layer and DEQUANTIZE not in layer}
-        return len(found)
+                products |= {layer for layer in layers if PRODUCT in layer and DEQUANTIZE not in layer}
+        return len(products)
 
 
 def read_program(engine: Path) -> Program | None:
-    """The program in the file ``engine``, None where there is none."""
+    """The program in the file ``engine``; None where it has none."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         operations = [(m[1], m[2], m[3]) for m in OPERATION.finditer(content)]
         buffers = [int(m[1]) for m in REGION.finditer(content)]
@@ -72,12 +76,13 @@ def read_program(engine: Path) -> Program | None:
 
 
 def write_structure(layers: Sequence[Any], engine: Path, path: Path) -> Program | None:
-    """Write the structure of ``engine`` to ``path``, one JSON object, and return its program.
+    """Write the structure of ``engine`` to ``path`` as one JSON object; returns its program.
 
-    ``layers``: rows of (name, type, outputs), an output being (dtype, dims) with -1 for a free dim;
-    ``layer_types``, ``layer_dtypes``: how many of each, a layer's dtype being its first output's;
-    ``attention``: attention layers of the network, and kernels that compute attention without a score tensor;
-    ``kernels``: rows of (name, layers); ``largest_buffer_bytes``, ``allocations``: see ``Program``.
+    Keys of the object:
+        layers: rows of (name, type, outputs); an output is (dtype, dims), with -1 for a free dim.
+        layer_types, layer_dtypes: number of layers per type, and per dtype of the first output.
+        attention: number of attention layers, and of kernels that compute attention without a score tensor.
+        kernels, largest_buffer_bytes, allocations: see ``Program``.
     """
     program = read_program(engine)
     types = Counter(kind for _, kind, _ in layers)

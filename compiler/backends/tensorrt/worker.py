@@ -1,12 +1,12 @@
-"""Compiles one engine in a process of its own, which ``qie.compiler.backends.tensorrt.builder`` starts and listens to.
+"""The process that compiles one engine; ``qie.compiler.backends.tensorrt.builder`` starts it and reads its messages.
 
-A job, one JSON object, comes on stdin; messages, one JSON object a line, go to stdout. Both TensorRTs have one API:
-where they differ, the code looks whether a name exists. Nothing but the standard library and the job's module is
-imported, so that the peak of the process is the compiler's own.
+It reads a job, one JSON object, from stdin, and writes messages, one JSON object a line, to stdout. TensorRT and
+TensorRT for RTX share one API; where they differ, the code tests for a name. It imports only the standard library and
+the job's module, so that the peak memory of the process is the compiler's.
 
-Messages: ``{"progress": n}`` in thousandths, never falling; then one of
-``{"refused": [...]}``  the parser does not take the graph, with what it says,
-``{"failed": [...]}``   the compiler made no engine, with the errors that it logged,
+Messages: ``{"progress": n}`` in thousandths, never decreasing; then one of
+``{"refused": [...]}``  the parser rejects the graph, with its errors,
+``{"failed": [...]}``   the compiler built no engine, with the errors that it logged,
 ``{"disk": "..."}``     the engine could not be written,
 ``{"done": {...}}``     see ``compile_engine``.
 """
@@ -24,27 +24,36 @@ from typing import Any
 __all__ = ["compile_engine"]
 
 Tell = Callable[[Mapping[str, Any]], bool]
-"""Sends a message; False where nobody listens any more."""
+"""Sends a message; returns False once the reader is gone."""
 
 ALL = 1000
-"""Thousandths: the unit of progress."""
+"""Progress is in thousandths."""
 
 COMPILING = 700
-"""Of these, what the phases that TensorRT reports are worth; writing the engine is the rest. With two blocks of the
-published transformer, writing took half of the time that the phases took."""
+"""Thousandths for the phases that TensorRT reports; the rest is writing the engine. With two blocks of the published
+transformer, writing took half as long as the phases."""
 
 
 def compile_engine(trt: Any, job: Mapping[str, Any], tell: Tell) -> None:
-    """Compile ``job`` with the module ``trt`` and tell how it went.
+    """Compile an engine and report the result.
 
-    The job: ``onnx`` and ``engine`` are paths, ``weights_bytes`` the size of the graph's weights, ``profiles`` rows of
-    (input, min, opt, max), ``workspace_bytes`` the most that the compiler may take on the card,
-    ``compute_capability`` like "8.9", ``weight_streaming`` whether weights may stay in host memory at run time,
-    ``timing_cache`` a path or None.
+    Keys of the message "done":
+        layers: rows of (name, type, outputs); an output is (dtype, dims), with -1 for a free dim.
+        profiles: rows of (input, min, opt, max), read back from TensorRT.
+        activation_bytes: as TensorRT logs it, or None.
+        peak_bytes: peak memory of this process.
 
-    "done" holds ``layers``, rows of (name, type, outputs), an output being (dtype, dims) with -1 for a free dim;
-    ``profiles`` as TensorRT holds them; ``activation_bytes`` as TensorRT says, None where it does not; ``peak_bytes``
-    of this process.
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        job: an object with these keys.
+            onnx, engine: paths of the graph and of the engine.
+            weights_bytes: size of the graph's weights.
+            profiles: rows of (input, min, opt, max).
+            workspace_bytes: limit of the compiler's GPU workspace.
+            compute_capability: like "8.9".
+            weight_streaming: whether weights may stay in host memory at run time.
+            timing_cache: a path or None.
+        tell: sends a message.
     """
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -83,7 +92,7 @@ def compile_engine(trt: Any, job: Mapping[str, Any], tell: Tell) -> None:
 
 
 def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> Any:
-    """Settle what the compiler may do; returns the optimization profile."""
+    """Set the options of the compiler; returns the optimization profile."""
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
         name = "SM" + job["compute_capability"].replace(".", "")
@@ -91,12 +100,12 @@ def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> A
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_bytes"])
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # where a recipe says float32, it means it
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a recipe means full precision
     if job["weight_streaming"] and hasattr(trt.BuilderFlag, "WEIGHT_STREAMING"):
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # no allocation between steps, and a run can be captured
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # CUDA graphs need runs that allocate nothing
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # small edits need less of the arena
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # small shapes use less of the arena
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     profile = builder.create_optimization_profile()
     for name, *shapes in job["profiles"]:
@@ -106,25 +115,25 @@ def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> A
 
 
 def _write_engine(trt: Any, builder: Any, network: Any, config: Any, path: Path, progress: "_Progress") -> bool:
-    """Build into the file ``path``, piece by piece where TensorRT can; False where it made nothing."""
+    """Build the engine into ``path``, streamed where TensorRT supports it; returns False where there is no engine."""
     with path.open("wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = _writer(trt, file, progress)
-            made = builder.build_serialized_network_to_stream(network, config, writer)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
             if writer.problem is not None:
                 raise writer.problem
         else:
             plan = builder.build_serialized_network(network, config)
-            made = plan is not None
-            if made:
+            built = plan is not None
+            if built:
                 file.write(plan)
         file.flush()
         os.fsync(file.fileno())
-        return bool(made) and file.tell() > 0
+        return bool(built) and file.tell() > 0
 
 
 class _Progress:
-    """One rising number from TensorRT's nested phases and the bytes written."""
+    """One increasing number from the nested phases of TensorRT and the bytes written."""
 
     def __init__(self, weights_bytes: int, tell: Tell) -> None:
         self._phases: dict[str, tuple[str | None, int, int]] = {}
@@ -132,13 +141,13 @@ class _Progress:
         self._written = 0
         self._told = 0
         self._tell = tell
-        self.wanted = True
+        self.continues = True
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         self._phases[phase] = (parent, max(steps, 1), 0)
 
     def step(self, phase: str, step: int) -> bool:
-        """Note a finished step; False where nobody waits for the engine any more."""
+        """Record a finished step; returns False once the reader of the messages is gone."""
         parent, steps, _ = self._phases[phase]
         self._phases[phase] = (parent, steps, step + 1)
         share = 0.0
@@ -150,7 +159,7 @@ class _Progress:
         return self._report(int(share * COMPILING))
 
     def write(self, count: int) -> bool:
-        """Note written bytes; False where nobody waits for the engine any more."""
+        """Record written bytes; returns False once the reader of the messages is gone."""
         self._written += count
         share = min(self._written / self._expected, 1.0)
         return self._report(COMPILING + int(share * (ALL - COMPILING)))
@@ -158,8 +167,8 @@ class _Progress:
     def _report(self, thousandths: int) -> bool:
         if thousandths > self._told:
             self._told = thousandths
-            self.wanted = self._tell({"progress": thousandths})
-        return self.wanted
+            self.continues = self._tell({"progress": thousandths})
+        return self.continues
 
 
 def _monitor(trt: Any, progress: _Progress) -> Any:
@@ -181,7 +190,7 @@ def _monitor(trt: Any, progress: _Progress) -> Any:
 
 def _writer(trt: Any, file: Any, progress: _Progress) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        """Keeps what goes wrong, since TensorRT lets no exception through."""
+        """Keeps the first error: TensorRT does not propagate exceptions."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -203,7 +212,7 @@ def _writer(trt: Any, file: Any, progress: _Progress) -> Any:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the errors, and what TensorRT says only here."""
+        """Keeps the errors, and the activation memory, which TensorRT only logs."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -213,20 +222,20 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(msg)
-            elif found := re.search(r"Total Activation Memory: (\d+) bytes", msg):
-                self.activation_bytes = int(found[1])
+            elif activation := re.search(r"Total Activation Memory: (\d+) bytes", msg):
+                self.activation_bytes = int(activation[1])
 
     return Logger()
 
 
 class _TimingCache:
-    """What TensorRT measured in earlier builds, in a file of its own; nothing where ``path`` is None."""
+    """The timings of earlier builds, in the file ``path``; no cache where ``path`` is None."""
 
     def __init__(self, config: Any, path: str | None) -> None:
         self._path = None if path is None else Path(path)
         if self._path is not None:
-            known = self._path.read_bytes() if self._path.is_file() else b""
-            self._cache = config.create_timing_cache(known)
+            timings = self._path.read_bytes() if self._path.is_file() else b""
+            self._cache = config.create_timing_cache(timings)
             config.set_timing_cache(self._cache, ignore_mismatch=False)
 
     def save(self) -> None:
@@ -241,13 +250,13 @@ def _layers(network: Any) -> list[Any]:
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        made = [(str(o.dtype).rpartition(".")[2], _dims(o.shape)) for o in outputs if o is not None]
-        rows.append((layer.name, str(layer.type).rpartition(".")[2], made))
+        typed = [(str(o.dtype).rpartition(".")[2], _dims(o.shape)) for o in outputs if o is not None]
+        rows.append((layer.name, str(layer.type).rpartition(".")[2], typed))
     return rows
 
 
 def _dims(shape: Any) -> list[int]:
-    """The dims of a tensor; none where TensorRT does not know their number."""
+    """The dims of a tensor; empty where TensorRT does not know its rank."""
     try:
         return [int(d) for d in shape]
     except ValueError:
@@ -255,16 +264,16 @@ def _dims(shape: Any) -> list[int]:
 
 
 def _peak_bytes() -> int:
-    """The most that this process held; the kernel's own figure, since getrusage inherits that of the parent."""
+    """Peak memory of this process, from the kernel, since getrusage starts at the peak of the parent."""
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = None
+    return int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
-    """Read a job and do it. Whatever else writes to stdout is sent to stderr, so that messages stay whole."""
+    """Read a job and compile it. Other output on stdout goes to stderr, so that it cannot break a message."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as messages:
         os.dup2(2, 1)
         job = json.load(sys.stdin)

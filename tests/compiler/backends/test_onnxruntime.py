@@ -1,4 +1,4 @@
-"""Engines that onnxruntime executes: for the processor they are loaded once, for a GPU they carry shapes."""
+"""Engines for onnxruntime: for a CPU they are loaded once, for a GPU they have profiles."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,8 @@ def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
         assert [file.path for file in engine.files] == [f"{engine.component}.onnx", f"{engine.component}.weights"]
 
 
-def test_the_processor_has_no_kernels_for_bfloat16(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="onnxruntime .* does not load the graph"):  # it lacks kernels for bfloat16
+def test_bfloat16_on_a_cpu_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"onnxruntime .* does not load transformer\.onnx \(.*MatMul.*\); set the"):
         BUILDERS["onnxruntime"].build(
             record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=load_recipe("cpu")
         )

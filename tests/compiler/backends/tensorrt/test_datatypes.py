@@ -1,4 +1,4 @@
-"""FP8 is refused for a GPU without it before the compiler is called, and really compiled for one that has it."""
+"""FP8 is rejected for a GPU without it before the compiler starts, and compiled for a GPU with it."""
 
 import json
 from dataclasses import replace
@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from qie.compiler.backends import BUILDERS
 from qie.compiler.backends.tensorrt.datatypes import check_datatypes
 from qie.engines.errors import BuildError, RecipeError
-from tests.support.hand_made import SHAPES, Worker, fp8_linear, linear, model_of, record, small
+from tests.support.hand_made import SHAPES, Worker, fp8_linear, linear, model_of, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 
 
-def test_fp8_is_refused_below_8_9_before_the_compiler_is_called(tmp_path: Path, worker: Worker) -> None:
+def test_fp8_is_rejected_below_8_9_before_the_compiler_starts(tmp_path: Path, worker: Worker) -> None:
     graph = record(tmp_path, fp8_linear(), **SHAPES)
     called = worker("sys.exit('called')")
     with pytest.raises(
@@ -30,12 +30,13 @@ def test_fp8_is_refused_below_8_9_before_the_compiler_is_called(tmp_path: Path, 
     assert called.exists()
 
 
+@needs_rtx
 def test_fp8_is_compiled_for_8_9(tmp_path: Path) -> None:
     engine = RTX.build(record(tmp_path, fp8_linear(), **SHAPES), tmp_path, key="k", recipe=small("l40s"))
     assert engine.structure is not None
-    found = json.loads((tmp_path / engine.structure.path).read_text())
-    assert found["layer_dtypes"]["FP8"] >= 2
-    assert found["layer_types"]["DEQUANTIZE"] == 2
+    structure = json.loads((tmp_path / engine.structure.path).read_text())
+    assert structure["layer_dtypes"]["FP8"] >= 2
+    assert structure["layer_types"]["DEQUANTIZE"] == 2
 
 
 @pytest.mark.parametrize("capability", ["8.9", "9.0", "12.0"])

@@ -1,4 +1,4 @@
-"""Engines of quantized graphs: they hold the codes, no more bytes than these, and compute with them."""
+"""Engines of quantized graphs store and compute with quantized weights, in no more bytes than these take."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,24 +18,30 @@ from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.weights.stream import write_weights
-from qie.engines.bundle.manifest import Component, EngineRecord, FileRecord, GraphRecord, QuantizationRecord
+from qie.engines.bundle.manifest import (
+    Component,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    QuantizationRecord,
+    file_record,
+)
 from qie.engines.errors import BuildError, RecipeError
-from qie.engines.files import sha256_of
 from tests.support.bundles import planned
-from tests.support.hand_made import small
+from tests.support.hand_made import needs_rtx, small
 
 RTX = BUILDERS["tensorrt-rtx"]
-pytestmark = pytest.mark.skipif(RTX.unavailable(small("l40s")) is not None, reason="tensorrt-rtx is not installed")
+pytestmark = needs_rtx
 
 WIDE = replace(ARCHITECTURES["tiny"], num_attention_heads=6, attention_head_dim=128, axes_dims_rope=(16, 56, 56))
 """28 million parameters in the transformer: enough for weights to be most of an engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class BuiltEngine:
     engine: EngineRecord
     engine_bytes: int
-    code_bytes: int
+    quantized_bytes: int
     structure: dict[str, Any]
 
 
@@ -44,8 +50,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("wide") / "wide", WIDE, dtype="bfloat16")))
 
 
-def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any, gpu: str) -> Made:
-    """The engine of one component with all its linears quantized, but one that is kept."""
+def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any, gpu: str) -> BuiltEngine:
+    """The engine of one component with all its linears quantized but the first."""
     recipe, graph = small(gpu), GRAPHS[component](checkpoint.model, "bfloat16")
     total, names, record = len(linear_inputs(graph)), linears(graph), None
     if scheme != "none":
@@ -55,11 +61,8 @@ def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any
     readers = {part: checkpoint.reader(part) for part in ("transformer", "text_encoder")}
     written = write_weights(graph.weights, readers, folder / "graph.weights")
     write_graph(graph, folder / "graph.onnx", "graph.weights", written.places)
-    files = tuple(
-        FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
-        for path in (folder / "graph.onnx", folder / "graph.weights")
-    )
-    asked = GraphRecord(
+    files = tuple(file_record(folder, name) for name in ("graph.onnx", "graph.weights"))
+    graph_record = GraphRecord(
         component=component,
         backend="tensorrt-rtx",
         precision="bfloat16",
@@ -72,13 +75,15 @@ def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any
         profiles=profiles(graph, recipe, checkpoint.model),
         quantization=record,
     )
-    engine = RTX.build(asked, folder, key="k", recipe=recipe)
+    engine = RTX.build(graph_record, folder, key="k", recipe=recipe)
     assert engine.structure is not None
-    codes = sum(length for name, (_, length) in written.places.items() if name.removesuffix(".weight") in names)
-    return Made(
+    quantized_bytes = sum(
+        length for name, (_, length) in written.places.items() if name.removesuffix(".weight") in names
+    )
+    return BuiltEngine(
         engine=engine,
         engine_bytes=engine.files[0].bytes,
-        code_bytes=codes,
+        quantized_bytes=quantized_bytes,
         structure=json.loads((folder / engine.structure.path).read_text()),
     )
 
@@ -90,28 +95,32 @@ def make(checkpoint: Checkpoint, folder: Path, component: Component, scheme: Any
         ("transformer", "int8-smooth", "a100", "INT8", 0.5),
     ],
 )
-def test_engines_hold_codes(
+def test_engines_store_quantized_weights(
     wide: Checkpoint, tmp_path: Path, component: Component, scheme: str, gpu: str, dtype: str, share: float
 ) -> None:
     folders = [tmp_path / name for name in ("plain", "quantized")]
     for folder in folders:
         folder.mkdir()
-    plain, made = (make(wide, folder, component, s, gpu) for folder, s in zip(folders, ("none", scheme), strict=True))
-    record = made.engine.quantization
+    plain, quantized = (
+        make(wide, folder, component, s, gpu) for folder, s in zip(folders, ("none", scheme), strict=True)
+    )
+    record = quantized.engine.quantization
     assert record is not None
     assert plain.engine.quantization is None
-    assert record.quantized == len(linears(GRAPHS[component](wide, "bfloat16"))) - 1
+    assert record.quantized == len(linears(GRAPHS[component](wide.model, "bfloat16"))) - 1
     assert record.fused == record.quantized
-    saved = plain.engine_bytes - made.engine_bytes
-    assert saved == pytest.approx(made.code_bytes * (1 / share - 1), rel=0.05)
-    held = [row for row in made.structure["layers"] if row[1] == "CONSTANT" and row[2] and row[2][0][0] == dtype]
-    assert len(held) == record.quantized
+    saved = plain.engine_bytes - quantized.engine_bytes
+    assert saved == pytest.approx(quantized.quantized_bytes * (1 / share - 1), rel=0.05)
+    constants = [
+        row for row in quantized.structure["layers"] if row[1] == "CONSTANT" and row[2] and row[2][0][0] == dtype
+    ]
+    assert len(constants) == record.quantized
     assert dtype not in plain.structure["layer_dtypes"]
-    assert made.structure["attention"] == plain.structure["attention"]
+    assert quantized.structure["attention"] == plain.structure["attention"]
 
 
 def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
-    """By the recipe, in a bundle; without a calibration for the counts alone."""
+    """As the recipe plans it; counting nodes needs no calibration."""
     recipe = small("l40s")
     section = replace(recipe.components.transformer, attention="fp8")
     recipe = replace(recipe, components=replace(recipe.components, transformer=section))
@@ -120,13 +129,13 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
     opened = open_checkpoint(str(checkpoint))
     written = write_weights(part.graph.weights, {"transformer": opened.reader("transformer")}, tmp_path / "w")
     write_graph(part.graph, tmp_path / "g.onnx", "w", written.places)
-    asked = GraphRecord(
+    graph_record = GraphRecord(
         component="transformer", backend="tensorrt-rtx", precision="bfloat16", key="k", path="g.onnx",
         files=tuple(FileRecord(path=n, bytes=1, sha256="") for n in ("g.onnx", "w")),
         inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
         profiles=profiles(part.graph, recipe, opened.model),
     )  # fmt: skip
-    engine = RTX.build(asked, tmp_path, key="k", recipe=recipe)
+    engine = RTX.build(graph_record, tmp_path, key="k", recipe=recipe)
     assert engine.structure is not None
     structure = json.loads((tmp_path / engine.structure.path).read_text())
     assert structure["attention"] == {"layers": 2, "fused": 2}
@@ -135,9 +144,9 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w8a16", "w4a16"])
 def test_the_language_model(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
-    made = make(open_checkpoint(str(checkpoint)), tmp_path, "language", scheme, "l40s")
-    assert made.engine.quantization is not None
-    assert made.engine.quantization.quantized > 0
+    quantized = make(open_checkpoint(str(checkpoint)), tmp_path, "language", scheme, "l40s")
+    assert quantized.engine.quantization is not None
+    assert quantized.engine.quantization.quantized > 0
 
 
 def test_no_fp8_before_ada(checkpoint: Path, tmp_path: Path) -> None:
@@ -145,11 +154,11 @@ def test_no_fp8_before_ada(checkpoint: Path, tmp_path: Path) -> None:
         make(open_checkpoint(str(checkpoint)), tmp_path, "transformer", "fp8", "a100")
 
 
-def test_a_compiler_that_widens_weights_is_told(
+def test_a_compiler_that_widens_weights_is_an_error(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import qie.compiler.backends.tensorrt.builder as module
 
-    monkeypatch.setattr(module, "CODES", ("FP4",))
-    with pytest.raises(BuildError, match=r"holds 0 quantized weights, its graph \d+: this version"):
+    monkeypatch.setattr(module, "QUANTIZED_DTYPES", ("FP4",))
+    with pytest.raises(BuildError, match=r"has 0 quantized weights, expected \d+ as in its graph; use another version"):
         make(open_checkpoint(str(checkpoint)), tmp_path, "language", "fp8", "l40s")

@@ -1,4 +1,4 @@
-"""TensorRT's own calls, against a stand-in that has its names and none of those that only TensorRT for RTX has."""
+"""The calls of TensorRT's API, against a stand-in that lacks the names that only TensorRT for RTX has."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from qie.compiler.backends.tensorrt.worker import compile_engine
 
 
 class StandIn:
-    """Notes what is asked of it. What both TensorRTs have alike is proven with the real TensorRT for RTX elsewhere."""
+    """Records its calls. Other tests cover the API that both share with the real TensorRT for RTX."""
 
     def __init__(self, plan: bytes | None = b"plan", errors: tuple[str, ...] = ()) -> None:
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.plan, self.errors = plan, errors
         self.NetworkDefinitionCreationFlag = SimpleNamespace()
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
@@ -36,24 +36,26 @@ class StandIn:
 
     def _builder(self, logger: Any) -> Any:
         profile = SimpleNamespace(
-            set_shape=lambda *a: self.asked.append(("shape", *a)), get_shape=lambda name: [(1,), (2,), (3,)]
+            set_shape=lambda *a: self.calls.append(("shape", *a)), get_shape=lambda name: [(1,), (2,), (3,)]
         )
         return SimpleNamespace(
-            create_network=lambda flags: SimpleNamespace(num_layers=self.asked.append(("network", flags)) or 0),
+            create_network=lambda flags: SimpleNamespace(num_layers=self.calls.append(("network", flags)) or 0),
             create_builder_config=self._config,
             create_optimization_profile=lambda: profile,
             build_serialized_network=lambda network, config: self._build(logger, config),
         )
 
     def _config(self) -> Any:
-        note = self.asked.append
+        note = self.calls.append
         return SimpleNamespace(
             set_memory_pool_limit=lambda *a: note(("limit", *a)),
             set_flag=lambda flag: note(("set", flag)),
             set_preview_feature=lambda feature, on: note(("preview", feature, on)),
             clear_flag=lambda flag: note(("clear", flag)),
             add_optimization_profile=lambda profile: note(("profile",)),
-            create_timing_cache=lambda known: note(("cache", known)) or SimpleNamespace(serialize=lambda: known + b"+"),
+            create_timing_cache=lambda timings: (
+                note(("cache", timings)) or SimpleNamespace(serialize=lambda: timings + b"+")
+            ),
             set_timing_cache=lambda cache, ignore_mismatch: note(("use cache", ignore_mismatch)),
         )
 
@@ -66,7 +68,7 @@ class StandIn:
                 return None
         monitor.phase_finish("half")
         monitor.step_complete("all", 0)
-        monitor.phase_start("half", "all", 4)  # the number does not fall
+        monitor.phase_start("half", "all", 4)  # progress does not decrease
         monitor.step_complete("half", 0)
         for error in self.errors:
             logger.log(self.ILogger.ERROR, error)  # type: ignore[attr-defined]
@@ -88,21 +90,21 @@ def job(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def told(trt: Any, job: Mapping[str, Any]) -> list[dict[str, Any]]:
+def messages_of(trt: Any, job: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     compile_engine(trt, job, lambda message: messages.append(dict(message)) or True)  # type: ignore[func-returns-value]
     return messages
 
 
-def test_tensorrt_is_told_what_the_recipe_says(job: dict[str, Any]) -> None:
+def test_the_job_decides_the_options_of_the_compiler(job: dict[str, Any]) -> None:
     stand_in = StandIn()
-    messages = told(stand_in, job)
-    assert ("limit", "workspace", 7 * 2**30) in stand_in.asked
-    assert ("set", "streaming") in stand_in.asked
-    assert ("clear", "tf32") in stand_in.asked
-    assert ("preview", "resize", True) in stand_in.asked
-    assert ("shape", "x", [1], [2], [3]) in stand_in.asked
-    assert ("network", 0) in stand_in.asked  # strongly typed is all there is
+    messages = messages_of(stand_in, job)
+    assert ("limit", "workspace", 7 * 2**30) in stand_in.calls
+    assert ("set", "streaming") in stand_in.calls
+    assert ("clear", "tf32") in stand_in.calls
+    assert ("preview", "resize", True) in stand_in.calls
+    assert ("shape", "x", [1], [2], [3]) in stand_in.calls
+    assert ("network", 0) in stand_in.calls  # every network is strongly typed
     done = messages[-1]["done"]
     assert done["profiles"] == [["x", [1], [2], [3]]]
     assert done["activation_bytes"] == 12345
@@ -111,29 +113,29 @@ def test_tensorrt_is_told_what_the_recipe_says(job: dict[str, Any]) -> None:
     assert rising == sorted(set(rising))
     assert rising[0] == 700 // 8  # a quarter of a half
     stand_in = StandIn()
-    told(stand_in, {**job, "weight_streaming": False})
-    assert ("set", "streaming") not in stand_in.asked
+    messages_of(stand_in, {**job, "weight_streaming": False})
+    assert ("set", "streaming") not in stand_in.calls
 
 
 def test_the_timing_cache_grows(job: dict[str, Any]) -> None:
-    for known in (b"", b"+", b"++"):
+    for timings in (b"", b"+", b"++"):
         stand_in = StandIn()
-        told(stand_in, job)
-        assert ("cache", known) in stand_in.asked
-        assert ("use cache", False) in stand_in.asked
-        assert Path(job["timing_cache"]).read_bytes() == known + b"+"
-    told(StandIn(plan=None), job)
+        messages_of(stand_in, job)
+        assert ("cache", timings) in stand_in.calls
+        assert ("use cache", False) in stand_in.calls
+        assert Path(job["timing_cache"]).read_bytes() == timings + b"+"
+    messages_of(StandIn(plan=None), job)
     assert Path(job["timing_cache"]).read_bytes() == b"+++"
 
 
-def test_an_error_in_the_log_of_a_good_build_is_none(job: dict[str, Any]) -> None:
-    """TensorRT logs tactics that it skips for want of memory as errors."""
+def test_logged_errors_do_not_fail_a_build_that_succeeds(job: dict[str, Any]) -> None:
+    """TensorRT logs tactics that it skips for lack of memory as errors."""
     errors = ("tactic 7 ran out of memory",)
-    assert "done" in told(StandIn(errors=errors), job)[-1]
-    assert told(StandIn(plan=None, errors=errors), job)[-1] == {"failed": list(errors)}
+    assert "done" in messages_of(StandIn(errors=errors), job)[-1]
+    assert messages_of(StandIn(plan=None, errors=errors), job)[-1] == {"failed": list(errors)}
 
 
-def test_the_worker_stops_when_nobody_listens(job: dict[str, Any]) -> None:
+def test_the_worker_stops_once_its_reader_is_gone(job: dict[str, Any]) -> None:
     messages: list[Mapping[str, Any]] = []
     compile_engine(StandIn(), job, lambda message: bool(messages.append(message)))  # type: ignore[func-returns-value]
     assert [m for m in messages if "progress" in m] == messages[:1]
