@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
@@ -25,10 +24,11 @@ from qie.compiler.quantization.qdq import Quantized, quantize_linears
 from qie.compiler.quantization.samples import CalibrationSample, component_values
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
 from qie.compiler.recipe.schema import SchemeName
+from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.engines.bundle.manifest import Component
 from qie.engines.files import qie_home
 
-__all__ = ["RESULTS", "Sensitivity", "choose", "errors_of", "measure", "sensitivity"]
+__all__ = ["RESULTS", "Sensitivity", "choose", "measure", "sensitivity"]
 
 RESULTS: dict[Component, str] = {"transformer": "velocity", "language": "prompt_embeds"}
 """The output of which the error is taken."""
@@ -100,7 +100,7 @@ def sensitivity(
         variant = _variant(checkpoint, readers, component, scheme, quantized, calibration)
         samples = [variant.inputs(sample) for sample in values]
         run(variant.quantized.graph, variant.readers, samples, lambda what, done, total: None)
-        return errors_of([sample[RESULTS[component]] for sample in samples], exact)
+        return pooled_relative_l2([sample[RESULTS[component]] for sample in samples], exact)
 
     all_quantized_error = error(names)
     exclude: tuple[str, ...] = ()
@@ -186,12 +186,6 @@ def choose(errors: dict[str, float], sizes: dict[str, int], budget: float) -> tu
     return tuple(exclude)
 
 
-def errors_of(results: Sequence[NDArray[Any]], exact: Sequence[NDArray[Any]]) -> float:
-    """Relative L2 of ``results``, over all samples together."""
-    wrong = sum(float(np.square(a - b).sum()) for a, b in zip(results, exact, strict=True))
-    return math.sqrt(wrong / sum(float(np.square(b).sum()) for b in exact))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Variant:
     """A component in float32 with some of its linears quantized, and the readers of its weights."""
@@ -254,7 +248,7 @@ def _errors_alone(
             progress("sensitivity", done, total)
         exact = [sample[RESULTS[component]] for sample in walk.exact]
         for name, carried in walk.carried.items():
-            errors[name] = errors_of([sample[RESULTS[component]] for sample in carried], exact)
+            errors[name] = pooled_relative_l2([sample[RESULTS[component]] for sample in carried], exact)
         if walk.resume is None:
             return exact, {name: errors[name] for name in names}
         position, samples = walk.resume

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from qie.compiler.validation.metrics import relative_l2
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.vision import vision_inputs
-from tests.support.parity import CASES, MANY, SideOf, images, relative_l2
+from tests.support.parity import CASES, MANY, SideOf, images
 
 BOUND = 1e-4
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from qie.compiler.validation.metrics import relative_l2
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.request import Request
 from tests.support.images import smooth_image
-from tests.support.parity import CASES, MANY, SideOf, images, psnr, relative_l2
+from tests.support.parity import CASES, MANY, SideOf, images, psnr
 
 BOUND_DB = 55.0
 INSTRUCTION = "paint the wall blue"

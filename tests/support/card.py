@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.bundle import Bundle
@@ -109,13 +108,3 @@ class Recorder:
         self._session.run(inputs, outputs)
         after = {name: np.array(self._session.download(tensor)) for name, tensor in outputs.items()}
         self._runs.append(Run(component=self._component, inputs=before, outputs=after))
-
-
-def relative_l2(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    difference = found.astype(np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
-
-
-def psnr_db(found: Image.Image, expected: Image.Image) -> float:
-    error = float(np.mean((np.asarray(found, np.float64) - np.asarray(expected, np.float64)) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
 from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.compiler.validation.metrics import psnr_db
 from qie.compiler.validation.reference import Reference, load_reference
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor
@@ -86,18 +87,9 @@ def images(count: int) -> list[Image.Image]:
     return [smooth_image(*SHAPES[i], seed=i, grain=12) for i in range(count)]
 
 
-def relative_l2(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    assert found.shape == expected.shape
-    difference = np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64))
-    return float(difference / np.linalg.norm(expected.astype(np.float64)))
-
-
 def psnr(image: Image.Image, expected: NDArray[np.uint8]) -> float:
-    """dB; infinite for equal images."""
-    found = np.asarray(image, np.float64)
-    assert found.shape == expected.shape
-    error = float(np.mean((found - expected.astype(np.float64)) ** 2))
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+    """PSNR of an image of qie against one of diffusers, in dB; infinite for equal images."""
+    return psnr_db(np.asarray(image), expected)
 
 
 SideOf = Callable[[str], Side]

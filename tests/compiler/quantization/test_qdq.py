@@ -20,6 +20,7 @@ from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader, smoothing_groups
 from qie.compiler.recipe.schema import ComponentRecipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.compiler.validation.metrics import relative_l2
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import RotarySpec
 from qie.engines.errors import CalibrationError, RecipeError
@@ -59,10 +60,6 @@ def result(graph: Graph, readers: dict[Any, TensorReader], values: Values) -> np
     samples = [dict(values)]
     run(graph, readers, samples, lambda *_: None)
     return samples[0][RESULT[graph.component]]
-
-
-def distance(found: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def calibration(graph: Graph, readers: dict[Any, TensorReader], values: Values, **fields: Any) -> Calibration:
@@ -114,7 +111,7 @@ def test_onnxruntime_computes_what_the_quantizers_say(
         weight = readers[graph.weights[0].subfolder].read(f"{name}.weight").astype(np.float32).T
         if rules.inputs is not None:
             x = rules.inputs.fake_quantize(x, rules.inputs.scale_from_amax(known.amax[name].max()))
-        assert distance(y, x @ rules.weights.fake_quantize(weight)) < 1e-5, name
+        assert relative_l2(y, x @ rules.weights.fake_quantize(weight)) < 1e-5, name
     assert len(found) == len(names)
 
 
@@ -142,7 +139,7 @@ def test_smoothing_changes_nothing(
     if component == "transformer":
         changed["modulation"] = smoothed_modulation(values["modulation"], smoothed, factors)
     through = {**readers, part: smoothed_reader(readers[part], smoothed, factors)}
-    assert distance(result(graph, through, changed), exact) < 1e-5
+    assert relative_l2(result(graph, through, changed), exact) < 1e-5
     for number, group in enumerate(smoothed):
         if group.producers:
             half = [*smoothed[:number], replace(group, producers=()), *smoothed[number + 1 :]]
@@ -150,7 +147,7 @@ def test_smoothing_changes_nothing(
             rows = changed
             if component == "transformer":
                 rows = {**values, "modulation": smoothed_modulation(values["modulation"], half, factors)}
-            assert distance(result(graph, through, rows), exact) > 1e-4, group.name
+            assert relative_l2(result(graph, through, rows), exact) > 1e-4, group.name
 
 
 def test_smoothed_modulation_is_that_of_smoothed_weights(
@@ -170,7 +167,7 @@ def test_smoothed_modulation_is_that_of_smoothed_weights(
         flat = compute_tables(CheckpointModulation(config, reader), config, np.array([0.7, 0], np.float32))
         tables.append(split_tables(flat, config).blocks[0])
     np.testing.assert_allclose(smoothed_modulation(tables[0], smoothed, factors), tables[1], rtol=1e-4, atol=1e-4)
-    assert distance(tables[0], tables[1]) > 0.1
+    assert relative_l2(tables[0], tables[1]) > 0.1
 
 
 def test_smoothing_helps_where_channels_differ(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader]) -> None:
@@ -186,7 +183,7 @@ def test_smoothing_helps_where_channels_differ(tiny_checkpoint: Checkpoint, read
 
     def error(factors: np.ndarray) -> float:
         made = scheme.inputs.fake_quantize(x / factors) @ scheme.weights.fake_quantize(w * factors[:, None])
-        return distance(made, x @ w)
+        return relative_l2(made, x @ w)
 
     smooth = smoothing_scales(np.abs(x).max(0), np.abs(w).max(1), 0.5)
     assert error(smooth) < 0.3 * error(np.ones(64, np.float32))
@@ -285,7 +282,7 @@ def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, Tensor
     nodes = [node.op_type for node in graph.model.graph]
     assert nodes.count("QuantizeLinear") == nodes.count("DequantizeLinear") == 3 * len(names)
     assert graph.weights == plain.weights
-    assert 1e-4 < distance(result(graph, readers, values), exact) < 0.1
+    assert 1e-4 < relative_l2(result(graph, readers, values), exact) < 0.1
     assert ATTENTION.dtype == "float8_e4m3fn"
     with pytest.raises(CalibrationError, match="no statistics of .*query"):
         quantize_by_recipe(

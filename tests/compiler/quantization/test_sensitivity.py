@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
@@ -15,8 +14,9 @@ from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
 from qie.compiler.quantization.qdq import quantize_linears
 from qie.compiler.quantization.samples import CalibrationSample, component_values
-from qie.compiler.quantization.sensitivity import RESULTS, Sensitivity, choose, errors_of, sensitivity
+from qie.compiler.quantization.sensitivity import RESULTS, Sensitivity, choose, sensitivity
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
+from qie.compiler.validation.metrics import pooled_relative_l2
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -103,10 +103,5 @@ def test_each_linear_alone(
         walks.append(len(seen))
         assert list(ranked.errors) == list(linears(GRAPHS[component](tiny_checkpoint.model, "float32")))
         for name in some:
-            assert ranked.errors[name] == pytest.approx(errors_of(results[name], results[""]), rel=1e-3)
+            assert ranked.errors[name] == pytest.approx(pooled_relative_l2(results[name], results[""]), rel=1e-3)
     assert walks[0] < walks[2] < walks[1]
-
-
-def test_errors_of_samples_are_taken_together() -> None:
-    exact = [np.array([3.0, 4.0]), np.array([0.0, 12.0])]
-    assert errors_of([exact[0], exact[1] + 1.3 / np.sqrt(2)], exact) == pytest.approx(0.1)
