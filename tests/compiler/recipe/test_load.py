@@ -2,14 +2,12 @@
 
 import dataclasses
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qie.compiler.recipe.load import load_recipe, recipe_names
 from qie.compiler.recipe.schema import Range, Recipe, Schedule, to_toml
-from qie.engines.backends import BACKENDS
 from qie.engines.bundle.specs import Size
 from qie.engines.errors import RecipeError
 
@@ -220,36 +218,6 @@ def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
     assert "backends in FILE has tensorrt, which needs a GPU" in refusal(
         tmp_path, 'extends = "cpu"\nbackends = ["onnxruntime", "tensorrt"]'
     )
-
-
-@pytest.fixture
-def partial_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two made-up backends that run only some components."""
-    for name, components in (("reader", ("language",)), ("seer", ("vision", "language"))):
-        monkeypatch.setitem(BACKENDS, name, replace(BACKENDS["tensorrt"], components=components))
-
-
-def test_a_backend_is_one_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = GPU.replace('"tensorrt"', '"abacus"')
-    names = ", ".join(f'"{name}"' for name in BACKENDS)
-    assert f'backends[0] in FILE is "abacus"; set it to a backend ({names})' in refusal(tmp_path, recipe)
-    monkeypatch.setitem(BACKENDS, "abacus", BACKENDS["tensorrt"])
-    assert load_recipe(write(tmp_path, recipe)).backends == ("abacus",)
-
-
-@pytest.mark.usefixtures("partial_backends")
-@pytest.mark.parametrize(("backends", "missing"), [('"reader"', "vision"), ('"seer"', "vae_encoder"), ("", "vision")])
-def test_every_component_needs_a_backend(tmp_path: Path, backends: str, missing: str) -> None:
-    message = refusal(tmp_path, GPU.replace('"tensorrt"', backends))
-    assert f"backends in FILE has none that runs {missing}" in message
-
-
-@pytest.mark.usefixtures("partial_backends")
-def test_backends_of_a_component_keep_their_order(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GPU.replace('"tensorrt"', '"reader", "tensorrt", "seer"')))
-    assert recipe.backends_of("language") == ("reader", "tensorrt", "seer")
-    assert recipe.backends_of("vision") == ("tensorrt", "seer")
-    assert recipe.backends_of("transformer") == ("tensorrt",)
 
 
 def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:

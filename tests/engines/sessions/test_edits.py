@@ -153,7 +153,7 @@ def test_one_context_a_pass_however_many_edits(folder: Path, gpu: Gpu) -> None:
 
 def test_the_arena_is_the_largest_need_of_the_five(folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[int] = []
-    monkeypatch.setattr("tests.support.fake_gpu.need", lambda shapes: needs.append(need(shapes)) or needs[-1])
+    monkeypatch.setattr("tests.support.fake_gpu.context.need", lambda shapes: needs.append(need(shapes)) or needs[-1])
     editor = editor_of(folder)
     editor.edit(request())
     assert editor.stages.device is not None

@@ -14,7 +14,6 @@ from qie.compiler.planning.plan import check_buildable, engine_key, graph_keys
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Recipe
-from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import COMPONENTS, FileRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from tests.support.bundles import planned
@@ -50,12 +49,6 @@ def test_what_decides_an_engine(checkpoint: Path, tmp_path: Path, monkeypatch: p
         patch.setattr("tensorrt_rtx.__version__", "99.0")
         assert key() not in keys
     assert key() == keys[0]
-
-
-@pytest.fixture
-def set_facts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Change facts of a backend, as in ``set_facts("tensorrt", build_module="tensorrt_rtx")``."""
-    return lambda backend, **facts: monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], **facts))
 
 
 @needs_rtx

@@ -1,0 +1,88 @@
+"""A fake GPU in the place of a real one: what a test installs, and bundles for it."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qie.engines import backends, machine
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord, write_manifest
+from qie.engines.files import sha256_of
+from qie.engines.sessions import choose
+from tests.support.fake_gpu.cuda import runtime
+from tests.support.fake_gpu.device import Device
+from tests.support.fake_gpu.tensorrt import tensorrt
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+SHAPES = {"batch": (1, 4), "layers": (1, 64)}
+"""Range of a free dim by its name; others are 1 to 4096."""
+
+
+class Gpu(Device):
+    """One fake GPU."""
+
+    def machine(self) -> machine.Machine:
+        """A machine with this GPU."""
+        gpu = machine.Gpu(name="Fake L40S", compute_capability=self.capability, memory_gib=16.0, driver=self.driver)
+        return machine.Machine(
+            system="test", processor="test", cores=1, memory_gib=1.0, gpus=(gpu,) * self.count, cuda=self.cuda
+        )
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        """Put this GPU and the modules of the backends ``names`` in the place of the real ones."""
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime(self))
+        for backend in names:
+            monkeypatch.setitem(sys.modules, MODULES[backend], tensorrt(self, MODULES[backend], backend))
+        monkeypatch.setattr(choose, "this_machine", self.machine)
+        installed = {"cuda.bindings", "onnxruntime", *(MODULES[b] for b in names)}
+        monkeypatch.setattr(backends, "installed", installed.__contains__)
+
+    def retarget(self, bundle: Path, folder: Path, backend: str, **changes: Any) -> Path:
+        """A copy of a CPU bundle whose engines are built for this GPU; ``changes`` go into the manifest's defaults."""
+        shutil.copytree(bundle, folder)
+        manifest = open_bundle(str(bundle)).manifest
+        engines = tuple(self._engine(folder, record, backend) for record in manifest.engines)
+        defaults = replace(manifest.defaults, **changes)
+        write_manifest(replace(manifest, engines=engines, defaults=defaults), folder)
+        return folder
+
+    def _engine(self, folder: Path, record: EngineRecord, backend: str) -> EngineRecord:
+        profiles = tuple(
+            ProfileRecord(
+                input=spec.name,
+                **{
+                    which: tuple(SHAPES.get(d, (1, 4096))[index] if isinstance(d, str) else d for d in spec.dims)
+                    for which, index in (("min", 0), ("opt", 0), ("max", 1))
+                },
+            )
+            for spec in record.inputs
+            if any(isinstance(dim, str) for dim in spec.dims)
+        )
+        content = {
+            "fake": MODULES[backend],
+            "version": self.version,
+            "capability": self.capability,
+            "component": record.component,
+            "onnx": str(folder / record.path),
+            "weights": sum(file.bytes for file in record.files),
+            "inputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.inputs],
+            "outputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.outputs],
+            "profiles": [{p.input: [p.min, p.opt, p.max] for p in profiles}],
+        }
+        path = folder / f"{record.component}.engine"
+        path.write_text(json.dumps(content))
+        file = FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+        return replace(
+            record,
+            backend=backend,
+            compute_capability=self.capability,
+            backend_version=self.version,
+            path=path.name,
+            files=(file, *record.files),
+            profiles=profiles,
+        )
