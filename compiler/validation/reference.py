@@ -99,7 +99,7 @@ class Reference:
         inputs: dict[str, Any] = {}
         handle = encoder.register_forward_pre_hook(lambda _, __, arguments: inputs.update(arguments), with_kwargs=True)
         try:
-            embeds_BLD, _ = self.pipeline._get_qwen_prompt_embeds(instruction, self._condition_images(images))
+            embeds_BLD, _ = self.pipeline.encode_prompt(instruction, self._condition_images(images))
         finally:
             handle.remove()
         tokens = {key: inputs[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
@@ -122,10 +122,13 @@ class Reference:
 
     def encode_image(self, image_HWC: NDArray[np.uint8]) -> Floats:
         """An image uint8 [height, width, 3], sides multiples of 16 -> normalized packed latents [R, C]."""
-        pixels_BCHW = self.pipeline.image_processor.preprocess(Image.fromarray(image_HWC))
-        latents_BCTHW = self.pipeline._encode_vae_image(pixels_BCHW.unsqueeze(2).to(self._torch_dtype), None)
-        _, channels, _, height, width = latents_BCTHW.shape
-        return _floats(self.pipeline._pack_latents(latents_BCTHW, 1, channels, height, width)[0])
+        pipeline = self.pipeline
+        pixels_BCTHW = pipeline.image_processor.preprocess(Image.fromarray(image_HWC)).unsqueeze(2)
+        height, width, _ = image_HWC.shape
+        channels, noise = pipeline.vae.config.z_dim, _torch().zeros(1)
+        where = self._torch_dtype, pixels_BCTHW.device, None
+        _, latents_BRC = pipeline.prepare_latents(pixels_BCTHW, 1, channels, height, width, *where, latents=noise)
+        return _floats(latents_BRC[0])
 
     def velocity(
         self,
@@ -157,11 +160,13 @@ class Reference:
         return _floats(output_BTC[:, :noise_tokens])
 
     def decode(self, latents_NC: Floats, height: int, width: int) -> NDArray[np.uint8]:
-        """Normalized packed latents [N, C] of a grid of ``height`` x ``width`` tokens -> uint8 [16 h, 16 w, 3]."""
+        """Normalized packed latents [N, C] of a grid of ``height`` x ``width`` tokens -> uint8 [16 h, 16 w, 3].
+
+        A token is 2 x 2 latents, channel-major (pipeline_qwenimage_edit_plus.py, _unpack_latents).
+        """
         pipeline, config = self.pipeline, self.pipeline.vae.config
-        token = 2 * pipeline.vae_scale_factor
-        packed_BNC = self._tensor(latents_NC)[None]
-        z_BCTHW = pipeline._unpack_latents(packed_BNC, height * token, width * token, pipeline.vae_scale_factor)
+        tokens_hwcyx = self._tensor(latents_NC).view(height, width, config.z_dim, 2, 2)
+        z_BCTHW = tokens_hwcyx.permute(2, 0, 3, 1, 4).reshape(1, config.z_dim, 1, 2 * height, 2 * width)
         mean = self._tensor(np.asarray(config.latents_mean, np.float32)).view(1, -1, 1, 1, 1)
         std = self._tensor(np.asarray(config.latents_std, np.float32)).view(1, -1, 1, 1, 1)
         pixels_BCHW = pipeline.vae.decode(z_BCTHW / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]

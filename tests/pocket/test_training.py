@@ -105,11 +105,11 @@ def test_source_index_follows_geometric_edits() -> None:
 
 
 def test_packing_is_that_of_the_pipeline() -> None:
-    from diffusers import QwenImageEditPlusPipeline
+    from tests.support.diffusers import pack_latents
 
     z = torch.randn(2, 16, 8, 12)
     packed = pack(z)
-    assert torch.equal(packed, QwenImageEditPlusPipeline._pack_latents(z, 2, 16, 8, 12))
+    assert torch.equal(packed, pack_latents(z, 2, 16, 8, 12))
     assert torch.equal(unpack(packed, 4, 6), z)
 
 

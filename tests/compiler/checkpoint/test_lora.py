@@ -92,12 +92,14 @@ def test_every_key_style_gives_the_same_difference(tmp_path: Path, style: str, a
 @pytest.mark.parametrize("style", STYLES)
 def test_alpha_means_what_it_means_to_diffusers(tmp_path: Path, style: str, alpha: float | None) -> None:
     torch = pytest.importorskip("torch")
-    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    pytest.importorskip("diffusers")
+    from tests.support.diffusers import convert_lora
+
     lora = open_lora(write(tmp_path / "a.safetensors", STYLES[style], alpha), 1.0)
     stored = {name: torch.from_numpy(lora.reader.read(name).copy()) for name in lora.reader.names()}
     if style == "diffusers":  # diffusers removes this prefix elsewhere
         stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
-    converted = utils._convert_non_diffusers_qwen_lora_to_diffusers(stored)
+    converted = convert_lora(stored)
     assert len(converted) == 2 * len(SHAPES)
     for module, shape in SHAPES.items():
         down, up = (converted[f"transformer.{module}.{side}.weight"].numpy() for side in ("lora_A", "lora_B"))

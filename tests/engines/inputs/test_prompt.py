@@ -94,6 +94,8 @@ class Reference:
 
     def __call__(self, pipeline, instruction, images):
         """input_ids [S], position_ids [3, S] and grids of one prompt."""
+        from tests.support.diffusers import prompt_embeds
+
         inputs = {}
 
         class Passed(Exception):
@@ -107,7 +109,7 @@ class Reference:
         pipe = self.pipelines[pipeline](**parts, text_encoder=None, processor=None)
         pipe.text_encoder, pipe.processor = text_encoder, self.processor
         with pytest.raises(Passed):
-            pipe._get_qwen_prompt_embeds(instruction, images, "cpu", "float32")
+            prompt_embeds(pipe, instruction, images, "cpu", "float32")
         ids = inputs["input_ids"]
         positions, _ = self.model.get_rope_index(
             ids,

@@ -63,9 +63,11 @@ def test_text_beyond_the_table_is_refused():
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), [(1, 16, 6, 10), (3, 4, 2, 2), (2, 16, 14, 4)])
 def test_packing_equals_the_pipeline(batch, channels, height, width):
     torch = pytest.importorskip("torch")
-    pipeline = pytest.importorskip("diffusers").QwenImageEditPlusPipeline
+    pytest.importorskip("diffusers")
+    from tests.support.diffusers import pack_latents
+
     values = np.random.default_rng(0).standard_normal((batch, channels, height, width)).astype(np.float32)
-    expected = pipeline._pack_latents(torch.from_numpy(values), batch, channels, height, width).numpy()
+    expected = pack_latents(torch.from_numpy(values), batch, channels, height, width).numpy()
     packed = pack(values)
     np.testing.assert_array_equal(packed, expected)
 
@@ -93,11 +95,13 @@ def test_noise_is_packed_seed_by_seed(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_noise_equals_what_the_pipeline_draws(dtype):
     torch = pytest.importorskip("torch")
-    pipeline = pytest.importorskip("diffusers").QwenImageEditPlusPipeline
+    pytest.importorskip("diffusers")
+    from tests.support.diffusers import pack_latents
+
     expected = []
     for seed in (0, 42):
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn((1, 1, 16, 6, 10), generator=generator, dtype=getattr(torch, dtype))
-        expected.append(pipeline._pack_latents(noise, 1, 16, 6, 10))
+        expected.append(pack_latents(noise, 1, 16, 6, 10))
     noise = noise_latents([0, 42], 48, 80, 16, dtype)
     np.testing.assert_allclose(noise, torch.cat(expected).float().numpy(), atol=1e-5 if dtype == "float32" else 0.02)
