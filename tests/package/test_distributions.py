@@ -182,9 +182,7 @@ def test_what_the_wheel_installs_finds_its_recipes(distributions: Distributions,
     for name, content in distributions.wheel.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    script = (
-        "from qie.compiler.recipe import schema as recipe; print(recipe.__file__, *recipe.recipe_names(), sep='\\n')"
-    )
+    script = "from qie.compiler.recipe import load; print(load.__file__, *load.recipe_names(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     file, *names = done.stdout.splitlines()
     assert Path(file).is_relative_to(tmp_path)

@@ -1,4 +1,4 @@
-"""The recipe reader: strictness, inheritance, contradictions, sizes, writing."""
+"""Reading recipes: strictness, inheritance and the messages that name file and key."""
 
 import dataclasses
 import re
@@ -6,34 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.recipe.load import load_recipe, recipe_names
+from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Range, Recipe, Schedule, to_toml
-from qie.engines.bundle.specs import Size
 from qie.engines.errors import RecipeError
-
-GPU = """
-gpu = "Test GPU"
-compute_capability = "8.9"
-memory_gib = 24
-backends = ["tensorrt"]
-"""
-MODEL_AREA = 1024 * 1024
-
-
-def write(folder: Path, text: str, name: str = "mine.toml") -> str:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def refusal(folder: Path, text: str) -> str:
-    """Return the message with which a recipe is refused, which always names its file."""
-    path = write(folder, text)
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
-    assert path in str(caught.value)
-    return str(caught.value).replace(path, "FILE")
+from tests.support.recipes import GPU, refusal, write
 
 
 def test_a_short_recipe_takes_every_default(tmp_path: Path) -> None:
@@ -170,56 +146,6 @@ def test_a_capability_is_a_string(tmp_path: Path) -> None:
     assert 'compute_capability in FILE is 8.9; set it to a string like "8.9"' in refusal(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[components.transformer]\nprecision = 'float16'", 'transformer.precision in FILE is "float16", which overf'),
-        ("[components.vae_encoder]\nscheme = 'fp8'", "vae_encoder cannot be quantized; use"),
-        ("[components.vision]\nscheme = 'int8-smooth'", "vision cannot be quantized; use"),
-        ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder cannot be quantized; use"),
-        ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
-        ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; choose values"),
-        ("[shapes]\nprompt_tokens = { min = 300 }", "shapes.prompt_tokens in FILE is { min = 300, opt = 256"),
-        ("[shapes]\nreferences = { max = 4 }", "shapes.references.max in FILE is 4, expected at most 3; lower it"),
-        ("[shapes]\naspect_ratios = []", "shapes.aspect_ratios in FILE is empty"),
-        (
-            "[[schedules]]\nsteps = 4\nguidance = 1\nsizes = ['7:5']",
-            "schedules[0].sizes in FILE has 7:5, not in shapes",
-        ),
-        ("[[schedules]]\nsteps = 4\nguidance = 1\nsizes = []", "schedules[0].sizes in FILE is empty"),
-    ],
-)
-def test_keys_that_contradict_each_other(tmp_path: Path, text: str, message: str) -> None:
-    assert message in refusal(tmp_path, GPU + text)
-
-
-def test_a_recipe_needs_a_schedule(tmp_path: Path) -> None:
-    assert "schedules in FILE is empty" in refusal(tmp_path, "schedules = []" + GPU)
-
-
-@pytest.mark.parametrize(
-    ("capability", "allowed"), [("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("12.0", True)]
-)
-def test_fp8_needs_the_hardware(tmp_path: Path, capability: str, allowed: bool) -> None:
-    text = GPU.replace("8.9", capability) + "[components.transformer]\nscheme = 'fp8'"
-    if allowed:
-        assert load_recipe(write(tmp_path, text)).components.transformer.scheme == "fp8"
-    else:
-        message = refusal(tmp_path, text)
-        assert f"needs compute capability 8.9 or later, not Test GPU ({capability}); use" in message
-
-
-def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
-    """FP8 it has: onnxruntime computes what comes out of the codes, which is how a scheme is judged without a GPU."""
-    load_recipe(write(tmp_path, 'extends = "cpu"\n[components.language]\nscheme = "fp8"'))
-    assert 'components.vision.precision in FILE is "bfloat16", for which onnxruntime has no kernels' in refusal(
-        tmp_path, 'extends = "cpu"\n[components.vision]\nprecision = "bfloat16"'
-    )
-    assert "backends in FILE has tensorrt, which needs a GPU" in refusal(
-        tmp_path, 'extends = "cpu"\nbackends = ["onnxruntime", "tensorrt"]'
-    )
-
-
 def test_tables_merge_key_by_key_and_arrays_replace(tmp_path: Path) -> None:
     write(
         tmp_path,
@@ -308,66 +234,3 @@ def test_a_circle_is_an_error(tmp_path: Path, files: dict[str, str], circle: str
 def test_an_unknown_parent_lists_the_names(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r'no recipe "l41s"; use "l40s"'):
         load_recipe(write(tmp_path, 'extends = "l41s"'))
-
-
-def test_strings_survive_writing(tmp_path: Path) -> None:
-    exclude = ('quote " and \\', "tab\tnewline\n", "del\x7f nul\x00", "ünï 🐈")
-    recipe = load_recipe(write(tmp_path, GPU))
-    components = dataclasses.replace(
-        recipe.components, transformer=dataclasses.replace(recipe.components.transformer, exclude=exclude)
-    )
-    recipe = dataclasses.replace(
-        recipe, components=components, schedules=(Schedule(steps=3, guidance=1.1, sizes=("1:1", "16:9")),)
-    )
-    assert load_recipe(write(tmp_path, to_toml(recipe))) == recipe
-
-
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
-    recipe = load_recipe("l40s")
-    assert re.fullmatch("[0-9a-f]{64}", recipe.digest())
-    assert load_recipe(write(tmp_path, '# a remark\nextends = "l40s"')).digest() == recipe.digest()
-    changed = load_recipe(write(tmp_path, 'extends = "l40s"\n[limits]\nhost_memory_gib = 65'))
-    assert changed.digest() != recipe.digest()
-    assert len({load_recipe(name).digest() for name in recipe_names()}) == len(recipe_names())
-
-
-def test_a_recipe_is_hashable_and_frozen() -> None:
-    recipe = load_recipe("cpu")
-    assert {recipe: 1}[load_recipe("cpu")] == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.gpu = "other"  # type: ignore[misc]
-
-
-def test_buckets_follow_the_area_and_are_unique(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GPU + '[shapes]\naspect_ratios = ["1:1", "2:2", "16:9", "9:16"]'))
-    assert recipe.buckets(MODEL_AREA) == (
-        Size(width=1024, height=1024),
-        Size(width=1376, height=768),
-        Size(width=768, height=1376),
-    )
-    assert recipe.buckets(256 * 256)[1] == Size(width=352, height=192)
-
-
-def test_schedule_sizes(tmp_path: Path) -> None:
-    text = GPU + "[[schedules]]\nsteps = 4\nguidance = 1\nsizes = ['16:9', '1:1']"
-    recipe = load_recipe(write(tmp_path, text))
-    wide_and_square = (Size(width=1376, height=768), Size(width=1024, height=1024))
-    assert recipe.schedule_sizes(recipe.schedules[0], MODEL_AREA) == wide_and_square
-    everywhere = Schedule(steps=4, guidance=1.0)
-    assert recipe.schedule_sizes(everywhere, MODEL_AREA) == recipe.buckets(MODEL_AREA)
-
-
-@pytest.mark.parametrize(
-    ("scale", "max_side", "max_area"), [(1.0, 1568, 1184 * 896), (1.5, 1920, 1572864), (4.0, 3136, 4 * MODEL_AREA)]
-)
-def test_shape_limits(tmp_path: Path, scale: float, max_side: int, max_area: int) -> None:
-    limits = load_recipe(write(tmp_path, GPU + f"[shapes]\narea_scale_max = {scale}")).shape_limits(MODEL_AREA)
-    assert (limits.max_side, limits.max_area, limits.min_side) == (max_side, max_area, 128)
-    assert (limits.batch_max, limits.references_max, limits.prompt_tokens_max) == (4, 3, 2560)
-
-
-def test_the_buckets_of_a_small_model_are_always_taken() -> None:
-    recipe = load_recipe("l40s")
-    limits = recipe.shape_limits(128 * 128)
-    assert limits.min_side == 96 < recipe.shapes.min_side == 128
-    assert Size(width=160, height=96) in limits.buckets
