@@ -57,7 +57,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
         lambda c: delete_tensor(c, "transformer", "transformer_blocks.1.img_mod.1.weight"), f"is missing.*{DOWNLOAD}"),
     "tensor not finite": (
         lambda c: change_tensor(c, "vae", "decoder.conv_in.bias", lambda bias: np.full_like(bias, np.inf)),
-        f"decoder.conv_in.bias' has elements.*{DOWNLOAD}"),
+        f"decoder.conv_in.bias' has infinite or NaN elements.*{DOWNLOAD}"),
     "tokenizer of another model": (
         lambda c: change_json(c / "text_encoder" / "config.json", image_token_id=5),
         r"image_token_id = 5, but <\|image_pad\|> is \d+ in the tokenizer; take both from the same checkpoint",
