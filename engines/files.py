@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything is written under a temporary name and renamed when done."""
+"""Files that are whole or absent: everything is written under a temporary name and renamed when complete."""
 
 import glob
 import hashlib
@@ -20,7 +20,7 @@ def qie_home() -> Path:
 
 
 def existing(path: Path) -> Path:
-    """``path`` or its nearest parent that exists: where what is written to ``path`` will take its room."""
+    """``path`` or its nearest parent that exists: the file system that holds what is written to ``path``."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; it becomes ``path`` when the block ends well, else it is removed."""
+    """A temporary name beside ``path``; it becomes ``path`` when the block succeeds, otherwise it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -45,9 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; it takes the place of ``path`` when the block ends well, else it is removed.
+    """A temporary folder beside ``path``; it replaces ``path`` when the block succeeds, otherwise it is removed.
 
-    What a killed process left of the same folder is cleared first. A link is followed.
+    Leftovers of killed processes are removed first. A link is followed.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Put back or remove what processes that no longer run left beside ``path``."""
+    """Restore or remove what killed processes left beside ``path``."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         pid, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
         if kind not in ("tmp", "old") or not pid.isdigit() or _runs(int(pid)):

@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, GPUs, and which packages it has. Nothing heavy is imported."""
+"""The machine at hand: CPU, memory, GPUs and installed packages. Nothing heavy is imported."""
 
 import ctypes
 import os
@@ -17,7 +17,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as its driver reports it; memory in GiB, None where it shares the processor's."""
+    """An NVIDIA GPU of this machine, as its driver reports it.
+
+    Attributes:
+        name: of the product.
+        compute_capability: such as "8.9".
+        memory_gib: None where it shares the memory of the CPU.
+        driver: version of the driver.
+    """
 
     name: str
     compute_capability: str
@@ -27,10 +34,19 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Processor, cores that this process may use, memory in GiB, GPUs, and the latest CUDA that their driver serves."""
+    """A machine.
+
+    Attributes:
+        system: name and release of the operating system.
+        cpu: name of the CPU.
+        cores: that this process may use.
+        memory_gib: of the machine.
+        gpus: its NVIDIA GPUs.
+        cuda: latest CUDA that the driver serves; None without a driver.
+    """
 
     system: str
-    processor: str
+    cpu: str
     cores: int
     memory_gib: float
     gpus: tuple[Gpu, ...]
@@ -38,12 +54,12 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at the machine; no GPU is found where there is no driver."""
+    """Examine this machine; without a driver it has no GPU."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else 0.0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=f"{platform.system()} {platform.release()}",
-        processor=_processor(),
+        cpu=_cpu(),
         cores=cores,
         memory_gib=round(memory, 1),
         gpus=_gpus(),
@@ -59,7 +75,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def _cpu() -> str:
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             for line in file:

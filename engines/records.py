@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain JSON data and back, strictly: an unknown or missing key is an error, never a guess."""
+"""Frozen dataclasses to plain JSON data and back, strictly: an unknown or missing key is an error."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def to_plain(record: Any) -> Any:
-    """Dataclasses become dicts and tuples become lists, recursively."""
+    """Convert dataclasses to dicts and tuples to lists, recursively."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, tuple | list):
@@ -28,12 +28,12 @@ def is_number(value: Any) -> bool:
 
 
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:
-    """The value of type ``kind`` that ``data`` describes.
+    """Convert plain ``data`` to a value of type ``kind``.
 
     ``kind`` is built from dataclasses, tuples, dicts with string keys, unions, literals and scalars.
 
     Raises:
-        ValueError: ``data`` has another form; the text names the place (``engines[0].files``) and what was expected.
+        ValueError: ``data`` does not fit; the text names the place (``engines[0].files``) and the expected value.
     """
     value: T = _read(kind, data, where)
     return value

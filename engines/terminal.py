@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: progress bars and tables. Only the cli files use it."""
+"""Progress bars, tables and numbers for a terminal. Only the cli files use it."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ __all__ = ["Bars", "human_bytes", "human_count", "table"]
 
 
 class Bars:
-    """Progress bars on stderr, one for each kind of work, with the time left; silent where stderr is no terminal.
+    """Progress bars on stderr, one a task, with the time left; silent where stderr is not a terminal.
 
     Called as ``bars(what, done, total)``.
     """

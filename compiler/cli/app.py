@@ -239,7 +239,7 @@ def doctor(as_json: JsonOption = False) -> None:
     facts = [
         ["qie", report.qie],
         ["Python", report.python],
-        ["machine", f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
+        ["machine", f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
         ["GPU", "; ".join(gpus) or "none found"],
         ["home", f"{report.home} ({human_bytes(report.free_bytes)} free)"],
     ]

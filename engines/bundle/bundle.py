@@ -1,4 +1,4 @@
-"""Bundles on disk: where they lie, how one is found and opened, and which of its engines fit this machine."""
+"""Bundles on disk: find, open, verify and delete them."""
 
 import json
 import shutil
@@ -46,15 +46,15 @@ def bundles_folder() -> Path:
 
 
 def bundles() -> tuple[Path, ...]:
-    """Folders of the bundles that have a name, newest first; whether they open is not checked."""
-    found = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
-    return tuple(sorted(found, key=lambda path: (-(path / MANIFEST).stat().st_mtime, path.name)))
+    """Folders of the bundles that have a name, newest first; they are not opened."""
+    folders = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
+    return tuple(sorted(folders, key=lambda path: (-(path / MANIFEST).stat().st_mtime, path.name)))
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether the folder ``path`` is qie's to replace or delete: a manifest says so, or it lies where bundles live.
+    """Whether qie may replace or delete the folder ``path``: it has the manifest of a bundle, or is a named bundle.
 
-    Other programs have a manifest.json too; a damaged bundle counts where it has a name.
+    Other programs write a manifest.json too; a bundle with a damaged manifest counts only where it has a name.
     """
     if not (path / MANIFEST).is_file():
         return False
@@ -70,10 +70,10 @@ def is_bundle(path: Path) -> bool:
 def open_bundle(name: str | Path | None = None) -> Bundle:
     """Open a bundle by name or folder; None is the newest one.
 
-    The manifest is read and every file's presence and size compared with it; ``verify`` reads contents.
+    The presence and size of every file are compared with the manifest; ``verify`` compares contents.
 
     Raises:
-        BundleError: there is no such bundle, its manifest is unreadable, or a file is missing or of another size.
+        BundleError: there is no such bundle, its manifest is unreadable, or a file is missing or has another size.
     """
     path = locate(name)
     bundle = Bundle(path=path, manifest=read_manifest(path))
@@ -83,17 +83,17 @@ def open_bundle(name: str | Path | None = None) -> Bundle:
             raise BundleError(f"bundle {path} lacks {record.path}; build it again with `qie build`")
         if file.stat().st_size != record.bytes:
             raise BundleError(
-                f"{file} has {file.stat().st_size:,} bytes, the manifest says {record.bytes:,}; "
+                f"{file} has {file.stat().st_size:,} bytes, expected {record.bytes:,}; "
                 "build the bundle again with `qie build`"
             )
     return bundle
 
 
 def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None) -> None:
-    """Compare the content of every file with its digest; ``progress`` is called with (bytes done, bytes).
+    """Compare the content of every file with its digest; ``progress`` is called with (bytes done, bytes in all).
 
     Raises:
-        BundleError: a file's content is not what was built.
+        BundleError: the content of a file has changed.
     """
     done = 0
     for record in bundle.manifest.files():
@@ -108,11 +108,11 @@ def remove_bundle(path: Path) -> None:
     """Delete the bundle in the folder ``path``.
 
     Raises:
-        BundleError: the folder is no bundle.
+        BundleError: the folder is not a bundle.
     """
     if not is_bundle(path):
-        raise BundleError(f"{path} was not built by qie, so it is not deleted; `qie list` shows the bundles")
-    (path / MANIFEST).unlink()  # first, so that what is half deleted does not open
+        raise BundleError(f"{path} was not built by qie and is not deleted; choose a bundle of `qie list`")
+    (path / MANIFEST).unlink()  # first, so that a half-deleted bundle does not open
     shutil.rmtree(path)
 
 

@@ -305,7 +305,7 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write ``manifest`` as the last file of a bundle under construction."""
+    """Write ``manifest``, the last file of a bundle that is being built."""
     text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -314,20 +314,18 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the bundle ``folder``.
 
     Raises:
-        BundleError: there is none, it is not JSON, it was written by another schema, or a key is wrong.
+        BundleError: it is missing, not JSON, of another schema, or a key is wrong.
     """
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; `qie list` shows the bundles") from None
+        raise BundleError(f"{folder} has no {MANIFEST} and is not a bundle; choose one of `qie list`") from None
     except (ValueError, OSError) as problem:
         raise BundleError(f"{path} cannot be read ({problem}); build the bundle again with `qie build`") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise BundleError(
-            f"{path} has schema {schema!r}, this qie reads schema {SCHEMA}; build the bundle again with `qie build`"
-        )
+        raise BundleError(f"{path} has schema {schema!r}, expected {SCHEMA}; build the bundle again with `qie build`")
     try:
         return from_plain(Manifest, data)
     except ValueError as problem:

@@ -1,6 +1,6 @@
 """The constants of a model and the limits of its engines, as the manifest holds them.
 
-Plain data: what reads a manifest or a recipe needs neither numpy nor Pillow.
+Plain data: reading a manifest or a recipe imports neither numpy nor Pillow.
 """
 
 from dataclasses import dataclass
@@ -48,12 +48,18 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShapeLimits:
-    """What the engines of a bundle take; part of its manifest.
+    """What the engines of a bundle take.
 
-    ``buckets`` (at least one) are the sizes that the engines are tuned for. Any other size is allowed whose sides are
-    multiples of 16 from ``min_side`` to ``max_side`` pixels and whose area is at most ``max_area`` square pixels.
-    ``batch_max`` is images a run, ``references_max`` images an edit, ``prompt_tokens_max`` text tokens an edit, image
-    tokens included, the template's prefix not.
+    Any size is allowed whose sides are multiples of 16 within the limits and whose area is within the limit.
+
+    Attributes:
+        buckets: sizes that the engines are tuned for, at least one.
+        min_side: shortest side in pixels.
+        max_side: longest side in pixels.
+        max_area: largest area in square pixels.
+        batch_max: images of one run.
+        references_max: input images of an edit.
+        prompt_tokens_max: prompt tokens of an edit, with image tokens and without the template's prefix.
     """
 
     buckets: tuple[Size, ...]
@@ -67,10 +73,11 @@ class ShapeLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Areas:
-    """The areas in square pixels that a model's images are brought to.
+    """The areas in square pixels to which a model's images are resized.
 
-    vae_area: of the copy that the VAE encodes
-    condition_area: of the copy that the vision tower sees (Edit-Plus); None: it sees the VAE's copy (Edit)
+    Attributes:
+        vae_area: of the copy for the VAE encoder.
+        condition_area: of the copy for the vision tower (Edit-Plus); None where it takes the VAE's copy (Edit).
     """
 
     vae_area: int
@@ -79,16 +86,17 @@ class Areas:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionSpec:
-    """What the host must know of a vision tower and its processor.
+    """The constants of a vision tower and its image processor that the host needs.
 
-    patch_size: side of a patch in pixels
-    merge_size: side in patches of the square that becomes one token of the prompt
-    temporal_patch_size: frames in a patch; an image is repeated that often
-    window_size: side of an attention window in pixels
-    head_dim: channels of an attention head, a multiple of 4
-    rope_theta: base of the rotary wavelengths
-    min_pixels, max_pixels: limits of an image's area in square pixels
-    image_mean, image_std: per channel, on values of 0 .. 1
+    Attributes:
+        patch_size: side of a patch in pixels.
+        merge_size: side in patches of the square that becomes one token of the prompt.
+        temporal_patch_size: frames in a patch; an image is repeated that often.
+        window_size: side of an attention window in pixels.
+        head_dim: channels of an attention head, a multiple of 4.
+        rope_theta: base of the rotary wavelengths.
+        min_pixels, max_pixels: limits of an image's area in square pixels.
+        image_mean, image_std: per channel, for values of 0 .. 1.
     """
 
     patch_size: int
@@ -105,12 +113,13 @@ class VisionSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSpec:
-    """What the prompt depends on.
+    """The constants of a prompt.
 
-    pipeline: "edit" for QwenImageEditPipeline (one image), "edit_plus" for QwenImageEditPlusPipeline (one or more)
-    image_token_id: id of <|image_pad|>, image_token_id of text_encoder/config.json
-    merge_size: side in patches of the square that becomes one token, spatial_merge_size of the vision tower
-    max_instruction_tokens: longest instruction, in tokens of its own
+    Attributes:
+        pipeline: "edit" for QwenImageEditPipeline (one image), "edit_plus" for QwenImageEditPlusPipeline (one or more).
+        image_token_id: id of <|image_pad|>, ``image_token_id`` of text_encoder/config.json.
+        merge_size: side in patches of the square that becomes one token, ``spatial_merge_size`` of the vision tower.
+        max_instruction_tokens: longest instruction, in tokens of its own.
     """
 
     pipeline: Literal["edit", "edit_plus"]
@@ -123,8 +132,10 @@ class PromptSpec:
 class RotarySpec:
     """The transformer's rotary embedding.
 
-    axes_dims: channels of a head for frame, height and width, `axes_dims_rope` of transformer/config.json; each even
-    theta: base of the wavelengths, 10000 in diffusers transformer_qwenimage.py
+    Attributes:
+        axes_dims: channels of a head for frame, height and width, ``axes_dims_rope`` of transformer/config.json; each
+            even.
+        theta: base of the wavelengths, 10000 in diffusers transformer_qwenimage.py.
     """
 
     axes_dims: tuple[int, int, int]
@@ -135,15 +146,17 @@ class RotarySpec:
 class SchedulerSpec:
     """The options of a checkpoint's scheduler_config.json that decide its sigmas.
 
-    The defaults are those of diffusers scheduling_flow_match_euler_discrete.py, `FlowMatchEulerDiscreteScheduler`; the
-    pipelines fall back to the same four numbers for mu.
+    The defaults are those of ``FlowMatchEulerDiscreteScheduler`` (diffusers scheduling_flow_match_euler_discrete.py);
+    the pipelines fall back to the same four numbers for mu.
 
-    num_train_timesteps: timesteps of training; a step's timestep is sigma * num_train_timesteps
-    shift: factor of the static shift, used where use_dynamic_shifting is false
-    use_dynamic_shifting: shift by mu, which is linear in the number of noise tokens
-    base_shift, max_shift: mu at base_image_seq_len and at max_image_seq_len tokens
-    shift_terminal: sigma that the last step is stretched to; None or 0 leaves the schedule as it is
-    time_shift_type: formula of the dynamic shift
+    Attributes:
+        num_train_timesteps: timesteps of training; a step's timestep is sigma * num_train_timesteps.
+        shift: factor of the static shift, used where ``use_dynamic_shifting`` is false.
+        use_dynamic_shifting: shift by mu, which is linear in the number of noise tokens.
+        base_shift, max_shift: mu at ``base_image_seq_len`` and at ``max_image_seq_len`` tokens.
+        base_image_seq_len, max_image_seq_len: numbers of noise tokens.
+        shift_terminal: sigma to which the last step is stretched; None or 0 for no stretching.
+        time_shift_type: formula of the dynamic shift.
     """
 
     num_train_timesteps: int = 1000

@@ -1,4 +1,6 @@
-"""Which engines of a bundle fit this machine, and why the others do not."""
+"""Choose the engines of a bundle that this machine can run, and explain why it cannot run others."""
+
+from collections.abc import Iterable
 
 from qie.engines.backends import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
 from qie.engines.bundle.bundle import Bundle
@@ -10,12 +12,12 @@ __all__ = ["choose_engines", "refusal"]
 
 
 def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
-    """The first engine of each component that fits this machine.
+    """The first engine of each component that this machine can run.
 
     Raises:
-        EngineMismatchError: a component has engines, none of which fits.
-        BackendMissingError: the only thing in the way is a package that is not installed.
-        BundleError: a component has no engine at all.
+        EngineMismatchError: a component has engines, and this machine can run none of them.
+        BackendMissingError: it could, with a package that is not installed.
+        BundleError: a component has no engine.
     """
     machine = this_machine() if any(e.compute_capability != "cpu" for e in bundle.manifest.engines) else None
     chosen: dict[Component, EngineRecord] = {}
@@ -33,13 +35,19 @@ def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
         if not fitting:
             missing = all(isinstance(obstacle, BackendMissingError) for obstacle in obstacles)
             kind = BackendMissingError if missing else EngineMismatchError
-            raise kind("; ".join(dict.fromkeys(str(obstacle) for obstacle in obstacles)))
+            raise kind(_joined(dict.fromkeys(str(obstacle) for obstacle in obstacles)))
         chosen[component] = fitting[0]
     return chosen
 
 
+def _joined(sentences: Iterable[str]) -> str:
+    """Several reasons as one sentence: what was found of each, then the fix of each."""
+    parts = [sentence.partition("; ") for sentence in sentences]
+    return f"{', and '.join(found for found, _, _ in parts)}; {', or '.join(dict.fromkeys(fix for *_, fix in parts))}"
+
+
 def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
-    """Why ``machine`` (None: this one) cannot run ``engine``, with what to do about it; None where it can."""
+    """Why ``machine`` (None: this one) cannot run ``engine``, with the fix; None where it can."""
     obstacle = _obstacle(engine, machine)
     return None if obstacle is None else str(obstacle)
 
@@ -73,16 +81,16 @@ def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieErr
             "`qie build --gpu cpu`"
         )
     if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
-        found = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
+        names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
         return EngineMismatchError(
-            f"{target}, and this machine has {found}; build for that GPU with `qie build --gpu NAME`, "
-            "`qie recipes` lists the names"
+            f"{target}, and this machine has {names}; build for that GPU with `qie build --gpu NAME`, NAME being "
+            "one of `qie recipes`"
         )
     return None
 
 
 def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
-    """Engines of TensorRT need a driver that serves its CUDA, and the version that built them."""
+    """Why the driver or the installed version of a version-locked backend cannot run ``engine``."""
     backend = BACKENDS[engine.backend]
     if not backend.version_locked or machine is None:
         return None
@@ -91,10 +99,10 @@ def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None
     served = None if machine.cuda is None else int(machine.cuda.partition(".")[0])
     if served is not None and needed > served:
         older = f"'cuda-python<{served + 1}' {packages[served]}" if served in packages else ""
-        mend = f"update the driver, or run `pip install {older}`" if older else "update the driver"
+        fix = f"update the driver, or run `pip install {older}`" if older else "update the driver"
         return EngineMismatchError(
             f"{target}, whose packages here need a driver for CUDA {needed}, and driver {machine.gpus[0].driver} "
-            f"serves CUDA {machine.cuda}; {mend}"
+            f"serves CUDA {machine.cuda}; {fix}"
         )
     try:
         installed = version(engine.backend)

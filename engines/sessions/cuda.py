@@ -1,7 +1,7 @@
-"""CUDA's runtime API as far as the sessions need it: every call checked, every failure named as CUDA names it.
+"""The part of CUDA's runtime API that the sessions use: every call is checked, every failure has CUDA's name.
 
 A call of ``cuda.bindings.runtime`` (cuda-python, imported at the first call) returns an error code and its results;
-here the code is judged and the results are handed on. Addresses are integers, sizes are bytes. Everything but
+the functions here check the code and return the results. Addresses are integers, sizes are bytes. Everything but
 ``gpus`` works on the GPU that ``use`` chose in this thread.
 """
 
@@ -76,7 +76,7 @@ def allocate(size: int) -> int:
     """The address of new memory of ``size`` bytes (at least 1), aligned for every use; its content is undefined.
 
     Raises:
-        EngineError: the GPU has not as much left.
+        EngineError: the GPU is out of memory.
     """
     results, problem = _attempt("cudaMalloc", size)
     if problem is None:
@@ -93,12 +93,12 @@ def allocate(size: int) -> int:
 
 
 def free(address: int) -> None:
-    """Give back memory of ``allocate``; no work that uses it may be under way."""
+    """Free memory of ``allocate``; no work in flight may use it."""
     _call("cudaFree", address)
 
 
 class Stream:
-    """A queue of work on the GPU, done in order beside what other streams do."""
+    """A queue of work on the GPU, done in order, concurrently with other streams."""
 
     def __init__(self) -> None:
         self._handle = _call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking)
@@ -108,7 +108,7 @@ class Stream:
 
     @property
     def handle(self) -> Any:
-        """What CUDA's own calls take."""
+        """The handle that CUDA's calls take."""
         return self._handle
 
     def synchronize(self) -> None:
@@ -120,7 +120,7 @@ class Stream:
         _call("cudaStreamSynchronize", self._handle)
 
     def close(self) -> None:
-        """Give the stream back."""
+        """Destroy the stream."""
         _call("cudaStreamDestroy", self._handle)
 
 
@@ -132,7 +132,7 @@ class Event:
         self._handle = _call("cudaEventCreateWithFlags", runtime.cudaEventDisableTiming | runtime.cudaEventBlockingSync)
 
     def record(self, stream: Stream) -> None:
-        """Set the mark behind the work that ``stream`` has now."""
+        """Set the mark behind the work that is in ``stream`` now."""
         _call("cudaEventRecord", self._handle, stream.handle)
 
     def wait(self) -> None:
@@ -144,12 +144,12 @@ class Event:
         _call("cudaEventSynchronize", self._handle)
 
     def close(self) -> None:
-        """Give the event back."""
+        """Destroy the event."""
         _call("cudaEventDestroy", self._handle)
 
 
 class CudaGraph:
-    """Work that was captured from a stream, to be launched again and again as one piece."""
+    """Work that was captured from a stream, launched repeatedly as a whole."""
 
     def __init__(self, captured: Any) -> None:
         self._handle = _call("cudaGraphInstantiate", captured, 0)
@@ -159,14 +159,14 @@ class CudaGraph:
         _call("cudaGraphLaunch", self._handle, stream.handle)
 
     def close(self) -> None:
-        """Give the graph back; it may not be under way."""
+        """Destroy the graph, which must not be in flight."""
         _call("cudaGraphExecDestroy", self._handle)
 
 
 def capture(stream: Stream, enqueue: Callable[[], bool]) -> CudaGraph | None:
-    """The work that ``enqueue`` puts into ``stream``, not done but captured; None where it cannot be captured.
+    """Capture the work that ``enqueue`` puts into ``stream``; None where it cannot be captured.
 
-    ``enqueue`` returns False where it failed. The stream is as before in any case.
+    ``enqueue`` returns False if it failed. The captured work is not done, and the stream is unchanged in any case.
     """
     mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     _call("cudaStreamBeginCapture", stream.handle, mode)
@@ -189,13 +189,13 @@ def capture(stream: Stream, enqueue: Callable[[], bool]) -> CudaGraph | None:
 
 
 def copy_to_device(address: int, array: NDArray[Any], stream: Stream) -> None:
-    """Enqueue a copy of a contiguous ``array``, which must stay as it is until the stream has done it."""
+    """Enqueue a copy of a contiguous ``array``, which must not change until the copy is done."""
     kind = _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
     _call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream.handle)
 
 
 def copy_to_host(array: NDArray[Any], address: int, stream: Stream) -> None:
-    """Enqueue a copy into a contiguous ``array``, which holds it once the stream has done it."""
+    """Enqueue a copy into a contiguous ``array``, which holds the content once the copy is done."""
     kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
     _call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream.handle)
 
@@ -221,14 +221,14 @@ def _call(name: str, *arguments: Any, kind: type[QieError] = EngineError) -> Any
 
 
 def _attempt(name: str, *arguments: Any) -> tuple[list[Any], str | None]:
-    """The results of a call, and CUDA's name of its error."""
+    """The results of a call, and the name of its error."""
     code, *results = getattr(_runtime(), name)(*arguments)
     problem = None if code == _runtime().cudaError_t.cudaSuccess else str(code.name)
     return results, problem
 
 
 def _forget() -> None:
-    """Take back the error that CUDA remembers of a call that was allowed to fail."""
+    """Clear the error that CUDA keeps of a call that was allowed to fail."""
     _attempt("cudaGetLastError")
 
 

@@ -1,4 +1,4 @@
-"""What the sessions of an edit share on a GPU: one stream, one arena, and the memory of all tensors."""
+"""The GPU that the sessions of an editor share: one stream, one arena, and the memory of all tensors."""
 
 import math
 from collections import deque
@@ -15,20 +15,20 @@ from qie.engines.sessions import cuda
 __all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceTensor"]
 
 RUNS_AHEAD = 2
-"""Runs that may be under way when the next one is enqueued: enough that the GPU never waits for the host, few enough
-that progress means something and an interrupt is heard."""
+"""Runs that may be in flight when the next one is enqueued: enough that the GPU never waits for the host, few enough
+that progress is current and an interrupt takes effect soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A piece of the GPU's memory: its address and its size in bytes."""
+    """A range of the GPU's memory: its address and its size in bytes."""
 
     address: int
     size: int
 
 
 class DeviceTensor:
-    """A tensor in the GPU's memory, contiguous; the memory goes back to the device with the tensor."""
+    """A contiguous tensor in the GPU's memory, which is released with it."""
 
     __slots__ = ("_device", "address", "dtype", "shape")
 
@@ -50,8 +50,8 @@ class DeviceTensor:
 class Device:
     """One GPU with a stream, in which all work is done in order, and an arena for activations.
 
-    As one engine works at a time, the arena is as large as the largest need, not as the sum. Memory that is let go is
-    given back when memory is next asked for, since giving back waits for the GPU.
+    One engine runs at a time, so the arena has the size of the largest need. Released memory is freed at the next
+    allocation, because freeing waits for the GPU.
     """
 
     def __init__(self, compute_capability: str, *, cuda_graphs: bool = True) -> None:
@@ -103,7 +103,7 @@ class Device:
         return array
 
     def queue(self, enqueue: Callable[[], None]) -> None:
-        """Let ``enqueue`` put a run into the stream, once fewer than ``RUNS_AHEAD`` earlier ones are under way."""
+        """Call ``enqueue``, which puts a run into the stream, once fewer than ``RUNS_AHEAD`` runs are in flight."""
         mark = self._marks[0]
         mark.wait()
         self._working = True
@@ -112,10 +112,10 @@ class Device:
         self._marks.rotate(-1)
 
     def reserve(self, size: int) -> Block:
-        """The arena, grown to at least ``size`` bytes where it is smaller; then its address changes.
+        """The arena, grown to at least ``size`` bytes; growing changes its address.
 
         Raises:
-            EngineError: the GPU has not as much memory left.
+            EngineError: the GPU is out of memory.
         """
         if size > self.arena.size:
             self.synchronize()
@@ -141,11 +141,11 @@ class Device:
         cuda.use(self.gpu.index)
 
     def release(self, address: int) -> None:
-        """Take note that the memory at ``address`` is free once the work so far is done."""
+        """Mark the memory at ``address`` as free once all work so far is done."""
         self._released.append(address)
 
     def close(self) -> None:
-        """Give everything back. Sessions are closed before, tensors are not used again."""
+        """Free everything. Sessions must be closed before, and tensors not used again."""
         self.use()
         self.synchronize()
         self._free_released()

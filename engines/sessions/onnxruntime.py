@@ -85,7 +85,7 @@ class OnnxRuntimeSession:
         """Compute ``outputs`` from ``inputs`` in place.
 
         Raises:
-            EngineError: onnxruntime refused the tensors or ran out of memory.
+            EngineError: onnxruntime failed or ran out of memory.
         """
         binding = self._session.io_binding()
         for name, tensor in inputs.items():

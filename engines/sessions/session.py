@@ -1,4 +1,4 @@
-"""What every backend offers: a loaded engine, and tensors that stay where the engine wants them."""
+"""The protocol of a session: a loaded engine, with tensors in the memory of its backend."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 __all__ = ["Session", "Tensor"]
 
 Tensor = Any
-"""A tensor in the backend's own memory. Opaque: only sessions of the same backend read it."""
+"""A tensor in the memory of a backend; only sessions of that backend can read it."""
 
 
 class Session(Protocol):
     """One loaded engine: named tensors in, named tensors out.
 
-    The caller makes the output tensors, so that nothing is allocated inside a loop, and may pass one session's output
-    to another session of the same backend without a copy. Work is done in the order of the calls, on a GPU without
-    waiting for it: ``download`` waits. A backend may keep what it prepared for a set of tensors, so a loop that passes
-    the same tensors every time, and brings in what changes with ``copy``, is the fastest.
+    The caller allocates the output tensors, so that nothing is allocated inside a loop, and may pass one session's
+    output to another session of the same backend without a copy. Work is done in the order of the calls; on a GPU only
+    ``download`` waits for it. A backend may keep what it prepared for a set of tensors, so a loop is fastest if it
+    passes the same tensors every time and updates them with ``copy``.
     """
 
     @property
     def rebinds(self) -> bool:
-        """True where a run may be given other tensors than the run before at no cost."""
+        """Whether a run may take other tensors than the run before at no cost."""
 
     def upload(self, array: NDArray[Any]) -> Tensor:
         """A tensor with the content of ``array``, which must not change while the tensor is in use."""
@@ -44,8 +44,8 @@ class Session(Protocol):
         """Compute ``outputs`` from ``inputs``.
 
         Raises:
-            EngineError: the backend refused the tensors or ran out of memory.
+            EngineError: the backend failed or ran out of memory.
         """
 
     def close(self) -> None:
-        """Release the engine and its memory; tensors stay. The session is not used again."""
+        """Release the engine and its memory; tensors stay. The session must not be used again."""

@@ -1,12 +1,12 @@
 """Engines that TensorRT or TensorRT for RTX executes, on a GPU.
 
-Both modules have one API; where they differ, the code looks whether a name exists. An execution context holds shapes,
-addresses and, for repeated runs, a CUDA graph; activations live in the device's arena, whose size TensorRT names for
-the shapes at hand. The rules that contexts follow here are those of NVIDIA's guides (TensorRT "CUDA Graphs",
-TensorRT for RTX "Optimizing Performance"): one context a captured graph, one plain run before the capture, memory of
-activations shared among contexts.
+Both modules have one API; where they differ, the code checks whether a name exists. An execution context holds shapes,
+addresses and, for repeated runs, a CUDA graph; activations are in the device's arena, whose size TensorRT reports for
+the current shapes. The rules for contexts are those of NVIDIA's guides (TensorRT "CUDA Graphs", TensorRT for RTX
+"Optimizing Performance"): one context a CUDA graph, one plain run before the capture, memory of activations shared
+among contexts.
 
-The names of variables say which class of TensorRT they hold, see ``tests/engines/sessions/test_bindings.py``.
+Variables are named for the class of TensorRT that they hold, see ``tests/engines/sessions/test_bindings.py``.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
 """TensorRT's names of the manifest's dtypes."""
 
 LOOPED = ("transformer",)
-"""Components that an edit runs again and again with the same tensors, for which CUDA graphs pay."""
+"""Components that an edit runs repeatedly with the same tensors, for which CUDA graphs pay off."""
 
 PASSES = 2
-"""Runs that take turns in the loop: with guidance, a negative and a positive pass."""
+"""Runs that alternate in the loop: with guidance, a negative and a conditional pass."""
 
 Shape = tuple[int, ...]
 Bindings = tuple[tuple[str, int, Shape], ...]
@@ -60,14 +60,14 @@ class BoundContext:
 class TensorRtSession:
     """One engine in the memory of a GPU."""
 
-    rebinds = False  # a captured graph has its addresses in it
+    rebinds = False  # a CUDA graph holds addresses
 
     def __init__(self, folder: Path, record: EngineRecord, device: Device) -> None:
         """Load the engine of ``record`` in the bundle ``folder``; its file is mapped, not read into memory.
 
         Raises:
-            BundleError: the file is no engine of the installed TensorRT, or not the one that the manifest describes.
-            EngineError: the GPU has no room for it.
+            BundleError: the file is not an engine of the installed TensorRT, or not the one in the manifest.
+            EngineError: the GPU is out of memory.
         """
         self._trt = import_module(BACKENDS[record.backend].modules[0])
         self._record = record
@@ -106,7 +106,7 @@ class TensorRtSession:
         return self._device.download(tensor)
 
     def run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
-        """Enqueue a run; failures on the GPU are met at ``download``.
+        """Enqueue a run; a failure on the GPU is raised by ``download``.
 
         Raises:
             RequestError: a shape is outside the engine's profiles.
@@ -123,7 +123,7 @@ class TensorRtSession:
         self._device.queue(partial(self._execute, bound))
 
     def close(self) -> None:
-        """Release engine, contexts and graphs once the GPU is done."""
+        """Release engine, contexts and CUDA graphs once the GPU is done."""
         self._device.use()
         self._device.synchronize()
         for bound in self._contexts:
@@ -165,9 +165,9 @@ class TensorRtSession:
         return engine
 
     def _check_contract(self, path: Path) -> None:
-        """See that the file has the inputs and outputs of the manifest; TensorRT may know less of an output's dims."""
+        """Check that the file has the manifest's inputs and outputs; TensorRT may know fewer of an output's dims."""
         trt, engine = self._trt, self._engine
-        found = {}
+        actual = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             dims = tuple(engine.get_tensor_shape(name))
@@ -175,15 +175,15 @@ class TensorRtSession:
             place = "" if engine.get_tensor_location(name) == trt.TensorLocation.DEVICE else " on the host"
             dtype = engine.get_tensor_dtype(name).name
             shown = _text(dims) if mode == "input" else f"of {len(dims)} dims"
-            found[name] = f"{mode} {DTYPES.get(dtype, dtype)} {shown}{place}"
+            actual[name] = f"{mode} {DTYPES.get(dtype, dtype)} {shown}{place}"
         expected = {
             spec.name: f"input {spec.dtype} {_text([-1 if isinstance(d, str) else d for d in spec.dims])}"
             for spec in self._record.inputs
         } | {spec.name: f"output {spec.dtype} of {len(spec.dims)} dims" for spec in self._record.outputs}
-        for name in {**expected, **found}:
-            if found.get(name) != expected.get(name):
+        for name in {**expected, **actual}:
+            if actual.get(name) != expected.get(name):
                 raise BundleError(
-                    f"{path} has {name} as {found.get(name, 'nothing')}, the manifest as "
+                    f"{path} has {name} as {actual.get(name, 'nothing')}, expected "
                     f"{expected.get(name, 'nothing')}; build the bundle again with `qie build`"
                 )
 
@@ -197,10 +197,10 @@ class TensorRtSession:
         return ranges
 
     def _configure(self, looped: bool) -> tuple[Any, Any]:
-        """How contexts are made, and the cache of kernels compiled on this machine; None where it does not exist.
+        """The configuration of contexts and the cache of kernels compiled on this machine; None where not supported.
 
-        Kernels for a shape are compiled before its first run: results must not depend on when a compiler in the
-        background is done.
+        Kernels for a shape are compiled before its first run, because results must not depend on when a compiler in the
+        background finishes.
         """
         trt, engine = self._trt, self._engine
         if not hasattr(engine, "create_runtime_config"):
@@ -224,14 +224,14 @@ class TensorRtSession:
             raise self._failed("no execution context can be created")
         return context
 
-    # The cache of kernels: TensorRT for RTX compiles for the GPU that it meets
+    # The cache of kernels: TensorRT for RTX compiles for the GPU that it runs on
 
     def _cache_path(self) -> Path:
         gpu = "".join(c if c.isalnum() else "-" for c in self._device.gpu.name.lower())
         return qie_home() / "cache" / self._record.backend / f"{self._record.key[:32]}-{gpu}.bin"
 
     def _load_cache(self) -> None:
-        """Take what an earlier process compiled; TensorRT refuses what another driver or version left."""
+        """Load what an earlier process compiled; TensorRT refuses files of another driver or version."""
         cache, config = self._cache, self._config
         if cache is None:
             return
@@ -257,7 +257,7 @@ class TensorRtSession:
     # Binding
 
     def _bind(self, bindings: Bindings) -> BoundContext:
-        """A context bound to ``bindings``: a new one while there are few, then the one that was bound first."""
+        """A context bound to ``bindings``: a new one up to the maximum, then the one that was bound first."""
         bound = (
             self._contexts.popleft() if len(self._contexts) == self._contexts_max else BoundContext(self._new_context())
         )
@@ -286,7 +286,7 @@ class TensorRtSession:
         return bound
 
     def _attach_arena(self, bound: BoundContext) -> None:
-        """Give the context the arena, grown to what its shapes need, or to what any shapes do where it does not say."""
+        """Attach the arena, grown to what the context's shapes need, or to the engine's maximum where unknown."""
         context, engine = bound.context, self._engine
         arena = self._device.reserve(context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2)
         context.set_device_memory(arena.address, arena.size)
@@ -300,7 +300,11 @@ class TensorRtSession:
         bound.cuda_graph, bound.runs = None, 0
 
     def _profile(self, shapes: Mapping[str, Shape]) -> int:
-        """The first profile that takes ``shapes``."""
+        """The first profile that takes ``shapes``.
+
+        Raises:
+            RequestError: none does.
+        """
         for profile, ranges in enumerate(self._ranges):
             if all(_within(shapes[name], *limits) for name, limits in ranges.items()):
                 return profile
@@ -331,7 +335,7 @@ class TensorRtSession:
         context = bound.context
         return bool(context.execute_async_v3(int(self._device.stream)))
 
-    # Refusing
+    # Checks and failures
 
     def _check_tensors(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """Assert that the caller passed the inputs and outputs of the manifest."""

@@ -43,7 +43,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         pretended = tuple(
             Gpu(name=f"GPU {c}", compute_capability=c, memory_gib=80.0, driver="600") for c in capabilities
         )
-        machine = Machine(system="Linux", processor="CPU", cores=2, memory_gib=24.0, gpus=pretended)
+        machine = Machine(system="Linux", cpu="CPU", cores=2, memory_gib=24.0, gpus=pretended)
         monkeypatch.setattr(tensorrt, "this_machine", lambda: machine)
 
     return pretend

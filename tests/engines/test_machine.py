@@ -32,7 +32,7 @@ def test_this_machine() -> None:
     assert machine.cores <= (os.cpu_count() or 1)
     assert 0 < machine.memory_gib < 2**20
     assert machine.system == f"{platform.system()} {platform.release()}"
-    assert machine.processor
+    assert machine.cpu
 
 
 def test_without_a_driver(driver: Driver) -> None:

@@ -31,7 +31,7 @@ BAD_BUNDLES: dict[str, tuple[Break, str]] = {
     "manifest missing": (lambda b: (b / "manifest.json").unlink(), "there is no bundle .*; choose one of `qie list`"),
     "manifest cut short": (lambda b: cut(b / "manifest.json"), f"manifest.json cannot be read .*; {AGAIN}"),
     "manifest of another schema": (lambda b: change_manifest(b, schema=99),
-        f"schema 99, this qie reads schema 2; {AGAIN}"),
+        f"schema 99, expected 2; {AGAIN}"),
     "manifest with an unknown key": (lambda b: change_manifest(b, colour="red"),
         f"unknown key 'colour'; {AGAIN}"),
     "manifest without a key": (lambda b: change_manifest(b, engines=[{}]),
@@ -89,7 +89,7 @@ def test_rm_deletes_bundles_alone(qie: Qie, refusal: Refusal, workplace: Path, m
     page.mkdir()
     if manifest is not None:
         (page / "manifest.json").write_text(manifest)
-    assert_says(refusal(qie("rm", page, "--yes")), "no bundle|not built by qie, so it is not deleted")
+    assert_says(refusal(qie("rm", page, "--yes")), "no bundle|not built by qie and is not deleted")
     assert page.is_dir()
     assert_says(refusal(qie("rm", "unknown", "--yes")), "there is no bundle 'unknown'")
 

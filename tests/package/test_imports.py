@@ -85,3 +85,14 @@ def run_import(blocked: tuple[str, ...], modules: list[str]) -> subprocess.Compl
     """Import ``modules`` in a process of its own where the packages ``blocked`` seem not to be installed."""
     command = [sys.executable, "-c", IMPORT, ",".join(blocked), ",".join(modules)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+READERS = ["qie.engines.bundle.manifest", "qie.engines.bundle.bundle", "qie.compiler.recipe.load"]
+HEAVY = {"PIL", "numpy", "onnxruntime", "tokenizers"}
+
+
+@pytest.mark.parametrize("module", READERS)
+def test_reading_a_manifest_or_a_recipe_imports_nothing_heavy(module: str) -> None:
+    script = f"import {module}, sys; print(sorted({HEAVY} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -43,12 +43,12 @@ MUTANTS = {
         TRANSFORMER,
     ),
     "mu from noise tokens only": Mutant(
-        "engines/editing/editor.py", "noise_tokens=size.tokens", "noise_tokens=2 * size.tokens", EDIT
+        "engines/editing/editor.py", "noise_tokens=settings.size.tokens", "noise_tokens=2 * settings.size.tokens", EDIT
     ),
     "shift_terminal": Mutant("engines/inputs/schedule.py", "if spec.shift_terminal and steps > 1:", "if False:", EDIT),
     "zero_cond_t on the image stream only": Mutant(
-        "engines/inputs/modulation.py", 'streams.append((conditioning_SD, "txt_mod"))',
-        'streams.append((streams[-1][0], "txt_mod"))', TRANSFORMER,
+        "engines/inputs/modulation.py", 'zero_SD if stream == "references" else conditioning_SD',
+        'zero_SD if stream != "noise" else conditioning_SD', TRANSFORMER,
     ),
     "zero_cond_t on reference tokens": Mutant(
         "compiler/graphs/transformer.py", "tokens.of_references(op, x_BTD), reference.shift, reference.gain",

@@ -154,13 +154,11 @@ def test_the_first_engine_that_fits_is_chosen(bundle: Path) -> None:
 def test_no_engine_fits(bundle: Path) -> None:
     with pytest.raises(EngineMismatchError) as problem:
         choose_engines(with_engines(bundle, ABACUS, OLD_GPU))
-    first, second = str(problem.value).split("; vision ")
-    assert first == (
-        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with "
-        "`qie build --gpu cpu`"
-    )
+    reasons, fixes = str(problem.value).split("; ")
+    first, second = reasons.split(", and vision ")
+    assert first == "vision is built for abacus/8.9, which this qie cannot execute"
     assert second.startswith("is built for onnxruntime/1.0, and this ")
-    assert str(problem.value).count("`qie build --gpu ") == 2
+    assert fixes.startswith("build for this machine with `qie build --gpu cpu`")
 
 
 def test_one_component_that_does_not_fit_is_enough(bundle: Path) -> None:
@@ -212,7 +210,7 @@ def test_a_deletion_that_is_cut_short_leaves_nothing_that_opens(copied: Path, mo
 def test_the_folder_of_another_program_is_not_deleted(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     assert not is_bundle(tmp_path)
-    with pytest.raises(BundleError, match="was not built by qie, so it is not deleted; `qie list` shows the bundles"):
+    with pytest.raises(BundleError, match="was not built by qie and is not deleted; choose a bundle of `qie list`"):
         remove_bundle(tmp_path)
     assert (tmp_path / "manifest.json").exists()
 

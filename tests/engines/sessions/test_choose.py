@@ -26,7 +26,7 @@ VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.13.3.9"}
 
 
 def machine(*gpus: Gpu, cuda: str | None = "12.8") -> Machine:
-    return Machine(system="test", processor="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=cuda)
+    return Machine(system="test", cpu="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=cuda)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_no_gpu(opened: Bundle, backend: str) -> None:
 def test_another_gpu(opened: Bundle, backend: str) -> None:
     assert refusal(engine(opened, backend), machine(A100, A100)) == (
         f"vision is built for {backend}/8.9, and this machine has NVIDIA A100 80GB (8.0); build for that GPU with "
-        "`qie build --gpu NAME`, `qie recipes` lists the names"
+        "`qie build --gpu NAME`, NAME being one of `qie recipes`"
     )
 
 
@@ -194,10 +194,10 @@ def test_a_bundle_for_several_machines(
 
 def test_every_reason_is_said(opened: Bundle) -> None:
     old = RTX | {"backend_version": "1.0"}
-    with pytest.raises(
-        EngineMismatchError, match="vision .*by version 1.0.*; vision is built for tensorrt/8.0, and this"
-    ):
+    with pytest.raises(EngineMismatchError) as problem:
         choose_engines(with_engines(opened, old, TENSORRT))
+    both = r"vision .*by version 1\.0.*, and vision is built for tensorrt/8\.0, and this [^;]*; build .* or build [^;]*"
+    assert re.fullmatch(both, str(problem.value))
 
 
 def test_the_machine_is_looked_at_once(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

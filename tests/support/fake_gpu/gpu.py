@@ -30,7 +30,7 @@ class Gpu(Device):
         """A machine with this GPU."""
         gpu = machine.Gpu(name="Fake L40S", compute_capability=self.capability, memory_gib=16.0, driver=self.driver)
         return machine.Machine(
-            system="test", processor="test", cores=1, memory_gib=1.0, gpus=(gpu,) * self.count, cuda=self.cuda
+            system="test", cpu="test", cores=1, memory_gib=1.0, gpus=(gpu,) * self.count, cuda=self.cuda
         )
 
     def install(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -49,11 +49,11 @@ def test_an_engine_for_which_there_is_no_room(folder: Path, device: Device, gpu:
     ("changes", "expected"),
     [
         ({"inputs": [["latents", "float32", [-1, -1, -1, 32]]]},
-         "latents as input float32 -1x-1x-1x32, the manifest as input float32 -1x-1x-1x64"),
+         "latents as input float32 -1x-1x-1x32, expected input float32 -1x-1x-1x64"),
         ({"inputs": [["latents", "int64", [-1, -1, -1, 64]]]}, "latents as input int64 -1x-1x-1x64"),
-        ({"inputs": [["noise", "float32", [-1, -1, -1, 64]]]}, "latents as nothing, the manifest as input float32"),
-        ({"outputs": [["image", "uint8", [-1, -1, 3]]]}, "image as output uint8 of 3 dims, the manifest as .* 4 dims"),
-        ({"outputs": [["image", "uint8", [-1] * 4], ["more", "uint8", [1]]]}, "more as .*, the manifest as nothing"),
+        ({"inputs": [["noise", "float32", [-1, -1, -1, 64]]]}, "latents as nothing, expected input float32"),
+        ({"outputs": [["image", "uint8", [-1, -1, 3]]]}, "image as output uint8 of 3 dims, expected .* 4 dims"),
+        ({"outputs": [["image", "uint8", [-1] * 4], ["more", "uint8", [1]]]}, "more as .*, expected nothing"),
         ({"host": ["latents"]}, "latents as input float32 -1x-1x-1x64 on the host"),
     ],
 )  # fmt: skip
