@@ -33,8 +33,8 @@ FILES = {
 """Subfolder -> file of its weights."""
 
 ABOUT = (
-    f"pocket is a small model that was taught {len(EDITS)} kinds of edits of pictures of about 128x128 pixels; of "
-    "other instructions it makes what it can"
+    f"a small model trained on {len(EDITS)} kinds of edits of images of about 128x128 pixels; other instructions run, "
+    "but it was not trained on them"
 )
 
 
