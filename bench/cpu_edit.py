@@ -24,7 +24,8 @@ from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
 from qie.engines.editing.editor import Editor
-from qie.engines.editing.request import Request, resolve
+from qie.engines.editing.request import Request
+from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.schedule import sigmas

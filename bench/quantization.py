@@ -45,7 +45,8 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.editing.conditioning import Conditioning, condition
 from qie.engines.editing.denoise import Denoiser, StepState, upload_schedule
 from qie.engines.editing.editor import Editor
-from qie.engines.editing.request import Request, resolve
+from qie.engines.editing.request import Request
+from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import Feed, transformer_feed
 from qie.engines.inputs.modulation import Tables, modulation_tables
 from qie.engines.inputs.schedule import sigmas

@@ -19,12 +19,13 @@ from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.quantization.blockwise import Progress, Readers, Values, run
 from qie.compiler.weights.modulation import CheckpointModulation
 from qie.engines.bundle.manifest import Component
+from qie.engines.bundle.specs import DEFAULT_NEGATIVE
 from qie.engines.errors import CalibrationError
 from qie.engines.inputs.feeds import encoder_feed, language_feed, transformer_feed, vision_feed
 from qie.engines.inputs.image import load_image, prepare
 from qie.engines.inputs.modulation import compute_tables, split_tables
 from qie.engines.inputs.noise import standard_normal
-from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, encode
+from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs
 

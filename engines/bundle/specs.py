@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "DEFAULT_NEGATIVE",
     "MAX_INSTRUCTION_TOKENS",
     "SIDE_MULTIPLE",
     "Areas",
@@ -20,6 +21,9 @@ __all__ = [
 
 SIDE_MULTIPLE = 16
 """Every side is a multiple of this many pixels (diffusers pipeline_qwenimage_edit_plus.py: vae_scale_factor * 2)."""
+
+DEFAULT_NEGATIVE = " "
+"""The default negative prompt of the model card."""
 
 MAX_INSTRUCTION_TOKENS = 1024
 """Longest instruction (tokenizer_max_length, and the limit of max_sequence_length, in the pipelines)."""

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.editing.progress import Meter
-from qie.engines.editing.request import Request, Settings, check_prompts, check_references
+from qie.engines.editing.request import Request
+from qie.engines.editing.settings import Settings, check_prompts, check_references
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import BundleError
 from qie.engines.inputs.image import prepare

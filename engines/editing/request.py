@@ -1,22 +1,17 @@
-"""What an edit is asked for and what it gives; every check of a request against a bundle's manifest."""
+"""What an edit is asked for and what it gives."""
 
-import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from qie.engines.bundle.specs import DEFAULT_NEGATIVE, Size
 
-from qie.engines.bundle.manifest import EngineRecord, Manifest
-from qie.engines.bundle.specs import Size
-from qie.engines.errors import ImageError, RequestError
-from qie.engines.inputs.image import output_size
-from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, PREFIX_TOKENS, PromptTokens
-from qie.engines.inputs.sizes import resolve_size
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
 
-__all__ = ["Edit", "Request", "Settings", "check_prompts", "check_references", "resolve"]
+__all__ = ["Edit", "Request"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +30,7 @@ class Request:
         noise: start latents float32 [B, N, 64] in place of noise from the seeds.
     """
 
-    images: Sequence[Image.Image]
+    images: "Sequence[Image.Image]"
     instructions: Sequence[str]
     seeds: Sequence[int] | None = None
     negative: str = DEFAULT_NEGATIVE
@@ -43,7 +38,7 @@ class Request:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     match_input: bool = False
-    noise: NDArray[np.float32] | None = None
+    noise: "NDArray[np.float32] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,115 +55,10 @@ class Edit:
         seconds: time of each stage.
     """
 
-    images: tuple[Image.Image, ...]
+    images: "tuple[Image.Image, ...]"
     samples: tuple[tuple[str, int], ...]
     size: Size
     steps: int
     guidance: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """A request with every default filled in.
-
-    Attributes:
-        size: size of the images to generate.
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance.
-        samples: (index of the instruction, seed) of every image to generate, instructions outermost.
-        notes: differences from the request, for a person to read.
-    """
-
-    size: Size
-    steps: int
-    guidance: float
-    samples: tuple[tuple[int, int], ...]
-    notes: tuple[str, ...]
-
-    @property
-    def guided(self) -> bool:
-        """Whether every step takes a second, negative pass."""
-        return self.guidance > 1
-
-
-def resolve(request: Request, manifest: Manifest) -> Settings:
-    """Fill in the defaults of a bundle and check everything that needs neither images' contents nor a tokenizer.
-
-    Raises:
-        ImageError: there is no image, there are too many, or the last one is too narrow.
-        RequestError: the instructions, seeds, steps, guidance, size or a text cannot be used.
-    """
-    _check_images(request, manifest)
-    requested = request.size or output_size(request.images[-1].size, manifest.model.areas.vae_area)
-    size, note = resolve_size(manifest.limits, *requested)
-    _check_texts(request)
-    if request.seeds is not None and not request.seeds:
-        raise RequestError("there is no seed, expected at least 1; give one or leave seeds out", option="seeds")
-    seeds = [secrets.randbelow(2**32)] if request.seeds is None else request.seeds
-    steps = manifest.defaults.steps if request.steps is None else request.steps
-    steps_max = manifest.model.scheduler.num_train_timesteps
-    if steps > steps_max:
-        raise RequestError(
-            f"the number of steps is {steps}, expected at most {steps_max}; use fewer steps", option="steps"
-        )
-    guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
-    if not math.isfinite(guidance):
-        raise RequestError(
-            f"the guidance scale is {guidance}, expected a finite number; use one such as 4.0", option="guidance"
-        )
-    return Settings(
-        size=size,
-        steps=steps,
-        guidance=guidance,
-        samples=tuple((number, seed) for number in range(len(request.instructions)) for seed in seeds),
-        notes=(note,) if note else (),
-    )
-
-
-def check_references(sizes: Sequence[tuple[int, int]], encoder: EngineRecord) -> None:
-    """Check that the VAE encoder's profiles take the (height, width) in pixels of every reference image.
-
-    Raises:
-        ImageError: an image is so wide or tall that its copy at the model's area does not fit.
-    """
-    for profile in encoder.profiles:
-        (_, *smallest, _), (_, *largest, _) = profile.min, profile.max
-        for number, (height, width) in enumerate(sizes, start=1):
-            if not (smallest[0] <= height <= largest[0] and smallest[1] <= width <= largest[1]):
-                raise ImageError(
-                    f"image {number} would be encoded at {width}x{height} pixels, expected sides from {max(smallest)} "
-                    f"to {min(largest)}; crop it closer to a square"
-                )
-
-
-def check_prompts(prompts: Sequence[PromptTokens], manifest: Manifest) -> None:
-    """Check that the engines take the longest prompt.
-
-    Raises:
-        RequestError: a prompt is too long.
-    """
-    tokens_max = manifest.limits.prompt_tokens_max
-    tokens = max(max(prompt.lengths) for prompt in prompts) - PREFIX_TOKENS
-    if tokens > tokens_max:
-        raise RequestError(
-            f"a prompt has {tokens} tokens with its images, expected at most {tokens_max}; shorten the instruction or "
-            "leave out an image"
-        )
-
-
-def _check_images(request: Request, manifest: Manifest) -> None:
-    images_max = 1 if manifest.model.pipeline == "edit" else manifest.limits.references_max
-    if not request.images:
-        raise ImageError("there is no image, expected at least 1; give one before the instruction")
-    if len(request.images) > images_max:
-        raise ImageError(f"{len(request.images)} images were given, this bundle takes at most {images_max}; use fewer")
-
-
-def _check_texts(request: Request) -> None:
-    if not request.instructions:
-        raise RequestError('there is no instruction; say what to change, for example "make it grayscale"')
-    for text in (*request.instructions, request.negative):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise RequestError(f"{text!r} is not UTF-8 text; write it again")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
-    "DEFAULT_NEGATIVE",
     "PREFIX",
     "PREFIX_TOKENS",
     "SYSTEM",
@@ -38,10 +37,6 @@ PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 
 PREFIX_TOKENS = 64
 """Tokens of PREFIX in Qwen's vocabulary; their embeddings are dropped (prompt_template_encode_start_idx)."""
-
-
-DEFAULT_NEGATIVE = " "
-"""The default negative prompt of the model card."""
 
 _SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 _IMAGE_PAD = "<|image_pad|>"

@@ -10,7 +10,8 @@ from PIL import Image
 from qie.engines.editing.conditioning import Conditioning, condition
 from qie.engines.editing.denoise import Denoiser, StepState, denoise, upload_schedule
 from qie.engines.editing.editor import Editor
-from qie.engines.editing.request import Request, resolve
+from qie.engines.editing.request import Request
+from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.schedule import sigmas

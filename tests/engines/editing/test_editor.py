@@ -17,7 +17,7 @@ from PIL import Image
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, ProfileRecord
-from qie.engines.editing import editor as editor_module
+from qie.engines.editing import edit as edit_module
 from qie.engines.editing import stages as stages_module
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
@@ -220,7 +220,7 @@ def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, mon
     def fail(*_: Any, **__: Any) -> None:
         raise EngineError("no memory")
 
-    monkeypatch.setattr(editor_module, "denoise", fail)
+    monkeypatch.setattr(edit_module, "denoise", fail)
     sequential = Editor(opened, residency="sequential")
     with pytest.raises(EngineError, match="no memory"):
         sequential.edit(request())

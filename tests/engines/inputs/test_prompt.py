@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from qie.engines.bundle.specs import PromptSpec
+from qie.engines.bundle.specs import DEFAULT_NEGATIVE, PromptSpec
 from qie.engines.errors import ImageError, RequestError
-from qie.engines.inputs.prompt import DEFAULT_NEGATIVE, PREFIX, PREFIX_TOKENS, check_prefix, encode
+from qie.engines.inputs.prompt import PREFIX, PREFIX_TOKENS, check_prefix, encode
 
 SPECIAL = [
     "<|endoftext|>",
