@@ -29,7 +29,7 @@ from bench.report import argument_parser, write_report
 from pocket.judge import Case, cases, score
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.packing.pack import build_bundle
+from qie.compiler.packing import build as packing
 from qie.compiler.planning.plan import make_plan
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
@@ -203,7 +203,7 @@ def build(checkpoint: Path, variant: Variant, calibration: Calibration, destinat
         destination=destination,
         calibration=calibration if variant.exclude else replace(calibration, exclude={}),
     )
-    return build_bundle(plan)
+    return packing.build(plan)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,26 +13,34 @@ from qie.engines.files import existing, qie_home
 from qie.engines.machine import Machine, this_machine, version_of
 from qie.engines.sessions.choose import choose_engines
 
-__all__ = ["Ability", "BundleReport", "Report", "examine"]
+__all__ = ["BundleReport", "Capability", "Report", "examine"]
 
 RUN = "run engines of"
 ON_GPU = "on a GPU"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ability:
-    """Something that qie can do where some packages are installed: those found, and how to get the missing ones."""
+class Capability:
+    """Something that qie can do where some packages, a GPU or a driver are present.
 
-    what: str
+    Attributes:
+        name: what qie can do.
+        ready: whether nothing is missing.
+        requirements: the packages that were found, with their versions.
+        missing: packages, GPU or driver that were not found.
+        fix: how to get what is missing; None where nothing is.
+    """
+
+    name: str
     ready: bool
-    found: tuple[str, ...]
+    requirements: tuple[str, ...]
     missing: tuple[str, ...]
-    mend: str | None
+    fix: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleReport:
-    """A bundle with a name, and why it does not run here (None where it does)."""
+    """A bundle by name, and why it does not run here; None where it does."""
 
     name: str
     reason: str | None
@@ -40,19 +48,19 @@ class BundleReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The outcome of an examination."""
+    """What this machine is, can do and holds."""
 
     qie: str
     python: str
     machine: Machine
     home: str
     free_bytes: int
-    abilities: tuple[Ability, ...]
+    capabilities: tuple[Capability, ...]
     bundles: tuple[BundleReport, ...]
 
 
 def examine() -> Report:
-    """Look at the machine, the installed packages and the bundles; nothing heavy is imported."""
+    """Examine the machine, the installed packages and the bundles; nothing heavy is imported."""
     home = qie_home()
     machine = this_machine()
     return Report(
@@ -61,13 +69,13 @@ def examine() -> Report:
         machine=machine,
         home=str(home),
         free_bytes=shutil.disk_usage(existing(home)).free,
-        abilities=tuple(_ability(what, packages, mend, machine) for what, (packages, mend) in _needs().items()),
+        capabilities=tuple(_capability(name, packages, fix, machine) for name, (packages, fix) in _needs().items()),
         bundles=tuple(BundleReport(name=path.name, reason=_reason(str(path))) for path in bundles()),
     )
 
 
 def _needs() -> dict[str, tuple[tuple[str, ...], str]]:
-    """Ability: what it takes, and the command that installs it. Names with a hyphen are packages, others modules."""
+    """Packages of every capability, and the command that installs them; names with a hyphen are distributions."""
     needs: dict[str, tuple[tuple[str, ...], str]] = {}
     for name, backend in BACKENDS.items():
         needs[f"{RUN} {name}"] = (backend.modules, backend.install)
@@ -81,35 +89,35 @@ def _needs() -> dict[str, tuple[tuple[str, ...], str]]:
             "pip install 'qie[compile]'",
         ),
         "build bundles for a GPU": ((builders[0].build_module,), builders[0].build_install),
-        "compare with the reference": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
+        "compare with diffusers": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
     }
 
 
-def _gpu_backend(what: str) -> str | None:
-    """The backend whose engines on a GPU ``what`` is about; None where it is about something else."""
-    for name, backend in BACKENDS.items():
-        if backend.on_gpu and what == (f"{RUN} {name} {ON_GPU}" if backend.on_cpu else f"{RUN} {name}"):
-            return name
+def _gpu_backend(name: str) -> str | None:
+    """The backend whose engines the capability ``name`` runs on a GPU; None for another capability."""
+    for backend, facts in BACKENDS.items():
+        if facts.on_gpu and name == (f"{RUN} {backend} {ON_GPU}" if facts.on_cpu else f"{RUN} {backend}"):
+            return backend
     return None
 
 
-def _ability(what: str, packages: tuple[str, ...], mend: str, machine: Machine) -> Ability:
-    found = [package for package in packages if _installed(package)]
-    missing = tuple(package for package in packages if package not in found)
-    backend = _gpu_backend(what)
+def _capability(name: str, packages: tuple[str, ...], fix: str, machine: Machine) -> Capability:
+    installed = [package for package in packages if _installed(package)]
+    missing = tuple(package for package in packages if package not in installed)
+    backend = _gpu_backend(name)
     if not missing and backend is not None:
-        missing, mend = _missing_of_gpu(backend, machine)
-    return Ability(
-        what=what,
+        missing, fix = _missing_of_gpu(backend, machine)
+    return Capability(
+        name=name,
         ready=not missing,
-        found=tuple(f"{package} {_version(package)}".rstrip() for package in found),
+        requirements=tuple(f"{package} {_version(package)}".rstrip() for package in installed),
         missing=missing,
-        mend=mend if missing else None,
+        fix=fix if missing else None,
     )
 
 
 def _missing_of_gpu(backend: str, machine: Machine) -> tuple[tuple[str, ...], str]:
-    """What of GPU and driver is missing for ``backend``, and what to do about it."""
+    """What ``backend`` lacks of GPU and driver, and how to fix that."""
     if not machine.gpus:
         return ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"
     needed, served = cuda_needed(backend), machine.cuda

@@ -1,12 +1,21 @@
-"""Progress bars, tables and numbers for a terminal. Only the cli files use it."""
+"""Progress bars, tables and numbers with units for a terminal. Only the cli files use it."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Bars", "human_bytes", "human_count", "table"]
+__all__ = ["Bars", "ago", "human_bytes", "human_count", "human_memory", "human_seconds", "table", "wrap"]
+
+NARROWEST = 12
+"""Characters below which a column is not wrapped."""
+
+GAP = 2
+"""Spaces between two columns."""
 
 
 class Bars:
@@ -49,36 +58,79 @@ class Bars:
         self._progress.update(self._tasks[what], completed=done, total=total)
 
 
-def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
-    """Rows as aligned text, two spaces between columns; the columns in ``right`` are flush right."""
+def table(
+    rows: Sequence[Sequence[str]],
+    *,
+    header: Sequence[str] = (),
+    right: Sequence[int] = (),
+    notes: Sequence[str | None] = (),
+    width: int | None = None,
+) -> str:
+    """Rows as aligned text, two spaces between columns.
+
+    Where the table is wider than the terminal, the widest columns are wrapped between words, until it fits or nothing
+    more can be wrapped.
+
+    Args:
+        rows: cells of each row.
+        header: names of the columns; none for a table without a header.
+        right: columns that are flush right.
+        notes: indented text below each row; None for a row without one.
+        width: characters; None for the terminal's, or 100 where there is none.
+    """
     lines = [list(header), *rows] if header else list(rows)
     if not lines:
         return ""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = _widths(lines, _columns() if width is None else width)
     text = []
-    for line in lines:
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        text.append("  ".join(cells).rstrip())
-    if header:
-        text.insert(1, "  ".join("-" * w for w in widths))
+    for number, line in enumerate(lines):
+        cells = [textwrap.wrap(c, w, **_WRAP) or [""] for c, w in zip(line, widths, strict=True)]
+        for pieces in zip_longest(*cells, fillvalue=""):
+            padded = [
+                p.rjust(w) if i in right else p.ljust(w) for i, (p, w) in enumerate(zip(pieces, widths, strict=True))
+            ]
+            text.append((" " * GAP).join(padded).rstrip())
+        if header and number == 0:
+            text.append((" " * GAP).join("-" * w for w in widths))
+        row = number - bool(header)
+        if 0 <= row < len(notes) and (note := notes[row]) is not None:
+            text += [wrap(line, indent=4) for line in note.splitlines()]
     return "\n".join(text)
 
 
+def wrap(text: str, *, indent: int = 0) -> str:
+    """``text`` wrapped between words at the width of the terminal; a long word, such as a path, stays whole."""
+    lines = textwrap.wrap(text, _columns() - indent, **_WRAP)
+    return "\n".join(" " * indent + line for line in lines)
+
+
 def human_bytes(count: int) -> str:
-    """A size for people, in units of 1000 bytes: ``4.2 MB``."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    """The size of a file or a transfer, in units of 1000 bytes: ``4.2 MB``."""
+    return _scaled(count, 1000, ["B", "kB", "MB", "GB", "TB"])
+
+
+def human_memory(count: float) -> str:
+    """An amount of memory, in units of 1024 bytes: ``4.2 GiB``."""
+    return _scaled(count, 1024, ["B", "KiB", "MiB", "GiB", "TiB"])
 
 
 def human_count(count: int) -> str:
-    """A number of parameters for people: ``13.51 B``."""
+    """A number of parameters: ``13.51 B``."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return str(count)
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration: ``1.6 µs``, ``12 ms``, ``4.5 s``, ``12 min``."""
+    if seconds >= 600:
+        return f"{seconds / 60:.0f} min"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"
+    return f"{seconds / 1e-6:.1f} µs"
 
 
 def ago(moment: float) -> str:
@@ -89,3 +141,32 @@ def ago(moment: float) -> str:
             number = seconds // size
             return f"{number} {unit}{'s' if number > 1 else ''} ago"
     return "just now"
+
+
+_WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _widths(lines: Sequence[Sequence[str]], available: int) -> list[int]:
+    """The width of every column: the widest are narrowed as far as their longest words let them."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    least = [max(longest, min(width, NARROWEST)) for longest, width in zip(least, widths, strict=True)]
+    while sum(widths) + GAP * (len(widths) - 1) > available:
+        spare = [width if width > smallest else 0 for width, smallest in zip(widths, least, strict=True)]
+        if not any(spare):
+            break
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _scaled(count: float, step: int, units: list[str]) -> str:
+    size = float(count)
+    while size >= 999.5 and len(units) > 1:
+        size /= step
+        units = units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

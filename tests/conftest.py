@@ -21,6 +21,7 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("QIE_HOME", str(tmp_path_factory.mktemp("session-home")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("COLUMNS", "100")
         yield
 
 

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qie.compiler.checkpoint import hub
 from qie.compiler.checkpoint.model import Model, parse_model
 from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_component, read_json
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
@@ -34,15 +35,6 @@ _TOKENIZER = tuple(
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 )
 
-_CONFIG_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.jinja")
-_WEIGHT_PATTERNS = (
-    "*/model.safetensors",
-    "*/model-*.safetensors",
-    "*/diffusion_pytorch_model.safetensors",
-    "*/diffusion_pytorch_model-*.safetensors",
-)
-"""What is fetched of a hub id; names with a variant, such as model.fp16.safetensors, are not."""
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 24
@@ -60,7 +52,7 @@ class Checkpoint:
         path: the folder.
         name: the hub id, or the folder's name.
         revision: the hub's commit, None for a plain folder.
-        complete: whether the weights are there; False where only configs and tokenizer were asked for.
+        complete: whether the weights are there and were checked; False where only configs and tokenizer were opened.
         model: what the configs say.
     """
 
@@ -69,6 +61,33 @@ class Checkpoint:
     revision: str | None
     complete: bool
     model: Model = field(repr=False)
+
+    def missing_bytes(self) -> int | None:
+        """Bytes of weights that ``with_weights`` downloads; None where the hub does not answer."""
+        if self.revision is None:
+            return 0
+        try:
+            self.readers()
+        except CheckpointError:
+            return hub.missing_bytes(self.name, self.revision, self.path)
+        return 0
+
+    def with_weights(self, *, progress: Progress = lambda done, total: None) -> "Checkpoint":
+        """The checkpoint with its weights, which are downloaded where the hub's cache lacks them.
+
+        The weights are those of the commit of the configs. ``progress`` may be called from another thread.
+
+        Raises:
+            CheckpointError: the weights cannot be downloaded, or a file is missing, cut short or broken.
+        """
+        try:
+            self.readers()
+        except CheckpointError:
+            if self.revision is None:
+                raise
+            hub.fetch_weights(self.name, self.revision, self.path, progress=progress)
+            self.readers()
+        return replace(self, complete=True)
 
     def reader(self, subfolder: Subfolder) -> SafetensorsReader:
         """The tensors of a subfolder under their canonical names; only headers are read here.
@@ -124,7 +143,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
         source: a folder in diffusers format; "pocket", the small trained model that comes with qie; or a hub id
             ("owner/name"), which is looked up through huggingface_hub and its cache; what is cached works offline.
         revision: branch, tag or commit of a hub id.
-        weights: False opens configs and tokenizer alone, and fetches nothing else of a hub id.
+        weights: False opens configs and tokenizer alone, and downloads nothing else of a hub id.
 
     Raises:
         CheckpointError: nothing is found, the pipeline is another one, a component or config is missing or damaged, or
@@ -138,7 +157,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
             raise CheckpointError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
         path, name = folder.absolute(), folder.resolve().name
     elif _HUB_ID.fullmatch(source):
-        path, name = _fetch(source, revision, weights), source
+        path, name = hub.fetch_configs(source, revision), source
         revision = path.name
     else:
         raise CheckpointError(
@@ -166,45 +185,8 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
         preprocessor=read_json(preprocessor) if preprocessor.is_file() else {},
         **configs,
     )
-    checkpoint = Checkpoint(
-        path=path,
-        name=name,
-        revision=revision,
-        complete=weights,
-        model=model,
-    )
-    if weights:
-        checkpoint.readers()
-    return checkpoint
-
-
-def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
-    """The folder of a hub id in huggingface_hub's cache, named by its commit."""
-    try:
-        import huggingface_hub
-    except ImportError as problem:
-        raise CheckpointError(
-            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}); run "
-            "`pip install 'qie[compile]'`, or give a folder"
-        ) from None
-
-    wanted = [*_CONFIG_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # whatever the network raised, the cache may hold the checkpoint
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    hub_id, revision=revision, allow_patterns=wanted, local_files_only=True
-                )
-            )
-        except (OSError, ValueError):
-            command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
-            reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{hub_id} is not in the cache, or not whole, and cannot be fetched ({reason}); check the id and run "
-                f"`{command}` where there is a network, or give a folder"
-            ) from error
+    checkpoint = Checkpoint(path=path, name=name, revision=revision, complete=False, model=model)
+    return checkpoint.with_weights() if weights else checkpoint
 
 
 def _canonical_text_encoder(name: str) -> str:

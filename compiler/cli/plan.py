@@ -1,126 +1,179 @@
-"""What `qie plan` prints: an estimate as text, an estimate as JSON data."""
+"""``qie plan``: what a build needs and what an edit costs, as text and as JSON data."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from qie.compiler.planning.estimate import REACHABLE, ComponentEstimate, Estimate
-from qie.engines.errors import QieError
-from qie.engines.machine import GIB
-from qie.engines.records import to_plain
-from qie.engines.terminal import human_bytes, table
+import typer
 
-__all__ = ["describe", "facts"]
+from qie.compiler.cli.options import DEFAULT_MODEL, GpuOption, ModelArgument, RevisionOption
+from qie.engines.cli.options import JsonOption, parse_size, print_json
+from qie.engines.terminal import human_bytes, human_memory, human_seconds, table, wrap
+
+if TYPE_CHECKING:
+    from qie.compiler.planning.estimate import ComponentEstimate, Estimate
+    from qie.engines.errors import QieError
+
+__all__ = ["plan"]
 
 
-def facts(found: Estimate, refusal: QieError | None) -> dict[str, Any]:
+def plan(
+    model: ModelArgument = DEFAULT_MODEL,
+    gpu: GpuOption = "cpu",
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Size of the edit in pixels.", show_default="the model's area")
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="Number of input images.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the recipe's")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the recipe's")] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate memory, disk, FLOPs and time.
+
+    Everything is counted from the configs of the model and the peak rates of the GPU; nothing is built or measured. A
+    build that does not fit is rejected, and the exit code is 2.
+    """
+    from qie.compiler.planning.resolve import plan_build
+
+    planned = plan_build(model, gpu=gpu, revision=revision)
+
+    from qie.compiler.planning.estimate import estimate, refusal
+    from qie.compiler.planning.workload import workload
+
+    work = workload(planned, size=parse_size(size), references=references, steps=steps, guidance=cfg)
+    estimated = estimate(planned, work)
+    refused = refusal(estimated)
+    if as_json:
+        print_json(facts(estimated, refused))
+    else:
+        typer.echo(describe(estimated))
+    if refused is not None:
+        raise refused
+
+
+def facts(estimated: "Estimate", refused: "QieError | None") -> dict[str, Any]:
     """The estimate as JSON data; bytes, operations and seconds are plain numbers."""
-    plan, recipe = found.plan, found.plan.recipe
+    from qie.compiler.planning.estimate import REACHABLE
+    from qie.engines.machine import GIB
+    from qie.engines.records import to_plain
+
+    plan, recipe = estimated.plan, estimated.plan.recipe
     return {
         "model": plan.checkpoint.name,
         "recipe": plan.recipe_name,
         "gpu": recipe.gpu,
         "residency": recipe.residency,
-        "edit": to_plain(found.workload),
-        "components": [to_plain(part) for part in found.components],
-        "disk_bytes": found.disk_bytes,
-        "card_bytes": found.card_bytes,
-        "card_memory_bytes": int(recipe.memory_gib * GIB),
-        "host_bytes": found.host_bytes,
+        "edit": to_plain(estimated.workload),
+        "components": [to_plain(component) for component in estimated.components],
+        "disk_bytes": estimated.disk_bytes,
+        "gpu_bytes": estimated.gpu_bytes,
+        "gpu_memory_bytes": int(recipe.memory_gib * GIB),
+        "host_bytes": estimated.host_bytes,
         "host_limit_bytes": int(recipe.limits.host_memory_gib * GIB),
-        "flops": found.flops,
-        "seconds_at_peak": found.seconds,
+        "flops": estimated.flops,
+        "seconds_at_peak": estimated.seconds,
         "reachable": REACHABLE,
-        "refusal": None if refusal is None else str(refusal),
+        "refusal": None if refused is None else str(refused),
     }
 
 
-def describe(found: Estimate) -> str:
-    """The estimate as two tables: what a build needs, what an edit costs."""
-    plan, recipe, work = found.plan, found.plan.recipe, found.workload
+def describe(estimated: "Estimate") -> str:
+    """The estimate as four tables: the build, memory on the GPU, one run of each component, the whole edit."""
+    plan, recipe, work = estimated.plan, estimated.plan.recipe, estimated.workload
     images = f"{work.references} image{'s' if work.references > 1 else ''}"
     guidance = f"guidance {work.guidance:g} (two passes a step)" if work.passes > 1 else "no guidance"
+    times = (
+        "the times follow from the peak rates in the GPU's datasheet, which real runs do not reach"
+        if estimated.seconds
+        else "the peak rates of this GPU are not known"
+    )
+    where = "GPU" if recipe.compute_capability else "CPU"
     return "\n".join(
         [
-            f"{plan.checkpoint.name} ({plan.model.pipeline}) by recipe {plan.recipe_name} for {recipe.gpu}",
+            f"{plan.checkpoint.name} ({plan.model.pipeline}), recipe {plan.recipe_name} for {recipe.gpu}",
             "",
-            "A build, and the memory of its engines in the largest edit that the recipe allows",
+            "Build",
             "",
-            table(_memory_rows(found), header=_MEMORY, right=range(2, len(_MEMORY))),
+            _build_table(estimated),
             "",
-            f"on the card, {recipe.residency}: {human_bytes(found.card_bytes)} of {_gib(recipe.memory_gib)}; "
-            f"on the host: {human_bytes(found.host_bytes)} of {_gib(recipe.limits.host_memory_gib)}",
+            f"host memory: {human_memory(estimated.host_bytes)} of {recipe.limits.host_memory_gib:g} GiB",
             "",
-            f"An edit of {work.size} from {images}, {work.steps} steps, {guidance}",
-            *work.notes,
+            f"{where} memory in the largest edit that the recipe allows",
             "",
-            table(_edit_rows(found), header=_EDIT, right=range(1, len(_EDIT))),
+            _memory_table(estimated),
             "",
-            "Counted from the graphs, nothing was measured; "
-            + (
-                "the times are what the card's datasheet allows."
-                if found.seconds
-                else "this GPU's peaks are not known."
-            ),
+            f"{recipe.residency} engines: {human_memory(estimated.gpu_bytes)} of {recipe.memory_gib:g} GiB",
+            "",
+            *(wrap(line) for line in (f"One run of each component: {work.size}, {images}", *work.notes)),
+            "",
+            _run_table(estimated),
+            "",
+            f"The whole edit: {work.steps} steps, {guidance}",
+            "",
+            _edit_table(estimated),
+            "",
+            wrap(f"Counted from the graphs, not measured; {times}."),
         ]
     )
 
 
-_MEMORY = ["component", "backend", "disk", "card", "activations", "in, out", "workspace", "host to build"]
-_EDIT = ["component", "GEMM", "convolution", "attention", "moved", "activations", "runs", "all runs"]
-_EDIT += ["at 100 %", f"at {100 * REACHABLE:g} %"]
+def _build_table(estimated: "Estimate") -> str:
+    plan = estimated.plan
+    rows = [
+        [c.component, c.backend, human_bytes(c.disk_bytes), human_memory(c.host_bytes)] for c in estimated.components
+    ]
+    rows.append(["modulation", "", human_bytes(plan.modulation_bytes), ""])
+    rows.append([f"tables, {plan.table_steps} steps", "", human_bytes(plan.tables_bytes), ""])
+    rows.append(["total", "", human_bytes(estimated.disk_bytes), ""])
+    return table(rows, header=["component", "backend", "disk", "host memory"], right=[2, 3])
 
 
-def _memory_rows(found: Estimate) -> list[list[str]]:
-    plan = found.plan
+def _memory_table(estimated: "Estimate") -> str:
     rows = [
         [
             c.component,
-            c.backend,
-            human_bytes(c.disk_bytes),
-            human_bytes(c.weights_bytes),
-            human_bytes(c.largest_activation_bytes),
-            human_bytes(c.largest_io_bytes),
-            human_bytes(c.workspace_bytes) if c.workspace_bytes else "-",
-            human_bytes(c.host_bytes),
+            human_memory(c.weights_bytes),
+            human_memory(c.largest_activation_bytes),
+            human_memory(c.largest_io_bytes),
+            human_memory(c.workspace_bytes) if c.workspace_bytes else "-",
         ]
-        for c in found.components
+        for c in estimated.components
     ]
-    on_card = sum(c.weights_bytes for c in found.components)
-    rows.append(["modulation", "", human_bytes(plan.modulation_bytes), "-", *[""] * 4])
-    rows.append([f"tables, {plan.table_steps} steps", "", human_bytes(plan.tables_bytes), "-", *[""] * 4])
-    rows.append(["all", "", human_bytes(found.disk_bytes), human_bytes(on_card), *[""] * 4])
-    return rows
+    rows.append(["total", human_memory(sum(c.weights_bytes for c in estimated.components)), "", "", ""])
+    header = ["component", "weights", "activations", "inputs, outputs", "workspace"]
+    return table(rows, header=header, right=range(1, 5))
 
 
-def _edit_rows(found: Estimate) -> list[list[str]]:
+def _run_table(estimated: "Estimate") -> str:
     rows = [
         [
             c.component,
             *(_operations(c.cost.flops(kind)) for kind in ("gemm", "convolution", "attention")),
             human_bytes(c.cost.moved_bytes),
-            human_bytes(c.cost.activation_bytes),
-            str(c.runs),
-            _operations(c.runs * c.cost.flops()),
-            *_times(c),
+            human_memory(c.cost.activation_bytes),
         ]
-        for c in found.components
+        for c in estimated.components
     ]
-    rows.append(["all", *[""] * 6, _operations(found.flops), *_times(found)])
-    return rows
+    header = ["component", "GEMM", "convolution", "attention", "memory traffic", "activations"]
+    return table(rows, header=header, right=range(1, 6))
 
 
-def _times(found: ComponentEstimate | Estimate) -> list[str]:
-    if found.seconds is None:
-        return ["-", "-"]
-    return [f"{seconds:.3g} s" for seconds in (found.seconds, found.seconds / REACHABLE)]
+def _edit_table(estimated: "Estimate") -> str:
+    from qie.compiler.planning.estimate import REACHABLE
+
+    def times(of: "ComponentEstimate | Estimate") -> list[str]:
+        if of.seconds is None:
+            return ["-", "-"]
+        return [human_seconds(of.seconds), human_seconds(of.seconds / REACHABLE)]
+
+    rows = [[c.component, str(c.runs), _operations(c.runs * c.cost.flops()), *times(c)] for c in estimated.components]
+    rows.append(["total", "", _operations(estimated.flops), *times(estimated)])
+    header = ["component", "runs", "operations", "time at peak", f"time at {100 * REACHABLE:g}% of peak"]
+    return table(rows, header=header, right=range(1, 5))
 
 
 def _operations(count: int) -> str:
-    """Operations for people: ``166.2 TFLOP``."""
+    """A number of operations: ``166.2 TFLOP``."""
     for unit, size in (("P", 10**15), ("T", 10**12), ("G", 10**9)):
         if count >= size:
             return f"{count / size:.1f} {unit}FLOP"
     return f"{count / 10**6:.1f} MFLOP" if count else "-"
-
-
-def _gib(size: float) -> str:
-    return f"{human_bytes(int(size * GIB))} ({size:g} GiB)"

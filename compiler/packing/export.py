@@ -1,11 +1,16 @@
 """Writes the graphs of a checkpoint into a folder, with or without their weights, for other tools to read."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import checkpoint_readers, writing
+from qie.compiler.packing.progress import Progress
+from qie.compiler.planning.checks import check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import COMPONENTS
@@ -15,31 +20,36 @@ __all__ = ["export_graphs"]
 
 
 def export_graphs(
-    plan: Plan, *, weights: bool, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    plan: Plan, *, weights: bool, progress: Progress = lambda what, done, total: None
 ) -> tuple[Path, ...]:
-    """Write every graph of ``plan`` to its destination and return their files.
+    """Write every graph of ``plan`` to its destination.
 
     Without ``weights`` the graphs name their parameters and hold none: they can be read, counted and drawn, not run.
 
+    Returns:
+        The .onnx files.
+
     Raises:
-        CheckpointError: configs and weights do not belong together.
-        BuildError: the destination holds something else than graphs, or the disk is full.
+        CheckpointError: the weights are incomplete or do not belong to the configs.
+        BuildError: the destination holds something else than graphs, or a disk is too small.
     """
     _check_destination(plan.destination)
-    readers = checkpoint_readers(plan) if weights else {}
-    with writing(plan.destination, sum(part.bytes for part in plan.components)) as folder:
-        for part in plan.components:
-            places, location = None, f"{part.component}.weights"
+    output_bytes = sum(planned.bytes for planned in plan.components)
+    readers: Mapping[Subfolder, TensorReader] = {}
+    if weights:
+        check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)
+        plan = replace(plan, checkpoint=plan.checkpoint.with_weights(progress=partial(progress, "download")))
+        readers = checkpoint_readers(plan)
+    with writing(plan.destination, output_bytes) as folder:
+        for planned in plan.components:
+            places, location = None, f"{planned.component}.weights"
             if weights:
                 written = write_weights(
-                    part.graph.weights,
-                    readers,
-                    folder / location,
-                    progress=partial(progress, part.component),
+                    planned.graph.weights, readers, folder / location, progress=partial(progress, planned.component)
                 )
                 places = written.places
-            write_graph(part.graph, folder / f"{part.component}.onnx", location, places)
-    return tuple(plan.destination / f"{part.component}.onnx" for part in plan.components)
+            write_graph(planned.graph, folder / f"{planned.component}.onnx", location, places)
+    return tuple(plan.destination / f"{planned.component}.onnx" for planned in plan.components)
 
 
 def _check_destination(path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Builds, on the machine of the GPU, the engines that a bundle still lacks; its graphs are all that this takes."""
+"""Builds the engines that a bundle still lacks from its graphs, on the machine with the GPU."""
 
 import shutil
 from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import Progress, build_engine, drop_graph, finish_folder, take_over, writing
+from qie.compiler.packing.pack import build_engine, drop_graph, finish_folder, take_over, writing
+from qie.compiler.packing.progress import Progress
 from qie.compiler.recipe.load import parse_recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import MANIFEST
@@ -16,17 +17,17 @@ __all__ = ["finish_bundle"]
 def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, total: None) -> Bundle:
     """Build an engine of every graph in ``bundle`` for the backend that its recipe prefers.
 
-    The new engines come before those that the bundle has already, the graphs are deleted. The bundle is replaced when
-    all is done, or stays as it is. ``progress``: see ``build_bundle``.
+    The new engines precede those that the bundle has already, and the graphs are deleted. The bundle is replaced when
+    all engines are built; until then it stays unchanged. ``progress``: see ``qie.compiler.packing.build.build``.
 
     Raises:
         BackendMissingError: this machine cannot build for the recipe's GPU.
         BundleError: the bundle is damaged.
-        RecipeError, BuildError: nothing is left to finish, a builder failed, or the disk is full.
+        RecipeError, BuildError: no graph is left, a builder failed, or the disk is full.
     """
     manifest = bundle.manifest
     if not manifest.graphs:
-        raise BuildError(f"{bundle.path} has every engine that its recipe prefers: there is nothing to finish")
+        raise BuildError(f"{bundle.path} has every engine that its recipe prefers; run edits with it")
     try:
         recipe = parse_recipe(manifest.recipe.toml, bundle.path / MANIFEST)
     except RecipeError as error:
@@ -36,14 +37,16 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, tot
         ) from error
     for graph in manifest.graphs:
         if graph.backend not in BUILDERS:
-            raise BackendMissingError(f"{graph.component} waits for {graph.backend}, which this qie does not build for")
+            raise BackendMissingError(
+                f"{graph.component} needs an engine of {graph.backend}, which this qie does not build; upgrade qie"
+            )
         reason = BUILDERS[graph.backend].unavailable(recipe)
         if reason is not None:
-            raise BackendMissingError(f"{graph.component} is not finished here: {reason}")
+            raise BackendMissingError(f"{graph.component} cannot be built here: {reason}")
     needed = sum(record.bytes for graph in manifest.graphs for record in graph.files)
     free = shutil.disk_usage(bundle.path).free
     if needed > free:
-        raise BuildError(f"finishing {bundle.path} needs {needed:,} bytes, and {free:,} are free; make room")
+        raise BuildError(f"finishing {bundle.path} needs {needed:,} bytes, and {free:,} are free; free some space")
     with writing(bundle.path, needed) as folder:
         if not take_over(manifest.files(), bundle.path, folder):
             raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")

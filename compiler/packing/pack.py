@@ -1,10 +1,10 @@
-"""Carries out a plan: streams weights, builds engines, and packs everything into a bundle that is whole or absent."""
+"""Carries out a plan: streams weights, builds engines and packs them into a bundle that is complete or absent."""
 
 import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,16 +18,9 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.planning.estimate import check_fit
-from qie.compiler.planning.plan import (
-    Plan,
-    PlannedComponent,
-    check_buildable,
-    engine_key,
-    graph_keys,
-    kept_engines,
-    recipe_schedules,
-)
+from qie.compiler.packing.progress import Progress
+from qie.compiler.planning.keys import engine_key, graph_keys, kept_engines
+from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.quantization import calibration
 from qie.compiler.quantization.smoothing import smoothed_reader
@@ -56,33 +49,24 @@ from qie.engines.files import qie_home, replacing_folder, sha256_of
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 
 __all__ = [
-    "Progress",
-    "build_bundle",
     "build_engine",
     "checkpoint_readers",
     "drop_graph",
     "finish_folder",
+    "pack",
     "take_over",
     "writing",
 ]
 
-Progress = Callable[[str, int, int], None]
-
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def build_bundle(plan: Plan, *, progress: Progress = lambda what, done, total: None) -> Bundle:
-    """Build the bundle of ``plan`` and put it at its destination, in place of an earlier one.
-
-    Engines of the earlier bundle with an equal key and undamaged files are kept. ``progress`` is called with
-    (what is being done, bytes or units done, bytes or units in all).
+def pack(plan: Plan, *, progress: Progress) -> Bundle:
+    """Carry out ``plan``, whose checkpoint has its weights; see ``qie.compiler.packing.build.build``.
 
     Raises:
-        QieError: see ``check_buildable``, ``check_fit``, ``write_weights`` and the builders; nothing half-written is
-            left.
+        QieError: see ``checkpoint_readers``, ``write_weights`` and the builders; nothing half-written is left.
     """
-    check_buildable(plan)
-    check_fit(plan)
     with writing(plan.destination, plan.disk_bytes) as folder:
         _fill(folder, plan, progress)
     return open_bundle(str(plan.destination))
@@ -90,10 +74,10 @@ def build_bundle(plan: Plan, *, progress: Progress = lambda what, done, total: N
 
 @contextmanager
 def writing(destination: Path, needed: int) -> Iterator[Path]:
-    """A folder that takes the place of ``destination`` when the block ends well; it needs about so many bytes.
+    """A folder that replaces ``destination`` when the block succeeds; ``needed`` bytes are for the error message.
 
     Raises:
-        BuildError: it cannot be written, or the disk is full.
+        BuildError: the folder cannot be written, or the disk is full.
     """
     try:
         with replacing_folder(destination) as folder:
@@ -101,8 +85,8 @@ def writing(destination: Path, needed: int) -> Iterator[Path]:
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BuildError(
-                f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose "
-                "a folder on another disk",
+                f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose a folder "
+                "on another disk",
                 option="out",
             ) from problem
         raise BuildError(
@@ -111,7 +95,7 @@ def writing(destination: Path, needed: int) -> Iterator[Path]:
 
 
 def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
-    """Readers of all parts, the transformer's with the LoRAs fused, all with the smoothing of the plan.
+    """Readers of all subfolders: the transformer's with the LoRAs fused, all with the smoothing of the plan.
 
     Raises:
         CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
@@ -119,10 +103,10 @@ def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
     readers = plan.checkpoint.readers()
     if plan.loras:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
-    for part in plan.components:
-        if part.smoothing_groups:
-            name = part.graph.subfolder
-            readers[name] = smoothed_reader(readers[name], part.smoothing_groups, part.smoothing_scales)
+    for planned in plan.components:
+        if planned.smoothing_groups:
+            name = planned.graph.subfolder
+            readers[name] = smoothed_reader(readers[name], planned.smoothing_groups, planned.smoothing_scales)
     return readers
 
 
@@ -139,17 +123,17 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     kept = kept_engines(plan, keys, old)
     engines: list[EngineRecord] = []
     graphs: list[GraphRecord] = []
-    for part in plan.components:
+    for planned in plan.components:
         start = time.perf_counter()
-        engine = kept.get(part.component)
+        engine = kept.get(planned.component)
         if engine is not None and not (old is not None and take_over(engine_files(engine), old.path, folder)):
             engine = None
-        if engine is None or part.finish is not None:
-            graph = _graph(part, plan, keys[part.component], readers, old, folder, progress)
-            if engine is None and part.backend is not None:
-                engine = build_engine(part.backend, graph, folder, recipe, progress)
+        if engine is None or planned.finish is not None:
+            graph = _graph(planned, plan, keys[planned.component], readers, old, folder, progress)
+            if engine is None and planned.backend is not None:
+                engine = build_engine(planned.backend, graph, folder, recipe, progress)
                 engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
-            if part.finish is not None:
+            if planned.finish is not None:
                 graphs.append(graph)
             elif engine is not None:
                 drop_graph(graph, engine, folder)
@@ -206,12 +190,12 @@ def drop_graph(graph: GraphRecord, engine: EngineRecord, folder: Path) -> None:
 
 
 def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
-    """Everything of ``engine`` in its bundle."""
+    """All files of ``engine`` in its bundle."""
     return engine.files if engine.structure is None else (*engine.files, engine.structure)
 
 
 def take_over(records: Sequence[FileRecord], old: Path, folder: Path) -> bool:
-    """Link files from the bundle ``old``; False, and none, where one is not what was built."""
+    """Link files from the bundle ``old``; where one is damaged, link none and return False."""
     if any(sha256_of(old / record.path) != record.sha256 for record in records):
         return False
     for record in records:
@@ -224,14 +208,14 @@ def take_over(records: Sequence[FileRecord], old: Path, folder: Path) -> bool:
 
 
 def finish_folder(manifest: Manifest, folder: Path) -> None:
-    """Write the manifest last, everything on the disk."""
+    """Flush everything to the disk, then write the manifest."""
     _sync(folder)
     write_manifest(manifest, folder)
     _sync(folder / MANIFEST)
 
 
 def _graph(
-    part: PlannedComponent,
+    planned: PlannedComponent,
     plan: Plan,
     key: str,
     readers: Mapping[Subfolder, TensorReader],
@@ -239,31 +223,31 @@ def _graph(
     folder: Path,
     progress: Progress,
 ) -> GraphRecord:
-    """The graph of ``part`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
-    backend = part.finish or part.backend
+    """The graph of ``planned`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
+    backend = planned.finish or planned.backend
     assert backend is not None
-    shapes = profiles(part.graph, plan.recipe, plan.model)
+    shapes = profiles(planned.graph, plan.recipe, plan.model)
     if old is not None:
         for graph in old.manifest.graphs:
             if graph.key == key and take_over(graph.files, old.path, folder):
                 return replace(graph, backend=backend, profiles=shapes)
-    graph_name, weights_name = f"{part.component}.onnx", f"{part.component}.weights"
+    graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
     written = write_weights(
-        part.graph.weights, readers, folder / weights_name, progress=partial(progress, part.component)
+        planned.graph.weights, readers, folder / weights_name, progress=partial(progress, planned.component)
     )
-    write_graph(part.graph, folder / graph_name, weights_name, written.places)
+    write_graph(planned.graph, folder / graph_name, weights_name, written.places)
     weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
     return GraphRecord(
-        component=part.component,
+        component=planned.component,
         backend=backend,
-        precision=part.graph.dtype,
+        precision=planned.graph.dtype,
         key=key,
         path=graph_name,
         files=(file_record(folder, graph_name), weights),
-        inputs=part.graph.inputs,
-        outputs=part.graph.outputs,
-        parameters=part.graph.parameters(),
-        quantization=_quantization(part),
+        inputs=planned.graph.inputs,
+        outputs=planned.graph.outputs,
+        parameters=planned.graph.parameters(),
+        quantization=_quantization(planned),
         profiles=shapes,
     )
 
@@ -287,9 +271,8 @@ def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: Modulation
 
 
 def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
-    """The calibration of what is quantized, copied into ``folder``: it tells how the bundle came about, and serves the
-    next build."""
-    sections = [plan.recipe.components[part.component] for part in plan.components]
+    """A copy of the calibration in ``folder``, where a component is quantized: for reproduction and the next build."""
+    sections = [plan.recipe.components[planned.component] for planned in plan.components]
     if plan.calibration is None or all(s.scheme == s.attention == "none" for s in sections):
         return None
     assert plan.calibration.source is not None
@@ -297,14 +280,14 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     return file_record(folder, calibration.FILE)
 
 
-def _quantization(part: PlannedComponent) -> QuantizationRecord | None:
-    if part.scheme == "none":
+def _quantization(planned: PlannedComponent) -> QuantizationRecord | None:
+    if planned.scheme == "none":
         return None
-    return QuantizationRecord(scheme=part.scheme, quantized=part.quantized, linears=part.linears)
+    return QuantizationRecord(scheme=planned.scheme, quantized=planned.quantized, linears=planned.linears)
 
 
 def _earlier(destination: Path) -> Bundle | None:
-    """The bundle at ``destination``, where there is one that opens."""
+    """The bundle at ``destination``; None where there is none, or it does not open."""
     if not (destination / MANIFEST).is_file():
         return None
     try:
@@ -317,14 +300,14 @@ def _write_schedules(
     folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
 ) -> tuple[FileRecord, ...]:
     """The modulation tables of the recipe's schedules."""
-    found = recipe_schedules(plan.model, plan.recipe)
+    schedules = recipe_schedules(plan.model, plan.recipe)
     records = []
     weights = BundleModulation(folder, modulation)
-    for number, values in enumerate(found):
+    for number, values in enumerate(schedules):
         name = f"{SCHEDULES}/{table_name(modulation, values)}"
         store_tables(compute_tables(weights, modulation, values), modulation, folder / name)
         records.append(file_record(folder, name))
-        progress("schedules", number + 1, len(found))
+        progress("schedules", number + 1, len(schedules))
     return tuple(records)
 
 

@@ -1,10 +1,10 @@
-"""What one run of a graph costs, counted from its nodes at concrete sizes; no weight is read.
+"""The cost of one run of a graph, counted from its nodes at concrete sizes; no weight is read.
 
-- Operations: matrix products, convolutions and attention, a multiply-add being two. Everything else is neglected.
-- Bytes moved: what those nodes read and write. Everything between them can be fused into one of them.
-- Activation memory: intermediate tensors in the order of the nodes, each alive from the node that makes it to the last
-  one that reads it. Inputs, outputs and weights are not among them. An Attention node is one kernel and has no score
-  tensor; attention written as MatMul, Softmax, MatMul has one, and it counts.
+- Operations: matrix products, convolutions and attention; a multiply-add is two. Everything else is neglected.
+- Memory traffic: what those nodes read and write. Everything between them can be fused into one of them.
+- Activation memory: intermediate tensors in the order of the nodes, each alive from the node that writes it to the last
+  one that reads it, without inputs, outputs and weights. An Attention node is one kernel without a score tensor;
+  attention written as MatMul, Softmax, MatMul has a score tensor, which counts.
 
 An engine compiler fuses and reorders, so its own figure differs. tensorrt-rtx 1.7.1, compiling for 8.9 with fixed
 shapes in bfloat16, reported 0.7 to 1.4 times this peak for the published VAE (256 x 256 to 1536 x 1536 pixels, batch 1
@@ -48,12 +48,13 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """One run.
+    """The cost of one run.
 
-    work: each kind and dtype once
-    moved_bytes: what its products read and write
-    activation_bytes: the most that its intermediate tensors hold at once
-    io_bytes: its inputs and outputs
+    Attributes:
+        work: operations by kind and dtype, each pair once.
+        moved_bytes: memory traffic of the products.
+        activation_bytes: peak size of the intermediate tensors.
+        io_bytes: size of inputs and outputs.
     """
 
     work: tuple[Work, ...]
@@ -194,7 +195,7 @@ def _tensors(graph: onnx.GraphProto, around: Mapping[str, _Tensor]) -> dict[str,
 
 
 def _sized(graph: Graph, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """The graph with ``sizes`` in the place of its inputs' free dimensions, its outputs' left to be found."""
+    """The graph with ``sizes`` in the place of its inputs' free dimensions, its outputs' shapes removed."""
     model = graph.proto("", None)
     for value, spec in zip(model.graph.input, graph.inputs, strict=True):
         for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape(sizes), strict=True):
@@ -225,15 +226,15 @@ def _settled(model: onnx.ModelProto) -> onnx.ModelProto:
 def _stacked(model: onnx.ModelProto, unknown: Sequence[onnx.NodeProto]) -> list[onnx.ValueInfoProto]:
     """What loops give back (``qie.compiler.graphs.layers.loop``), as far as turns and results are known."""
     values = {t.name: t for t in model.graph.initializer}
-    found = []
+    loops = []
     for node in unknown:
         if node.op_type == "Loop" and node.input[0] in values:
             body = _body(node)
             result = _known_types(body).get(body.output[-1].name)
             if result is not None:
                 shape = [int(numpy_helper.to_array(values[node.input[0]])), *result[0]]
-                found.append(helper.make_tensor_value_info(node.output[0], int(result[1]), shape))
-    return found
+                loops.append(helper.make_tensor_value_info(node.output[0], int(result[1]), shape))
+    return loops
 
 
 def _known_types(graph: onnx.GraphProto) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:

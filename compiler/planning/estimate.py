@@ -1,7 +1,7 @@
-"""What the build of a plan needs and what an edit will cost, from configs alone and before anything heavy.
+"""What the build of a plan needs and what an edit costs, from the configs alone.
 
 Everything is counted from the graphs (``qie.compiler.planning.cost``): time for one edit, memory for the largest edit
-that the recipe allows. Time is a roof: what the GPU's datasheet promises, not what anyone measured.
+that the recipe allows. Times are roofline bounds from the GPU's datasheet, not measurements.
 """
 
 import math
@@ -23,30 +23,33 @@ from qie.engines.machine import GIB
 __all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "check_fit", "estimate", "refusal"]
 
 REACHABLE = 0.6
-"""The part of a card's peak for which a second time is given: an assumption to plan with, not a measurement."""
+"""Fraction of the peak rates for a second, less optimistic time: an assumption, not a measurement."""
 
 HOST_BASE = 200_000_000
 """Private memory of a building process beside its weights, measured with the ``host_factor`` of ``BACKENDS``."""
 
 HOST_TENSORS = 2
-"""Backends that compile nothing hold one tensor at a time and its copy: 0.40 GB was measured with onnxruntime for a
+"""Backends that compile nothing hold one tensor at a time and its copy: measured 0.40 GB with onnxruntime for a
 transformer whose largest tensor has 0.15 GB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentEstimate:
-    """One engine of ``backend``, the one that is to run it.
+    """One engine. "GPU memory" is memory of the device that runs it, host memory for a CPU recipe.
 
-    disk_bytes: the engine in the bundle, and its graph where that stays
-    weights_bytes: on the card
-    largest_activation_bytes: on the card, in the largest edit that the recipe allows
-    largest_io_bytes: inputs and outputs on the card in that edit, those of all steps
-    workspace_bytes: the most that the compiler's choices add on the card; TensorRT-RTX adds nothing, since what it
-        calls workspace are the activations (1.7.1 reports both as one figure, whatever the limit)
-    host_bytes: memory of the host while building
-    runs: how often an edit runs it
-    cost: one of these runs, at the sizes of the edit
-    seconds: all of these runs at the card's peak; None where that is not known
+    Attributes:
+        component: what it computes.
+        backend: what runs it.
+        disk_bytes: the engine in the bundle, and its graph where that stays.
+        weights_bytes: GPU memory.
+        largest_activation_bytes: GPU memory in the largest edit that the recipe allows.
+        largest_io_bytes: GPU memory of inputs and outputs in that edit, those of all steps.
+        workspace_bytes: GPU memory that the compiler's tactics may add; 0 for TensorRT-RTX, whose workspace is the
+            activations (1.7.1 reports one figure for both, whatever the limit).
+        host_bytes: host memory while building.
+        runs: runs in an edit.
+        cost: of one of these runs, at the sizes of the edit.
+        seconds: all of these runs at the GPU's peak rates; None where these are not known.
     """
 
     component: Component
@@ -63,7 +66,7 @@ class ComponentEstimate:
 
     @property
     def working_bytes(self) -> int:
-        """What it needs on the card beside its weights, while it runs."""
+        """GPU memory beside the weights, while it runs."""
         return self.largest_activation_bytes + self.largest_io_bytes + self.workspace_bytes
 
 
@@ -77,35 +80,35 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """The bundle, to within the graphs and the tokenizer."""
+        """Size of the bundle, without graphs and tokenizer."""
         return sum(c.disk_bytes for c in self.components) + self.plan.modulation_bytes + self.plan.tables_bytes
 
     @property
-    def card_bytes(self) -> int:
-        """The most that the card holds: all weights and the largest working set, or the largest engine by itself."""
+    def gpu_bytes(self) -> int:
+        """Peak GPU memory: all weights and the largest working set, or with sequential residency the largest engine."""
         if self.plan.recipe.residency == "sequential":
             return max(c.weights_bytes + c.working_bytes for c in self.components)
         return sum(c.weights_bytes for c in self.components) + max(c.working_bytes for c in self.components)
 
     @property
     def host_bytes(self) -> int:
-        """The most host memory that building takes; engines are built one after the other."""
+        """Peak host memory of the build; engines are built one after the other."""
         return max(c.host_bytes for c in self.components)
 
     @property
     def flops(self) -> int:
-        """Operations of the whole edit."""
+        """Floating-point operations of the whole edit."""
         return sum(c.runs * c.cost.flops() for c in self.components)
 
     @property
     def seconds(self) -> float | None:
-        """The whole edit at the card's peak; None where that is not known."""
+        """The whole edit at the GPU's peak rates; None where these are not known."""
         known = [c.seconds for c in self.components if c.seconds is not None]
         return sum(known) if len(known) == len(self.components) else None
 
 
 def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
-    """Estimate ``plan`` and the edit ``work`` (None: the default one); takes seconds and a few hundred megabytes.
+    """Estimate ``plan`` and the edit ``work``, by default one of the recipe's, in a few seconds.
 
     Raises:
         RequestError: the images of ``work`` are too narrow.
@@ -124,14 +127,16 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
         plan=plan,
         workload=work,
         components=tuple(
-            _estimate(plan, part, sizes[part.component], largest[part.component], runs[part.component], steps)
-            for part in plan.components
+            _estimate(
+                plan, planned, sizes[planned.component], largest[planned.component], runs[planned.component], steps
+            )
+            for planned in plan.components
         ),
     )
 
 
 def check_fit(plan: Plan) -> None:
-    """Refuse a build that cannot fit, with the arithmetic.
+    """Reject a build that does not fit, with the numbers.
 
     Raises:
         RecipeError, BuildError: see ``refusal``.
@@ -141,66 +146,68 @@ def check_fit(plan: Plan) -> None:
         raise refused
 
 
-def refusal(found: Estimate) -> RecipeError | BuildError | None:
-    """Why a build cannot fit, with the arithmetic; None where it can.
+def refusal(estimated: Estimate) -> RecipeError | BuildError | None:
+    """Why a build does not fit, with the numbers; None where it does.
 
-    RecipeError: the engines do not fit into the card. BuildError: building takes more host memory than it may.
+    The error is a RecipeError where the engines need too much GPU memory, a BuildError where the build needs too much
+    host memory.
     """
-    recipe = found.plan.recipe
-    if found.card_bytes > recipe.memory_gib * GIB:
-        return RecipeError(_card_refusal(found))
+    recipe = estimated.plan.recipe
+    if estimated.gpu_bytes > recipe.memory_gib * GIB:
+        return RecipeError(_gpu_refusal(estimated), option="gpu")
     host = recipe.limits.host_memory_gib
-    for part in found.components:
-        if part.host_bytes > host * GIB:
+    for component in estimated.components:
+        if component.host_bytes > host * GIB:
             return BuildError(
-                f"building {part.component} takes about {_gb(part.host_bytes)} of host memory, its weights being "
-                f"{_gb(part.weights_bytes)}, and limits.host_memory_gib = {host:g} is "
-                f"{_gb(host * GIB)}; raise it in a recipe of your own and build on a machine that has as much"
+                f"building {component.component} takes about {_gib(component.host_bytes)} of host memory, for weights "
+                f"of {_gib(component.weights_bytes)}, and limits.host_memory_gib is {host:g}; raise it in a recipe of "
+                "your own, and build on a machine with that much memory",
+                option="gpu",
             )
     return None
 
 
-def _card_refusal(found: Estimate) -> str:
-    recipe = found.plan.recipe
+def _gpu_refusal(estimated: Estimate) -> str:
+    recipe = estimated.plan.recipe
     if recipe.residency == "resident":
-        worst = max(found.components, key=lambda c: c.working_bytes)
-        terms = [("all weights", sum(c.weights_bytes for c in found.components))]
-        mend = 'set residency = "sequential" in the recipe'
+        worst = max(estimated.components, key=lambda c: c.working_bytes)
+        terms = [("all weights", sum(c.weights_bytes for c in estimated.components))]
+        fix = 'set residency = "sequential" in the recipe'
     else:
-        worst = max(found.components, key=lambda c: c.weights_bytes + c.working_bytes)
+        worst = max(estimated.components, key=lambda c: c.weights_bytes + c.working_bytes)
         terms = [(f"weights of {worst.component}", worst.weights_bytes)]
-        mend = "choose a card with more memory"
+        fix = "choose a GPU with more memory"
     if terms[0][1] < recipe.memory_gib * GIB:
         workspace = "limits.build_workspace_gib, " if worst.workspace_bytes else ""
-        mend += f", or lower {workspace}shapes.batch.max or shapes.references.max in the recipe"
+        fix += f", or lower {workspace}shapes.batch.max or shapes.references.max in the recipe"
     terms += [
         (f"activations of {worst.component}", worst.largest_activation_bytes),
         ("its inputs and outputs", worst.largest_io_bytes),
         ("workspace", worst.workspace_bytes),
     ]
-    arithmetic = " + ".join(f"{what} {_gb(count)}" for what, count in terms if count >= 0.05e9)
+    total = " + ".join(f"{name} {_gib(count)}" for name, count in terms if count >= 0.05 * GIB)
     return (
-        f"{found.plan.checkpoint.name} does not fit into the {recipe.gpu}: {arithmetic} = {_gb(found.card_bytes)}, "
-        f"and memory_gib = {recipe.memory_gib:g} is {_gb(recipe.memory_gib * GIB)}; {mend}"
+        f"{estimated.plan.checkpoint.name} does not fit in the memory of the {recipe.gpu}: {total} = "
+        f"{_gib(estimated.gpu_bytes)}, and the recipe's memory_gib is {recipe.memory_gib:g}; {fix}"
     )
 
 
 def _estimate(
-    plan: Plan, part: PlannedComponent, sizes: Mapping[str, int], largest: Mapping[str, int], runs: int, steps: int
+    plan: Plan, planned: PlannedComponent, sizes: Mapping[str, int], largest: Mapping[str, int], runs: int, steps: int
 ) -> ComponentEstimate:
-    builds = [backend for backend in (part.finish, part.backend) if backend is not None]
-    backend = builds[0] if builds else plan.recipe.backends_of(part.component)[0]
-    once, most = cost(part.graph, sizes), cost(part.graph, largest)
+    builds = [backend for backend in (planned.finish, planned.backend) if backend is not None]
+    backend = builds[0] if builds else plan.recipe.backends_of(planned.component)[0]
+    once, at_largest = cost(planned.graph, sizes), cost(planned.graph, largest)
     peak_seconds = _seconds(once, plan.recipe.gpu)
     return ComponentEstimate(
-        component=part.component,
+        component=planned.component,
         backend=backend,
-        disk_bytes=part.kept_bytes if builds else part.bytes,
-        weights_bytes=part.bytes,
-        largest_activation_bytes=most.activation_bytes,
-        largest_io_bytes=most.io_bytes + (steps - 1) * _step_bytes(part.graph),
+        disk_bytes=planned.kept_bytes if builds else planned.bytes,
+        weights_bytes=planned.bytes,
+        largest_activation_bytes=at_largest.activation_bytes,
+        largest_io_bytes=at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph),
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
-        host_bytes=max(_host_bytes(part, backend) for backend in builds or [backend]),
+        host_bytes=max(_host_bytes(planned, backend) for backend in builds or [backend]),
         runs=runs,
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,
@@ -208,7 +215,7 @@ def _estimate(
 
 
 def _seconds(once: Cost, gpu: str) -> float | None:
-    """The roof: one run takes as long as its operations at the card's peak, or its bytes, whichever is longer."""
+    """The roofline bound of one run: its operations or its memory traffic at the peak rate, whichever takes longer."""
     if gpu not in GPUS:
         return None
     peaks = GPUS[gpu]
@@ -216,15 +223,15 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _host_bytes(part: PlannedComponent, backend: BackendName) -> int:
+def _host_bytes(planned: PlannedComponent, backend: BackendName) -> int:
     factor = BACKENDS[backend].host_factor
     if factor is not None:
-        return HOST_BASE + int(factor * part.bytes)
-    return HOST_BASE + HOST_TENSORS * max(_bytes(w.shape, w.dtype) for w in part.graph.weights)
+        return HOST_BASE + int(factor * planned.bytes)
+    return HOST_BASE + HOST_TENSORS * max(_bytes(w.shape, w.dtype) for w in planned.graph.weights)
 
 
 def _step_bytes(graph: Graph) -> int:
-    """Bytes of the inputs that every step has its own of; all their dims are fixed."""
+    """Bytes of the inputs that differ from step to step; all their dims are fixed."""
     return sum(_bytes(spec.shape({}), spec.dtype) for spec in graph.inputs if spec.name in STEP_INPUTS)
 
 
@@ -232,5 +239,5 @@ def _bytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * DTYPES[dtype].numpy().itemsize
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"

@@ -1,7 +1,7 @@
-"""What the recipes' cards can do at most: the roof that an estimate divides by.
+"""Peak rates of the recipes' GPUs: the roofline of an estimate.
 
 Dense rates with float32 accumulation, in TFLOP/s (INT8: TOP/s); float32 is TF32, which the engine compilers use for it.
-Bandwidth of the card's memory is in GB/s. Both are of the datasheets, at boost clocks that a card seldom holds:
+Memory bandwidth is in GB/s. Both are from the datasheets, at boost clocks that a GPU rarely sustains:
 
 - L40S, L4: NVIDIA L40S and L4 datasheets, half of the figures given with sparsity.
 - RTX 4090: NVIDIA Ada GPU Architecture, appendix A. RTX 5090: NVIDIA RTX Blackwell GPU Architecture, appendix A.
@@ -16,7 +16,12 @@ __all__ = ["GPUS", "Peaks"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peaks:
-    """``tflops`` by dtype of the operands, named as numpy does; a card without tensor cores for a dtype lacks it."""
+    """Peak rates of one GPU.
+
+    Attributes:
+        tflops: by dtype of the operands, named as in numpy; a dtype without tensor cores is absent.
+        bandwidth_gb_s: of the GPU's memory.
+    """
 
     tflops: Mapping[str, float]
     bandwidth_gb_s: float
@@ -36,4 +41,4 @@ GPUS: Mapping[str, Peaks] = {
     "A100 40GB": _peaks(bandwidth=1555, tf32=156, bf16=312, int8=624),
     "H100 80GB": _peaks(bandwidth=3350, tf32=495, bf16=989, fp8=1979, int8=1979),
 }
-"""By the ``gpu`` of a recipe. The processor of a CPU recipe is any, so its roof is not known."""
+"""By the ``gpu`` of a recipe; a CPU recipe is for any CPU, so it has no peak rates."""

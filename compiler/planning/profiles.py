@@ -1,7 +1,7 @@
 """The shapes that an engine is built for: smallest, tuned-for and largest size of every free dim.
 
-They follow from the recipe's shapes and the areas to which the model brings its images, so that whatever the editor
-(``qie.engines.editing.editor``) makes of an edit within the recipe's limits is within the engine's. Sides are pixels.
+They follow from the recipe's shapes and the model's image areas, so that every edit within the recipe's limits gives
+inputs (``qie.engines.editing.editor``) within the engine's. Sides are in pixels.
 """
 
 import math
@@ -20,7 +20,7 @@ from qie.engines.inputs.vision import smart_resize
 __all__ = ["INSTRUCTION_TOKENS", "patch_count", "profiles"]
 
 INSTRUCTION_TOKENS = 60
-"""Text tokens beside those of the images in the edit that engines are tuned for."""
+"""Text tokens of the instruction in the edit that engines are tuned for."""
 
 
 def profiles(graph: Graph, recipe: Recipe, model: Model) -> tuple[ProfileRecord, ...]:
@@ -45,7 +45,7 @@ def profiles(graph: Graph, recipe: Recipe, model: Model) -> tuple[ProfileRecord,
 
 
 def _spans(recipe: Recipe, model: Model) -> dict[str, Range]:
-    """Every free dim of every graph. What several images make together grows with their number."""
+    """The range of every free dim of every graph; dims that depend on several images grow with their number."""
     shapes, areas, limits = recipe.shapes, model.areas, model.limits(recipe)
     references = _each(shapes.references, lambda count: min(count, model.references_max))
     condition = _sizes(areas.condition_area or areas.vae_area, limits, areas.vae_area)
@@ -79,22 +79,22 @@ def _spans(recipe: Recipe, model: Model) -> dict[str, Range]:
 
 
 def _sizes(area: int, limits: ShapeLimits, model_area: int) -> list[Size]:
-    """The sizes at ``area`` that ``calculate_dimensions`` makes of the images that the engines take, a square first.
+    """The sizes at ``area`` to which ``calculate_dimensions`` resizes the images that the engines take, a square first.
 
-    Those have any aspect ratio at which neither side is above ``limits.max_side`` at the model's own area. A size that
-    only an image just beyond that would get may be among them.
+    Those images have any aspect ratio at which neither side exceeds ``limits.max_side`` at the model's own area. A size
+    just beyond that may be included.
     """
     longest = round((limits.max_side + BUCKET_MULTIPLE / 2) * math.sqrt(area / model_area) / BUCKET_MULTIPLE)
-    found = [calculate_dimensions(area, 1)]
+    sizes = [calculate_dimensions(area, 1)]
     for columns in range(1, longest + 1):
         least, most = (area / (columns + half) / BUCKET_MULTIPLE**2 for half in (0.5, -0.5))
         for rows in range(max(round(least), 1), min(round(most), longest) + 1):
-            found.append(Size(width=columns * BUCKET_MULTIPLE, height=rows * BUCKET_MULTIPLE))
-    return found
+            sizes.append(Size(width=columns * BUCKET_MULTIPLE, height=rows * BUCKET_MULTIPLE))
+    return sizes
 
 
 def patch_count(size: Size, processor: VisionSpec) -> int:
-    """Patches that the image processor makes of an image of ``size``."""
+    """Patches into which the image processor cuts an image of ``size``."""
     height, width = smart_resize(
         size.height,
         size.width,
@@ -106,7 +106,7 @@ def patch_count(size: Size, processor: VisionSpec) -> int:
 
 
 def _several(number: Range, counts: Sequence[int]) -> Range:
-    """What ``number`` images make together, each one of ``counts``; the first of these is the usual one."""
+    """The total over ``number`` images with one of ``counts`` each, the first of which is the usual one."""
     return Range(min=number.min * min(counts), opt=number.opt * counts[0], max=number.max * max(counts))
 
 

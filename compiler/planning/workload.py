@@ -17,7 +17,15 @@ __all__ = ["Workload", "largest_sizes", "sizes_of", "workload"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """One edit: an image of ``size`` from ``references`` images of the same aspect ratio. ``notes`` are for people."""
+    """One edit.
+
+    Attributes:
+        size: of the result.
+        references: number of input images, each of the same aspect ratio as the result.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        notes: differences from what was asked for, for a person to read.
+    """
 
     size: Size
     references: int
@@ -27,7 +35,7 @@ class Workload:
 
     @property
     def passes(self) -> int:
-        """Passes a step: guidance takes a second one."""
+        """Transformer runs per step: two with guidance."""
         return 2 if self.guidance > 1 else 1
 
 
@@ -39,7 +47,7 @@ def workload(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> Workload:
-    """The edit of these settings. What is None is a square of the model's area, or the recipe's first schedule.
+    """An edit with these settings; by default a square of the model's area, and the recipe's first schedule.
 
     Raises:
         RequestError: a side is not positive, or the plan's engines take fewer images.
@@ -48,7 +56,7 @@ def workload(
     first = model.schedules(plan.recipe)[0]
     if not 1 <= references <= limits.references_max:
         raise RequestError(
-            f"{references} reference images were requested, this plan takes 1 to {limits.references_max}; use fewer",
+            f"{references} input images were requested, this plan takes 1 to {limits.references_max}; use fewer",
             option="references",
         )
     square = calculate_dimensions(model.areas.vae_area, 1)
@@ -83,7 +91,7 @@ def largest_sizes(plan: Plan) -> dict[Component, dict[str, int]]:
 def _dims(
     plan: Plan, batch: int, image: Size, reference: Size, references: int, patches: int, text_tokens: int
 ) -> dict[Component, dict[str, int]]:
-    """``patches`` are those of all references; only the transformer sees a batch (``qie.engines.editing.editor``)."""
+    """Free dims with the ``patches`` of all references; only the transformer runs a batch."""
     image_tokens = patches // plan.model.processor.merge_size**2
     noise_tokens, reference_tokens = image.tokens, reference.tokens
     return {
@@ -106,7 +114,7 @@ def _dims(
 
 
 def _patches(model: Model, image: Size) -> int:
-    """Patches that the vision tower makes of one image of the aspect ratio of ``image``."""
+    """Patches of one image with the aspect ratio of ``image`` in the vision tower."""
     areas = model.areas
     width, height = output_size((image.width, image.height), areas.condition_area or areas.vae_area)
     return patch_count(Size(width=width, height=height), model.processor)

@@ -1,4 +1,4 @@
-"""The doctor: abilities with what makes them, what is missing with what mends it, bundles with why they do not run."""
+"""The doctor: capabilities with what they require, what is missing with its fix, bundles with why they do not run."""
 
 import json
 import platform
@@ -10,14 +10,14 @@ import pytest
 
 import qie
 from qie.compiler import doctor as module
-from qie.compiler.doctor import Ability, Report, examine
+from qie.compiler.doctor import Capability, Report, examine
 from qie.engines.machine import this_machine
 
-RUN, BUILD, COMPARE = "run engines of onnxruntime", "build bundles for a CPU", "compare with the reference"
+RUN, BUILD, COMPARE = "run engines of onnxruntime", "build bundles for a CPU", "compare with diffusers"
 
 
-def abilities(report: Report) -> dict[str, Ability]:
-    return {ability.what: ability for ability in report.abilities}
+def capabilities(report: Report) -> dict[str, Capability]:
+    return {capability.name: capability for capability in report.capabilities}
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -37,34 +37,34 @@ def test_this_machine(qie_home: Path) -> None:
     assert report.home == str(qie_home)
     assert report.free_bytes == pytest.approx(shutil.disk_usage(qie_home).free, abs=1e9)
     assert report.bundles == ()
-    assert {RUN, BUILD, COMPARE} <= set(abilities(report))
-    assert abilities(report)[RUN].ready
-    assert abilities(report)[BUILD].found[0].startswith("onnx ")
-    assert abilities(report)[BUILD].mend is None
+    assert {RUN, BUILD, COMPARE} <= set(capabilities(report))
+    assert capabilities(report)[RUN].ready
+    assert capabilities(report)[BUILD].requirements[0].startswith("onnx ")
+    assert capabilities(report)[BUILD].fix is None
 
 
-def test_what_is_missing_is_named_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "ml_dtypes", "torch")
-    found = abilities(examine())
+    found = capabilities(examine())
     assert found[RUN].ready
     assert not found[BUILD].ready
     assert found[BUILD].missing == ("ml_dtypes",)
-    assert found[BUILD].mend == "pip install 'qie[compile]'"
-    assert [words.split()[0] for words in found[BUILD].found][:2] == ["onnx", "onnxscript"]
-    assert (found[COMPARE].missing, found[COMPARE].mend) == (("torch",), "pip install 'qie[reference]'")
+    assert found[BUILD].fix == "pip install 'qie[compile]'"
+    assert [words.split()[0] for words in found[BUILD].requirements][:2] == ["onnx", "onnxscript"]
+    assert (found[COMPARE].missing, found[COMPARE].fix) == (("torch",), "pip install 'qie[reference]'")
 
 
 def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "onnxruntime")
-    assert abilities(examine())[RUN].mend == "pip install qie"
+    assert capabilities(examine())[RUN].fix == "pip install qie"
 
 
 def test_a_module_of_another_distribution_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime-gpu brings the module onnxruntime, and no distribution of that name."""
     monkeypatch.setattr(module, "version_of", lambda package: None)
-    run = abilities(examine())[RUN]
+    run = capabilities(examine())[RUN]
     assert run.ready
-    assert run.found == ("onnxruntime",)
+    assert run.requirements == ("onnxruntime",)
 
 
 def test_bundles(bundle: Path, qie_home: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qie.engines.terminal import Bars, ago, human_bytes, human_count, table
+from qie.engines.terminal import Bars, ago, human_bytes, human_count, human_memory, human_seconds, table, wrap
 
 
 class Terminal(io.StringIO):
@@ -89,6 +89,40 @@ def test_table_without_header_or_rows() -> None:
     assert table([], header=["a", "b"]) == "a  b\n-  -"
 
 
+def test_a_wide_table_is_wrapped_between_words() -> None:
+    rows = [["onnxruntime", "onnx 1.19, onnxscript 0.7, safetensors 0.5", "12 MB"], ["short", "none", "1 MB"]]
+    text = table(rows, header=["backend", "packages", "size"], right=[2], width=46)
+    assert text.splitlines() == [
+        "backend      packages                     size",
+        "-----------  --------------------------  -----",
+        "onnxruntime  onnx 1.19, onnxscript 0.7,  12 MB",
+        "             safetensors 0.5",
+        "short        none                         1 MB",
+    ]
+
+
+def test_words_are_never_broken() -> None:
+    path = "/a/very/long/path/that-has-hyphens/in-it"
+    assert table([["bundle", path]], width=20) == f"bundle  {path}"
+
+
+def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ["capability", " ".join(["package"] * 12)]
+    for columns in (40, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = table([row]).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert (len(lines) == 1) == (columns == 120)
+        assert all(len(line) <= columns for line in wrap(row[1], indent=4).splitlines())
+
+
+def test_notes_stand_below_their_rows() -> None:
+    text = table(
+        [["tensorrt", "no"], ["onnxruntime", "yes"]], header=["backend", "ready"], notes=["first\nsecond", None]
+    )
+    assert text.splitlines()[2:] == ["tensorrt     no", "    first", "    second", "onnxruntime  yes"]
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_249, "4.2 kB"), (999_499, "999.5 kB"), (999_500, "1.0 MB"),
@@ -96,6 +130,24 @@ def test_table_without_header_or_rows() -> None:
 )  # fmt: skip
 def test_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (44.5 * 2**30, "44.5 GiB"),
+     (1004.2 * 1024, "1.0 MiB")],
+)  # fmt: skip
+def test_memory(count: float, text: str) -> None:
+    assert human_memory(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.58e-6, "1.6 µs"), (4e-7, "0.4 µs"), (0.0123, "12 ms"), (0.00123, "1.2 ms"), (4.52, "4.5 s"), (99.9, "100 s"),
+     (7200, "120 min"), (0, "0.0 µs")],
+)  # fmt: skip
+def test_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(

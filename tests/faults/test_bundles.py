@@ -98,6 +98,6 @@ def test_rm_without_an_answer_deletes_nothing(process: Qie, refusal: Refusal, bu
     shutil.copytree(bundle, qie_home / "bundles" / "mine")
     closed = ("bash", "-c", 'exec "$@" </dev/null', "bash")
     assert_says(
-        refusal(process("rm", "mine", before=closed)), "is not deleted: nobody answered; run `qie rm mine --yes`"
+        refusal(process("rm", "mine", before=closed)), "is not deleted, since nobody answered; run `qie rm mine --yes`"
     )
     assert (qie_home / "bundles" / "mine" / "manifest.json").is_file()

@@ -42,13 +42,18 @@ def test_a_gpu_that_nothing_builds_for(
     qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its plan can be printed all the same."""
-    monkeypatch.setattr("qie.compiler.planning.plan.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
+    for module in ("plan", "checks"):
+        monkeypatch.setattr(f"qie.compiler.planning.{module}.BUILDERS", {"onnxruntime": BUILDERS["onnxruntime"]})
     Path("small.toml").write_text('extends = "a100"\nbackends = ["tensorrt-rtx"]\n[shapes]\nmin_side = 32\n')
     message = refusal(qie("build", checkpoint, "--gpu", "small.toml"))
-    assert_says(message, "the recipe small.toml builds vision for tensorrt-rtx.*use the recipe cpu")
+    assert_says(
+        message,
+        r"builds vision for tensorrt-rtx: this qie builds for onnxruntime; .*the recipe cpu \(--gpu\)$",
+    )
     shown = qie("build", checkpoint, "--gpu", "small.toml", "--dry-run")
     assert shown.returncode == 0
-    assert "no builder" in shown.stdout
+    reason = "no builder: the recipe small.toml builds vision for tensorrt-rtx: this qie builds for onnxruntime"
+    assert reason in " ".join(shown.stdout.split())
     assert list(qie_home.glob("bundles/*")) == []
 
 

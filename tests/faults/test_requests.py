@@ -28,13 +28,22 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
     "name too long": (("p" * 300 + ".png", "x"), "cannot be used .File name too long.; check its name"),
     "steps 0": (("photo.png", "x", "--steps", "0"), "steps is 0, expected at least 1; use more"),
     "steps negative": (("photo.png", "x", "--steps", "-5"), "steps is -5, expected at least 1; use more"),
-    "too many steps": (("photo.png", "x", "--steps", "1001"), "steps is 1001, expected at most 1000; use fewer"),
-    "guidance nan": (("photo.png", "x", "--cfg", "nan"), "guidance scale is nan, expected a finite number"),
+    "too many steps": (
+        ("photo.png", "x", "--steps", "1001"),
+        r"steps is 1001, expected at most 1000; use fewer steps \(--steps\)$",
+    ),
+    "guidance nan": (
+        ("photo.png", "x", "--cfg", "nan"),
+        r"guidance scale is nan, expected a finite number; .* \(--cfg\)$",
+    ),
     "guidance infinite": (("photo.png", "x", "--cfg", "inf"), "guidance scale is inf, expected a finite number"),
     "seed too large": (("photo.png", "x", "--seed", str(2**64)), r"seed is 18446744073709551616, .* from -2\*\*63 to"),
     "seed too small": (("photo.png", "x", "--seed", str(-(2**63) - 1)), r"expected a whole number from -2\*\*63 to"),
     "a later seed too large": (("photo.png", "x", "--seed", str(2**64 - 1), "--num-images", "2"), "expected a whole"),
-    "size without x": (("photo.png", "x", "--size", "1024"), "--size is '1024', expected width x height"),
+    "size without x": (
+        ("photo.png", "x", "--size", "1024"),
+        r"size is '1024', expected width x height in pixels; give one such as 1024x768 \(--size\)$",
+    ),
     "size of words": (("photo.png", "x", "--size", "bigxsmall"), "give one such as 1024x768"),
     "size negative": (("photo.png", "x", "--size", "-64x64"), "give one such as 1024x768"),
     "size zero": (("photo.png", "x", "--size", "0x64"), "not positive; use 1024x768"),
@@ -115,7 +124,7 @@ def test_a_larger_model_than_the_memory(qie: Qie, refusal: Refusal, monkeypatch:
         raise MemoryError
 
     monkeypatch.setattr("qie.engines.editing.editor.open_bundle", fail)
-    assert_says(refusal(qie("run", "photo.png", "x")), "not enough memory .*; use a smaller --size")
+    assert_says(refusal(qie("run", "photo.png", "x")), "too little memory; use a smaller --size")
 
 
 def test_the_smallest_of_everything_is_not_refused(qie: Qie, workplace: Path) -> None:

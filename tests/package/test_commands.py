@@ -66,12 +66,18 @@ def test_the_thin_runtime_works_alone(words: tuple[str, ...], workplace: Path, n
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     if words == ("doctor",):
-        assert re.search(r"^build bundles for a CPU +no .*pip install 'qie\[compile\]'", done.stdout, re.MULTILINE)
+        assert re.search(
+            r"^build bundles for a CPU +no .*\n +missing: .*\n +fix: pip install 'qie\[compile\]'$",
+            done.stdout,
+            re.MULTILINE,
+        )
 
 
-@pytest.mark.parametrize("command", ["build", "export"])
-def test_building_says_what_to_install(command: str, workplace: Path, checkpoint: Path) -> None:
-    done = watched(command, checkpoint, blocked=HEAVY)
+@pytest.mark.parametrize(
+    "words", [("build",), ("export",), ("plan",), ("calibrate", "--images", ".")], ids=lambda w: w[0]
+)
+def test_building_says_what_to_install(words: tuple[str, ...], workplace: Path, checkpoint: Path) -> None:
+    done = watched(*words, checkpoint, blocked=HEAVY)
     assert done.returncode == 2
     assert re.fullmatch(
         r"error: building needs \w+, which is not installed; run `pip install 'qie\[compile\]'`\n", done.stderr

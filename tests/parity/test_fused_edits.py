@@ -9,7 +9,6 @@ import torch
 from safetensors.numpy import save_file
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.checkpoint.lora import open_lora
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.editing.request import Request
 from tests.support.bundles import build
@@ -57,8 +56,7 @@ def test_edit_with_two_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     differences = write_loras(tmp_path, shapes)
 
     def side(name: str, loras: tuple[tuple[str, float], ...]) -> Side:
-        opened = [open_lora(tmp_path / file, weight) for file, weight in loras]
-        return Side(folder, build(folder, tmp_path / name, loras=opened))
+        return Side(folder, build(folder, tmp_path / name, loras=[(tmp_path / file, weight) for file, weight in loras]))
 
     changed = side("changed", (("peft.safetensors", 0.8), ("kohya.safetensors", -0.5)))
     assert [(o.name, o.weight) for o in changed.bundle.manifest.loras] == [

@@ -35,8 +35,7 @@ def built(destination: Path, scheme: SchemeName) -> Editor:
     recipe = load_recipe("cpu")
     section = ComponentRecipe(precision="float32", scheme=scheme)
     recipe = replace(recipe, components=replace(recipe.components, transformer=section))
-    calibration = read_calibration(POCKET / "calibration.npz")
-    return Editor(build("pocket", destination, recipe, calibration=calibration))
+    return Editor(build("pocket", destination, recipe, calibration=POCKET / "calibration.npz"))
 
 
 def edit(editor: Editor, images: Sequence[np.ndarray], text: str) -> np.ndarray:

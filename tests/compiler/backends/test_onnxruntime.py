@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import build_bundle
+from qie.compiler.packing import build as packing
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.load import load_recipe
 from qie.engines.bundle.manifest import COMPONENTS
@@ -17,7 +17,7 @@ from tests.support.hand_made import SHAPES, linear, record, small
 
 def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
     plan = planned(checkpoint, tmp_path / "out", replace(small("l40s"), backends=("onnxruntime",)))
-    bundle = build_bundle(plan)
+    bundle = packing.build(plan)
     assert [engine.component for engine in bundle.manifest.engines] == list(COMPONENTS)
     for engine, part in zip(bundle.manifest.engines, plan.components, strict=True):
         assert (engine.backend, engine.compute_capability) == ("onnxruntime", "8.9")

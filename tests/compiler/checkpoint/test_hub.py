@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import pytest
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.engines.errors import CheckpointError
-
-COMMIT = "a" * 40
+from tests.support.hub import COMMIT, HUB_ID, FakeHub
 
 
 @pytest.fixture
@@ -101,15 +101,62 @@ def test_a_hub_id_fetches_only_what_is_needed(hub: Path, monkeypatch: pytest.Mon
         return str(hub / "snapshots" / COMMIT)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
-    open_checkpoint("owner/name", weights=False)
-    open_checkpoint("owner/name")
-    configs = ["model_index.json", "tokenizer/merges.txt", "transformer/config.json"]
-    assert taken[0] == configs
-    assert sorted(set(taken[1]) - set(configs)) == [
+    vae = hub / "snapshots" / COMMIT / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.unlink()
+    checkpoint = open_checkpoint("owner/name", weights=False)
+    assert taken == [["model_index.json", "tokenizer/merges.txt", "transformer/config.json"]]
+    with pytest.raises(CheckpointError, match="vae"):  # nothing was really downloaded
+        checkpoint.with_weights()
+    assert sorted(taken[1]) == [
         "text_encoder/model-00001-of-00004.safetensors",
         "transformer/diffusion_pytorch_model-00001-of-00005.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     ]
+
+
+def test_cached_weights_are_not_fetched(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint("owner/name", weights=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    assert checkpoint.missing_bytes() == 0
+    assert not checkpoint.complete
+    assert checkpoint.with_weights().complete
+
+
+@pytest.fixture
+def fake_hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    return FakeHub(checkpoint, tmp_path / "cache", monkeypatch)
+
+
+def test_weights_are_those_of_the_commit_of_the_configs(fake_hub: FakeHub) -> None:
+    checkpoint = open_checkpoint(HUB_ID, revision="main", weights=False)
+    assert not any((fake_hub.snapshot / file).exists() for file in fake_hub.weight_files)
+    checkpoint.with_weights()
+    downloads = [call for call in fake_hub.calls if call[0] != "sizes"]
+    assert downloads == [("configs", "main"), ("weights", COMMIT)]
+
+
+def test_missing_bytes_are_those_that_the_cache_lacks(fake_hub: FakeHub, checkpoint: Path) -> None:
+    opened = open_checkpoint(HUB_ID, weights=False)
+    sizes = {file: (checkpoint / file).stat().st_size for file in fake_hub.weight_files}
+    assert opened.missing_bytes() == sum(sizes.values())
+    cached = fake_hub.weight_files[0]
+    shutil.copyfile(checkpoint / cached, fake_hub.snapshot / cached)
+    assert opened.missing_bytes() == sum(sizes.values()) - sizes[cached]
+    fake_hub.online = False
+    assert opened.missing_bytes() is None
+    assert open_checkpoint(str(checkpoint), weights=False).missing_bytes() == 0
+
+
+def test_a_download_reports_its_bytes(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qie.compiler.checkpoint.hub.WATCH_SECONDS", 0.001)
+    checkpoint, calls = open_checkpoint(HUB_ID, weights=False), []
+    total = checkpoint.missing_bytes()
+    checkpoint.with_weights(progress=lambda *call: calls.append(call))
+    assert calls[-1] == (total, total)
+    assert {call[1] for call in calls} == {total}
+    done = [call[0] for call in calls]
+    assert done == sorted(done)
 
 
 def test_digest_takes_the_blob_names_of_the_hub(hub: Path, small_checkpoint: Path) -> None:

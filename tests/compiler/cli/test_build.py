@@ -18,7 +18,7 @@ def test_build_then_edit(qie: Qie, workplace: Path, checkpoint: Path, qie_home: 
     done = qie("build", checkpoint)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "tiny (edit_plus) by recipe cpu, LoRAs: none" in done.stdout
+    assert "tiny (edit_plus), recipe cpu, LoRAs: none" in done.stdout
     for component in COMPONENTS:
         assert re.search(rf"^{component} +onnxruntime +float32 ", done.stdout, re.MULTILINE)
     assert done.stdout.index("component") < done.stdout.index("edit with: qie run")

@@ -8,8 +8,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from qie.compiler.packing import build as packing
 from qie.compiler.packing.finish import finish_bundle
-from qie.compiler.packing.pack import build_bundle
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS
@@ -45,7 +45,7 @@ def test_a_recipe_of_schema_1_asks_for_a_new_build(unfinished: Bundle) -> None:
 
 def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
     before = unfinished.manifest
-    with pytest.raises(BackendMissingError, match="vision is not finished here: tensorrt is not installed; run"):
+    with pytest.raises(BackendMissingError, match="vision cannot be built here: tensorrt is not installed; run"):
         finish_bundle(unfinished)
     assert open_bundle(str(unfinished.path)).manifest == before
 
@@ -71,7 +71,7 @@ def test_finishing(left_from_a100: Bundle) -> None:
     assert list(finished.path.glob("*.onnx")) == []
     assert replace(finished.manifest, engines=before.engines, graphs=before.graphs) == before
     verify(finished)
-    with pytest.raises(BuildError, match="there is nothing to finish"):
+    with pytest.raises(BuildError, match="has every engine that its recipe prefers; run edits"):
         finish_bundle(finished)
 
 
@@ -79,7 +79,7 @@ def test_a_rebuild_keeps_what_was_finished(left_from_a100: Bundle, checkpoint: P
     finished = finish_bundle(left_from_a100)
     calls: set[str] = set()
     plan = planned(checkpoint, finished.path, small("a100"))
-    again = build_bundle(plan, progress=lambda what, done, total: calls.add(what))
+    again = packing.build(plan, progress=lambda what, done, total: calls.add(what))
     assert again.manifest.engines == finished.manifest.engines[:5]
     assert not any(what.startswith("compile") for what in calls)
 
@@ -89,7 +89,8 @@ def test_a_failed_finish_leaves_the_bundle_as_it_was(left_from_a100: Bundle, wor
     worker("sys.exit('broken')")
     with pytest.raises(BuildError, match=r"built no engine of vision \(broken\)"):
         finish_bundle(left_from_a100)
-    assert {path: sha256_of(path) for path in left_from_a100.path.parent.rglob("*") if path.is_file()} == before
+    assert {path: sha256_of(path) for path in left_from_a100.path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in left_from_a100.path.parent.iterdir() if path.is_dir()] == [left_from_a100.path.name]
 
 
 def test_a_damaged_bundle_is_not_finished(left_from_a100: Bundle) -> None:
@@ -104,7 +105,7 @@ def test_a_damaged_bundle_is_not_finished(left_from_a100: Bundle) -> None:
 def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess[str]]) -> None:
     path = left_from_a100.path
     shown = qie("build", "--finish", path, "--dry-run").stdout
-    assert shown == f"{path} lacks " + ", ".join(f"{component} for tensorrt" for component in COMPONENTS) + "\n"
+    assert shown.split() == [str(path), "lacks", *", ".join(f"{c} for tensorrt" for c in COMPONENTS).split()]
     planned_json = json.loads(qie("build", "--finish", path, "--dry-run", "--json").stdout)
     assert planned_json["components"][0] == {"component": "vision", "backend": "tensorrt"}
     assert open_bundle(str(path)).manifest == left_from_a100.manifest
@@ -119,6 +120,6 @@ def test_the_build_says_what_is_yet_to_be_built(
     plain = '[components.transformer]\nscheme = "none"\n'
     (tmp_path / "mine.toml").write_text(f'extends = "h100"\n[shapes]\nmin_side = 32\n{plain}')
     done = qie("build", checkpoint, "--gpu", tmp_path / "mine.toml", "--out", tmp_path / "out")
-    assert "tensorrt builds on the machine with the GPU only (H100 80GB): the graphs stay in the bundle" in done.stdout
-    assert f"on the GPU's machine: qie build --finish {tmp_path / 'out'}\n" in done.stdout
+    assert "tensorrt builds only on the machine with the GPU (H100 80GB): the graphs" in done.stdout
+    assert f"on the machine with the GPU, run: qie build --finish {tmp_path / 'out'}\n" in done.stdout
     assert "edit with" not in done.stdout

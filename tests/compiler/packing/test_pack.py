@@ -13,9 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.checkpoint.lora import Lora, open_lora
 from qie.compiler.packing import pack
-from qie.compiler.packing.pack import build_bundle
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
@@ -40,8 +38,8 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
 def build(copied: Path, tmp_path: Path) -> Build:
     """Build ``copied`` into one and the same place, by a recipe's name or the text of a TOML file."""
 
-    def build(recipe: str = "cpu", *, loras: tuple[Lora, ...] = (), source: Path = copied, **options: Any) -> Bundle:
-        return bundles.build(source, tmp_path / "out", recipe, loras=loras, **options)
+    def build(recipe: str = "cpu", *, source: Path = copied, **options: Any) -> Bundle:
+        return bundles.build(source, tmp_path / "out", recipe, **options)
 
     return build
 
@@ -140,7 +138,7 @@ def test_loras_are_fused_and_recorded(build: Build, copied: Path, tmp_path: Path
         pairs |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
         tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + np.float32(0.5) * (up @ down)
     save_file(pairs, tmp_path / "style.safetensors")
-    fused = build(loras=(open_lora(tmp_path / "style.safetensors", 0.5),))
+    fused = build(loras=((tmp_path / "style.safetensors", 0.5),))
     (record,) = fused.manifest.loras
     assert (record.name, record.weight) == ("style.safetensors", 0.5)
     assert record.sha256 == sha256_of(tmp_path / "style.safetensors")
@@ -214,7 +212,7 @@ def test_a_lora_changes_the_transformer_alone(build: Build, tmp_path: Path) -> N
     layer = "transformer.transformer_blocks.0.attn.to_q"
     pair = {f"{layer}.lora_A.weight": np.ones((2, 64), "f4"), f"{layer}.lora_B.weight": np.ones((64, 2), "f4")}
     save_file(pair, tmp_path / "l.safetensors")
-    after = build(loras=(open_lora(tmp_path / "l.safetensors", 1.0),))
+    after = build(loras=((tmp_path / "l.safetensors", 1.0),))
     assert rebuilt(before, stamps, after) == {"transformer"}
 
 
@@ -231,13 +229,13 @@ def test_a_changed_lora(build: Build, tmp_path: Path, change: str) -> None:
     layer = "transformer.transformer_blocks.0.attn.to_q"
     pair = {f"{layer}.lora_A.weight": np.ones((2, 64), "f4"), f"{layer}.lora_B.weight": np.ones((64, 2), "f4")}
     save_file(pair, tmp_path / "l.safetensors")
-    before = build(loras=(open_lora(tmp_path / "l.safetensors", 1.0),))
+    before = build(loras=((tmp_path / "l.safetensors", 1.0),))
     stamps = inodes(before)
-    assert rebuilt(before, stamps, build(loras=(open_lora(tmp_path / "l.safetensors", 1.0),))) == set()
+    assert rebuilt(before, stamps, build(loras=((tmp_path / "l.safetensors", 1.0),))) == set()
     if change == "content":
         save_file({name: tensor * np.float32(2) for name, tensor in pair.items()}, tmp_path / "l.safetensors")
     factor = 0.5 if change == "factor" else 1.0
-    assert rebuilt(before, stamps, build(loras=(open_lora(tmp_path / "l.safetensors", factor),))) == {"transformer"}
+    assert rebuilt(before, stamps, build(loras=((tmp_path / "l.safetensors", factor),))) == {"transformer"}
 
 
 def test_another_version_of_a_tool(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,10 +275,10 @@ def test_a_damaged_engine_is_not_kept(build: Build, damage: str) -> None:
 
 
 def test_a_damaged_manifest_is_built_over(build: Build, qie_home: Path, copied: Path) -> None:
-    plan = bundles.planned(copied, qie_home / "bundles" / "mine")
-    build_bundle(plan)
-    (plan.destination / "manifest.json").write_text("{")
-    verify(build_bundle(plan))
+    destination = qie_home / "bundles" / "mine"
+    bundles.build(copied, destination)
+    (destination / "manifest.json").write_text("{")
+    verify(bundles.build(copied, destination))
 
 
 def test_files_are_copied_where_they_cannot_be_linked(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.planning.plan import Plan, bundle_name, check_buildable, recipe_schedules
+from qie.compiler.planning.checks import check_buildable
+from qie.compiler.planning.plan import Plan, recipe_schedules
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.errors import BackendMissingError, BuildError, CalibrationError, CheckpointError
@@ -77,21 +78,6 @@ def test_schedules_that_are_equal_are_planned_once(make: Make) -> None:
     assert make(f'extends = "cpu"\n{twice}').table_steps == len(areas) * 8
     one_size = '[[schedules]]\nsteps = 8\nguidance = 1.0\nsizes = ["1:1"]\n'
     assert make(f'extends = "cpu"\n{one_size}').table_steps == 8
-
-
-@pytest.mark.parametrize(
-    ("checkpoint_name", "recipe_name", "expected"),
-    [
-        ("Qwen/Qwen-Image-Edit-2511", "l40s", "qwen-image-edit-2511-l40s"),
-        ("Qwen/Qwen-Image-Edit-2511", "L40S", "qwen-image-edit-2511-l40s"),
-        ("my model (2)", "recipes of mine/Big GPU.toml", "my-model-2-big-gpu"),
-        ("...", "cpu", "cpu"),
-        ("模型", "cpu", "cpu"),
-        ("v1.1", "cpu", "v1.1-cpu"),
-    ],
-)
-def test_names(make: Make, checkpoint_name: str, recipe_name: str, expected: str) -> None:
-    assert bundle_name(replace(make().checkpoint, name=checkpoint_name), recipe_name) == expected
 
 
 # Refused

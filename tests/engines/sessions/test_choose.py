@@ -257,11 +257,11 @@ def test_doctor_shows_bundles_gpu_and_driver(qie: Qie, named: str, monkeypatch: 
     monkeypatch.setattr(doctor, "this_machine", lambda: machine(L40S))
     text = qie("doctor").stdout
     assert "NVIDIA L40S, compute capability 8.9, 45 GiB, driver 570.86.15 (CUDA 12.8)" in text
-    assert re.search(rf"^{named} +vision is built for tensorrt/8.0, and this machine has", text, re.MULTILINE)
+    assert re.search(rf"^{named} +no\n +vision is built for tensorrt/8.0, and this machine has", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    ("of", "gpus", "cuda", "missing", "mend"),
+    ("of", "gpus", "cuda", "missing", "fix"),
     [
         ("tensorrt-rtx", (), "12.8", ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"),
         ("tensorrt-rtx", (L40S,), "11.8", ("a driver for CUDA 12",), "update the driver, which serves CUDA 11.8"),
@@ -277,10 +277,10 @@ def test_doctor_on_backends(
     gpus: tuple[Gpu, ...],
     cuda: str | None,
     missing: tuple[str, ...],
-    mend: str | None,
+    fix: str | None,
 ) -> None:
     monkeypatch.setattr(doctor, "this_machine", lambda: machine(*gpus, cuda=cuda))
     monkeypatch.setattr(doctor, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
-    (ability,) = [a for a in doctor.examine().abilities if a.what == f"run engines of {of}"]
-    assert (ability.missing, ability.mend, ability.ready) == (missing, mend, not missing)
+    (capability,) = [c for c in doctor.examine().capabilities if c.name == f"run engines of {of}"]
+    assert (capability.missing, capability.fix, capability.ready) == (missing, fix, not missing)

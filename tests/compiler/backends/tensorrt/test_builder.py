@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.planning.plan import check_buildable, engine_key, graph_keys
+from qie.compiler.planning.checks import check_buildable
+from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Recipe

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from qie.compiler.packing.pack import build_bundle
+from qie.compiler.packing import build as packing
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.profiles import profiles
 from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord
-from qie.engines.terminal import human_bytes
+from qie.engines.terminal import human_bytes, human_memory, human_seconds
 from tests.support.bundles import planned
 from tests.support.hand_made import small
 
@@ -34,7 +34,7 @@ def built(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: py
     """The tiny checkpoint built for compute capability 8.9 and 8.0; tests must not change it."""
     calls: list[tuple[str, int, int]] = []
     plan = planned(checkpoint, tmp_path_factory.mktemp(request.param) / "bundle", small(request.param))
-    bundle = build_bundle(plan, progress=lambda *call: calls.append(call))
+    bundle = packing.build(plan, progress=lambda *call: calls.append(call))
     return Built(plan=plan, bundle=bundle, calls=calls, capability={"l40s": "8.9", "a100": "8.0"}[request.param])
 
 
@@ -131,12 +131,12 @@ def test_progress_rises_to_the_end(built: Built) -> None:
 def test_a_second_build_keeps_the_engines(built: Built, tmp_path: Path) -> None:
     path = Path(shutil.copytree(built.bundle.path, tmp_path / "bundle"))
     calls: list[str] = []
-    again = build_bundle(replace(built.plan, destination=path), progress=lambda what, done, total: calls.append(what))
+    again = packing.build(replace(built.plan, destination=path), progress=lambda what, done, total: calls.append(what))
     assert again.manifest == built.bundle.manifest
     assert not any(what.startswith("compile") or what in COMPONENTS for what in calls)
     recipe = built.plan.recipe
     wider = replace(recipe, shapes=replace(recipe.shapes, batch=replace(recipe.shapes.batch, max=2)))
-    changed = build_bundle(replace(built.plan, destination=path, recipe=wider))
+    changed = packing.build(replace(built.plan, destination=path, recipe=wider))
     before, after = ({e.component: e.key for e in b.manifest.engines} for b in (again, changed))
     assert {c for c in COMPONENTS if before[c] != after[c]} == {"transformer"}
     verify(changed)
@@ -147,15 +147,18 @@ def test_inspect_shows_it(built: Built, qie: Qie) -> None:
     shown = qie("inspect", built.bundle.path).stdout
     for engine in built.bundle.manifest.engines:
         assert engine.activation_bytes is not None
-        figures = rf"{engine.build_seconds:.1f} s +{human_bytes(engine.build_peak_bytes)}"
-        target = rf"tensorrt-rtx/{built.capability} +{engine.backend_version} +bfloat16"
-        size = rf"{human_bytes(engine.files[0].bytes)} +{human_bytes(engine.activation_bytes)}"
-        assert re.search(rf"^{engine.component} +{target} +\S+ k +{size} +{figures} +no$", shown, re.MULTILINE), shown
+        target = rf"tensorrt-rtx/{built.capability} +bfloat16 +\S+ k +{human_bytes(engine.files[0].bytes)} +no"
+        assert re.search(rf"^{engine.component} +{target}$", shown, re.MULTILINE), shown
+        memory = rf"{human_memory(engine.build_peak_bytes)} +{human_memory(engine.activation_bytes)}"
+        figures = rf"tensorrt-rtx {engine.backend_version} +{human_seconds(engine.build_seconds)} +{memory}"
+        assert re.search(rf"^{engine.component} +{figures}$", shown, re.MULTILINE), shown
         first = engine.profiles[0]
         ends = " +".join(" x ".join(map(str, dims)) for dims in (first.min, first.opt, first.max))
         assert re.search(rf"^{engine.component} +{first.input} +{ends}$", shown, re.MULTILINE), shown
         layers, count = len(structure(built.bundle, engine)["layers"]), ATTENTION[engine.component]
-        assert re.search(rf"^{engine.component} +{layers} +\d+ +{count} +{count} +[\d.]+ MB +0$", shown, re.MULTILINE)
+        assert re.search(
+            rf"^{engine.component} +{layers} +\d+ +{count} +{count} +[\d.]+ [KM]iB +0$", shown, re.MULTILINE
+        )
     unfinished = re.findall(r"^(\w+) +tensorrt +bfloat16 +[\d.]+ k +[\d.]+ kB$", shown, re.MULTILINE)
     assert unfinished == (list(COMPONENTS) if built.capability == "8.0" else [])
     assert ("qie build --finish" in shown) == (built.capability == "8.0")

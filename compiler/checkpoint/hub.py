@@ -1,0 +1,124 @@
+"""Hub ids: their files in huggingface_hub's cache, and what is not there yet. What is cached works offline."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from qie.engines.errors import CheckpointError
+
+__all__ = ["fetch_configs", "fetch_weights", "missing_bytes"]
+
+CONFIG_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.jinja")
+WEIGHT_PATTERNS = (
+    "*/model.safetensors",
+    "*/model-*.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+    "*/diffusion_pytorch_model-*.safetensors",
+)
+"""The files of a hub id that are downloaded; names with a variant, such as model.fp16.safetensors, are not."""
+
+WATCH_SECONDS = 0.5
+"""Time between two reports of a download."""
+
+
+def fetch_configs(hub_id: str, revision: str | None) -> Path:
+    """The folder of a hub id in the cache, named by its commit, with configs and tokenizer.
+
+    Raises:
+        CheckpointError: huggingface_hub is not installed, or the files are neither cached nor downloadable.
+    """
+    return _fetch(hub_id, revision, CONFIG_PATTERNS)
+
+
+def fetch_weights(hub_id: str, commit: str, folder: Path, *, progress: Callable[[int, int], None]) -> None:
+    """Download what ``folder``, a commit in the cache, lacks of its weights.
+
+    ``progress`` is called with (bytes downloaded, bytes to download), from a thread of its own.
+
+    Raises:
+        CheckpointError: the weights are neither cached nor downloadable.
+    """
+    with _watched(folder.parents[1] / "blobs", missing_bytes(hub_id, commit, folder) or 0, progress):
+        _fetch(hub_id, commit, WEIGHT_PATTERNS)
+
+
+def missing_bytes(hub_id: str, commit: str, folder: Path) -> int | None:
+    """Bytes of weights that ``folder``, a commit in the cache, lacks; None where the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().model_info(hub_id, revision=commit, files_metadata=True).siblings or []
+    except Exception:  # whatever the network raised
+        return None
+    blobs = folder.parents[1] / "blobs"  # a file of an earlier commit is not downloaded again
+    missing = 0
+    for file in siblings:
+        cached = (folder / file.rfilename).exists() or (file.lfs is not None and (blobs / file.lfs.sha256).exists())
+        if not cached and any(fnmatch(file.rfilename, pattern) for pattern in WEIGHT_PATTERNS):
+            missing += file.size or 0
+    return missing
+
+
+def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of a hub id in the cache, with the files that match ``patterns``."""
+    try:
+        import huggingface_hub
+    except ImportError as problem:
+        raise CheckpointError(
+            f"{hub_id} is a hub id, and huggingface_hub is not installed ({problem}); run "
+            "`pip install 'qie[compile]'` or give a folder"
+        ) from None
+
+    download = partial(huggingface_hub.snapshot_download, hub_id, revision=revision, allow_patterns=[*patterns])
+    try:
+        return Path(download())
+    except Exception as error:  # whatever the network raised, the cache may hold the files
+        try:
+            return Path(download(local_files_only=True))
+        except (OSError, ValueError):
+            command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{hub_id} is not in the cache, or incomplete there, and cannot be downloaded ({reason}); check the id "
+                f"and run `{command}` where there is a network, or give a folder"
+            ) from error
+
+
+@contextmanager
+def _watched(blobs: Path, total: int, progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Report how ``blobs`` grows while the block runs, in place of the bars that huggingface_hub draws."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before, done, drawn = _size(blobs), threading.Event(), not are_progress_bars_disabled()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            progress(min(_size(blobs) - before, total), total)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if drawn:
+        disable_progress_bars()
+    if total:
+        watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if total:
+            watcher.join()
+        if drawn:
+            enable_progress_bars()
+    if total:
+        progress(total, total)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in ``folder``; those that are being downloaded have another name when they are complete."""
+    sizes = 0
+    for file in folder.glob("*"):
+        with suppress(FileNotFoundError):
+            sizes += file.stat().st_size
+    return sizes

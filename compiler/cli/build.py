@@ -1,0 +1,191 @@
+"""``qie build``: a plan on the screen, then a bundle on the disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qie.compiler.cli.options import (
+    DEFAULT_MODEL,
+    CalibrationOption,
+    GpuOption,
+    LoraOption,
+    ModelArgument,
+    RevisionOption,
+)
+from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.terminal import Bars, human_bytes, human_count, table, wrap
+
+if TYPE_CHECKING:
+    from qie.compiler.planning.plan import Plan, PlannedComponent
+    from qie.engines.bundle.bundle import Bundle
+
+__all__ = ["build"]
+
+
+def build(
+    model: ModelArgument = DEFAULT_MODEL,
+    gpu: GpuOption = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the bundle.", show_default="by name, where `qie list` looks")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
+    lora: LoraOption = None,
+    calibration: CalibrationOption = None,
+    revision: RevisionOption = None,
+    finish: Annotated[
+        str | None,
+        typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; downloads only the configs.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the engines of a model for one GPU.
+
+    The plan is printed first. A build that cannot run, does not fit or lacks disk space stops there, before any weights
+    are downloaded.
+    """
+    if finish is not None:
+        return _finish(finish, dry_run=dry_run, as_json=as_json)
+    from qie.compiler.packing.build import build as build_bundle
+    from qie.compiler.planning.resolve import plan_build
+
+    plan = plan_build(model, gpu=gpu, loras=lora or (), calibration=calibration, out=out, name=name, revision=revision)
+    if not as_json:
+        typer.echo(describe(plan))
+    elif dry_run:
+        print_json(facts(plan))
+    if dry_run:
+        return None
+    with Bars(enabled=not as_json) as bars:
+        bundle = build_bundle(plan, progress=bars)
+    return _print_built(bundle, as_json=as_json)
+
+
+def facts(plan: "Plan") -> dict[str, Any]:
+    """The plan as JSON data."""
+    from qie.compiler.planning.checks import missing_builder
+
+    return {
+        "model": plan.checkpoint.name,
+        "revision": plan.checkpoint.revision,
+        "pipeline": plan.model.pipeline,
+        "recipe": plan.recipe_name,
+        "destination": str(plan.destination),
+        "bytes": plan.bytes,
+        "download_bytes": plan.checkpoint.missing_bytes(),
+        "modulation_bytes": plan.modulation_bytes,
+        "tables_bytes": plan.tables_bytes,
+        "components": [
+            {
+                "component": c.component,
+                "backend": c.backend,
+                "finish": c.finish,
+                "problem": missing_builder(plan, c.component),
+                "precision": c.precision,
+                "scheme": c.scheme,
+                "attention": c.attention,
+                "nodes": c.nodes,
+                "parameters": c.parameters,
+                "bytes": c.bytes,
+            }
+            for c in plan.components
+        ],
+    }
+
+
+def describe(plan: "Plan") -> str:
+    """The plan as text: what is built from what, and what has to be downloaded."""
+    from qie.compiler.planning.checks import missing_builder
+
+    loras = ", ".join(f"{lora.name}:{lora.weight:g}" for lora in plan.loras) or "none"
+    heading = [
+        f"{plan.checkpoint.name} ({plan.model.pipeline}), recipe {plan.recipe_name}, LoRAs: {loras}",
+        f"bundle: {plan.destination}",
+    ]
+    if plan.checkpoint.revision is not None:
+        heading.append(f"download: {_download(plan)}")
+    sections = ["\n".join(heading), _components(plan)]
+    problem = next(filter(None, (missing_builder(plan, c.component) for c in plan.components)), None)
+    if problem is not None:
+        sections.append(wrap(f"no builder: {problem}"))
+    later = [c for c in plan.components if c.finish is not None]
+    if later:
+        sections.append(
+            wrap(
+                f"{later[0].finish} builds only on the machine with the GPU ({plan.recipe.gpu}): the graphs, "
+                f"{human_bytes(sum(c.bytes for c in later))}, stay in the bundle for `qie build --finish` there"
+            )
+        )
+    return "\n\n".join(sections) + "\n"
+
+
+def _download(plan: "Plan") -> str:
+    import shutil
+
+    from qie.engines.files import existing
+
+    missing, cache = plan.checkpoint.missing_bytes(), existing(plan.checkpoint.path)
+    if missing == 0:
+        return "nothing, the weights are in the cache"
+    size = "weights of unknown size, since the hub does not answer" if missing is None else human_bytes(missing)
+    return f"{size}, to a disk with {human_bytes(shutil.disk_usage(cache).free)} free"
+
+
+def _components(plan: "Plan") -> str:
+    rows = [
+        [c.component, _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bytes)]
+        for c in plan.components
+    ]
+    nodes, parameters = sum(c.nodes for c in plan.components), sum(c.parameters for c in plan.components)
+    rows.append(["modulation", "", "", "", "", human_bytes(plan.modulation_bytes)])
+    rows.append([f"tables, {plan.table_steps} steps", "", "", "", "", human_bytes(plan.tables_bytes)])
+    rows.append(["total", "", "", str(nodes), human_count(parameters), human_bytes(plan.bytes)])
+    header = ["component", "backend", "precision", "nodes", "parameters", "size"]
+    return table(rows, header=header, right=[3, 4, 5])
+
+
+def _backend(planned: "PlannedComponent") -> str:
+    if planned.finish is None:
+        return planned.backend or "no builder"
+    return f"{planned.backend}, graph" if planned.backend is not None else "graph"
+
+
+def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
+    from qie.compiler.planning.resolve import compile_packages
+    from qie.engines.bundle.bundle import open_bundle
+
+    with compile_packages():
+        from qie.compiler.packing.finish import finish_bundle
+
+    bundle = open_bundle(name)
+    graphs = [(graph.component, graph.backend) for graph in bundle.manifest.graphs]
+    if dry_run and as_json:
+        return print_json({"components": [{"component": c, "backend": b} for c, b in graphs]})
+    if not as_json:
+        lacking = ", ".join(f"{component} for {backend}" for component, backend in graphs)
+        typer.echo(wrap(f"{bundle.path} lacks " + (lacking or "nothing")))
+    if dry_run:
+        return None
+    with Bars(enabled=not as_json) as bars:
+        bundle = finish_bundle(bundle, progress=bars)
+    return _print_built(bundle, as_json=as_json)
+
+
+def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
+    from qie.engines.bundle.bundle import bundles_folder
+
+    unfinished = sorted({graph.backend for graph in bundle.manifest.graphs})
+    if as_json:
+        return print_json(
+            {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}
+        )
+    where = bundle.name if bundle.path.parent == bundles_folder() else str(bundle.path)
+    typer.echo(f"{bundle.path}: {human_bytes(bundle.bytes)}")
+    if unfinished:
+        typer.echo(f"on the machine with the GPU, run: qie build --finish {where}")
+    if bundle.manifest.engines:
+        typer.echo(f'edit with: qie run photo.png "make it grayscale" --bundle {where}')
+    return None

@@ -1,0 +1,53 @@
+"""``qie doctor``: what this machine can build and run, and what to install for the rest."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.terminal import human_bytes, table
+
+if TYPE_CHECKING:
+    from qie.engines.machine import Machine
+
+__all__ = ["doctor"]
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Check what this machine can build and run.
+
+    What is missing is listed with the command that installs it.
+    """
+    from qie.compiler.doctor import examine
+    from qie.engines.records import to_plain
+
+    report = examine()
+    if as_json:
+        return print_json(to_plain(report))
+    machine = report.machine
+    facts = [
+        ["qie", report.qie],
+        ["Python", report.python],
+        ["machine", f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
+        ["GPU", _gpus(machine)],
+        ["home", f"{report.home} ({human_bytes(report.free_bytes)} free)"],
+    ]
+    capabilities = [[c.name, "yes" if c.ready else "no", ", ".join(c.requirements) or "-"] for c in report.capabilities]
+    fixes = [None if c.ready else f"missing: {', '.join(c.missing)}\nfix: {c.fix}" for c in report.capabilities]
+    sections = [table(facts), table(capabilities, header=["capability", "ready", "found"], notes=fixes)]
+    if report.bundles:
+        rows = [[bundle.name, "yes" if bundle.reason is None else "no"] for bundle in report.bundles]
+        reasons = [bundle.reason for bundle in report.bundles]
+        sections.append(table(rows, header=["bundle", "runs here"], notes=reasons))
+    typer.echo("\n\n".join(sections))
+    return None
+
+
+def _gpus(machine: "Machine") -> str:
+    gpus = [
+        f"{gpu.name}, compute capability {gpu.compute_capability}, "
+        + (f"{gpu.memory_gib:g} GiB" if gpu.memory_gib else "memory shared with the CPU")
+        + f", driver {gpu.driver}{f' (CUDA {machine.cuda})' if machine.cuda else ''}"
+        for gpu in machine.gpus
+    ]
+    return "; ".join(gpus) or "none"

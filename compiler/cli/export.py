@@ -1,0 +1,48 @@
+"""``qie export``: the graphs of a model as ONNX files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qie.compiler.cli.options import (
+    DEFAULT_MODEL,
+    CalibrationOption,
+    GpuOption,
+    LoraOption,
+    ModelArgument,
+    RevisionOption,
+)
+from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.terminal import Bars
+
+__all__ = ["export"]
+
+
+def export(
+    model: ModelArgument = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("graphs"),
+    gpu: GpuOption = "cpu",
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Write the weights too.")] = True,
+    lora: LoraOption = None,
+    calibration: CalibrationOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the graphs of a model as ONNX files.
+
+    They are the graphs that `qie build` compiles: precision, quantization and LoRAs included.
+    """
+    from qie.compiler.planning.resolve import plan_build
+
+    plan = plan_build(model, gpu=gpu, loras=lora or (), calibration=calibration, out=out, revision=revision)
+
+    from qie.compiler.packing.export import export_graphs
+
+    with Bars(enabled=not as_json) as bars:
+        files = export_graphs(plan, weights=weights, progress=bars)
+    if as_json:
+        return print_json({"files": [str(file) for file in files]})
+    for file in files:
+        typer.echo(str(file))
+    return None

@@ -1,0 +1,25 @@
+"""What the compiler's commands share: arguments, options, and examples with the default model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["DEFAULT_MODEL", "CalibrationOption", "GpuOption", "LoraOption", "ModelArgument", "RevisionOption"]
+
+DEFAULT_MODEL = "Qwen/Qwen-Image-Edit-2511"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder in diffusers format, Hugging Face Hub id, or pocket.")
+]
+GpuOption = Annotated[str, typer.Option("--gpu", help="Recipe: a name that `qie recipes` lists, or a .toml file.")]
+LoraOption = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="PATH[:WEIGHT]", help="LoRA to fuse; repeatable.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of `qie calibrate`, for recipes that quantize.", show_default="the recipe's, else the model's own"
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]

@@ -1,0 +1,86 @@
+"""The compiler's one call: a model, or a plan of its build, becomes a bundle.
+
+What needs ``qie[compile]`` is imported after the plan, which says so where it is not installed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from qie.compiler.packing.progress import Progress
+from qie.compiler.planning.resolve import LoraSource, plan_build
+from qie.engines.bundle.bundle import Bundle
+
+if TYPE_CHECKING:
+    from qie.compiler.planning.plan import Plan
+
+__all__ = ["build"]
+
+
+@overload
+def build(model: "Plan", *, progress: Progress = ...) -> Bundle: ...
+
+
+@overload
+def build(
+    model: str | Path,
+    *,
+    gpu: str | Path = ...,
+    loras: Sequence[LoraSource] = ...,
+    calibration: str | Path | None = ...,
+    out: str | Path | None = ...,
+    name: str | None = ...,
+    revision: str | None = ...,
+    progress: Progress = ...,
+) -> Bundle: ...
+
+
+def build(
+    model: "str | Path | Plan",
+    *,
+    gpu: str | Path = "cpu",
+    loras: Sequence[LoraSource] = (),
+    calibration: str | Path | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Bundle:
+    """Build a bundle and put it at its destination, in place of an earlier one.
+
+    What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines of an
+    earlier bundle with an equal key and undamaged files are kept.
+
+    Args:
+        model: a plan, or a model as ``plan_build`` takes it; the next six arguments belong to the latter.
+        gpu: see ``plan_build``.
+        loras: see ``plan_build``.
+        calibration: see ``plan_build``.
+        out: see ``plan_build``.
+        name: see ``plan_build``.
+        revision: see ``plan_build``.
+        progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
+            another thread.
+
+    Raises:
+        QieError: the model cannot be planned (see ``plan_build``) or built (see ``check_buildable``, ``check_fit`` and
+            ``check_download``), its weights are damaged, or a builder failed. Nothing half-written is left.
+    """
+    if isinstance(model, str | Path):
+        plan = plan_build(model, gpu=gpu, loras=loras, calibration=calibration, out=out, name=name, revision=revision)
+    else:
+        decided = (gpu, tuple(loras), calibration, out, name, revision)
+        assert decided == ("cpu", (), None, None, None, None), "a plan has decided these arguments"
+        plan = model
+
+    from qie.compiler.packing.pack import pack
+    from qie.compiler.planning.checks import check_buildable, check_download
+    from qie.compiler.planning.estimate import check_fit
+
+    check_buildable(plan)
+    check_fit(plan)
+    check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
+    checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
+    return pack(replace(plan, checkpoint=checkpoint), progress=progress)

@@ -1,0 +1,82 @@
+"""What keeps a plan from being built on this machine, found before anything heavy starts."""
+
+import shutil
+from pathlib import Path
+
+from qie.compiler.backends import BUILDERS
+from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.tokenizer import check_tokenizer
+from qie.compiler.planning.plan import Plan
+from qie.engines.bundle.bundle import is_bundle
+from qie.engines.bundle.manifest import Component
+from qie.engines.errors import BackendMissingError, BuildError, CalibrationError
+from qie.engines.files import existing
+
+__all__ = ["check_buildable", "check_download", "missing_builder"]
+
+
+def check_buildable(plan: Plan) -> None:
+    """Reject a plan that cannot be built here; no weights are read.
+
+    Raises:
+        BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
+        CalibrationError: a component is quantized, and there is no calibration.
+        CheckpointError: the configs of the checkpoint do not belong together.
+        BuildError: the destination holds something else than a bundle, or its disk is too small.
+    """
+    for planned in plan.components:
+        reason = missing_builder(plan, planned.component)
+        if reason is not None:
+            raise BackendMissingError(f"{reason}; build on a machine that can, or use the recipe cpu", option="gpu")
+        section = plan.recipe.components[planned.component]
+        schemes = [scheme for scheme in (section.scheme, section.attention) if scheme != "none"]
+        if schemes and plan.calibration is None:
+            raise CalibrationError(
+                f'the recipe {plan.recipe_name} quantizes {planned.component} ("{schemes[0]}"), which needs a '
+                "calibration of this model; make one with `qie calibrate`",
+                option="calibration",
+            )
+    check_tokenizer(plan.checkpoint)
+    path = plan.destination
+    if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise BuildError(f"{path} exists and is not a qie bundle; choose another folder or delete it", option="out")
+    free = shutil.disk_usage(existing(path)).free
+    if plan.disk_bytes > free:
+        raise BuildError(
+            f"building the bundle needs {plan.disk_bytes:,} bytes, {existing(path)} has {free:,} free; "
+            "free some space or choose a folder on another disk",
+            option="out",
+        )
+
+
+def check_download(checkpoint: Checkpoint, *, destination: Path, output_bytes: int) -> None:
+    """Reject a download of weights that does not fit on its disk, together with an output on the same disk.
+
+    Nothing is checked where the hub does not tell the size of the weights.
+
+    Raises:
+        BuildError: the disk of the hub's cache is too small.
+    """
+    missing = checkpoint.missing_bytes()
+    if not missing:
+        return
+    cache, target = existing(checkpoint.path), existing(destination)
+    needed = missing + (output_bytes if cache.stat().st_dev == target.stat().st_dev else 0)
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise BuildError(
+            f"{checkpoint.name} has {missing:,} bytes of weights to download, {needed:,} bytes are needed on the disk "
+            f"of {cache}, and {free:,} are free there; free some space or set HF_HOME to a folder on another disk"
+        )
+
+
+def missing_builder(plan: Plan, component: Component) -> str | None:
+    """Why this machine can build ``component`` for none of the recipe's backends; None where it can for one."""
+    planned = next(p for p in plan.components if p.component == component)
+    if planned.backend is not None or planned.finish is not None:
+        return None
+    backends = plan.recipe.backends_of(component)
+    reasons = [BUILDERS[backend].unavailable(plan.recipe) for backend in backends if backend in BUILDERS]
+    why = ", and ".join(reason.replace("; ", ", ") for reason in reasons if reason is not None)
+    why = why or f"this qie builds for {', '.join(BUILDERS)}"
+    return f"the recipe {plan.recipe_name} builds {component} for {' or '.join(backends)}: {why}"

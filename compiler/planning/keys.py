@@ -1,0 +1,77 @@
+"""Cache keys: the sha256 of everything that decides a graph or an engine, and the engines that need no new build."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript
+from numpy.typing import NDArray
+
+import qie
+from qie.compiler.backends import BUILDERS
+from qie.compiler.planning.plan import Plan
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.recipe.schema import Recipe
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
+from qie.engines.records import to_plain
+
+__all__ = ["engine_key", "graph_keys", "kept_engines"]
+
+
+def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
+    """The key of each component's graph and weights; ``digest`` is the checkpoint's."""
+    loras = [[lora.digest(), lora.weight] for lora in plan.loras]
+    versions = {"qie": qie.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+    return {
+        planned.component: _sha256(
+            {
+                "graph": planned.graph.digest(),
+                "checkpoint": digest,
+                "loras": loras if planned.component == "transformer" else [],
+                "section": [planned.precision, planned.scheme],
+                "smoothing": {name: _sha256_of(values) for name, values in planned.smoothing_scales.items()},
+                "versions": versions,
+            }
+        )
+        for planned in plan.components
+    }
+
+
+def engine_key(graph: str, backend: str, recipe: Recipe, shapes: tuple[ProfileRecord, ...]) -> str:
+    """The key of an engine: that of its graph, its target and, on a GPU, its shapes and limits."""
+    version = BUILDERS[backend].version()
+    decided_by: dict[str, Any] = {"graph": graph, "target": [backend, recipe.compute_capability, version]}
+    if recipe.compute_capability is not None:
+        decided_by["shapes"] = to_plain(shapes)
+        decided_by["limits"] = [recipe.memory_gib, recipe.limits.build_workspace_gib]
+    return _sha256(decided_by)
+
+
+def kept_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
+    """The engines of ``old``, an earlier bundle at the destination, that the plan would build again.
+
+    Args:
+        plan: the build.
+        graphs: keys of the plan's graphs.
+        old: None where there is no earlier bundle.
+    """
+    if old is None:
+        return {}
+    keys = {
+        p.component: engine_key(graphs[p.component], p.backend, plan.recipe, profiles(p.graph, plan.recipe, plan.model))
+        for p in plan.components
+        if p.backend is not None
+    }
+    return {e.component: e for e in old.manifest.engines if keys.get(e.component) == e.key}
+
+
+def _sha256_of(values: NDArray[np.float32]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def _sha256(decided_by: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""From the names that a person gives to a plan: model, recipe, LoRAs, calibration and destination.
+
+What needs ``qie[compile]`` is imported inside the functions, so that its absence becomes one sentence.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qie.engines.bundle.bundle import bundles_folder
+from qie.engines.errors import BackendMissingError, BuildError
+
+if TYPE_CHECKING:
+    from qie.compiler.planning.plan import Plan
+
+__all__ = ["LoraSource", "bundle_name", "compile_packages", "plan_build"]
+
+LoraSource = str | Path | tuple[str | Path, float]
+"""A LoRA to fuse: ``"PATH"``, ``"PATH:WEIGHT"`` or (path, weight)."""
+
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def plan_build(
+    model: str | Path,
+    *,
+    gpu: str | Path = "cpu",
+    loras: Sequence[LoraSource] = (),
+    calibration: str | Path | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+) -> "Plan":
+    """Plan the build of a bundle. Of a hub id only the configs are downloaded.
+
+    Args:
+        model: folder in diffusers format, hub id, or ``"pocket"``, the small model that comes with qie.
+        gpu: recipe, by name or by path of a .toml file.
+        loras: LoRAs to fuse into the transformer, in this order; the weight is 1 where none is given.
+        calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own.
+        out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
+        name: name of the bundle there; None for MODEL-GPU.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        BackendMissingError: ``qie[compile]`` is not installed.
+        RecipeError: there is no such recipe, or it is malformed.
+        CheckpointError: the checkpoint or a LoRA is missing, incomplete or malformed.
+        CalibrationError: the calibration is missing, damaged or lacks a linear.
+        ExportError: the graphs do not express the model.
+        BuildError: the name cannot be a bundle's.
+    """
+    with compile_packages():
+        from qie.compiler.checkpoint.checkpoint import open_checkpoint
+        from qie.compiler.checkpoint.lora import open_lora, parse_lora
+        from qie.compiler.planning.plan import make_plan
+        from qie.compiler.quantization.calibration import find_calibration
+        from qie.compiler.recipe.load import load_recipe
+
+    if name is not None and not _NAME.fullmatch(name):
+        raise BuildError(
+            f"the name of the bundle is {name!r}, expected letters, digits, dots and dashes; choose another name",
+            option="name",
+        )
+    recipe_name = str(gpu)
+    recipe = load_recipe(recipe_name)
+    checkpoint = open_checkpoint(str(model), revision=revision, weights=False)
+    weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in loras]
+    named = bundles_folder() / (name or bundle_name(checkpoint.name, recipe_name))
+    return make_plan(
+        checkpoint,
+        recipe_name=recipe_name,
+        recipe=recipe,
+        loras=[open_lora(Path(path), weight) for path, weight in weighted],
+        destination=named if out is None else Path(out),
+        calibration=find_calibration(calibration or recipe.calibration, checkpoint.path),
+    )
+
+
+def bundle_name(checkpoint_name: str, recipe_name: str) -> str:
+    """The default name of a bundle: the last part of the checkpoint's name, and the recipe's."""
+    stem = checkpoint_name.rsplit("/", 1)[-1]
+    recipe = Path(recipe_name).stem.lower()
+    return re.sub(r"[^a-z0-9.]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
+
+
+@contextmanager
+def compile_packages() -> Iterator[None]:
+    """Around the imports of what ``qie[compile]`` installs.
+
+    Raises:
+        BackendMissingError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        if str(problem.name).partition(".")[0] == "qie":
+            raise
+        raise BackendMissingError(
+            f"building needs {problem.name}, which is not installed; run `pip install 'qie[compile]'`"
+        ) from problem

@@ -1,0 +1,45 @@
+"""What the commands share: options, sizes, examples in the help, and JSON."""
+
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+
+from qie.engines.errors import RequestError
+
+__all__ = ["BundleArgument", "BundleOption", "JsonOption", "examples", "parse_size", "print_json"]
+
+BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")]
+BundleOption = Annotated[
+    str | None, typer.Option("--bundle", help="Name or folder of a bundle.", show_default="the newest")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: command lines that work as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height of ``1024x768``.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if text is None:
+        return None
+    match = SIZE.fullmatch(text.strip().lower())
+    if match is None:
+        raise RequestError(
+            f"the size is {text!r}, expected width x height in pixels; give one such as 1024x768", option="size"
+        )
+    return int(match[1]), int(match[2])
+
+
+def print_json(value: Any) -> None:
+    """Print plain data as indented JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
