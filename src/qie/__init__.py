@@ -1,7 +1,83 @@
-"""qie compiles Qwen-Image-Edit into engines for a named GPU and runs edits on them.
+"""qie compiles Qwen-Image-Edit into engines for one GPU and runs edits with them.
 
-``qie.compiler`` works ahead of time (needs ``qie[compile]``); ``qie.engines`` is the thin runtime
-(numpy, pillow, tokenizers and one backend); ``qie.recipes`` is data: one TOML file a GPU.
+Every public name is here. A name is imported when it is first used: ``import qie`` is cheap, a program that only edits
+never imports the compiler, and NumPy comes with the first ``Editor``.
+
+``qie.compiler`` works ahead of time and needs ``qie[compile]``; ``qie.engines`` is the thin runtime (NumPy, Pillow,
+tokenizers and one backend); ``qie.recipes`` is data: one TOML file per GPU.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qie.compiler.packing.build import build
+    from qie.compiler.planning.plan import Plan
+    from qie.compiler.planning.resolve import plan_build
+    from qie.engines.bundle.bundle import Bundle, open_bundle
+    from qie.engines.editing.editor import Editor
+    from qie.engines.editing.request import Edit, Request
+    from qie.engines.errors import (
+        BackendMissingError,
+        BuildError,
+        BundleError,
+        CalibrationError,
+        CheckpointError,
+        EngineError,
+        EngineMismatchError,
+        ExportError,
+        ImageError,
+        QieError,
+        RecipeError,
+        RequestError,
+    )
+
+__all__ = [
+    "BackendMissingError",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "CalibrationError",
+    "CheckpointError",
+    "Edit",
+    "Editor",
+    "EngineError",
+    "EngineMismatchError",
+    "ExportError",
+    "ImageError",
+    "Plan",
+    "QieError",
+    "RecipeError",
+    "Request",
+    "RequestError",
+    "__version__",
+    "build",
+    "open_bundle",
+    "plan_build",
+]
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Bundle": "qie.engines.bundle.bundle",
+    "Edit": "qie.engines.editing.request",
+    "Editor": "qie.engines.editing.editor",
+    "Plan": "qie.compiler.planning.plan",
+    "Request": "qie.engines.editing.request",
+    "build": "qie.compiler.packing.build",
+    "open_bundle": "qie.engines.bundle.bundle",
+    "plan_build": "qie.compiler.planning.resolve",
+}
+"""The module of every name but the errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "qie.engines.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -54,13 +54,16 @@ def test_make_targets_exist(target: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_python_example_runs(bundle: Path, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    script = tmp_path / "example.py"
-    script.write_text(example.replace('"pocket"', repr(str(bundle))), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("document", ["README.md", pytest.param("docs/python.md", marks=pytest.mark.slow)])
+def test_python_examples_run(document: str, bundle: Path, qie_home: Path, tmp_path: Path) -> None:
+    """The blocks of a page run in order, in a folder with the images of the repository."""
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    shutil.copytree(bundle, qie_home / "bundles" / "pocket-cpu")
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    assert examples
+    (tmp_path / "example.py").write_text("\n".join(examples), encoding="utf-8")
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3)") == 2
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
