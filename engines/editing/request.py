@@ -1,4 +1,4 @@
-"""What an edit is asked for and what it gives."""
+"""The request of an edit and its result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

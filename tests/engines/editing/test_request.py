@@ -1,0 +1,67 @@
+"""Requests against a manifest: defaults, and what is refused with the option that fixes it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.bundle.manifest import Manifest
+from qie.engines.editing.request import Request
+from qie.engines.editing.settings import resolve
+from qie.engines.errors import ImageError, RequestError
+
+IMAGE = Image.new("RGB", (150, 90))
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return open_bundle(bundle).manifest
+
+
+def request(**changes: Any) -> Request:
+    return replace(Request(images=[IMAGE], instructions=["make it red", "add snow"], seeds=[3, 4]), **changes)
+
+
+def test_defaults_are_the_manifests(manifest: Manifest) -> None:
+    settings = resolve(request(), manifest)
+    assert (settings.steps, settings.guidance) == (manifest.defaults.steps, manifest.defaults.guidance)
+    assert settings.guided == (manifest.defaults.guidance > 1)
+    assert settings.samples == ((0, 3), (0, 4), (1, 3), (1, 4))
+    assert str(settings.size) == "160x96"
+    assert settings.notes == ()
+
+
+def test_a_request_goes_before_the_defaults(manifest: Manifest) -> None:
+    settings = resolve(request(steps=7, guidance=1.0, size=(70, 130)), manifest)
+    assert (settings.steps, settings.guidance, settings.guided) == (7, 1.0, False)
+    assert str(settings.size) == "64x128"
+    assert settings.notes == ("requested 70x130, using 64x128: sides are multiples of 16 pixels",)
+
+
+def test_a_seed_is_drawn(manifest: Manifest) -> None:
+    first, second = (resolve(request(seeds=None), manifest).samples for _ in range(2))
+    assert len(first) == 2
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "option"),
+    [
+        ({"images": []}, ImageError, None),
+        ({"images": [IMAGE] * 4}, ImageError, None),
+        ({"images": [Image.new("RGB", (3000, 5))]}, ImageError, None),
+        ({"instructions": []}, RequestError, None),
+        ({"negative": "\udfff"}, RequestError, None),
+        ({"seeds": []}, RequestError, "seeds"),
+        ({"steps": 1001}, RequestError, "steps"),
+        ({"guidance": float("nan")}, RequestError, "guidance"),
+        ({"size": (0, 64)}, RequestError, "size"),
+    ],
+)
+def test_refused(manifest: Manifest, changes: dict[str, Any], kind: type[RequestError], option: str | None) -> None:
+    with pytest.raises(RequestError) as problem:
+        resolve(request(**changes), manifest)
+    assert (type(problem.value), problem.value.option) == (kind, option)

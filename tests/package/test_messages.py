@@ -1,0 +1,69 @@
+"""The messages of errors: one sentence, what was found, a semicolon, the fix; only the command line names flags."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.repository import ROOT
+
+SOURCES = sorted(path for room in ("compiler", "engines") for path in (ROOT / room).rglob("*.py"))
+ERRORS = re.compile(
+    r"(Recipe|Checkpoint|Calibration|Export|Build|Bundle|EngineMismatch|BackendMissing|Request|Image|Engine)Error"
+)
+COMMAND = re.compile(r"`[^`]*`")
+
+
+def messages(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every error that is made with a literal; an inserted value reads ``{}``."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=[message]) if ERRORS.fullmatch(name):
+                if isinstance(message, ast.Constant):
+                    yield node.lineno, str(message.value)
+                elif isinstance(message, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in message.values)
+                    yield node.lineno, "".join(map(str, parts))
+
+
+def faults(message: str) -> list[str]:
+    """What is wrong with a message; one that ends in another's sentence has its semicolon there."""
+    outside = COMMAND.sub("``", message)
+    checks = {
+        "has exactly one semicolon": outside.count(";") == (0 if outside.endswith("{}") and ";" not in outside else 1),
+        "has no full stop": not message.endswith("."),
+        "starts in lower case": not message[:1].isupper() or message.startswith(("CUDA ", "TensorRT ")),
+        "names no flag": not re.search(r"(^|[\s(])--\w", outside),
+    }
+    return [rule for rule, kept in checks.items() if not kept]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_messages(path: Path) -> None:
+    checked = {line: (message, faults(message)) for line, message in messages(path.read_text(encoding="utf-8"))}
+    allowed = {"names no flag"} if path.parent.name == "cli" else set()
+    assert not {line: (message, wrong) for line, (message, wrong) in checked.items() if set(wrong) - allowed}
+
+
+def test_there_are_messages() -> None:
+    assert sum(len(list(messages(path.read_text(encoding="utf-8")))) for path in SOURCES) > 180
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("{} has 3 channels, expected 1; convert it to grayscale", []),
+        ("{} is not built; run `qie build --gpu {}`", []),
+        (
+            "The seed {} cannot be used: give another.",
+            ["has exactly one semicolon", "has no full stop", "starts in lower"],
+        ),
+        ("the size is {}; use a smaller --size", ["names no flag"]),
+        ("a; b; c", ["has exactly one semicolon"]),
+    ],
+)
+def test_the_rules_find_what_they_should(message: str, wrong: list[str]) -> None:
+    assert len(faults(message)) == len(wrong)
+    assert all(rule.startswith(start) for rule, start in zip(faults(message), wrong, strict=True))
