@@ -14,7 +14,7 @@ CONSTRAINTS := --constraint .ci/constraints.txt
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
-	$(BIN)/qie run docs/images/cat.jpg "make it grayscale" --bundle pocket --seed 1 --out $(DEMO)/cat-edited.png
+	$(BIN)/qie run docs/images/cat.jpg "tint it purple" --bundle pocket --seed 1 --out $(DEMO)/cat-edited.png
 
 test: $(VENV)/dev.stamp                ## Install everything for development and run checks and tests.
 	$(MAKE) --no-print-directory check

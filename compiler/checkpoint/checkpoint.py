@@ -12,7 +12,7 @@ from typing import Any
 
 from qie.compiler.checkpoint import hub
 from qie.compiler.checkpoint.model import Model, parse_model
-from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_component, read_json
+from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_subfolder, read_json
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import replacing
@@ -95,7 +95,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights are missing, incomplete or damaged.
         """
-        return open_component(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
+        return open_subfolder(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
 
     def readers(self) -> dict[Subfolder, TensorReader]:
         """The tensors of every subfolder; only headers are read here.
@@ -109,7 +109,7 @@ class Checkpoint:
         """sha256 (hex) over the content of all configs, tokenizer files and, if ``complete``, weights.
 
         The same content has the same digest wherever it lies. In the hub's cache the name of a large file's blob is
-        its sha256 already and is taken as such; other files are read. ``cache`` is a JSON file that remembers the
+        its sha256 already and is taken as such; other files are read. ``cache`` is a JSON file that keeps the
         sha256 of files whose path, size, modification time and inode have not changed.
 
         Raises:
@@ -122,17 +122,17 @@ class Checkpoint:
                 reader = self.reader(subfolder)
                 files += sorted({reader.source, *reader.files})
         total = sum(file.stat().st_size for file in files)
-        known = _load_known(cache)
+        remembered = _load_remembered(cache)
         whole = hashlib.sha256()
         done = 0
         for file in files:
-            sha256 = _blob_sha256(file) or _remembered_sha256(file, known, done, total, progress)
+            sha256 = _blob_sha256(file) or _remembered_sha256(file, remembered, done, total, progress)
             whole.update(f"{file.relative_to(self.path).as_posix()}\0{sha256}\n".encode())
             done += file.stat().st_size
             if progress is not None:
                 progress(done, total)
         if cache is not None:
-            _store_known(cache, known)
+            _store_remembered(cache, remembered)
         return whole.hexdigest()
 
 
@@ -146,8 +146,10 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
         weights: False opens configs and tokenizer alone, and downloads nothing else of a hub id.
 
     Raises:
-        CheckpointError: nothing is found, the pipeline is another one, a component or config is missing or damaged, or
-            (with ``weights``) a file of weights is missing, cut short or broken.
+        CheckpointError: there is no checkpoint, its pipeline is another one, a component or config is missing or
+            damaged, components do not belong together, or (with ``weights``) a file of weights is missing, cut short
+            or broken.
+        ExportError: the model uses an option that the graphs do not express.
     """
     folder = Path(source).expanduser()
     if source == POCKET.name and not (folder / "model_index.json").is_file():
@@ -190,9 +192,9 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
 
 
 def _canonical_text_encoder(name: str) -> str:
-    """One name for old (`visual.`, `model.`) and new (`model.visual.`, `model.language_model.`) prefixes.
+    """One name for old (``visual.``, ``model.``) and new (``model.visual.``, ``model.language_model.``) prefixes.
 
-    transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py: Qwen2_5_VLModel holds `visual` and `language_model`.
+    transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py: Qwen2_5_VLModel holds ``visual`` and ``language_model``.
     """
     inner = name.removeprefix("model.")
     if inner == name or inner.startswith(("visual.", "language_model.")):
@@ -213,11 +215,11 @@ def _blob_sha256(file: Path) -> str | None:
     return blob.name if in_cache and _SHA256.fullmatch(blob.name) else None
 
 
-def _remembered_sha256(file: Path, known: dict[str, Any], done: int, total: int, progress: Progress | None) -> str:
+def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total: int, progress: Progress | None) -> str:
     stat = file.stat()
     key = str(file.resolve())
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    match known.get(key):
+    match remembered.get(key):
         case {"state": seen, "sha256": str(sha256)} if seen == state:
             return sha256
     content = hashlib.sha256()
@@ -230,11 +232,11 @@ def _remembered_sha256(file: Path, known: dict[str, Any], done: int, total: int,
                     progress(done, total)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); download the checkpoint again") from error
-    known[key] = {"state": state, "sha256": content.hexdigest()}
+    remembered[key] = {"state": state, "sha256": content.hexdigest()}
     return content.hexdigest()
 
 
-def _load_known(cache: Path | None) -> dict[str, Any]:
+def _load_remembered(cache: Path | None) -> dict[str, Any]:
     """What the digest cache holds; a cache that is missing or damaged is empty."""
     if cache is None or not cache.is_file():
         return {}
@@ -244,9 +246,9 @@ def _load_known(cache: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _store_known(cache: Path, known: dict[str, Any]) -> None:
+def _store_remembered(cache: Path, remembered: dict[str, Any]) -> None:
     """Write the digest cache atomically. Where that cannot be done, the next digest takes longer, nothing else."""
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary:
-            temporary.write_text(json.dumps({**_load_known(cache), **known}), encoding="utf-8")
+            temporary.write_text(json.dumps({**_load_remembered(cache), **remembered}), encoding="utf-8")

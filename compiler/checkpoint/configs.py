@@ -212,58 +212,58 @@ def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _wrong(where: str, key: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{where}: {key} = {found!r}, expected {expected}; restore the checkpoint's config")
+def _wrong(where: str, key: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {key} = {value!r}, expected {expected}; restore the checkpoint's config")
 
 
 def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A nested object; absent or null is empty."""
-    found = config.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise _wrong(where, key, found, "an object")
-    return found
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise _wrong(where, key, value, "an object")
+    return value
 
 
 def _count(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A whole number of at least 1; absent or null is the default, where there is one."""
-    found = config.get(key) or default if default is not None else _get(where, config, key)
-    if type(found) is not int or found < 1:
-        raise _wrong(where, key, found, "a whole number of at least 1")
-    return found
+    value = config.get(key) or default if default is not None else _get(where, config, key)
+    if type(value) is not int or value < 1:
+        raise _wrong(where, key, value, "a whole number of at least 1")
+    return value
 
 
 def _counts(
     where: str, config: Mapping[str, Any], key: str, length: int | None = None, *, least: int = 1
 ) -> tuple[int, ...]:
-    found = _get(where, config, key)
+    value = _get(where, config, key)
     if (
-        not isinstance(found, list | tuple)
-        or not all(type(count) is int and count >= least for count in found)
-        or len(found) != (length or len(found))
+        not isinstance(value, list | tuple)
+        or not all(type(count) is int and count >= least for count in value)
+        or len(value) != (length or len(value))
     ):
-        raise _wrong(where, key, found, f"a list of {length or 'some'} whole numbers of at least {least}")
-    return tuple(found)
+        raise _wrong(where, key, value, f"a list of {length or 'some'} whole numbers of at least {least}")
+    return tuple(value)
 
 
 def _number(where: str, config: Mapping[str, Any], key: str) -> float:
-    found = _get(where, config, key)
-    if type(found) not in (int, float) or not math.isfinite(found):
-        raise _wrong(where, key, found, "a number")
-    return float(found)
+    value = _get(where, config, key)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _wrong(where, key, value, "a number")
+    return float(value)
 
 
 def _positive(where: str, config: Mapping[str, Any], key: str) -> float:
-    found = _number(where, config, key)
-    if found <= 0:
-        raise _wrong(where, key, found, "a positive number")
-    return found
+    value = _number(where, config, key)
+    if value <= 0:
+        raise _wrong(where, key, value, "a positive number")
+    return value
 
 
 def _numbers(where: str, config: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    found = _get(where, config, key)
-    if not isinstance(found, list | tuple):
-        raise _wrong(where, key, found, "a list of numbers")
-    return tuple(_number(where, {key: number}, key) for number in found)
+    value = _get(where, config, key)
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, key, value, "a list of numbers")
+    return tuple(_number(where, {key: number}, key) for number in value)
 
 
 def _divides(where: str, key: str, part: int, whole: int) -> None:
@@ -273,10 +273,10 @@ def _divides(where: str, key: str, part: int, whole: int) -> None:
 
 def _refuse(where: str, config: Mapping[str, Any], **expected: Any) -> None:
     """Options that the graphs do not express must be absent or have their usual value."""
-    for key, value in expected.items():
-        found = config.get(key, value)
-        if (found or value) != value:
+    for key, usual in expected.items():
+        value = config.get(key, usual)
+        if (value or usual) != usual:
             raise ExportError(
-                f"{where}: {key} = {found!r} is not supported, the graphs are written for {value!r}; use a checkpoint "
+                f"{where}: {key} = {value!r} is not supported, the graphs are written for {usual!r}; use a checkpoint "
                 "of Qwen-Image-Edit"
             )

@@ -1,4 +1,4 @@
-"""LoRA files become differences that are added to the checkpoint's tensors while they are streamed.
+"""LoRAs, added to the tensors of a checkpoint while they stream.
 
 A LoRA holds for some linear layers two thin matrices, down [rank, in] and up [out, rank]. The layer's weight [out, in]
 becomes W + weight * alpha / rank * up @ down (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 4.1).
@@ -47,7 +47,14 @@ class _Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lora:
-    """An open LoRA: ``weight`` is the user's factor, ``name`` the file's name."""
+    """An open LoRA.
+
+    Attributes:
+        path: the file.
+        weight: factor of the whole LoRA.
+        reader: the tensors of the file.
+        pairs: the matrices of each layer by the flat name of the layer.
+    """
 
     path: Path
     weight: float
@@ -59,13 +66,13 @@ class Lora:
         """The file's name."""
         return self.path.name
 
-    def delta(self, part_key: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
-        """What to add to the transformer's tensor ``part_key`` of this shape, float32 [out, in]; None if untouched.
+    def delta(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+        """What to add to the transformer's tensor ``name`` of this shape, float32 [out, in]; None if untouched.
 
         Raises:
             CheckpointError: the LoRA was made for a tensor of another shape.
         """
-        pair = self.pair_for(part_key, shape)
+        pair = self.pair_for(name, shape)
         if pair is None:
             return None
         down = self.reader.read(pair.down).astype(np.float32)
@@ -79,16 +86,16 @@ class Lora:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def pair_for(self, part_key: str, shape: tuple[int, ...]) -> _Pair | None:
-        """The matrices for the tensor ``part_key`` of this shape; None if the LoRA does not touch it.
+    def pair_for(self, name: str, shape: tuple[int, ...]) -> _Pair | None:
+        """The matrices for the tensor ``name`` of this shape; None if the LoRA does not touch it.
 
         Raises:
             CheckpointError: the LoRA was made for a tensor of another shape.
         """
-        pair = self.pairs.get(_flat(part_key.removesuffix(".weight"))) if part_key.endswith(".weight") else None
+        pair = self.pairs.get(_flat(name.removesuffix(".weight"))) if name.endswith(".weight") else None
         if pair is not None and pair.shape != shape:
             raise CheckpointError(
-                f"{self.path} changes {part_key!r} as {list(pair.shape)}, but the checkpoint has {list(shape)}; "
+                f"{self.path} changes {name!r} as {list(pair.shape)}, but the checkpoint has {list(shape)}; "
                 "use a LoRA made for this model"
             )
         return pair
@@ -103,39 +110,39 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def open_lora(path: Path, weight: float) -> Lora:
     """Open a LoRA file in the key style of diffusers, PEFT, kohya or Lightning.
 
-    alpha is the layer's own (`….alpha`), else that of diffusers' metadata in the file, else the rank.
+    Alpha is that of the layer (``….alpha``), else that of diffusers' metadata in the file, else the rank.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no safetensors file; it holds something else than pairs of
-            matrices (differences of biases, DoRA, LoHa, LoKr); a pair is incomplete or its ranks differ; the weight is
-            not finite.
+        CheckpointError: the file is missing, damaged or not a safetensors file; it holds something other than pairs
+            of matrices (differences of biases, DoRA, LoHa, LoKr); a pair is incomplete or its ranks differ; the
+            weight is not finite.
     """
     if not math.isfinite(weight):
         raise CheckpointError(f"the weight of {path} is {weight}; give a number such as 0.8")
     reader = open_file(path)
-    found: dict[str, dict[str, str]] = {}
-    strange = []
+    layers: dict[str, dict[str, str]] = {}
+    unsupported = []
     for key in reader.names():
         match = _KEY.fullmatch(key)
         if match is None:
-            strange.append(key)
+            unsupported.append(key)
             continue
         role = next(role for role in ("down", "up", "alpha") if match[role])
-        roles = found.setdefault(_flat(match["module"]), {"module": match["module"]})
+        roles = layers.setdefault(_flat(match["module"]), {"module": match["module"]})
         if role in roles:
             raise CheckpointError(f"{path} holds {roles[role]!r} and {key!r}, both the {role} of one layer; keep one")
         roles[role] = key
-    if strange:
+    if unsupported:
         raise CheckpointError(
-            f"{path} holds {_some(strange)}, expected pairs of lora_A/lora_B or lora_down/lora_up matrices without "
+            f"{path} holds {_some(unsupported)}, expected pairs of lora_A/lora_B or lora_down/lora_up matrices without "
             "differences of weights or biases (.diff, .diff_b), DoRA, LoHa or LoKr; use a plain LoRA"
         )
-    if not found:
+    if not layers:
         raise CheckpointError(
             f"{path} is empty, expected pairs of lora_A/lora_B or lora_down/lora_up matrices; use a plain LoRA"
         )
     default_alpha = _metadata_alpha(reader)
-    pairs = {flat: _pair(reader, roles, default_alpha) for flat, roles in found.items()}
+    pairs = {flat: _pair(reader, roles, default_alpha) for flat, roles in layers.items()}
     return Lora(path=path, weight=weight, reader=reader, pairs=pairs)
 
 
@@ -143,7 +150,7 @@ def fused_reader(reader: TensorReader, loras: Sequence[Lora]) -> TensorReader:
     """A reader of the transformer's tensors with all LoRAs added: float32 where touched, raw otherwise.
 
     Raises:
-        CheckpointError: a LoRA has layers that the transformer has not, or of another shape.
+        CheckpointError: a LoRA has layers that the transformer lacks, or of another shape.
     """
     layers = {_flat(name.removesuffix(".weight")): name for name in reader.names() if name.endswith(".weight")}
     touched = set()
@@ -151,7 +158,7 @@ def fused_reader(reader: TensorReader, loras: Sequence[Lora]) -> TensorReader:
         unknown = [pair.module for flat, pair in lora.pairs.items() if flat not in layers]
         if unknown:
             raise CheckpointError(
-                f"{lora.path} changes layers that the checkpoint's transformer has not: {_some(unknown)}; "
+                f"{lora.path} changes layers that the checkpoint's transformer lacks ({_some(unknown)}); "
                 "use a LoRA made for this model"
             )
         for flat in lora.pairs:

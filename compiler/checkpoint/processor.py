@@ -1,4 +1,4 @@
-"""The image processor of a checkpoint: its config and the vision tower's, as what the host must do to an image."""
+"""The image processor of a checkpoint: what its config and the vision tower's ask the host to do to an image."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 3584,
     "num_heads": 16,
 }
-"""transformers configuration_qwen2_5_vl.py, `Qwen2_5_VLVisionConfig`."""
+"""transformers configuration_qwen2_5_vl.py, ``Qwen2_5_VLVisionConfig``."""
 
 _FIXED: dict[str, Any] = {
     "do_resize": True,
@@ -26,7 +26,7 @@ _FIXED: dict[str, Any] = {
     "resample": 3,  # PIL.Image.Resampling.BICUBIC
     "rescale_factor": 1 / 255,
 }
-"""Options of the processor that `vision_inputs` knows no other value of."""
+"""Options of the image processor that must have these values (``inputs.vision``)."""
 
 _PROCESSOR_DEFAULTS: dict[str, Any] = _FIXED | {
     "patch_size": 14,
@@ -36,7 +36,7 @@ _PROCESSOR_DEFAULTS: dict[str, Any] = _FIXED | {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
 }
-"""transformers image_processing_pil_qwen2_vl.py, `Qwen2VLImageProcessorPil`; mean and std are those of CLIP."""
+"""transformers image_processing_pil_qwen2_vl.py, ``Qwen2VLImageProcessorPil``; mean and std are those of CLIP."""
 
 
 def parse_processor(vision_config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionSpec:
@@ -65,10 +65,12 @@ def parse_processor(vision_config: Mapping[str, Any], preprocessor: Mapping[str,
     if not isinstance(size, Mapping):
         raise _malformed("size", size, "shortest_edge and longest_edge")
     size = _PROCESSOR_DEFAULTS["size"] | _present(size)
-    least = processor.get("min_pixels", size["shortest_edge"])
-    most = processor.get("max_pixels", size["longest_edge"])
-    if not (is_number(least) and is_number(most) and 0 < least <= most):
-        raise _malformed("min_pixels and max_pixels", (least, most), "two areas in pixels, the smaller one first")
+    min_pixels = processor.get("min_pixels", size["shortest_edge"])
+    max_pixels = processor.get("max_pixels", size["longest_edge"])
+    if not (is_number(min_pixels) and is_number(max_pixels) and 0 < min_pixels <= max_pixels):
+        raise _malformed(
+            "min_pixels and max_pixels", (min_pixels, max_pixels), "two areas in pixels, the smaller one first"
+        )
     for option in ("image_mean", "image_std"):
         values = processor[option]
         numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
@@ -81,8 +83,8 @@ def parse_processor(vision_config: Mapping[str, Any], preprocessor: Mapping[str,
         window_size=tower["window_size"],
         head_dim=tower.get("head_dim", tower["hidden_size"] // tower["num_heads"]),
         rope_theta=float(tower.get("rope_parameters", {}).get("rope_theta", 10000.0)),
-        min_pixels=least,
-        max_pixels=most,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         image_mean=tuple(processor["image_mean"]),
         image_std=tuple(processor["image_std"]),
     )

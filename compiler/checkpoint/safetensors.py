@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from qie.engines.errors import CheckpointError
 
-__all__ = ["SafetensorsReader", "TensorReader", "WrappedReader", "open_component", "open_file", "read_json"]
+__all__ = ["SafetensorsReader", "TensorReader", "WrappedReader", "open_file", "open_subfolder", "read_json"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -36,7 +36,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _STEMS = ("diffusion_pytorch_model", "model")
-"""How diffusers and transformers name a component's weights."""
+"""How diffusers and transformers name the weights of a subfolder."""
 
 _DIGITS = 300
 """The most that a whole number in a config may have: floats end at 1.8e308."""
@@ -47,7 +47,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 class TensorReader(Protocol):
-    """Tensors by name. Every method but ``names`` raises CheckpointError for a name that is not there."""
+    """Tensors by name. Every method but ``names`` raises ``CheckpointError`` for a name that is missing."""
 
     def names(self) -> tuple[str, ...]:
         """All names, in no particular order."""
@@ -96,10 +96,13 @@ class _Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SafetensorsReader:
-    """The tensors of one component: of one file, or of all shards that an index names.
+    """The tensors of one file, or of all shards that an index names.
 
-    ``source`` is the file or index, ``files`` are all files that hold tensors, ``metadata`` is the text that a single
-    file carries beside its tensors.
+    Attributes:
+        source: the file or index.
+        files: every file that holds tensors.
+        metadata: text that a single file carries beside its tensors.
+        tensors: place of every tensor by its name.
     """
 
     source: Path
@@ -133,8 +136,8 @@ class SafetensorsReader:
         return self.tensors[name]
 
 
-def open_component(folder: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:
-    """Open the weights of a component's folder, sharded with an index or in a single file, and check all headers.
+def open_subfolder(folder: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:
+    """Open the weights of a subfolder, sharded with an index or in a single file, and check all headers.
 
     ``canonical`` gives the name under which a stored tensor is known.
 
@@ -148,8 +151,8 @@ def open_component(folder: Path, canonical: Callable[[str], str] = str) -> Safet
             return _open_shards(index, canonical)
         if single.is_file():
             return open_file(single, canonical)
-    wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
-    raise CheckpointError(f"{folder} holds no weights, expected {wanted}; download the checkpoint again")
+    names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
+    raise CheckpointError(f"{folder} holds no weights, expected {names}; download the checkpoint again")
 
 
 def open_file(path: Path, canonical: Callable[[str], str] = str) -> SafetensorsReader:

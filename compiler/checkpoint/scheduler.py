@@ -37,14 +37,14 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
             raise CheckpointError(
                 f"scheduler_config.json sets {option}, which qie does not support; set it to false or remove it"
             )
-    known = {name: config[name] for name in SchedulerSpec.__dataclass_fields__ if name in config}
-    for name, value in known.items():
+    options = {name: config[name] for name in SchedulerSpec.__dataclass_fields__ if name in config}
+    for name, value in options.items():
         if not _is_valid(name, value):
             raise CheckpointError(
                 f"scheduler_config.json: {name} = {value!r}, which is not a value of that option; take the scheduler "
                 "folder of the published checkpoint"
             )
-    spec = SchedulerSpec(**known)
+    spec = SchedulerSpec(**options)
     if not spec.base_image_seq_len < spec.max_image_seq_len:
         raise CheckpointError(
             f"scheduler_config.json: base_image_seq_len = {spec.base_image_seq_len}, expected less than "

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
-from qie.compiler.checkpoint.safetensors import open_component, open_file
+from qie.compiler.checkpoint.safetensors import open_file, open_subfolder
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.errors import CheckpointError
@@ -101,7 +101,7 @@ def test_sharded_files_in_the_naming_of_diffusers(tmp_path: Path) -> None:
     save_file({"wrong": np.zeros(1)}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     write_json(index, {"weight_map": dict.fromkeys(TRANSFORMER, shard)})
-    assert set(open_component(tmp_path).names()) == set(TRANSFORMER)
+    assert set(open_subfolder(tmp_path).names()) == set(TRANSFORMER)
 
 
 def test_a_missing_tensor_is_named_with_its_file(small_checkpoint: Path) -> None:
