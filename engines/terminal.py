@@ -1,5 +1,6 @@
 """Progress bars, tables and numbers with units for a terminal. Only the cli files use it."""
 
+import re
 import shutil
 import sys
 import textwrap
@@ -99,9 +100,10 @@ def table(
 
 
 def wrap(text: str, *, indent: int = 0) -> str:
-    """``text`` wrapped between words at the width of the terminal; a long word, such as a path, stays whole."""
-    lines = textwrap.wrap(text, _columns() - indent, **_WRAP)
-    return "\n".join(" " * indent + line for line in lines)
+    """``text`` wrapped between words at the width of the terminal; paths and commands in backticks are not broken."""
+    joined = re.sub(r"`[^`]*`", lambda command: command[0].replace(" ", _JOINED), text)
+    lines = textwrap.wrap(joined, _columns() - indent, **_WRAP)
+    return "\n".join(" " * indent + line.replace(_JOINED, " ") for line in lines)
 
 
 def human_bytes(count: int) -> str:
@@ -143,6 +145,7 @@ def ago(moment: float) -> str:
     return "just now"
 
 
+_JOINED = "\N{NO-BREAK SPACE}"
 _WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 

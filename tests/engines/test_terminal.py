@@ -116,6 +116,14 @@ def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(line) <= columns for line in wrap(row[1], indent=4).splitlines())
 
 
+def test_commands_are_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert wrap("there is no bundle; build one with `qie build pocket`").splitlines() == [
+        "there is no bundle; build one",
+        "with `qie build pocket`",
+    ]
+
+
 def test_notes_stand_below_their_rows() -> None:
     text = table(
         [["tensorrt", "no"], ["onnxruntime", "yes"]], header=["backend", "ready"], notes=["first\nsecond", None]
