@@ -133,4 +133,4 @@ def test_its_bundle_needs_the_backend(
 
 @pytest.mark.usefixtures("abacus")
 def test_the_doctor_knows_it(qie_home: Path) -> None:
-    assert "run engines of abacus" in {ability.what for ability in examine().abilities}
+    assert "run engines of abacus" in {capability.name for capability in examine().capabilities}
