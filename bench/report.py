@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     """Machine and versions."""
     machine = this_machine()
     versions = {package: version for package in PACKAGES if (version := version_of(package)) is not None}
-    return {"cpu": machine.processor, "cores": machine.cores, "versions": {"qie": __version__, **versions}}
+    return {"cpu": machine.cpu, "cores": machine.cores, "versions": {"qie": __version__, **versions}}
 
 
 def write_report(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from qie.compiler.recipe.schema import REFERENCES_MAX, Recipe, Schedule
 from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.errors import CheckpointError
 
-__all__ = ["CONDITION_AREA", "VAE_AREA", "Model", "Pipeline", "parse_model"]
+__all__ = ["CONDITION_AREA", "PIPELINES", "VAE_AREA", "Model", "Pipeline", "parse_model"]
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
@@ -20,7 +20,7 @@ CONDITION_AREA = 384 * 384
 Pipeline = Literal["edit", "edit_plus"]
 """Which of the two pipelines a checkpoint was made for: they differ in template, image areas and number of images."""
 
-_PIPELINES: dict[str, Pipeline] = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
+PIPELINES: dict[str, Pipeline] = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
 """``_class_name`` of model_index.json to pipeline (diffusers, pipelines/qwenimage)."""
 
 
@@ -103,10 +103,10 @@ def parse_model(
         CheckpointError: a config is incomplete or malformed, or the components do not belong together.
         ExportError: the model uses an option that the graphs do not express.
     """
-    pipeline = _PIPELINES.get(str(model_index.get("_class_name")))
+    pipeline = PIPELINES.get(str(model_index.get("_class_name")))
     if pipeline is None:
         raise CheckpointError(
-            f"model_index.json is for {model_index.get('_class_name')!r}, expected {' or '.join(_PIPELINES)}; "
+            f"model_index.json is for {model_index.get('_class_name')!r}, expected {' or '.join(PIPELINES)}; "
             "name a checkpoint of Qwen-Image-Edit"
         )
     own = _own(model_index)

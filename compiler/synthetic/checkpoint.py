@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from qie.compiler.checkpoint.model import PIPELINES
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture, Shape, tensor_shapes
 from qie.compiler.synthetic.tokenizer import json_text, small_tokenizer, tokenizer_files
@@ -30,8 +31,6 @@ from qie.compiler.weights.weight import DType
 from qie.engines.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
-
-_PIPELINES = {"edit": "QwenImageEditPipeline", "edit_plus": "QwenImageEditPlusPipeline"}
 
 _COMPONENTS = {
     "processor": ("transformers", "Qwen2VLProcessor"),
@@ -223,7 +222,7 @@ def _files(a: Architecture, words: str) -> dict[str, str]:
     tokenizer = small_tokenizer(words)
     vocabulary = tokenizer_files(tokenizer)
     pipeline = {
-        "_class_name": _PIPELINES[a.pipeline],
+        "_class_name": next(name for name, pipeline in PIPELINES.items() if pipeline == a.pipeline),
         "_diffusers_version": "0.36.0",
         "_qie": {
             "vae_area": a.vae_area,

@@ -11,7 +11,6 @@ All arrays are float32 unless stated otherwise.
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qie.compiler.checkpoint.model import CONDITION_AREA, VAE_AREA
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.model import CONDITION_AREA, PIPELINES, VAE_AREA
 from qie.compiler.weights.weight import DType
-from qie.engines.errors import BackendMissingError, CheckpointError, RequestError
+from qie.engines.errors import BackendMissingError, RequestError
 
 __all__ = ["Reference", "ReferencePrompt", "ReferenceStep", "load_reference", "randn"]
 
 Floats = NDArray[np.float32]
-
-_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,18 +288,11 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
 
     Raises:
         BackendMissingError: torch, diffusers or transformers is not installed.
-        CheckpointError: the folder is not a checkpoint of a supported pipeline.
+        CheckpointError, ExportError: see ``open_checkpoint``.
     """
     torch, diffusers = _torch(), _import("diffusers")
-    index_path = folder / "model_index.json"
-    if not index_path.is_file():
-        raise CheckpointError(f"{index_path} is missing; use a folder in diffusers format")
-    index = json.loads(index_path.read_text(encoding="utf-8"))
-    kind = index.get("_class_name")
-    if kind not in _PIPELINES:
-        raise CheckpointError(
-            f"{index_path} has a {kind}, expected {' or '.join(_PIPELINES)}; use a checkpoint of one of them"
-        )
+    model = open_checkpoint(str(folder), weights=False).model
+    kind = next(name for name, pipeline in PIPELINES.items() if pipeline == model.pipeline)
     pipeline = getattr(diffusers, kind).from_pretrained(
         folder, processor=_load_processor(folder / "processor"), dtype=getattr(torch, dtype), local_files_only=True
     )
@@ -309,12 +300,11 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
     for module in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
         module.eval().requires_grad_(False)
     pipeline.text_encoder.register_forward_pre_hook(_mark_image_tokens, with_kwargs=True)
-    areas = index.get("_qie", {})
     return Reference(
         pipeline=pipeline,
         dtype=dtype,
-        vae_area=areas.get("vae_area", VAE_AREA),
-        condition_area=areas.get("condition_area", CONDITION_AREA),
+        vae_area=model.areas.vae_area,
+        condition_area=model.areas.condition_area or model.areas.vae_area,
     )
 
 

@@ -1,6 +1,7 @@
 """The methods of the reference compose to diffusers' own edit, and it corrects the positions that diffusers loses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -235,8 +236,10 @@ def test_edit_takes_one_image(reference: Callable[[str], Reference]) -> None:
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model_index.json is missing"):
+    with pytest.raises(CheckpointError, match="has no model_index.json; name a checkpoint"):
         load_reference(tmp_path)
+    tiny = write_checkpoint(tmp_path / "tiny", ARCHITECTURES["tiny"], weights=False)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(CheckpointError, match="FluxPipeline"):
         load_reference(tmp_path)

@@ -89,7 +89,10 @@ def test_without_the_package_nothing_is_built(checkpoint: Path, tmp_path: Path, 
     set_facts("tensorrt-rtx", build_module="no_such_rtx")
     plan = planned(checkpoint, tmp_path / "out", small("l40s"))
     assert {(part.backend, part.finish) for part in plan.components} == {(None, None)}
-    with pytest.raises(BackendMissingError, match=r"tensorrt-rtx is not installed; run `pip install 'qie\[compile\]'`"):
+    with pytest.raises(
+        BackendMissingError,
+        match=r"tensorrt-rtx is not installed, run `pip install 'qie\[compile\]'`, and tensorrt is not",
+    ):
         check_buildable(plan)
 
 
