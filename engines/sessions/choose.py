@@ -41,9 +41,9 @@ def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
 
 
 def _joined(sentences: Iterable[str]) -> str:
-    """Several reasons as one sentence: what was found of each, then the fix of each."""
+    """Several error messages as one: the problem of each, then the fix of each."""
     parts = [sentence.partition("; ") for sentence in sentences]
-    return f"{', and '.join(found for found, _, _ in parts)}; {', or '.join(dict.fromkeys(fix for *_, fix in parts))}"
+    return f"{', and '.join(problem for problem, *_ in parts)}; {', or '.join(dict.fromkeys(fix for *_, fix in parts))}"
 
 
 def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
@@ -110,8 +110,7 @@ def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None
         return problem
     if installed != engine.backend_version:
         return EngineMismatchError(
-            f"{target} by version {engine.backend_version}, and version {installed} is installed, which cannot load "
-            f"it; build the bundle again with `qie build`, or run `pip install {distribution(engine.backend)}=="
-            f"{engine.backend_version}`"
+            f"{target}, version {engine.backend_version}, but version {installed} is installed; build the bundle again "
+            f"with `qie build`, or run `pip install {distribution(engine.backend)}=={engine.backend_version}`"
         )
     return None

@@ -144,8 +144,8 @@ def test_a_package_for_a_later_cuda(opened: Bundle, monkeypatch: pytest.MonkeyPa
 def test_an_engine_of_another_version(opened: Bundle, backend: str) -> None:
     package = f"{backend}-cu12"
     assert refusal(engine(opened, backend, backend_version="1.6.0.9"), machine(L40S)) == (
-        f"vision is built for {backend}/8.9 by version 1.6.0.9, and version {VERSIONS[backend]} is installed, which "
-        f"cannot load it; build the bundle again with `qie build`, or run `pip install {package}==1.6.0.9`"
+        f"vision is built for {backend}/8.9, version 1.6.0.9, but version {VERSIONS[backend]} is installed; "
+        f"build the bundle again with `qie build`, or run `pip install {package}==1.6.0.9`"
     )
 
 
@@ -196,7 +196,7 @@ def test_every_reason_is_said(opened: Bundle) -> None:
     old = RTX | {"backend_version": "1.0"}
     with pytest.raises(EngineMismatchError) as problem:
         choose_engines(with_engines(opened, old, TENSORRT))
-    both = r"vision .*by version 1\.0.*, and vision is built for tensorrt/8\.0, and this [^;]*; build .* or build [^;]*"
+    both = r"vision .*, version 1\.0.*, and vision is built for tensorrt/8\.0, and this [^;]*; build .* or build [^;]*"
     assert re.fullmatch(both, str(problem.value))
 
 
