@@ -56,7 +56,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyEr
 """What Pillow's readers raise for damaged files."""
 
 _CMS_MODES = {("RGB", "RGB "): "RGB", ("L", "GRAY"): "L", ("L", "RGB "): "RGB", ("CMYK", "CMYK"): "CMYK"}
-"""(mode of the image, colour space of its profile) -> mode in which the profile describes the image."""
+"""(mode of the image, color space of its profile) -> mode in which the profile describes the image."""
 
 _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -97,7 +97,7 @@ def load_image(path: Path) -> SourceImage:
     """Read a PNG, JPEG or WebP file; the content decides the format, not the suffix.
 
     The result is the first frame with its EXIF orientation applied, converted to sRGB from its ICC profile, flattened
-    onto white and reduced to 8 bits a channel.
+    onto white and reduced to 8 bits per channel.
 
     Raises:
         ImageError: the file is missing, empty, a folder, damaged or of another format, has more than ``MAX_PIXELS``
@@ -115,12 +115,12 @@ def load_image(path: Path) -> SourceImage:
             image.load()
             if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
                 notes.append("EXIF orientation applied")
-            rgb, colour_notes = _to_rgb(ImageOps.exif_transpose(image))
+            rgb, color_notes = _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode ({error}); make it smaller") from error
     except _DECODE_ERRORS as error:
         raise ImageError(f"{path} is a damaged or truncated image ({error}); use an intact copy") from error
-    return SourceImage(image=rgb, notes=(*notes, *colour_notes))
+    return SourceImage(image=rgb, notes=(*notes, *color_notes))
 
 
 def _identify(path: Path) -> tuple[bytes, type[ImageFile.ImageFile]]:
@@ -164,19 +164,19 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     alpha = None
-    colour_mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    color_mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         image = image.convert("RGB")
-    image = image.convert(colour_mode)
-    if colour_mode != "RGB":
-        notes.append("grayscale expanded to RGB" if colour_mode == "L" else "CMYK converted to RGB")
+    image = image.convert(color_mode)
+    if color_mode != "RGB":
+        notes.append("grayscale expanded to RGB" if color_mode == "L" else "CMYK converted to RGB")
     rgb = image.convert("RGB")
     if profile:
         managed = _from_profile(image, profile)
         if managed is None:
-            notes.append("unusable ICC profile ignored, colours taken as sRGB")
+            notes.append("unusable ICC profile ignored, colors taken as sRGB")
         elif managed.tobytes() != rgb.tobytes():
             notes.append("ICC profile converted to sRGB")
             rgb = managed

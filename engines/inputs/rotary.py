@@ -1,7 +1,7 @@
 """Noise latents as tokens, and the rotary tables of the transformer.
 
 Shape suffixes: B batch, C latent channels, H W latent height and width (pixels / 8), N = (H / 2) * (W / 2) tokens,
-D = 4 * C channels a token; L text tokens, T image tokens (noise and references), R = L + T rows of A = head_dim / 2
+D = 4 * C channels per token; L text tokens, T image tokens (noise and references), R = L + T rows of A = head_dim / 2
 rotary angles.
 """
 
@@ -26,7 +26,7 @@ def rotary_tables(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines of the rotary angles, each float32 [R, A], rows in the order text, noise, references.
 
-    Frame positions number the images from 0; height and width positions are centred, so that an axis of n runs from
+    Frame positions number the images from 0; height and width positions are centered, so that an axis of n runs from
     -(n - n // 2) to n // 2 - 1. Text starts where the largest image ends, with one position for all three axes
     (``QwenEmbedRope.forward``, scale_rope true).
 
@@ -90,7 +90,7 @@ def noise_latents(
     whatever else is in the batch.
 
     Args:
-        seeds: one a batch entry.
+        seeds: one per batch entry.
         height: of the image in pixels, a multiple of 16.
         width: as ``height``.
         channels: C.

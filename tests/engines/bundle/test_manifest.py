@@ -99,13 +99,13 @@ def test_every_object_refuses_unknown_keys_and_every_value_another_type(bundle: 
     for path in [(), *places(original)]:
         if isinstance(at(original, path), dict):
             data = plain(bundle)
-            at(data, path)["colour"] = "red"
-            with pytest.raises(BundleError, match=f"unknown key 'colour'; {AGAIN}"):
+            at(data, path)["color"] = "red"
+            with pytest.raises(BundleError, match=f"unknown key 'color'; {AGAIN}"):
                 read_manifest(write(tmp_path, data))
             objects += 1
         if path and path != ("schema",):
             data = plain(bundle)
-            at(data, path[:-1])[path[-1]] = {"colour": "red"}
+            at(data, path[:-1])[path[-1]] = {"color": "red"}
             with pytest.raises(BundleError, match=AGAIN):
                 read_manifest(write(tmp_path, data))
             values += 1

@@ -19,13 +19,13 @@ from tests.support.images import noise_image
 RNG_PIXELS = np.asarray(noise_image(20, 24))
 
 
-def png(width, height, depth, colour_type, rows, *chunks):
+def png(width, height, depth, color_type, rows, *chunks):
     """A PNG file of any depth; rows are the bytes of each row, chunks stand before the pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     extra = b"".join(chunk(*pair) for pair in chunks)
     return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b"")
@@ -119,7 +119,7 @@ def test_palette_with_and_without_transparency(tmp_path):
         np.testing.assert_array_equal(np.asarray(keyed.image), white)
 
 
-def test_colour_key_of_an_rgb_image(tmp_path):
+def test_color_key_of_an_rgb_image(tmp_path):
     key = (b"tRNS", struct.pack(">HHH", *RNG_PIXELS[0, 0]))
     loaded = load(tmp_path, png(20, 24, 8, 2, [row.tobytes() for row in RNG_PIXELS], key))
     assert loaded.notes == ("alpha channel flattened onto white",)
@@ -141,12 +141,12 @@ def test_grayscale_is_expanded(tmp_path, mode, format_name):
         np.testing.assert_array_equal(pixels[..., 0], np.asarray(source.convert("L")))
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_sixteen_bits_are_reduced_to_eight(tmp_path, colour_type, channels):
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_reduced_to_eight(tmp_path, color_type, channels):
     pixels = np.random.default_rng(1).integers(0, 65536, (6, 5, channels), dtype=np.uint16)
     if channels in (2, 4):
         pixels[..., -1] = 65535
-    loaded = load(tmp_path, png(5, 6, 16, colour_type, [row.astype(">u2").tobytes() for row in pixels]))
+    loaded = load(tmp_path, png(5, 6, 16, color_type, [row.astype(">u2").tobytes() for row in pixels]))
     assert loaded.notes[0] == "16-bit reduced to 8-bit"
     expected = np.broadcast_to(pixels[..., : 3 if channels > 2 else 1] >> 8, (6, 5, 3))
     np.testing.assert_array_equal(np.asarray(loaded.image), expected)
@@ -170,7 +170,7 @@ def test_cmyk_is_converted(tmp_path):
 
 @pytest.mark.parametrize("format_name", ["PNG", "WEBP"])
 def test_the_first_frame_of_an_animation_is_used(tmp_path, format_name):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     options = {"lossless": True} if format_name == "WEBP" else {}
     loaded = load(tmp_path, stored(frames[0], format_name, save_all=True, append_images=frames[1:], **options))
     assert loaded.notes == ("first of 3 frames used",)
@@ -196,7 +196,7 @@ def test_a_profile_is_converted_to_srgb(tmp_path, format_name):
     np.testing.assert_allclose(loaded.image.getpixel((8, 8)), (30, 200, 60), atol=4)
 
 
-def test_colours_are_converted_before_alpha_is_flattened(tmp_path):
+def test_colors_are_converted_before_alpha_is_flattened(tmp_path):
     source = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
     loaded = load(tmp_path, stored(source, "PNG", icc_profile=swapped_profile()))
     assert loaded.notes == ("ICC profile converted to sRGB", "alpha channel flattened onto white")
@@ -213,7 +213,7 @@ def test_an_srgb_profile_changes_nothing(tmp_path):
 @pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
 def test_an_unusable_profile_is_ignored_and_said(tmp_path, profile):
     loaded = load(tmp_path, stored(Image.fromarray(RNG_PIXELS), "PNG", icc_profile=profile))
-    assert loaded.notes == ("unusable ICC profile ignored, colours taken as sRGB",)
+    assert loaded.notes == ("unusable ICC profile ignored, colors taken as sRGB",)
     np.testing.assert_array_equal(np.asarray(loaded.image), RNG_PIXELS)
 
 
