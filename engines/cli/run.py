@@ -21,12 +21,12 @@ class RunCommand(TyperCommand):
     """Shows the arguments in the usage as a person types them."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The words after `qie run`."""
+        """The arguments after ``qie run``."""
         return ["[OPTIONS]", "IMAGE...", "INSTRUCTION"]
 
 
 def run(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE... INSTRUCTION", help="One to three images, then the instruction in quotes."),
     ],
@@ -56,7 +56,7 @@ def run(
 
     The last image sets the size of the result. The path of each result is printed on stdout, everything else on stderr.
     """
-    *paths, instruction = words
+    *paths, instruction = arguments
     if not paths or _is_file(instruction):
         raise RequestError(
             f"{instruction!r} comes last, expected an instruction there; give the images first, then what to change, "
@@ -134,7 +134,7 @@ def _report_run(
                 "negative": negative if guided else None,
                 "bundle": str(editor.bundle.path),
                 "model": editor.model.name,
-                "made_at": {"width": edit.size.width, "height": edit.size.height},
+                "generated_size": {"width": edit.size.width, "height": edit.size.height},
                 "steps": edit.steps,
                 "guidance": edit.guidance if guided else None,
                 "about": editor.model.about,

@@ -39,7 +39,7 @@ def test_run_as_json(qie: Qie, workplace: Path, bundle: Path) -> None:
         "negative": " ",
         "bundle": str(bundle),
         "model": "tiny",
-        "made_at": {"width": 160, "height": 96},
+        "generated_size": {"width": 160, "height": 96},
         "steps": 2,
         "guidance": 4.0,
         "notes": [],
