@@ -1,4 +1,4 @@
-"""Backends: who executes the engines, and every fact of each, one row a backend."""
+"""Backends: who executes the engines, and every fact of each, one row per backend."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,8 +30,8 @@ class Backend:
         build_install: command that installs it.
         builds_on_gpu: building needs the GPU that the engine is for.
         compiles: an engine is other files than its graph.
-        host_factor: host memory of the building process in bytes a byte of weights; None where a build holds one tensor
-            at a time.
+        host_factor: host memory of the building process in bytes per byte of weights; None where a build holds one
+            tensor at a time.
         adds_workspace: the recipe's build workspace comes on top of the activations when an engine runs.
     """
 
@@ -91,10 +91,10 @@ BACKENDS: dict[str, Backend] = {
 
 ``host_factor`` was measured with tensorrt-rtx 1.7.1 on a 2-core machine, on blocks of the published transformer.
 Streamed to a file, 0.68 GB of weights took 1.24 GB, 1.27 GB took 2.14, 2.04 GB 3.43, 3.99 GB 6.30 and 4.76 GB 7.74. Not
-streamed, 0.68 GB took 1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was not measured: it is assumed to be as
-TensorRT-RTX is when it does not stream. The mapped weights come on top, as pages that the system may take back.
-``adds_workspace`` is false for TensorRT-RTX, because its workspace holds the activations (1.7.1 reports both as one
-figure at any limit).
+streamed, 0.68 GB took 1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was not measured: it is assumed to take as
+much as TensorRT for RTX when that does not stream. The mapped weights come on top, as pages that the system may take
+back. ``adds_workspace`` is false for TensorRT for RTX, because its workspace holds the activations (1.7.1 reports both
+as one figure at any limit).
 """
 
 

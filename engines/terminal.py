@@ -20,7 +20,7 @@ GAP = 2
 
 
 class Bars:
-    """Progress bars on stderr, one a task, with the time left; silent where stderr is not a terminal.
+    """Progress bars on stderr, one per task, with the time left; silent where stderr is not a terminal.
 
     Called as ``bars(what, done, total)``.
     """

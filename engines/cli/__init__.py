@@ -1,1 +1,1 @@
-"""The command line of the runtime: one file a command."""
+"""The command line of the runtime: one file per command."""

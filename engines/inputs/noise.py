@@ -4,8 +4,8 @@
 
 1. The generator is mt19937, seeded with the low 32 bits of the seed (ATen/core/MT19937RNGEngine.h). numpy's RandomState
    holds the same generator and seeding, and its stream is frozen.
-2. From 16 values on, blocks of 16 uniforms become 16 normals by Box-Muller; fewer than 16 values are made one pair at a
-   time in float64 (ATen/native/cpu/DistributionTemplates.h, ATen/core/DistributionsHelper.h).
+2. From 16 values on, blocks of 16 uniforms become 16 normals by Box-Muller; fewer than 16 values are computed one
+   pair at a time in float64 (ATen/native/cpu/DistributionTemplates.h, ATen/core/DistributionsHelper.h).
 3. The blocks' logarithm, sine and cosine are the single-precision polynomials of Moshier's Cephes library (logf.c,
    sinf.c), evaluated with fused multiply-adds, as the AVX2 kernel of torch's x86-64 builds for Linux does.
 

@@ -33,7 +33,7 @@ class OnnxRuntimeSession:
     rebinds = True  # another binding is another address
 
     def __init__(self, folder: Path, engine: EngineRecord, *, threads: int = 0) -> None:
-        """Load ``engine`` of the bundle ``folder``; ``threads`` 0 means one a core.
+        """Load ``engine`` of the bundle ``folder``; ``threads`` 0 means one per core.
 
         Raises:
             BundleError: onnxruntime cannot load the graph.

@@ -3,7 +3,7 @@
 Both modules have one API; where they differ, the code checks whether a name exists. An execution context holds shapes,
 addresses and, for repeated runs, a CUDA graph; activations are in the device's arena, whose size TensorRT reports for
 the current shapes. The rules for contexts are those of NVIDIA's guides (TensorRT "CUDA Graphs", TensorRT for RTX
-"Optimizing Performance"): one context a CUDA graph, one plain run before the capture, memory of activations shared
+"Optimizing Performance"): one context per CUDA graph, one plain run before the capture, memory of activations shared
 among contexts.
 
 Variables are named for the class of TensorRT that they hold, see ``tests/engines/sessions/test_bindings.py``.
