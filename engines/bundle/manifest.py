@@ -204,7 +204,13 @@ class ModulationTensor:
 class ModulationRecord:
     """The weights that turn a timestep into modulation, for schedules that were not precomputed.
 
-    ``tables`` is the dtype in which the transformer reads the modulation.
+    Attributes:
+        file: where the weights are.
+        tables: dtype in which the transformer reads the modulation.
+        tensors: of the file, in its order.
+        layers: blocks of the transformer.
+        width: of the transformer.
+        zero_cond_t: references have modulation of their own, at timestep 0.
     """
 
     file: FileRecord
@@ -224,7 +230,19 @@ class ModulationRecord:
 class ModelRecord:
     """The model, with every constant of it that the runtime needs.
 
-    ``about`` is a note of its checkpoint to the person who runs it.
+    Attributes:
+        name: of the checkpoint.
+        revision: commit of the checkpoint; None for a folder.
+        digest: of the checkpoint's content.
+        pipeline: the diffusers pipeline that it is for.
+        areas: to which images are resized.
+        scheduler: constants of the noise schedule.
+        vision: constants of the vision tower's inputs.
+        prompt: constants of the prompt.
+        rotary: constants of the transformer's rotary embedding.
+        latent_channels: of the VAE.
+        modulation: weights of the modulation.
+        about: note of the checkpoint to the person who runs it.
     """
 
     name: str
@@ -261,7 +279,14 @@ class RecipeRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """Defaults of a request. ``noise`` is the dtype in which the noise is drawn, as in torch."""
+    """Defaults of a request.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        noise: dtype in which the noise is drawn, as in torch.
+        residency: whether engines stay loaded between stages.
+    """
 
     steps: int
     guidance: float
@@ -273,8 +298,19 @@ class Defaults:
 class Manifest:
     """A bundle's table of contents.
 
-    ``graphs`` are those whose engines are still to be built, on the machine with the GPU. ``calibration`` is where the
-    scales of quantized components came from.
+    Attributes:
+        schema: version of this layout, ``SCHEMA``.
+        qie: version that built the bundle.
+        model: the model and its constants.
+        loras: those fused into the weights.
+        recipe: the resolved recipe.
+        limits: sizes that the engines take.
+        defaults: of a request.
+        tokenizer: the tokenizer's file.
+        schedules: precomputed modulation tables.
+        engines: of every component.
+        graphs: those whose engines are not built yet, because they need the machine with the GPU.
+        calibration: source of the scales of quantized components; None without one.
     """
 
     schema: int
