@@ -21,7 +21,6 @@ __all__ = [
     "PREFIX_TOKENS",
     "SYSTEM",
     "PromptTokens",
-    "check_prefix",
     "encode",
 ]
 
@@ -65,11 +64,6 @@ class PromptTokens:
     image_index: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     lengths: tuple[int, ...]
-
-
-def check_prefix(tokenizer: "Tokenizer") -> int:
-    """Number of tokens that both pipelines' prompts begin with: PREFIX_TOKENS in Qwen's vocabulary."""
-    return len(tokenizer.encode(PREFIX, add_special_tokens=False).ids)
 
 
 def encode(
@@ -142,8 +136,8 @@ def _positions(
 ) -> NDArray[np.int64]:
     """Frame, height and width position of every token of one prompt: int64 [3, S].
 
-    Text advances all three by one a token. An image starts where the text before it ended and spreads over its grid of
-    tokens; the text after it continues behind its longer side (transformers modeling_qwen2_5_vl.py,
+    Text advances all three by one per token. An image starts where the text before it ended and spreads over its grid
+    of tokens; the text after it continues behind its longer side (transformers modeling_qwen2_5_vl.py,
     ``get_rope_index``).
     """
     remaining = iter(grids)
