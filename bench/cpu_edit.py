@@ -23,6 +23,7 @@ from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
+from qie.engines.editing.edit import start_noise
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
@@ -135,7 +136,7 @@ def measure_transformer(options: argparse.Namespace, editor: Editor, threads: in
     )
     settings = resolve(request, editor.bundle.manifest)
     conditioning = condition(editor.stages, editor.tokenizer, request, settings)
-    noise = editor.noise(request, settings)
+    noise = start_noise(request, settings, editor.bundle.manifest)
     schedule = sigmas(editor.model.scheduler, steps=settings.steps, noise_tokens=settings.size.tokens)
     tables = modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
     arrays = transformer_feed(

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader,
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import replacing
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["POCKET", "Checkpoint", "open_checkpoint"]
 
@@ -39,9 +39,6 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 24
 """Bytes hashed between two reports of progress."""
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +69,7 @@ class Checkpoint:
             return hub.missing_bytes(self.name, self.revision, self.path)
         return 0
 
-    def with_weights(self, *, progress: Progress = lambda done, total: None) -> "Checkpoint":
+    def with_weights(self, *, progress: StageProgress = no_progress) -> "Checkpoint":
         """The checkpoint with its weights, which are downloaded where the hub's cache lacks them.
 
         The weights are those of the commit of the configs. ``progress`` may be called from another thread.
@@ -105,7 +102,7 @@ class Checkpoint:
         """
         return {subfolder: self.reader(subfolder) for subfolder in SUBFOLDERS}
 
-    def digest(self, *, cache: Path | None = None, progress: Progress | None = None) -> str:
+    def digest(self, *, cache: Path | None = None, progress: StageProgress = no_progress) -> str:
         """sha256 (hex) over the content of all configs, tokenizer files and, if ``complete``, weights.
 
         The same content has the same digest wherever it lies. In the hub's cache the name of a large file's blob is
@@ -129,8 +126,7 @@ class Checkpoint:
             sha256 = _blob_sha256(file) or _remembered_sha256(file, remembered, done, total, progress)
             whole.update(f"{file.relative_to(self.path).as_posix()}\0{sha256}\n".encode())
             done += file.stat().st_size
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
         if cache is not None:
             _store_remembered(cache, remembered)
         return whole.hexdigest()
@@ -215,7 +211,7 @@ def _blob_sha256(file: Path) -> str | None:
     return blob.name if in_cache and _SHA256.fullmatch(blob.name) else None
 
 
-def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total: int, progress: Progress | None) -> str:
+def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total: int, progress: StageProgress) -> str:
     stat = file.stat()
     key = str(file.resolve())
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
@@ -228,8 +224,7 @@ def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total:
             while chunk := stream.read(_CHUNK):
                 content.update(chunk)
                 done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); download the checkpoint again") from error
     remembered[key] = {"state": state, "sha256": content.hexdigest()}

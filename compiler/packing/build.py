@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from qie.compiler.packing.progress import Progress
 from qie.compiler.planning.resolve import LoraSource, plan_build
 from qie.engines.bundle.bundle import Bundle
+from qie.engines.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from qie.compiler.planning.plan import Plan
@@ -46,7 +46,7 @@ def build(
     out: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
 

@@ -9,19 +9,17 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import checkpoint_readers, writing
-from qie.compiler.packing.progress import Progress
 from qie.compiler.planning.checks import check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
+from qie.engines.progress import Progress, no_progress
 
 __all__ = ["export_graphs"]
 
 
-def export_graphs(
-    plan: Plan, *, weights: bool, progress: Progress = lambda what, done, total: None
-) -> tuple[Path, ...]:
+def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress) -> tuple[Path, ...]:
     """Write every graph of ``plan`` to its destination.
 
     Without ``weights`` the graphs name their parameters and hold none: they can be read, counted and drawn, not run.

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.pack import build_engine, drop_graph, finish_folder, take_over, writing
-from qie.compiler.packing.progress import Progress
 from qie.compiler.recipe.load import parse_recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import MANIFEST
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, RecipeError
+from qie.engines.progress import Progress, no_progress
 
 __all__ = ["finish_bundle"]
 
 
-def finish_bundle(bundle: Bundle, *, progress: Progress = lambda what, done, total: None) -> Bundle:
+def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle:
     """Build an engine of every graph in ``bundle`` for the backend that its recipe prefers.
 
     The new engines precede those that the bundle has already, and the graphs are deleted. The bundle is replaced when

@@ -18,7 +18,6 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.packing.progress import Progress
 from qie.compiler.planning.keys import engine_key, graph_keys, kept_engines
 from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
 from qie.compiler.planning.profiles import profiles
@@ -47,6 +46,7 @@ from qie.engines.bundle.manifest import (
 from qie.engines.errors import BuildError, BundleError
 from qie.engines.files import qie_home, replacing_folder, sha256_of
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
+from qie.engines.progress import Progress
 
 __all__ = [
     "build_engine",

@@ -22,8 +22,9 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import IR_VERSION, OPSET, Graph
 from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import Weight
+from qie.engines.progress import Progress
 
-__all__ = ["Progress", "Readers", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
+__all__ = ["Readers", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
 
 BLOCK = re.compile(r"(?:^|/)((?:transformer_blocks|layers|blocks)\.\d+)(?:/|$)")
 """The block in the scopes of a node's name."""
@@ -33,9 +34,6 @@ Values = dict[str, NDArray[Any]]
 
 Readers = Mapping[Subfolder, TensorReader]
 """The tensors of a checkpoint."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what runs, steps done and steps in all."""
 
 AfterSample = Callable[["Segment", int, Values], None]
 """Called with a segment, the index of a sample, and what the segment read and computed of it."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Progress, Readers
+from qie.compiler.quantization.blockwise import Readers
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.observe import Observer
 from qie.compiler.quantization.samples import CalibrationSample, digest, language_values, transformer_values
 from qie.compiler.quantization.schemes import SCHEMES
+from qie.engines.progress import Progress, no_progress
 
 __all__ = ["calibrate"]
 
@@ -23,7 +24,7 @@ def calibrate(
     samples: Sequence[CalibrationSample],
     *,
     model: str,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Calibration:
     """Calibrate ``checkpoint`` over ``samples``.
 

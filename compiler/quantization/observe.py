@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.quantization.blockwise import Progress, Readers, Segment, Values, run
+from qie.compiler.quantization.blockwise import Readers, Segment, Values, run
 from qie.compiler.quantization.linears import attention_input_names, attention_inputs, linear_inputs, linears
 from qie.compiler.quantization.schemes import SCHEMES, Scheme
 from qie.compiler.quantization.smoothing import Group, smoothing_groups, smoothing_scales
 from qie.compiler.recipe.schema import SchemeName
+from qie.engines.progress import Progress
 
 __all__ = ["Observer"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Progress, Readers, Values, run
+from qie.compiler.quantization.blockwise import Readers, Values, run
 from qie.compiler.weights.modulation import CheckpointModulation
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import DEFAULT_NEGATIVE
@@ -28,6 +28,7 @@ from qie.engines.inputs.noise import standard_normal
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs
+from qie.engines.progress import Progress
 
 __all__ = [
     "INSTRUCTIONS",

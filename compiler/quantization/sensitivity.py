@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Progress, Readers, Segment, Values, loaded, read_later, run, segments
+from qie.compiler.quantization.blockwise import Readers, Segment, Values, loaded, read_later, run, segments
 from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
@@ -27,6 +27,7 @@ from qie.compiler.recipe.schema import SchemeName
 from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.engines.bundle.manifest import Component
 from qie.engines.files import qie_home
+from qie.engines.progress import Progress, no_progress
 
 __all__ = ["RESULTS", "Sensitivity", "choose", "measure", "sensitivity"]
 
@@ -87,7 +88,7 @@ def sensitivity(
     component: Component,
     scheme: SchemeName,
     budget: float,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Sensitivity:
     """Rank the linears of ``component`` over ``values`` (``component_values``), and choose those to exclude."""
     graph = GRAPHS[component](checkpoint.model, "bfloat16")
@@ -99,7 +100,7 @@ def sensitivity(
     def error(quantized: Sequence[str]) -> float:
         variant = _variant(checkpoint, readers, component, scheme, quantized, calibration)
         samples = [variant.inputs(sample) for sample in values]
-        run(variant.quantized.graph, variant.readers, samples, lambda what, done, total: None)
+        run(variant.quantized.graph, variant.readers, samples, no_progress)
         return pooled_relative_l2([sample[RESULTS[component]] for sample in samples], exact)
 
     all_quantized_error = error(names)
@@ -131,7 +132,7 @@ def measure(
     schemes: Sequence[SchemeName] = (),
     budget: float = 0.0,
     ranking_samples: int = 16,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[Calibration, list[Sensitivity]]:
     """Calibrate ``checkpoint`` over ``samples`` and rank the linears of ``component`` for each of ``schemes``.
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qie.engines.bundle.manifest import MANIFEST, Manifest, read_manifest
 from qie.engines.errors import BundleError
 from qie.engines.files import qie_home, sha256_of
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
     "Bundle",
@@ -24,7 +24,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle."""
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: its table of contents.
+    """
 
     path: Path
     manifest: Manifest
@@ -89,7 +94,7 @@ def open_bundle(name: str | Path | None = None) -> Bundle:
     return bundle
 
 
-def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None) -> None:
+def verify(bundle: Bundle, *, progress: StageProgress = no_progress) -> None:
     """Compare the content of every file with its digest; ``progress`` is called with (bytes done, bytes in all).
 
     Raises:
@@ -100,8 +105,7 @@ def verify(bundle: Bundle, *, progress: Callable[[int, int], None] | None = None
         if sha256_of(bundle.path / record.path) != record.sha256:
             raise BundleError(f"{bundle.path / record.path} is damaged; build the bundle again with `qie build`")
         done += record.bytes
-        if progress is not None:
-            progress(done, bundle.bytes)
+        progress(done, bundle.bytes)
 
 
 def remove_bundle(path: Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.editing.progress import Meter
+from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import Settings, check_prompts, check_references
 from qie.engines.editing.stages import Stages
@@ -21,6 +21,7 @@ from qie.engines.errors import BundleError
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.vision import vision_inputs
+from qie.engines.progress import no_progress
 
 __all__ = ["Conditioning", "condition", "open_tokenizer"]
 
@@ -53,7 +54,7 @@ def condition(
         RequestError: an image or instruction cannot be used.
         EngineError: a backend failed or memory ran out.
     """
-    meter = meter or Meter(lambda stage, done, total: None)
+    meter = meter or Meter(no_progress)
     model = stages.bundle.manifest.model
 
     # 1. The two copies of each image, and the tokens of each prompt. The negative prompt sees the same images.

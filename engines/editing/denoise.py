@@ -1,4 +1,4 @@
-"""The denoising loop: from noise to latents along a schedule, one or two passes of the transformer a step.
+"""The denoising loop: from noise to latents along a schedule, one or two passes of the transformer per step.
 
 A pass is one of diffusers' ``pipelines/qwenimage/pipeline_qwenimage_edit_plus.py`` (__call__, 6. Denoising loop);
 guidance and the Euler step are inside the engine.
@@ -14,12 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.specs import RotarySpec
-from qie.engines.editing.progress import no_progress
-from qie.engines.inputs.feeds import Feed, guidance_feed, latents_feed, step_feed, text_feed
+from qie.engines.inputs.feeds import (
+    Feed,
+    guidance_feed,
+    guidance_inputs,
+    guidance_scale,
+    latents_feed,
+    step_feed,
+    text_feed,
+)
 from qie.engines.inputs.modulation import Tables
+from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.session import Session, Tensor
 
-__all__ = ["Denoiser", "Observer", "StepState", "UploadedSchedule", "denoise", "upload_schedule"]
+__all__ = ["Denoiser", "StepObserver", "StepState", "UploadedSchedule", "denoise", "upload_schedule"]
 
 Array = NDArray[np.float32]
 
@@ -43,7 +51,7 @@ class StepState:
     negative_velocity: Array | None
 
 
-Observer = Callable[[StepState], None]
+StepObserver = Callable[[StepState], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -151,10 +159,7 @@ class Denoiser:
             negative_BLD = np.repeat(negative_1LD, batch, axis=0)
             negative_inputs = shared | _upload(session, text_feed(negative_BLD, rotary, grids)) | unguided
             negative_outputs = {name: session.empty(name, sizes) for name in ("velocity", "latents_next")}
-            inputs |= {
-                "negative_velocity": negative_outputs["velocity"],
-                "guidance": session.upload(np.full(1, guidance, np.float32)),
-            }
+            inputs |= guidance_inputs(negative_outputs["velocity"], session.upload(guidance_scale(guidance)))
         return cls(
             session,
             schedule,
@@ -211,8 +216,8 @@ class Denoiser:
 def denoise(
     denoiser: Denoiser,
     *,
-    progress: Callable[[int, int], None] = no_progress,
-    observer: Observer | None = None,
+    progress: StageProgress = no_progress,
+    observer: StepObserver | None = None,
 ) -> Array:
     """Take all remaining steps of ``denoiser``: latents float32 [B, N, C] after the last one.
 

@@ -4,7 +4,7 @@ Shape suffixes: B images to generate, L text tokens, N noise tokens, S steps + 1
 language model, C = 64 latent channels of a token, h w latent tokens of an image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from qie.engines.bundle.manifest import Manifest
 from qie.engines.editing.conditioning import condition
-from qie.engines.editing.denoise import Denoiser, Observer, denoise, upload_schedule
-from qie.engines.editing.progress import Meter, Progress
+from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
+from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import Settings, resolve
 from qie.engines.editing.stages import Stages
@@ -24,6 +24,7 @@ from qie.engines.inputs.image import resize
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
+from qie.engines.progress import Progress, StageProgress
 
 __all__ = ["edit", "start_noise"]
 
@@ -31,7 +32,7 @@ Array = NDArray[np.float32]
 
 
 def edit(
-    stages: Stages, tokenizer: Tokenizer, request: Request, *, progress: Progress, observer: Observer | None = None
+    stages: Stages, tokenizer: Tokenizer, request: Request, *, progress: Progress, observer: StepObserver | None = None
 ) -> Edit:
     """Edit ``request.images`` by every instruction with every seed; see ``Editor.edit``.
 
@@ -117,7 +118,7 @@ def _batches(lengths: Sequence[int], batch_max: int) -> Iterator[list[int]]:
             yield members[start : start + batch_max]
 
 
-def _report_batch(report: Callable[[int, int], None], batch: int, batches: int, done: int, total: int) -> None:
+def _report_batch(report: StageProgress, batch: int, batches: int, done: int, total: int) -> None:
     report(batch * total + done, batches * total)
 
 

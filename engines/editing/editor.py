@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import Residency
-from qie.engines.editing.progress import Progress
 from qie.engines.editing.request import Edit, Request
 from qie.engines.errors import QieError
+from qie.engines.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from qie.engines.editing.denoise import Observer
-    from qie.engines.editing.settings import Settings
+    from qie.engines.editing.denoise import StepObserver
     from qie.engines.editing.stages import Stages
 
 __all__ = ["Editor"]
@@ -68,8 +64,8 @@ class Editor:
         self,
         request: Request,
         *,
-        progress: Progress = lambda stage, done, total: None,
-        observer: "Observer | None" = None,
+        progress: Progress = no_progress,
+        observer: "StepObserver | None" = None,
     ) -> Edit:
         """Edit ``request.images`` by every instruction with every seed.
 
@@ -83,16 +79,6 @@ class Editor:
         from qie.engines.editing.edit import edit
 
         return edit(self.stages, self.tokenizer, request, progress=progress, observer=observer)
-
-    def noise(self, request: Request, settings: "Settings") -> "NDArray[np.float32]":
-        """The start latents float32 [B, N, C] of every sample: the request's, or those of the seeds.
-
-        Raises:
-            RequestError: a seed cannot be used.
-        """
-        from qie.engines.editing.edit import start_noise
-
-        return start_noise(request, settings, self.bundle.manifest)
 
     def close(self) -> None:
         """Release all engines and the GPU; the next edit would load them again. Closing twice is allowed."""

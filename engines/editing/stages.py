@@ -4,7 +4,7 @@ Shape suffixes: V image tokens of the prompt, L text tokens (without the templat
 model, H W pixels, h w = H / 16, W / 16 latent tokens, C = 64 latent channels of a token.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.editing.progress import no_progress
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.vision import VisionInputs
+from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.session import Session, Tensor
@@ -28,17 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["Stages"]
 
 Float32 = NDArray[np.float32]
-StageProgress = Callable[[int, int], None]
 
 
 class Stages:
     """The engines of a bundle, loaded when first needed, and the GPU that they share.
 
     With residency "resident" an engine stays loaded; with "sequential" it is released when its stage is done. Every
-    stage takes ``progress``, which is called with (runs done, runs in all), and raises:
-
-        BackendMissingError, BundleError: the engine cannot be loaded.
-        EngineError: the backend failed or memory ran out.
+    stage takes ``progress``, which is called with (runs done, runs in all).
     """
 
     def __init__(
@@ -53,7 +49,7 @@ class Stages:
 
         Args:
             bundle: where the engines are.
-            engines: one a component; None chooses those that fit this machine.
+            engines: one per component; None chooses those that fit this machine.
             residency: None is the bundle's default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
 
@@ -78,7 +74,12 @@ class Stages:
         return self._device
 
     def vision(self, inputs: VisionInputs, *, progress: StageProgress = no_progress) -> Float32:
-        """Image embeddings float32 [V, D] of all images of an edit, in the order of the prompt."""
+        """Image embeddings float32 [V, D] of all images of an edit, in the order of the prompt.
+
+        Raises:
+            BackendMissingError, BundleError: the engine cannot be loaded.
+            EngineError: the backend failed or memory ran out.
+        """
         with self.session("vision") as session:
             progress(0, 1)
             sizes = {"image_tokens": len(inputs.raster_index)}
@@ -89,7 +90,12 @@ class Stages:
     def language(
         self, prompts: Sequence[PromptTokens], image_embeds_VD: Float32, *, progress: StageProgress = no_progress
     ) -> list[Float32]:
-        """Prompt embeddings float32 [B, L, D] of each of ``prompts``, which are batches about the same images."""
+        """Prompt embeddings float32 [B, L, D] of each of ``prompts``, which are batches about the same images.
+
+        Raises:
+            BackendMissingError, BundleError: the engine cannot be loaded.
+            EngineError: the backend failed or memory ran out.
+        """
         embeds: list[Float32] = []
         with self.session("language") as session:
             image_embeds = session.upload(image_embeds_VD)
@@ -103,7 +109,12 @@ class Stages:
         return embeds
 
     def encode(self, images: Sequence[NDArray[np.uint8]], *, progress: StageProgress = no_progress) -> list[Float32]:
-        """Latents float32 [h, w, C] of each image, uint8 [H, W, 3] with sides that are multiples of 16."""
+        """Latents float32 [h, w, C] of each image, uint8 [H, W, 3] with sides that are multiples of 16.
+
+        Raises:
+            BackendMissingError, BundleError: the engine cannot be loaded.
+            EngineError: the backend failed or memory ran out.
+        """
         latents: list[Float32] = []
         with self.session("vae_encoder") as session:
             for number, image_HWC in enumerate(images):
@@ -115,7 +126,12 @@ class Stages:
         return latents
 
     def decode(self, latents: Sequence[Float32], *, progress: StageProgress = no_progress) -> list[NDArray[np.uint8]]:
-        """Images uint8 [H, W, 3] of latents float32 [h, w, C]."""
+        """Images uint8 [H, W, 3] of latents float32 [h, w, C].
+
+        Raises:
+            BackendMissingError, BundleError: the engine cannot be loaded.
+            EngineError: the backend failed or memory ran out.
+        """
         images: list[NDArray[np.uint8]] = []
         with self.session("vae_decoder") as session:
             for number, latents_hwC in enumerate(latents):
@@ -128,7 +144,12 @@ class Stages:
 
     @contextmanager
     def session(self, component: Component) -> Iterator[Session]:
-        """The session of ``component``, for ``Denoiser.start``; with residency "sequential" the block releases it."""
+        """The session of ``component``, for ``Denoiser.start``; with residency "sequential" the block releases it.
+
+        Raises:
+            BackendMissingError, BundleError: the engine cannot be loaded.
+            EngineError: memory ran out.
+        """
         loads = component not in self._sessions
         if loads:
             if self._device is None:

@@ -9,7 +9,7 @@ channels of a token, A rotary angles, Y layers, M modulation values of a layer, 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ __all__ = [
     "decoder_feed",
     "encoder_feed",
     "guidance_feed",
+    "guidance_inputs",
+    "guidance_scale",
     "language_feed",
     "latents_feed",
     "step_feed",
@@ -35,6 +37,7 @@ __all__ = [
 
 Feed = dict[str, NDArray[Any]]
 Float32 = NDArray[np.float32]
+Value = TypeVar("Value")
 
 STEP_INPUTS = ("modulation", "modulation_out", "dsigma")
 """The transformer's inputs that every step of a schedule has its own of, from ``step_feed``."""
@@ -134,4 +137,14 @@ def step_feed(modulation_YM: Float32, modulation_out_O: Float32, dsigma: float |
 
 def guidance_feed(negative_velocity_BNC: Float32, guidance: float) -> Feed:
     """The part of ``transformer_feed`` that guides the pass; zeros and 1 for a pass without guidance."""
-    return {"negative_velocity": negative_velocity_BNC, "guidance": np.full(1, guidance, np.float32)}
+    return guidance_inputs(negative_velocity_BNC, guidance_scale(guidance))
+
+
+def guidance_inputs(negative_velocity: Value, scale: Value) -> dict[str, Value]:
+    """The inputs of ``guidance_feed`` by name, as arrays or as tensors that the engine has already."""
+    return {"negative_velocity": negative_velocity, "guidance": scale}
+
+
+def guidance_scale(guidance: float) -> Float32:
+    """The scale of classifier-free guidance as the transformer reads it: float32 [1]."""
+    return np.full(1, guidance, np.float32)

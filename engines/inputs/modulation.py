@@ -5,13 +5,12 @@ are read from the bundle, or computed here by streaming those weights once, bloc
 
 Formulas: diffusers ``models/embeddings.py`` (get_timestep_embedding, TimestepEmbedding) and
 ``models/transformers/transformer_qwenimage.py`` (QwenTimestepProjEmbeddings, QwenImageTransformerBlock.forward).
-Shape suffixes: S steps, D width, L layers, M rows a block.
+Shape suffixes: S steps, D width, L layers, M rows per block.
 """
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,7 @@ from qie.engines.bundle.manifest import ModulationRecord
 from qie.engines.files import qie_home, replacing
 from qie.engines.inputs.bfloat16 import narrow, widen
 from qie.engines.inputs.modulation_rows import HALVES, MODULES, module_slice, streams
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
     "CHANNELS",
@@ -78,7 +78,12 @@ class ModulationWeights(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
-    """The modulation of each step: float32 ``blocks`` [S, L, M * D] and ``out`` [S, 2 * D], contiguous step by step."""
+    """The modulation of each step, contiguous step by step.
+
+    Attributes:
+        blocks: float32 [S, L, M * D], of every block.
+        out: float32 [S, 2 * D], of the output norm.
+    """
 
     blocks: Array
     out: Array
@@ -90,7 +95,7 @@ def modulation_tables(
     sigmas: Array,
     *,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress = no_progress,
 ) -> Tables:
     """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
 
@@ -133,7 +138,7 @@ def compute_tables(
     shape: ModulationShape,
     sigmas: Array,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress = no_progress,
 ) -> Array:
     """Tables of the schedule ``sigmas`` [S + 1], with one block's weights in memory at a time.
 
@@ -159,8 +164,7 @@ def compute_tables(
             for half in HALVES:
                 values[:, module_slice(half, "scale", shape.width)] += 1
             rows.append(values)
-        if progress is not None:
-            progress(layer + 1, shape.layers)
+        progress(layer + 1, shape.layers)
     last = _linear(weights, "norm_out.linear", conditioning_SD)
     last[:, : shape.width] += 1
     rows.append(last)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         RecipeError,
         RequestError,
     )
+    from qie.engines.progress import Progress
 
 __all__ = [
     "BackendMissingError",
@@ -46,6 +47,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "Plan",
+    "Progress",
     "QieError",
     "RecipeError",
     "Request",
@@ -63,6 +65,7 @@ _HOMES = {
     "Edit": "qie.engines.editing.request",
     "Editor": "qie.engines.editing.editor",
     "Plan": "qie.compiler.planning.plan",
+    "Progress": "qie.engines.progress",
     "Request": "qie.engines.editing.request",
     "build": "qie.compiler.packing.build",
     "open_bundle": "qie.engines.bundle.bundle",

@@ -3,13 +3,24 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 import qie
 from qie.engines import errors
 
-FUNCTIONS_AND_CLASSES = {"Bundle", "Edit", "Editor", "Plan", "Request", "build", "open_bundle", "plan_build"}
+FUNCTIONS_AND_CLASSES = {
+    "Bundle",
+    "Edit",
+    "Editor",
+    "Plan",
+    "Progress",
+    "Request",
+    "build",
+    "open_bundle",
+    "plan_build",
+}
 
 LAZY = """
 import sys, qie
@@ -35,10 +46,15 @@ def test_the_names_are_these() -> None:
 @pytest.mark.parametrize("name", qie.__all__)
 def test_every_name_resolves(name: str) -> None:
     value = getattr(qie, name)
-    if name != "__version__":
+    if name not in ("__version__", "Progress"):
         assert value.__name__ == name
         assert value.__module__.startswith("qie.")
         assert pickle.loads(pickle.dumps(value)) is value
+
+
+def test_progress_is_the_type_of_the_argument() -> None:
+    assert qie.Progress == Callable[[str, int, int], None]
+    assert qie.Editor.edit.__annotations__["progress"] == qie.Progress
 
 
 def test_other_names_do_not() -> None:

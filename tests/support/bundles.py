@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from qie.compiler.packing import build as packing
-from qie.compiler.packing.progress import Progress
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import LoraSource, plan_build
 from qie.compiler.recipe.schema import Recipe, to_toml
 from qie.engines.bundle.bundle import Bundle
+from qie.engines.progress import Progress, no_progress
 
 __all__ = ["build", "planned"]
 
@@ -51,7 +51,7 @@ def build(
     *,
     loras: Sequence[LoraSource] = (),
     calibration: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Build what ``planned`` plans."""
     plan = planned(checkpoint, destination, gpu, loras=loras, calibration=calibration, weights=False)

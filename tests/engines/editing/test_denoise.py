@@ -9,6 +9,7 @@ from PIL import Image
 
 from qie.engines.editing.conditioning import Conditioning, condition
 from qie.engines.editing.denoise import Denoiser, StepState, denoise, upload_schedule
+from qie.engines.editing.edit import start_noise
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
@@ -39,7 +40,8 @@ def conditioning(editor: Editor) -> Conditioning:
 
 @pytest.fixture(scope="module")
 def noise(editor: Editor) -> np.ndarray:
-    return editor.noise(REQUEST, resolve(REQUEST, editor.bundle.manifest))
+    manifest = editor.bundle.manifest
+    return start_noise(REQUEST, resolve(REQUEST, manifest), manifest)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,13 @@
-"""Progress and time of the stages of an edit."""
+"""The meter of an edit: progress and time of its stages."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-__all__ = ["Meter", "Progress", "no_progress"]
+from qie.engines.progress import Progress, StageProgress
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, units done, units in all)."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """The progress of a stage that nobody watches."""
+__all__ = ["Meter"]
 
 
 class Meter:
@@ -29,7 +24,7 @@ class Meter:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+    def __call__(self, stage: str) -> Iterator[StageProgress]:
         start = time.perf_counter()
         try:
             yield partial(self._progress, stage)
