@@ -1,6 +1,5 @@
 """Builders from graph to engine, one per backend; TensorRT and TensorRT for RTX share theirs."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +7,7 @@ from qie.compiler.backends import onnxruntime
 from qie.compiler.backends.tensorrt.builder import TensorRT
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
+from qie.engines.progress import StageProgress
 
 __all__ = ["BUILDERS", "Builder"]
 
@@ -30,7 +30,7 @@ class Builder(Protocol):
         *,
         key: str,
         recipe: Recipe,
-        progress: Callable[[int, int], None] = ...,
+        progress: StageProgress = ...,
     ) -> EngineRecord:
         """Build an engine of ``graph`` into the folder of the graph.
 

@@ -2,7 +2,6 @@
 
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime as ort
@@ -10,6 +9,7 @@ import onnxruntime as ort
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.errors import BuildError
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["build", "unavailable", "version"]
 
@@ -30,7 +30,7 @@ def build(
     *,
     key: str,
     recipe: Recipe,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: StageProgress = no_progress,
 ) -> EngineRecord:
     """Load ``graph``, whose files are those of the engine, once (``Builder.build``).
 

@@ -1,13 +1,14 @@
 """Hub ids: their files in huggingface_hub's cache, and what is not there yet. What is cached works offline."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 from qie.engines.errors import CheckpointError
+from qie.engines.progress import StageProgress
 
 __all__ = ["fetch_configs", "fetch_weights", "missing_bytes"]
 
@@ -33,7 +34,7 @@ def fetch_configs(hub_id: str, revision: str | None) -> Path:
     return _fetch(hub_id, revision, CONFIG_PATTERNS)
 
 
-def fetch_weights(hub_id: str, commit: str, folder: Path, *, progress: Callable[[int, int], None]) -> None:
+def fetch_weights(hub_id: str, commit: str, folder: Path, *, progress: StageProgress) -> None:
     """Download what ``folder``, a commit in the cache, lacks of its weights.
 
     ``progress`` is called with (bytes downloaded, bytes to download), from a thread of its own.
@@ -88,7 +89,7 @@ def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 @contextmanager
-def _watched(blobs: Path, total: int, progress: Callable[[int, int], None]) -> Iterator[None]:
+def _watched(blobs: Path, total: int, progress: StageProgress) -> Iterator[None]:
     """Report how ``blobs`` grows while the block runs, in place of the bars that huggingface_hub draws."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

@@ -1,6 +1,6 @@
 """The modulation weights of a checkpoint: the file from which the runtime computes its tables, and a reader."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from qie.compiler.weights.stream import prepare, write_weights
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.inputs.modulation import CHANNELS
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_dtype", "modulation_weights", "write_modulation"]
 
@@ -54,7 +55,7 @@ def write_modulation(
     folder: Path,
     *,
     tables: DType,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress = no_progress,
 ) -> ModulationRecord:
     """Stream the modulation weights into ``folder``; see ``modulation_dtype`` for their dtype.
 

@@ -21,6 +21,7 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.weights.weight import Layout, Weight
 from qie.engines.errors import BuildError, CheckpointError
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["Entry", "WeightFile", "prepare", "total_bytes", "write_weights"]
 
@@ -107,7 +108,7 @@ def write_weights(
     readers: Mapping[Subfolder, TensorReader],
     path: Path,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress = no_progress,
 ) -> WeightFile:
     """Write all weights into one file, in order and one at a time.
 
@@ -144,8 +145,7 @@ def write_weights(
                 file.write(chunk)
                 sha256.update(chunk)
                 done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home
 from qie.engines.machine import GIB, this_machine
+from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["TensorRT"]
 
@@ -103,7 +104,7 @@ class TensorRT:
         *,
         key: str,
         recipe: Recipe,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: StageProgress = no_progress,
     ) -> EngineRecord:
         """Compile ``graph`` into an engine (``Builder.build``), whose profiles are read back from TensorRT.
 
@@ -169,7 +170,7 @@ class TensorRT:
         return {**os.environ, **selected}
 
     def _compile(
-        self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, progress: Callable[[int, int], None]
+        self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, progress: StageProgress
     ) -> Mapping[str, Any]:
         """Run the worker; returns its message "done" (``worker.compile_engine``).
 
@@ -226,9 +227,7 @@ class TensorRT:
         )
 
 
-def _listen(
-    process: "subprocess.Popen[str]", job: Mapping[str, Any], progress: Callable[[int, int], None]
-) -> Mapping[str, Any]:
+def _listen(process: "subprocess.Popen[str]", job: Mapping[str, Any], progress: StageProgress) -> Mapping[str, Any]:
     """Send the job to the worker and forward its progress; returns its last message, empty where there is none."""
     assert process.stdin is not None
     assert process.stdout is not None
