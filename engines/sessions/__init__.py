@@ -1,1 +1,1 @@
-"""Sessions: loaded engines behind one protocol, one file per backend; which engine fits, and how it is loaded."""
+"""Sessions: loaded engines behind one protocol, one file or folder per backend; choosing and loading engines."""

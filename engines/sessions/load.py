@@ -57,7 +57,7 @@ def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None) -> S
 
 
 def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
-    from qie.engines.sessions.tensorrt import TensorRtSession
+    from qie.engines.sessions.tensorrt.session import TensorRtSession
 
     assert device is not None
     return TensorRtSession(folder, engine, device)

@@ -12,7 +12,7 @@ from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import RequestError
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.session import Session
-from qie.engines.sessions.tensorrt import TensorRtSession
+from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.card import Run
 
 BOUND = 0.03

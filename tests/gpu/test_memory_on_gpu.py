@@ -9,7 +9,7 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.sessions import cuda
 from qie.engines.sessions.load import load, open_device
-from qie.engines.sessions.tensorrt import TensorRtSession
+from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.card import build_for_card, edit_request
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, TensorSpec
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.load import load
-from qie.engines.sessions.tensorrt import TensorRtSession
+from qie.engines.sessions.tensorrt.session import TensorRtSession
 
 Arrays = dict[str, NDArray[Any]]
 DECODER = {"batch": 2, "rows": 4, "columns": 6}

@@ -1,7 +1,7 @@
 """Every name of CUDA's and TensorRT's that the sessions use is in the installed bindings and takes what it is given.
 
-The names are read from the sources: calls by name in cuda.py, and in tensorrt.py the attributes of the variables that
-hold TensorRT's objects. A variable holds the class that ``HOLDS`` says, so ``tensorrt.py`` names them alike throughout.
+The names are read from the sources: calls by name in cuda.py, and in tensorrt/ the attributes of the variables that
+hold TensorRT's objects. A variable holds the class that ``HOLDS`` says, so ``tensorrt/`` names them alike throughout.
 The fake, on which the other tests rest, must have the same names.
 """
 
@@ -16,7 +16,7 @@ import pytest
 
 from qie.engines import sessions
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.sessions.tensorrt import DTYPES
+from qie.engines.sessions.tensorrt.contract import DTYPES
 from tests.support.fake_gpu import (
     Context,
     Engine,
@@ -30,6 +30,7 @@ from tests.support.fake_gpu import (
 )
 
 FOLDER = Path(sessions.__file__).parent
+SOURCE = "\n".join(path.read_text() for path in sorted((FOLDER / "tensorrt").glob("*.py")))
 HOLDS = {
     "trt": "",
     "self._trt": "",
@@ -41,7 +42,7 @@ HOLDS = {
     "cache": "IRuntimeCache",
     "context": "IExecutionContext",
 }
-"""Variable of tensorrt.py to the class that it holds; "" is the module."""
+"""Variable of tensorrt/ to the class that it holds; "" is the module."""
 
 FAKES: dict[str, tuple[type, ...]] = {
     "Runtime": (Runtime,),
@@ -51,7 +52,7 @@ FAKES: dict[str, tuple[type, ...]] = {
     "IExecutionContext": (Context,),
 }
 RTX_ONLY = {"CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "create_runtime_config"}
-"""Names before whose use tensorrt.py looks whether they exist."""
+"""Names before whose use tensorrt/ looks whether they exist."""
 
 
 class Use(NamedTuple):
@@ -98,7 +99,7 @@ def tensorrt_uses(source: str) -> Iterator[Use]:
 
 
 CUDA = sorted(set(cuda_uses((FOLDER / "cuda.py").read_text())), key=repr)
-TENSORRT = sorted(set(tensorrt_uses((FOLDER / "tensorrt.py").read_text())), key=repr)
+TENSORRT = sorted(set(tensorrt_uses(SOURCE)), key=repr)
 
 
 def find(module: Any, use: Use) -> Any:
@@ -146,7 +147,7 @@ def test_no_object_of_tensorrt_is_used_under_another_name() -> None:
         for name in dir(getattr(module, owner))
         if "_" in name and not name.startswith("_")
     }
-    tree = ast.parse((FOLDER / "tensorrt.py").read_text())
+    tree = ast.parse(SOURCE)
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert used & theirs == {use.name for use in TENSORRT} & theirs
 
@@ -186,7 +187,7 @@ def test_what_tensorrt_lacks_is_looked_for() -> None:
     module = pytest.importorskip("tensorrt_rtx")
     looked_for = {
         (HOLDS.get(ast.unparse(node.args[0]), "IRuntimeConfig"), ast.literal_eval(node.args[1]))
-        for node in ast.walk(ast.parse((FOLDER / "tensorrt.py").read_text()))
+        for node in ast.walk(ast.parse(SOURCE))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr"
     }
     assert looked_for == {

@@ -9,7 +9,7 @@ import pytest
 
 from qie.engines.errors import RequestError
 from qie.engines.sessions.device import Device
-from qie.engines.sessions.tensorrt import TensorRtSession
+from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_gpu import Context, Gpu, need
 from tests.support.loop import (
     Loop,

@@ -10,7 +10,7 @@ import pytest
 
 from qie.engines.errors import BundleError, EngineError, RequestError
 from qie.engines.sessions.device import Device
-from qie.engines.sessions.tensorrt import TensorRtSession
+from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_gpu import Code, Context, Engine, Gpu, RtxEngine
 from tests.support.loop import (
     Loop,

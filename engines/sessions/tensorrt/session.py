@@ -9,7 +9,6 @@ among contexts.
 Variables are named for the class of TensorRT that they hold, see ``tests/engines/sessions/test_bindings.py``.
 """
 
-import contextlib
 import mmap
 from collections import deque
 from collections.abc import Mapping
@@ -23,16 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.backends import BACKENDS
-from qie.engines.bundle.manifest import EngineRecord, TensorSpec
+from qie.engines.bundle.manifest import EngineRecord
 from qie.engines.errors import BundleError, EngineError, RequestError
-from qie.engines.files import qie_home, replacing
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Block, Device, DeviceTensor
+from qie.engines.sessions.tensorrt.contract import Shape, check_contract, matches, profile_ranges, shape_text, within
+from qie.engines.sessions.tensorrt.kernel_cache import KernelCache, cache_path
 
 __all__ = ["TensorRtSession"]
-
-DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
-"""TensorRT's names of the manifest's dtypes."""
 
 LOOPED = ("transformer",)
 """Components that an edit runs repeatedly with the same tensors, for which CUDA graphs pay off."""
@@ -40,7 +37,6 @@ LOOPED = ("transformer",)
 PASSES = 2
 """Runs that alternate in the loop: with guidance, a negative and a conditional pass."""
 
-Shape = tuple[int, ...]
 Bindings = tuple[tuple[str, int, Shape], ...]
 """(name, address, shape) of every tensor."""
 
@@ -78,14 +74,13 @@ class TensorRtSession:
         device.use()
         self._runtime = self._trt.Runtime(self._messages)
         self._engine = self._load(folder / record.path)
-        self._check_contract(folder / record.path)
-        self._ranges = [self._ranges_of(profile) for profile in range(self._engine.num_optimization_profiles)]
+        check_contract(self._trt, self._engine, record, folder / record.path)
+        profiles = range(self._engine.num_optimization_profiles)
+        self._ranges = [profile_ranges(self._engine, record, profile) for profile in profiles]
         looped = device.cuda_graphs and record.component in LOOPED
         self._contexts_max = PASSES if looped else 1
-        self._config, self._cache = self._configure(looped)
+        self._config, self._kernels = self._configure(looped)
         self._captures = looped and not hasattr(self._config, "cuda_graph_strategy")
-        self._cached = b""
-        self._load_cache()
         self._contexts: deque[BoundContext] = deque()
 
     def upload(self, array: NDArray[Any]) -> DeviceTensor:
@@ -129,7 +124,7 @@ class TensorRtSession:
         for bound in self._contexts:
             self._invalidate_graph(bound)
         self._contexts.clear()
-        del self._config, self._cache, self._engine, self._runtime
+        del self._config, self._kernels, self._engine, self._runtime
 
     @property
     def activation_bytes(self) -> int:
@@ -164,39 +159,7 @@ class TensorRtSession:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return engine
 
-    def _check_contract(self, path: Path) -> None:
-        """Check that the file has the manifest's inputs and outputs; TensorRT may know fewer of an output's dims."""
-        trt, engine = self._trt, self._engine
-        actual = {}
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            dims = tuple(engine.get_tensor_shape(name))
-            mode = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
-            place = "" if engine.get_tensor_location(name) == trt.TensorLocation.DEVICE else " on the host"
-            dtype = engine.get_tensor_dtype(name).name
-            shown = _text(dims) if mode == "input" else f"of {len(dims)} dims"
-            actual[name] = f"{mode} {DTYPES.get(dtype, dtype)} {shown}{place}"
-        expected = {
-            spec.name: f"input {spec.dtype} {_text([-1 if isinstance(d, str) else d for d in spec.dims])}"
-            for spec in self._record.inputs
-        } | {spec.name: f"output {spec.dtype} of {len(spec.dims)} dims" for spec in self._record.outputs}
-        for name in {**expected, **actual}:
-            if actual.get(name) != expected.get(name):
-                raise BundleError(
-                    f"{path} has {name} as {actual.get(name, 'nothing')}, expected "
-                    f"{expected.get(name, 'nothing')}; build the bundle again with `qie build`"
-                )
-
-    def _ranges_of(self, profile: int) -> dict[str, tuple[Shape, Shape]]:
-        """The smallest and largest shape of every input with free dims."""
-        ranges = {}
-        for spec in self._record.inputs:
-            if any(isinstance(dim, str) for dim in spec.dims):
-                low, _, high = self._engine.get_tensor_profile_shape(spec.name, profile)
-                ranges[spec.name] = (tuple(low), tuple(high))
-        return ranges
-
-    def _configure(self, looped: bool) -> tuple[Any, Any]:
+    def _configure(self, looped: bool) -> tuple[Any, KernelCache | None]:
         """The configuration of contexts and the cache of kernels compiled on this machine; None where not supported.
 
         Kernels for a shape are compiled before its first run, because results must not depend on when a compiler in the
@@ -213,7 +176,12 @@ class TensorRtSession:
         if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
-        return config, config.create_runtime_cache() if hasattr(config, "create_runtime_cache") else None
+        if not hasattr(config, "create_runtime_cache"):
+            return config, None
+        record, gpu = self._record, self._device.gpu.name
+        kernels = KernelCache(config.create_runtime_cache(), cache_path(record.backend, record.key, gpu))
+        kernels.load(config)
+        return config, kernels
 
     def _new_context(self) -> Any:
         config, engine = self._config, self._engine
@@ -223,36 +191,6 @@ class TensorRtSession:
         if context is None:
             raise self._failed("no execution context can be created")
         return context
-
-    # The cache of kernels: TensorRT for RTX compiles for the GPU that it runs on
-
-    def _cache_path(self) -> Path:
-        gpu = "".join(c if c.isalnum() else "-" for c in self._device.gpu.name.lower())
-        return qie_home() / "cache" / self._record.backend / f"{self._record.key[:32]}-{gpu}.bin"
-
-    def _load_cache(self) -> None:
-        """Load what an earlier process compiled; TensorRT refuses files of another driver or version."""
-        cache, config = self._cache, self._config
-        if cache is None:
-            return
-        with contextlib.suppress(OSError):
-            content = self._cache_path().read_bytes()
-            cache.deserialize(content)
-            self._cached = content
-        config.set_runtime_cache(cache)
-
-    def _save_cache(self) -> None:
-        cache = self._cache
-        if cache is None:
-            return
-        content = bytes(cache.serialize())
-        if content == self._cached:
-            return
-        self._cached, path = content, self._cache_path()
-        with contextlib.suppress(OSError):  # the next process compiles again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
 
     # Binding
 
@@ -271,13 +209,15 @@ class TensorRtSession:
             self._expect(context.set_optimization_profile_async(profile, int(self._device.stream)), "profile", profile)
             bound.profile = profile
         for spec in self._record.inputs:
-            self._expect(context.set_input_shape(spec.name, shapes[spec.name]), spec.name, _text(shapes[spec.name]))
+            self._expect(
+                context.set_input_shape(spec.name, shapes[spec.name]), spec.name, shape_text(shapes[spec.name])
+            )
         missing = context.infer_shapes()
         if missing:
             raise self._failed(f"the shapes of {', '.join(missing)} are unknown")
         for spec in self._record.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
-            passed = f"{spec.name} is {_text(shapes[spec.name])}, expected {_text(shape)}"
+            passed = f"{spec.name} is {shape_text(shapes[spec.name])}, expected {shape_text(shape)}"
             assert shape == shapes[spec.name], f"{self._record.component}: {passed}"
         for name, address, _ in bindings:
             self._expect(context.set_tensor_address(name, address), name, "its address")
@@ -306,14 +246,14 @@ class TensorRtSession:
             RequestError: none does.
         """
         for profile, ranges in enumerate(self._ranges):
-            if all(_within(shapes[name], *limits) for name, limits in ranges.items()):
+            if all(within(shapes[name], *limits) for name, limits in ranges.items()):
                 return profile
         name, (low, high) = next(
-            (name, limits) for name, limits in self._ranges[0].items() if not _within(shapes[name], *limits)
+            (name, limits) for name, limits in self._ranges[0].items() if not within(shapes[name], *limits)
         )
         raise RequestError(
-            f"{name} of {self._record.component} is {_text(shapes[name])}, expected {_text(low)} to {_text(high)}; use "
-            "another size or fewer images, or build with wider shapes in the recipe",
+            f"{name} of {self._record.component} is {shape_text(shapes[name])}, expected {shape_text(low)} to "
+            f"{shape_text(high)}; use another size or fewer images, or build with wider shapes in the recipe",
             option="size",
         )
 
@@ -327,8 +267,8 @@ class TensorRtSession:
             bound.cuda_graph.launch(self._device.stream)
         elif not self._enqueue(bound):
             raise self._failed("a run cannot be enqueued")
-        elif not bound.runs:
-            self._save_cache()
+        elif not bound.runs and self._kernels is not None:
+            self._kernels.save()
         bound.runs += 1
 
     def _enqueue(self, bound: BoundContext) -> bool:
@@ -343,9 +283,9 @@ class TensorRtSession:
         assert not names, f"{self._record.component}: {', '.join(sorted(names))} missing or unknown"
         for name, spec in self._specs.items():
             tensor = tensors[name]
-            fits = tensor.dtype == spec.dtype and _matches(tensor.shape, spec)
-            passed = f"{tensor.dtype.name} {_text(tensor.shape)}"
-            assert fits, f"{self._record.component}: {name} is {passed}, expected {spec.dtype} {_text(spec.dims)}"
+            fits = tensor.dtype == spec.dtype and matches(tensor.shape, spec)
+            passed = f"{tensor.dtype.name} {shape_text(tensor.shape)}"
+            assert fits, f"{self._record.component}: {name} is {passed}, expected {spec.dtype} {shape_text(spec.dims)}"
 
     def _expect(self, taken: bool, name: str, value: object) -> None:
         if not taken:
@@ -382,16 +322,3 @@ def _logger(trt: Any) -> Any:
             return text
 
     return Messages()
-
-
-def _within(shape: Shape, low: Shape, high: Shape) -> bool:
-    return len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
-
-
-def _matches(shape: Shape, spec: TensorSpec) -> bool:
-    dims = spec.dims
-    return len(shape) == len(dims) and all(isinstance(d, str) or d == n for d, n in zip(dims, shape, strict=True))
-
-
-def _text(shape: Any) -> str:
-    return "x".join(str(dim) for dim in shape) or "one number"

@@ -1,0 +1,47 @@
+"""The cache of kernels: TensorRT for RTX compiles for the GPU that it runs on, and the next process need not."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from qie.engines.files import qie_home, replacing
+
+__all__ = ["KernelCache", "cache_path"]
+
+
+def cache_path(backend: str, key: str, gpu: str) -> Path:
+    """The file of the kernels of the engine with ``key`` for the GPU named ``gpu``."""
+    name = "".join(c if c.isalnum() else "-" for c in gpu.lower())
+    return qie_home() / "cache" / backend / f"{key[:32]}-{name}.bin"
+
+
+class KernelCache:
+    """TensorRT's cache of kernels and its file; where the file cannot be written, the next process compiles again."""
+
+    def __init__(self, cache: Any, path: Path) -> None:
+        self._handle, self._path = cache, path
+        self._saved = b""
+
+    def load(self, config: Any) -> None:
+        """Give contexts of ``config`` what an earlier process compiled.
+
+        TensorRT refuses files of another driver or version.
+        """
+        cache = self._handle
+        with contextlib.suppress(OSError):
+            content = self._path.read_bytes()
+            cache.deserialize(content)
+            self._saved = content
+        config.set_runtime_cache(cache)
+
+    def save(self) -> None:
+        """Write the file if kernels were compiled since it was loaded or written."""
+        cache = self._handle
+        content = bytes(cache.serialize())
+        if content == self._saved:
+            return
+        self._saved = content
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(content)
