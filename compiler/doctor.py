@@ -3,10 +3,9 @@
 import platform
 import shutil
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import qie
-from qie.engines.backends import BACKENDS, cuda_needed
+from qie.engines.backends import BACKENDS, cuda_lacking, installed
 from qie.engines.bundle.bundle import bundles, open_bundle
 from qie.engines.errors import QieError
 from qie.engines.files import existing, qie_home
@@ -39,8 +38,30 @@ class Capability:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Need:
+    """What a capability takes.
+
+    Attributes:
+        name: of the capability.
+        packages: modules, or distributions where the name has a hyphen.
+        fix: command that installs them.
+        gpu_backend: the backend whose engines it runs on a GPU; None for another capability.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    fix: str
+    gpu_backend: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BundleReport:
-    """A bundle by name, and why it does not run here; None where it does."""
+    """Whether a bundle runs on this machine.
+
+    Attributes:
+        name: of the bundle.
+        reason: why it does not run; None where it does.
+    """
 
     name: str
     reason: str | None
@@ -48,7 +69,17 @@ class BundleReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What this machine is, can do and holds."""
+    """What this machine is, can do and holds.
+
+    Attributes:
+        qie: version.
+        python: version.
+        machine: CPU, memory and GPUs.
+        home: folder of bundles and caches.
+        free_bytes: free on the disk of ``home``.
+        capabilities: what qie can do here, and what is missing for the rest.
+        bundles: those in ``home``.
+    """
 
     qie: str
     python: str
@@ -69,48 +100,59 @@ def examine() -> Report:
         machine=machine,
         home=str(home),
         free_bytes=shutil.disk_usage(existing(home)).free,
-        capabilities=tuple(_capability(name, packages, fix, machine) for name, (packages, fix) in _needs().items()),
+        capabilities=tuple(_capability(need, machine) for need in _needs()),
         bundles=tuple(BundleReport(name=path.name, reason=_reason(str(path))) for path in bundles()),
     )
 
 
-def _needs() -> dict[str, tuple[tuple[str, ...], str]]:
-    """Packages of every capability, and the command that installs them; names with a hyphen are distributions."""
-    needs: dict[str, tuple[tuple[str, ...], str]] = {}
-    for name, backend in BACKENDS.items():
-        needs[f"{RUN} {name}"] = (backend.modules, backend.install)
-    for name, backend in BACKENDS.items():
-        if backend.gpu_package is not None and backend.gpu_install is not None:
-            needs[f"{RUN} {name} {ON_GPU}"] = ((backend.gpu_package,), backend.gpu_install)
+def _needs() -> list[_Need]:
+    """The packages of every capability, and the command that installs them."""
+    run = [
+        _Need(
+            name=f"{RUN} {name}",
+            packages=backend.modules,
+            fix=backend.install,
+            gpu_backend=None if backend.on_cpu else name,
+        )
+        for name, backend in BACKENDS.items()
+    ]
+    run_on_gpu = [
+        _Need(
+            name=f"{RUN} {name} {ON_GPU}",
+            packages=(backend.gpu_package,),
+            fix=backend.gpu_install,
+            gpu_backend=name,
+        )
+        for name, backend in BACKENDS.items()
+        if backend.gpu_package is not None and backend.gpu_install is not None
+    ]
     builders = [backend for backend in BACKENDS.values() if backend.compiles and not backend.builds_on_gpu]
-    return needs | {
-        "build bundles for a CPU": (
-            ("onnx", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
-            "pip install 'qie[compile]'",
+    return [
+        *run,
+        *run_on_gpu,
+        _Need(
+            name="build bundles for a CPU",
+            packages=("onnx", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
+            fix="pip install 'qie[compile]'",
         ),
-        "build bundles for a GPU": ((builders[0].build_module,), builders[0].build_install),
-        "compare with diffusers": (("torch", "diffusers", "transformers"), "pip install 'qie[reference]'"),
-    }
+        _Need(name="build bundles for a GPU", packages=(builders[0].build_module,), fix=builders[0].build_install),
+        _Need(
+            name="compare with diffusers",
+            packages=("torch", "diffusers", "transformers"),
+            fix="pip install 'qie[reference]'",
+        ),
+    ]
 
 
-def _gpu_backend(name: str) -> str | None:
-    """The backend whose engines the capability ``name`` runs on a GPU; None for another capability."""
-    for backend, facts in BACKENDS.items():
-        if facts.on_gpu and name == (f"{RUN} {backend} {ON_GPU}" if facts.on_cpu else f"{RUN} {backend}"):
-            return backend
-    return None
-
-
-def _capability(name: str, packages: tuple[str, ...], fix: str, machine: Machine) -> Capability:
-    installed = [package for package in packages if _installed(package)]
-    missing = tuple(package for package in packages if package not in installed)
-    backend = _gpu_backend(name)
-    if not missing and backend is not None:
-        missing, fix = _missing_of_gpu(backend, machine)
+def _capability(need: _Need, machine: Machine) -> Capability:
+    present = [package for package in need.packages if _present(package)]
+    missing, fix = tuple(package for package in need.packages if package not in present), need.fix
+    if not missing and need.gpu_backend is not None:
+        missing, fix = _missing_of_gpu(need.gpu_backend, machine)
     return Capability(
-        name=name,
+        name=need.name,
         ready=not missing,
-        requirements=tuple(f"{package} {_version(package)}".rstrip() for package in installed),
+        requirements=tuple(f"{package} {_version(package)}".rstrip() for package in present),
         missing=missing,
         fix=fix if missing else None,
     )
@@ -120,19 +162,14 @@ def _missing_of_gpu(backend: str, machine: Machine) -> tuple[tuple[str, ...], st
     """What ``backend`` lacks of GPU and driver, and how to fix that."""
     if not machine.gpus:
         return ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"
-    needed, served = cuda_needed(backend), machine.cuda
-    if served is not None and needed > int(served.partition(".")[0]):
-        return (f"a driver for CUDA {needed}",), f"update the driver, which serves CUDA {served}"
+    lacking = cuda_lacking(backend, machine.cuda)
+    if lacking is not None:
+        return (f"a driver for CUDA {lacking}",), f"update the driver, which serves CUDA {machine.cuda}"
     return (), ""
 
 
-def _installed(package: str) -> bool:
-    if "-" in package:
-        return version_of(package) is not None
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that should hold it
-        return False
+def _present(package: str) -> bool:
+    return version_of(package) is not None if "-" in package else installed(package)
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,17 @@ from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import BackendMissingError
 from qie.engines.machine import version_of
 
-__all__ = ["BACKENDS", "Backend", "available", "cuda_needed", "distribution", "installed", "serves_gpu", "version"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "available",
+    "cuda_lacking",
+    "cuda_needed",
+    "distribution",
+    "installed",
+    "serves_gpu",
+    "version",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +136,20 @@ def cuda_needed(backend: str) -> int:
     """The major version of CUDA that the driver must serve for the installed packages of ``backend``; 0 if none."""
     majors = [major for major, package in BACKENDS[backend].distributions if version_of(package)]
     return max([*majors, int((version_of("cuda-bindings") or "0").partition(".")[0])])
+
+
+def cuda_lacking(backend: str, served: str | None) -> int | None:
+    """The major version of CUDA that the installed packages of ``backend`` need and the driver does not serve.
+
+    Args:
+        backend: name of a backend.
+        served: latest CUDA that the driver serves, such as "12.8"; None where there is no driver to compare with.
+
+    Returns:
+        None where the driver serves it or there is no driver.
+    """
+    needed = cuda_needed(backend)
+    return needed if served is not None and needed > int(served.partition(".")[0]) else None
 
 
 def distribution(backend: str) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "QieError",
     "RecipeError",
     "RequestError",
+    "first_line",
 ]
 
 
@@ -105,3 +106,9 @@ class EngineError(QieError):
     """A backend failed or memory ran out while an engine ran."""
 
     http_status: ClassVar[int] = 503
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the text of ``error``; the name of its class where that is empty."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name and renamed when complete."""
 
+import errno
 import glob
 import hashlib
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["existing", "qie_home", "replacing", "replacing_folder", "sha256_of"]
+__all__ = ["existing", "is_disk_full", "qie_home", "replacing", "replacing_folder", "sha256_of"]
 
 
 def qie_home() -> Path:
@@ -22,6 +23,11 @@ def qie_home() -> Path:
 def existing(path: Path) -> Path:
     """``path`` or its nearest parent that exists: the file system that holds what is written to ``path``."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether ``error`` says that a disk, a quota or the size of a file is exhausted."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_of(path: Path) -> str:

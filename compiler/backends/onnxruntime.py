@@ -8,7 +8,7 @@ import onnxruntime as ort
 
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
-from qie.engines.errors import BuildError
+from qie.engines.errors import BuildError, first_line
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["build", "unavailable", "version"]
@@ -70,10 +70,6 @@ def _load(path: Path, provider: str) -> None:
         ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as problem:
         raise BuildError(
-            f"onnxruntime {version()} does not load {path.name} ({_first_line(problem)}); set the precision of the "
+            f"onnxruntime {version()} does not load {path.name} ({first_line(problem)}); set the precision of the "
             'component to "float32" in the recipe, or install another version of onnxruntime'
         ) from problem
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0]

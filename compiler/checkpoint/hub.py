@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-from qie.engines.errors import CheckpointError
+from qie.engines.errors import CheckpointError, first_line
 from qie.engines.progress import StageProgress
 
 __all__ = ["fetch_configs", "fetch_weights", "missing_bytes"]
@@ -81,7 +81,7 @@ def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
             return Path(download(local_files_only=True))
         except (OSError, ValueError):
             command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"{hub_id} is not in the cache, or incomplete there, and cannot be downloaded ({reason}); check the id "
                 f"and run `{command}` where there is a network, or give a folder"

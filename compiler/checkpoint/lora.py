@@ -4,7 +4,6 @@ A LoRA holds for some linear layers two thin matrices, down [rank, in] and up [o
 becomes W + weight * alpha / rank * up @ down (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 4.1).
 """
 
-import hashlib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, WrappedReader, open_file
 from qie.engines.errors import CheckpointError
+from qie.engines.files import sha256_of
 
 __all__ = ["Lora", "fused_reader", "open_lora", "parse_lora"]
 
@@ -83,8 +83,7 @@ class Lora:
 
     def digest(self) -> str:
         """sha256 (hex) of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
     def pair_for(self, name: str, shape: tuple[int, ...]) -> _Pair | None:
         """The matrices for the tensor ``name`` of this shape; None if the LoRA does not touch it.

@@ -1,1 +1,1 @@
-"""The command line of the compiler: one file a command."""
+"""The command line of the compiler: one file per command."""

@@ -66,7 +66,7 @@ def main() -> None:
     except OSError as problem:
         _stop(f"{problem.filename or 'a file'} cannot be used ({problem.strerror}); check its name and permissions", 2)
     except MemoryError:
-        _stop("this machine has too little memory; use a smaller --size, fewer --steps or a smaller model", 2)
+        _stop("this machine has too little memory; close other programs or use a smaller model", 2)
     except KeyboardInterrupt:
         _stop("stopped", 130)
 

@@ -27,7 +27,7 @@ def build(
     model: ModelArgument = DEFAULT_MODEL,
     gpu: GpuOption = "cpu",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the bundle.", show_default="by name, where `qie list` looks")
+        Path | None, typer.Option("--out", help="Folder of the bundle.", show_default="$QIE_HOME/bundles/NAME")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
     lora: LoraOption = None,

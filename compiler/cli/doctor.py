@@ -16,7 +16,7 @@ __all__ = ["doctor"]
 def doctor(as_json: JsonOption = False) -> None:
     """Check what this machine can build and run.
 
-    What is missing is listed with the command that installs it.
+    Lists what is missing and the command that installs it.
     """
     from qie.compiler.doctor import examine
     from qie.engines.records import to_plain

@@ -19,7 +19,8 @@ LoraOption = Annotated[
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
-        help="File of `qie calibrate`, for recipes that quantize.", show_default="the recipe's, else the model's own"
+        help="Calibration file written by `qie calibrate`; required by recipes that quantize.",
+        show_default="the recipe's, else the model's own",
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]

@@ -80,7 +80,7 @@ def describe(estimated: "Estimate") -> str:
     """The estimate as four tables: the build, memory on the GPU, one run of each component, the whole edit."""
     plan, recipe, work = estimated.plan, estimated.plan.recipe, estimated.workload
     images = f"{work.references} image{'s' if work.references > 1 else ''}"
-    guidance = f"guidance {work.guidance:g} (two passes a step)" if work.passes > 1 else "no guidance"
+    guidance = f"guidance {work.guidance:g} (two passes per step)" if work.passes > 1 else "no guidance"
     times = (
         "the times follow from the peak rates in the GPU's datasheet, which real runs do not reach"
         if estimated.seconds

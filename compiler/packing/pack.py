@@ -1,6 +1,5 @@
 """Carries out a plan: streams weights, builds engines and packs them into a bundle that is complete or absent."""
 
-import errno
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.planning.keys import engine_key, graph_keys, kept_engines
+from qie.compiler.planning.keys import engine_key, graph_keys, reusable_engines
 from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.quantization import calibration
@@ -44,7 +43,7 @@ from qie.engines.bundle.manifest import (
     write_manifest,
 )
 from qie.engines.errors import BuildError, BundleError
-from qie.engines.files import qie_home, replacing_folder, sha256_of
+from qie.engines.files import is_disk_full, qie_home, replacing_folder, sha256_of
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 from qie.engines.progress import Progress
 
@@ -83,7 +82,7 @@ def writing(destination: Path, needed: int) -> Iterator[Path]:
         with replacing_folder(destination) as folder:
             yield folder
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(problem):
             raise BuildError(
                 f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose a folder "
                 "on another disk",
@@ -120,12 +119,12 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         plan.calibration.check_model(digest)
     keys = graph_keys(plan, digest)
     old = _earlier(plan.destination)
-    kept = kept_engines(plan, keys, old)
+    reusable = reusable_engines(plan, keys, old)
     engines: list[EngineRecord] = []
     graphs: list[GraphRecord] = []
     for planned in plan.components:
         start = time.perf_counter()
-        engine = kept.get(planned.component)
+        engine = reusable.get(planned.component)
         if engine is not None and not (old is not None and take_over(engine_files(engine), old.path, folder)):
             engine = None
         if engine is None or planned.finish is not None:

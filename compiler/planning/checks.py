@@ -27,7 +27,9 @@ def check_buildable(plan: Plan) -> None:
     for planned in plan.components:
         reason = missing_builder(plan, planned.component)
         if reason is not None:
-            raise BackendMissingError(f"{reason}; build on a machine that can, or use the recipe cpu", option="gpu")
+            raise BackendMissingError(
+                f"{reason}; build on a machine that meets this, or use the recipe cpu", option="gpu"
+            )
         section = plan.recipe.components[planned.component]
         schemes = [scheme for scheme in (section.scheme, section.attention) if scheme != "none"]
         if schemes and plan.calibration is None:

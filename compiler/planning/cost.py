@@ -39,7 +39,13 @@ _VIEWS = ("DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """``flops`` operations of one kind on operands of one dtype, named as numpy does (``bfloat16``)."""
+    """Operations of one kind on operands of one dtype.
+
+    Attributes:
+        kind: of the operations.
+        dtype: of the operands, named as in NumPy (``bfloat16``).
+        flops: number of operations.
+    """
 
     kind: Kind
     dtype: str
@@ -69,7 +75,13 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tensor:
-    """``storage`` is the name of the tensor whose memory this one uses, its own unless it is a view."""
+    """A tensor of the graph.
+
+    Attributes:
+        shape: its dims.
+        dtype: in which it is stored.
+        storage: name of the tensor whose memory this one uses, its own unless it is a view.
+    """
 
     shape: tuple[int, ...]
     dtype: ir.DataType
@@ -103,7 +115,7 @@ def _run(
 ) -> tuple[dict[tuple[Kind, str], int], int, int]:
     """Operations, bytes moved and the most bytes of tensors alive in one run; tensors in ``held`` are the caller's.
 
-    What a loop's body holds comes to what is alive around the loop; its operations are done once a turn.
+    What a loop's body holds comes to what is alive around the loop; its operations are done once per turn.
     """
     flops: dict[tuple[Kind, str], int] = defaultdict(int)
     moved = 0
@@ -113,10 +125,10 @@ def _run(
             body, times = _body(node), tensors[node.output[0]].shape[0]
             within = {**tensors, **_tensors(body, tensors)}
             outer = {value.name for value in (*body.input, *body.output)} | tensors.keys()
-            counts, bytes_a_turn, inside[place] = _run(body, within, weights=weights, held=outer)
+            counts, bytes_per_turn, inside[place] = _run(body, within, weights=weights, held=outer)
             for what, count in counts.items():
                 flops[what] += times * count
-            moved += times * bytes_a_turn
+            moved += times * bytes_per_turn
         counted = _operations(node, tensors, weights)
         if counted is not None:
             kind, operations = counted
@@ -213,11 +225,11 @@ def _settled(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     while True:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        known = _known_types(model.graph)
-        unknown = [node for node in model.graph.node if any(name and name not in known for name in node.output)]
+        types = _known_types(model.graph)
+        unknown = [node for node in model.graph.node if any(name and name not in types for name in node.output)]
         if not unknown:
             return model
-        folded, stacked = _fold_shapes(model, known), _stacked(model, unknown)
+        folded, stacked = _fold_shapes(model, types), _stacked(model, unknown)
         assert folded or stacked, f"no shape for {', '.join(sorted({n.op_type for n in unknown}))}"
         del model.graph.value_info[:]
         model.graph.value_info.extend(stacked)
@@ -239,34 +251,34 @@ def _stacked(model: onnx.ModelProto, unknown: Sequence[onnx.NodeProto]) -> list[
 
 def _known_types(graph: onnx.GraphProto) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
     """Shape and dtype of every tensor whose dimensions are all numbers."""
-    known = {t.name: (tuple(t.dims), ir.DataType(t.data_type)) for t in graph.initializer}
+    types = {t.name: (tuple(t.dims), ir.DataType(t.data_type)) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            known[value.name] = tuple(dim.dim_value for dim in kind.shape.dim), ir.DataType(kind.elem_type)
-    return known
+            types[value.name] = tuple(dim.dim_value for dim in kind.shape.dim), ir.DataType(kind.elem_type)
+    return types
 
 
-def _fold_shapes(model: onnx.ModelProto, known: Mapping[str, tuple[tuple[int, ...], ir.DataType]]) -> bool:
+def _fold_shapes(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int, ...], ir.DataType]]) -> bool:
     """Turn the nodes that only shapes and constants decide into constants; False where there are none."""
     graph = model.graph
     values: dict[str, NDArray[Any]] = {
         t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
     }
-    kept = []
+    remaining = []
     for node in graph.node:
         inputs = {name: values[name] for name in node.input if name in values}
-        if node.op_type == "Shape" and node.input[0] in known:
-            inputs = {node.input[0]: np.broadcast_to(np.False_, known[node.input[0]][0])}
+        if node.op_type == "Shape" and node.input[0] in types:
+            inputs = {node.input[0]: np.broadcast_to(np.False_, types[node.input[0]][0])}
         if node.op_type == "Loop" or len(inputs) < len(set(filter(None, node.input))):
-            kept.append(node)
+            remaining.append(node)
             continue
         for name, value in zip(node.output, _evaluate(model, node, inputs), strict=True):
             values[name] = value
             graph.initializer.append(numpy_helper.from_array(value, name))
-    folded = len(kept) < len(graph.node)
+    folded = len(remaining) < len(graph.node)
     del graph.node[:]
-    graph.node.extend(kept)
+    graph.node.extend(remaining)
     return folded
 
 

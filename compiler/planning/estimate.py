@@ -72,7 +72,13 @@ class ComponentEstimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """All engines of ``plan`` and an edit with them."""
+    """All engines of a plan and an edit with them.
+
+    Attributes:
+        plan: the build.
+        workload: the edit.
+        components: the engines, in the order in which an edit uses them.
+    """
 
     plan: Plan
     workload: Workload
@@ -103,8 +109,8 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """The whole edit at the GPU's peak rates; None where these are not known."""
-        known = [c.seconds for c in self.components if c.seconds is not None]
-        return sum(known) if len(known) == len(self.components) else None
+        seconds = [c.seconds for c in self.components if c.seconds is not None]
+        return sum(seconds) if len(seconds) == len(self.components) else None
 
 
 def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
@@ -202,7 +208,7 @@ def _estimate(
     return ComponentEstimate(
         component=planned.component,
         backend=backend,
-        disk_bytes=planned.kept_bytes if builds else planned.bytes,
+        disk_bytes=planned.bundle_bytes if builds else planned.bytes,
         weights_bytes=planned.bytes,
         largest_activation_bytes=at_largest.activation_bytes,
         largest_io_bytes=at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph),

@@ -19,7 +19,7 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
 
-__all__ = ["engine_key", "graph_keys", "kept_engines"]
+__all__ = ["engine_key", "graph_keys", "reusable_engines"]
 
 
 def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
@@ -51,7 +51,7 @@ def engine_key(graph: str, backend: str, recipe: Recipe, shapes: tuple[ProfileRe
     return _sha256(decided_by)
 
 
-def kept_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
+def reusable_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
     """The engines of ``old``, an earlier bundle at the destination, that the plan would build again.
 
     Args:

@@ -76,12 +76,12 @@ class PlannedComponent:
         return ", ".join([self.precision, *(scheme for scheme in (self.scheme, attention) if scheme != "none")])
 
     @property
-    def kept_bytes(self) -> int:
+    def bundle_bytes(self) -> int:
         """Size in the bundle: the engine, and the graph where that stays for ``qie build --finish``."""
         return self.bytes * (2 if self.backend is not None and self.finish is not None else 1)
 
     @property
-    def passing_bytes(self) -> int:
+    def transient_bytes(self) -> int:
         """Size of the graph that is deleted when its engine is compiled."""
         compiled = self.backend is not None and BACKENDS[self.backend].compiles
         return self.bytes if compiled and self.finish is None else 0
@@ -123,12 +123,12 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the bundle, without graphs and tokenizer."""
-        return sum(c.kept_bytes for c in self.components) + self.modulation_bytes + self.tables_bytes
+        return sum(c.bundle_bytes for c in self.components) + self.modulation_bytes + self.tables_bytes
 
     @property
     def disk_bytes(self) -> int:
         """Peak use of the disk during the build."""
-        return self.bytes + max(c.passing_bytes for c in self.components)
+        return self.bytes + max(c.transient_bytes for c in self.components)
 
 
 def make_plan(

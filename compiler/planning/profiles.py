@@ -1,7 +1,7 @@
 """The shapes that an engine is built for: smallest, tuned-for and largest size of every free dim.
 
 They follow from the recipe's shapes and the model's image areas, so that every edit within the recipe's limits gives
-inputs (``qie.engines.editing.editor``) within the engine's. Sides are in pixels.
+inputs (``qie.engines.inputs.feeds``) within the engine's. Sides are in pixels.
 """
 
 import math
@@ -87,8 +87,8 @@ def _sizes(area: int, limits: ShapeLimits, model_area: int) -> list[Size]:
     longest = round((limits.max_side + BUCKET_MULTIPLE / 2) * math.sqrt(area / model_area) / BUCKET_MULTIPLE)
     sizes = [calculate_dimensions(area, 1)]
     for columns in range(1, longest + 1):
-        least, most = (area / (columns + half) / BUCKET_MULTIPLE**2 for half in (0.5, -0.5))
-        for rows in range(max(round(least), 1), min(round(most), longest) + 1):
+        rows_min, rows_max = (area / (columns + half) / BUCKET_MULTIPLE**2 for half in (0.5, -0.5))
+        for rows in range(max(round(rows_min), 1), min(round(rows_max), longest) + 1):
             sizes.append(Size(width=columns * BUCKET_MULTIPLE, height=rows * BUCKET_MULTIPLE))
     return sizes
 

@@ -99,5 +99,5 @@ def compile_packages() -> Iterator[None]:
         if str(problem.name).partition(".")[0] == "qie":
             raise
         raise BackendMissingError(
-            f"building needs {problem.name}, which is not installed; run `pip install 'qie[compile]'`"
+            f"{problem.name} is not installed, and compiling needs it; run `pip install 'qie[compile]'`"
         ) from problem

@@ -50,7 +50,7 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):
             able = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
-            yield "backends", f"has none that runs {name}; add one of {able}"
+            yield "backends", f"lists no backend that runs {name}; add one of {able}"
 
 
 def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,10 @@ from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
+    "FP8_CAPABILITY",
+    "QUANTIZABLE",
+    "REFERENCES_MAX",
+    "Attention",
     "BackendName",
     "ComponentRecipe",
     "Components",
@@ -93,7 +97,13 @@ class Components:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """A dynamic dimension: smallest, tuned-for and largest value, 1 <= min <= opt <= max."""
+    """A dynamic dimension, 1 <= min <= opt <= max.
+
+    Attributes:
+        min: smallest value.
+        opt: value that engines are tuned for.
+        max: largest value.
+    """
 
     min: Count
     opt: Count
@@ -139,7 +149,12 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of a build: the engine compiler's workspace on the GPU, and host memory."""
+    """Limits of a build.
+
+    Attributes:
+        build_workspace_gib: the engine compiler's workspace on the GPU.
+        host_memory_gib: memory of the building process.
+    """
 
     build_workspace_gib: Gib = 8.0
     host_memory_gib: Gib = 32.0

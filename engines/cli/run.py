@@ -52,7 +52,7 @@ def run(
     bundle: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Edit images by an instruction.
+    """Edit images with an instruction.
 
     The last image sets the size of the result. The path of each result is printed on stdout, everything else on stderr.
     """

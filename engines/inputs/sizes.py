@@ -11,6 +11,7 @@ from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
 from qie.engines.errors import RequestError
 
 __all__ = [
+    "BUCKET_MULTIPLE",
     "calculate_dimensions",
     "fits",
     "nearest_bucket",

@@ -3,7 +3,6 @@
 import json
 import platform
 import shutil
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,7 @@ def capabilities(report: Report) -> dict[str, Capability]:
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     """Let packages look as if they were not installed, and all others as if they were."""
-
-    def find_spec(name: str) -> ModuleSpec | None:
-        return None if name in packages else ModuleSpec(name, None)
-
-    monkeypatch.setattr(module, "find_spec", find_spec)
+    monkeypatch.setattr(module, "installed", lambda name: name not in packages)
 
 
 def test_this_machine(qie_home: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_larger_model_than_the_memory(qie: Qie, refusal: Refusal, monkeypatch:
         raise MemoryError
 
     monkeypatch.setattr("qie.engines.editing.editor.open_bundle", fail)
-    assert_says(refusal(qie("run", "photo.png", "x")), "too little memory; use a smaller --size")
+    assert_says(refusal(qie("run", "photo.png", "x")), "too little memory; close other programs or use a smaller model")
 
 
 def test_the_smallest_of_everything_is_not_refused(qie: Qie, workplace: Path) -> None:

@@ -80,5 +80,5 @@ def test_building_says_what_to_install(words: tuple[str, ...], workplace: Path, 
     done = watched(*words, checkpoint, blocked=HEAVY)
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: building needs \w+, which is not installed; run `pip install 'qie\[compile\]'`\n", done.stderr
+        r"error: \w+ is not installed, and compiling needs it; run `pip install 'qie\[compile\]'`\n", done.stderr
     )

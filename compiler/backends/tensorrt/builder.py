@@ -87,8 +87,8 @@ class TensorRT:
                 return None
             gpus = f"its GPUs have {', '.join(capabilities)}" if capabilities else "it has no GPU"
             return (
-                f"{self.backend} builds for a GPU of this machine, which has none of compute capability {capability} "
-                f"({gpus}); build on a machine with such a GPU"
+                f"{self.backend} builds only for the local GPU, and this machine has none with compute capability "
+                f"{capability} ({gpus}); build on a machine with such a GPU"
             )
         if capability is None or not hasattr(trt.ComputeCapability, _sm_name(capability)):
             return (

@@ -48,7 +48,7 @@ def test_a_backend_is_one_of_the_table(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("backends", "missing"), [('"reader"', "vision"), ('"seer"', "vae_encoder"), ("", "vision")])
 def test_every_component_needs_a_backend(tmp_path: Path, backends: str, missing: str) -> None:
     message = refusal(tmp_path, backends)
-    assert f"has none that runs {missing}" in message
+    assert f"lists no backend that runs {missing}" in message
 
 
 @pytest.mark.usefixtures("partial_backends")
