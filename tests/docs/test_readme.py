@@ -1,4 +1,4 @@
-"""What the documents say works: commands parse, links lead somewhere, the Python example runs."""
+"""What the documents say works: commands parse, links and paths lead somewhere, examples run, output is current."""
 
 import os
 import re
@@ -19,6 +19,7 @@ from qie.engines.bundle.manifest import COMPONENTS
 from tests.support.repository import ROOT
 
 DOCUMENTS = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")))
+PYTHON_FILES = [path for room in ("compiler", "engines", "tests") for path in (ROOT / room).rglob("*.py")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"(?:^ {4}|`)(qie [^`#\n…]*[^`#\n… ])", README, re.MULTILINE)))
 
@@ -27,6 +28,27 @@ COMMANDS = sorted(set(re.findall(r"(?:^ {4}|`)(qie [^`#\n…]*[^`#\n… ])", REA
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), target
+
+
+def missing_paths(text: str) -> list[str]:
+    """The paths in backticks that are not in the repository; NAME stands for any name, a bare file may lie anywhere."""
+    paths = re.findall(r"`([\w.*-]+(?:/[\w.*-]*)*)`", text)
+    inside = [path for path in paths if "/" in path and (ROOT / path.partition("/")[0]).is_dir()]
+    anywhere = [path for path in paths if "/" not in path and path.endswith(".py")]
+    patterns = {path: path.rstrip("/").replace("NAME", "*") for path in inside}
+    return [path for path, pattern in patterns.items() if not any(ROOT.glob(pattern))] + [
+        name for name in anywhere if not any(path.name == name for path in PYTHON_FILES)
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_exist(document: Path) -> None:
+    assert missing_paths(document.read_text(encoding="utf-8")) == []
+
+
+def test_a_missing_path_is_found() -> None:
+    text = "`compiler/NAME.py`, `engines/none.py`, `docs/`, `docs/none/`, `cli.py`, `choose.py`, `amax/x`, `a.json`"
+    assert missing_paths(text) == ["engines/none.py", "docs/none/", "cli.py"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,6 +74,16 @@ def test_make_targets_exist(target: str) -> None:
         pytest.skip("make is not installed; run `apt-get install make`")
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_prints_this_plan(qie_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output that the README shows begins with what the same build plans."""
+    monkeypatch.setenv("COLUMNS", "120")
+    command, shown = re.findall(r"^ {4}\.venv/bin/qie (build .*)\n((?: {4}.*\n|\n)+)", README, re.MULTILINE)[0]
+    done = CliRunner().invoke(app, [*shlex.split(command), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    plan = done.output.replace(str(qie_home), "…/out/home")
+    assert re.sub("^ {4}", "", shown, flags=re.MULTILINE).startswith(plan)
 
 
 @pytest.mark.parametrize("document", ["README.md", pytest.param("docs/python.md", marks=pytest.mark.slow)])

@@ -13,19 +13,37 @@ SOURCES = sorted(path for room in ("compiler", "engines") for path in (ROOT / ro
 ERRORS = re.compile(
     r"(Recipe|Checkpoint|Calibration|Export|Build|Bundle|EngineMismatch|BackendMissing|Request|Image|Engine)Error"
 )
+MESSAGES = re.compile(r"unavailable|_(.*_)?(refusal|obstacle|out_of_memory|sentence|choices)")
+"""Functions whose text becomes the message of an error."""
 COMMAND = re.compile(r"`[^`]*`")
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of every error that is made with a literal; an inserted value reads ``{}``."""
+    """Line and text of every message that is a literal; an inserted value reads ``{}``.
+
+    A message is the argument of an error, what a function of ``MESSAGES`` returns, and what one yields behind the name
+    of a key.
+    """
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Call(func=ast.Name(id=name), args=[message]) if ERRORS.fullmatch(name):
-                if isinstance(message, ast.Constant):
-                    yield node.lineno, str(message.value)
-                elif isinstance(message, ast.JoinedStr):
-                    parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in message.values)
-                    yield node.lineno, "".join(map(str, parts))
+                yield from literals(message)
+            case ast.FunctionDef(name=name) if MESSAGES.fullmatch(name):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Return) and inner.value is not None:
+                        yield from literals(inner.value)
+            case ast.Yield(value=ast.Tuple(elts=[_, message])):
+                yield from literals(message)
+
+
+def literals(message: ast.expr) -> Iterator[tuple[int, str]]:
+    """Line and text of ``message`` where it is a string."""
+    match message:
+        case ast.Constant(value=str(text)):
+            yield message.lineno, text
+        case ast.JoinedStr(values=values):
+            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in values)
+            yield message.lineno, "".join(map(str, parts))
 
 
 def faults(message: str) -> list[str]:
@@ -45,6 +63,18 @@ def test_messages(path: Path) -> None:
     checked = {line: (message, faults(message)) for line, message in messages(path.read_text(encoding="utf-8"))}
     allowed = {"names no flag"} if path.parent.name == "cli" else set()
     assert not {line: (message, wrong) for line, (message, wrong) in checked.items() if set(wrong) - allowed}
+
+
+def test_messages_are_found_where_they_are_made() -> None:
+    source = """
+def unavailable(recipe): return f"{recipe} is old; take another"
+def _gpu_refusal(): return "it is large; take less"
+def title(): return "a title"
+def rules(): yield "key", "is 3; lower it"
+raise BuildError("found; fix", option="out")
+"""
+    texts = {text for _, text in messages(source)}
+    assert texts == {"{} is old; take another", "it is large; take less", "is 3; lower it", "found; fix"}
 
 
 def test_there_are_messages() -> None:
