@@ -62,7 +62,7 @@ def test_a_builder_says_why_it_cannot_build(gpus: Callable[..., None], set_facts
     assert tensorrt.unavailable(a100) == "tensorrt is not installed; run `pip install x`"
     set_facts("tensorrt", build_module="tensorrt_rtx")
     gpus()
-    assert re.search(r"none of compute capability 8\.0 \(it has no GPU\); build on", str(tensorrt.unavailable(a100)))
+    assert re.search(r"none with compute capability 8\.0 \(it has no GPU\); build on", str(tensorrt.unavailable(a100)))
     gpus("8.9", "8.6")
     assert re.search(r"its GPUs have 8\.9, 8\.6", str(tensorrt.unavailable(a100)))
     gpus("8.9", "8.0")
