@@ -16,7 +16,7 @@ from bench.report import argument_parser, environment, write_report
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.transformer import transformer
 from qie.compiler.quantization.blockwise import Values
-from qie.compiler.quantization.observe import Observer
+from qie.compiler.quantization.statistics import LinearStatistics
 from qie.engines.bundle.specs import RotarySpec
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.terminal import table
@@ -62,11 +62,11 @@ def main() -> None:
     )
     graph = transformer(config, dtype="float32")
     shapes = {w.name: w.shape[::-1] if w.layout == ("transpose",) else w.shape for w in graph.weights}
-    observer = Observer(graph, {"transformer": RandomReader(shapes)}, options.samples)
+    statistics = LinearStatistics(graph, {"transformer": RandomReader(shapes)}, options.samples)
     samples = [inputs(config, seed) for seed in range(options.samples)]
     start = time.perf_counter()
     times = []
-    observer.run(samples, lambda what, done, total: times.append(time.perf_counter() - start), limit=2)
+    statistics.run(samples, lambda what, done, total: times.append(time.perf_counter() - start), limit=2)
     figures = {
         "samples": options.samples,
         "image_tokens": 2 * GRID[0] * GRID[1],
@@ -74,7 +74,7 @@ def main() -> None:
         "block_seconds": times[1] - times[0],
         "all_blocks_hours": BLOCKS * (times[1] - times[0]) / 3600,
         "peak_bytes": peak_bytes(),
-        "linears": len(observer.amax),
+        "linears": len(statistics.amax),
     }
     machine = environment()
     rows = [

@@ -31,11 +31,12 @@ from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.packing import build as packing
 from qie.compiler.planning.plan import make_plan
-from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
-from qie.compiler.quantization.observe import Observer
-from qie.compiler.quantization.samples import INSTRUCTIONS, draw_samples, read_images
+from qie.compiler.quantization.instructions import INSTRUCTIONS
+from qie.compiler.quantization.measure import measure
+from qie.compiler.quantization.samples import draw_samples, read_images
 from qie.compiler.quantization.schemes import SCHEMES, Scheme
+from qie.compiler.quantization.statistics import LinearStatistics
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName
 from qie.compiler.validation.metrics import pooled_relative_l2
@@ -331,7 +332,7 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
     checkpoint = open_checkpoint(str(options.checkpoint))
     readers = checkpoint.readers()
     samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
-    calibration = calibrate(checkpoint, readers, samples, model=checkpoint.digest())
+    calibration = measure(checkpoint, readers, samples, model=checkpoint.digest())
     feeds: list[Feed] = []
     for sample in samples[:: len(samples) // 8]:
         case = Case(
@@ -342,10 +343,12 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
             other_targets=(),
         )
         feeds += transformer_feeds(exact, record(exact, case))
-    observer = Observer(GRAPHS["transformer"](checkpoint.model, "float32"), readers, len(feeds))
-    observer.run(feeds, lambda what, done, total: None)
-    ratios = np.array([calibration.amax[name].max() / amax.max() for name, amax in observer.amax.items()])
-    channels = np.concatenate([calibration.amax[name] / np.maximum(amax, 1e-6) for name, amax in observer.amax.items()])
+    statistics = LinearStatistics(GRAPHS["transformer"](checkpoint.model, "float32"), readers, len(feeds))
+    statistics.run(feeds, lambda what, done, total: None)
+    ratios = np.array([calibration.amax[name].max() / amax.max() for name, amax in statistics.amax.items()])
+    channels = np.concatenate(
+        [calibration.amax[name] / np.maximum(amax, 1e-6) for name, amax in statistics.amax.items()]
+    )
     figures = {
         "samples": len(samples),
         "steps": len(feeds),
@@ -356,9 +359,9 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
     }
     trajectory_calibration = replace(
         calibration,
-        amax=calibration.amax | observer.amax,
+        amax=calibration.amax | statistics.amax,
         smoothing_scales={
-            scheme: scales | observer.smoothing_scales.get(scheme, {})
+            scheme: scales | statistics.smoothing_scales.get(scheme, {})
             for scheme, scales in calibration.smoothing_scales.items()
         },
     )

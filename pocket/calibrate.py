@@ -6,7 +6,6 @@ into FILE.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from PIL import Image
 from pocket.data.examples import draw_example
 from pocket.data.images import SIDE
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.cli.calibrate import describe
-from qie.compiler.quantization.calibration import FILE, write_calibration
-from qie.compiler.quantization.samples import NEGATIVE, CalibrationSample
-from qie.compiler.quantization.sensitivity import measure
+from qie.compiler.quantization.calibration import FILE
+from qie.compiler.quantization.measure import calibrate_model
+from qie.compiler.quantization.samples import NEGATIVE_EVERY, CalibrationSample
+from qie.compiler.quantization.sensitivity import describe
 
 SAMPLES = 96
 """Number of samples."""
@@ -36,16 +35,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"relative L2 error budget, default: {BUDGET}")
     parser.add_argument("--evidence", type=Path, help="JSON file for the sensitivity ranking")
     options = parser.parse_args()
-    calibration, rankings = measure(
+    _, rankings = calibrate_model(
         open_checkpoint(str(options.checkpoint)),
         calibration_samples(),
+        options.checkpoint / FILE,
         schemes=("fp8", "int8-smooth"),
         budget=options.budget,
+        ranking=options.evidence,
         ranking_samples=24,
     )
-    write_calibration(calibration, options.checkpoint / FILE)
-    if options.evidence is not None:
-        options.evidence.write_text(json.dumps([r.facts() for r in rankings], indent=1) + "\n", encoding="utf-8")
     for ranking in rankings:
         print(describe(ranking))
 
@@ -58,8 +56,8 @@ def calibration_samples() -> tuple[CalibrationSample, ...]:
     return tuple(
         CalibrationSample(
             image=Image.fromarray(example.images[0]),
-            text=" " if number % NEGATIVE == NEGATIVE - 1 else example.text,
-            share=(int(order[number]) + 0.5) / SAMPLES,
+            text=" " if number % NEGATIVE_EVERY == NEGATIVE_EVERY - 1 else example.text,
+            position=(int(order[number]) + 0.5) / SAMPLES,
             seed=number,
         )
         for number, example in enumerate(examples)

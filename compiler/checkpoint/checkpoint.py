@@ -14,10 +14,10 @@ from qie.compiler.checkpoint.model import Model, parse_model
 from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_subfolder, read_json
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
-from qie.engines.files import replacing
+from qie.engines.files import qie_home, replacing
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["POCKET", "Checkpoint", "open_checkpoint"]
+__all__ = ["POCKET", "Checkpoint", "digest_cache", "open_checkpoint"]
 
 POCKET = Path(__file__).parents[2] / "recipes" / "pocket"
 """The small trained model that comes with qie."""
@@ -130,6 +130,11 @@ class Checkpoint:
         if cache is not None:
             _store_remembered(cache, remembered)
         return whole.hexdigest()
+
+
+def digest_cache() -> Path:
+    """The default ``cache`` of ``Checkpoint.digest``."""
+    return qie_home() / "digests.json"
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, weights: bool = True) -> Checkpoint:

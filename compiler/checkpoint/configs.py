@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qie.engines.bundle.manifest import modulation_rows
+from qie.engines.bundle import modulation_rows
 from qie.engines.errors import CheckpointError, ExportError
 
 __all__ = ["LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
@@ -34,8 +34,8 @@ class TransformerConfig:
 
     @property
     def modulation_rows(self) -> int:
-        """Modulation vectors a block."""
-        return modulation_rows(self.zero_cond_t)
+        """Rows of a block's modulation (``qie.engines.bundle.modulation_rows``)."""
+        return modulation_rows.rows(references=self.zero_cond_t)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TransformerConfig":

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from qie.compiler.cli.build import build
-from qie.compiler.cli.calibrate import CalibrateCommand, calibrate
+from qie.compiler.cli.calibrate import calibrate
 from qie.compiler.cli.doctor import doctor
 from qie.compiler.cli.export import export
 from qie.compiler.cli.plan import plan
@@ -109,7 +109,6 @@ _needs_arguments(
     epilog=examples("qie plan pocket --gpu l40s", "qie plan --gpu l40s --size 1024x768"),
 )(plan)
 _needs_arguments(
-    cls=CalibrateCommand,
     epilog=examples(
         "qie calibrate pocket --images photos -o pocket.npz", "qie calibrate pocket --images photos --sensitivity"
     ),

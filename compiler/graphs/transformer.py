@@ -26,6 +26,7 @@ from qie.compiler.graphs.graph import Graph, constant
 from qie.compiler.graphs.layers import Linear, RMSNorm, attention, cast, rotate, split
 from qie.compiler.weights.weight import DType
 from qie.engines.bundle.manifest import TensorSpec
+from qie.engines.bundle.modulation_rows import HALVES, KINDS, streams
 
 __all__ = ["transformer"]
 
@@ -205,12 +206,15 @@ class Block(nn.Module):
     def modulations(self, op: Any, modulation_M: ir.Value) -> tuple[StreamModulation, ...]:
         """The modulation of noise, reference and text tokens; without ``zero_cond_t`` references share the noise's.
 
-        ``TransformerConfig`` documents the order of the rows.
+        ``qie.engines.bundle.modulation_rows`` documents the order of the rows.
         """
-        rows = split(op, modulation_M, self.config.modulation_rows, axis=0)
-        branches = [Modulation(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
-        streams = [StreamModulation(*branches[i : i + 2]) for i in range(0, len(branches), 2)]
-        return tuple(streams) if self.config.zero_cond_t else (streams[0], streams[0], streams[1])
+        rows = iter(split(op, modulation_M, self.config.modulation_rows, axis=0))
+        by_stream = {
+            stream: StreamModulation(*(Modulation(*(next(rows) for _ in KINDS)) for _ in HALVES))
+            for stream in streams(references=self.config.zero_cond_t)
+        }
+        noise = by_stream["noise"]
+        return noise, by_stream.get("references", noise), by_stream["text"]
 
     def image_norm(
         self, op: Any, x_BTD: ir.Value, noise: Modulation, reference: Modulation, tokens: Tokens

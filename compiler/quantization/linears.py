@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import onnx_ir as ir
 
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.recipe.schema import QUANTIZABLE
+from qie.compiler.recipe.quantizable import QUANTIZABLE
 from qie.engines.errors import RecipeError
 
 __all__ = [

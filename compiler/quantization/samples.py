@@ -2,6 +2,9 @@
 
 The model is a rectified flow: at sigma it reads (1 - sigma) * x + sigma * noise. For calibration x are the latents of
 the input image itself, so that no trajectory has to be run.
+
+Shape suffixes: H, W height and width in tokens, N = H * W noise tokens, L text tokens, C latent channels of a token, D
+width of the prompt embeddings.
 """
 
 import hashlib
@@ -31,8 +34,7 @@ from qie.engines.inputs.vision import vision_inputs
 from qie.engines.progress import Progress
 
 __all__ = [
-    "INSTRUCTIONS",
-    "NEGATIVE",
+    "NEGATIVE_EVERY",
     "CalibrationSample",
     "component_values",
     "digest",
@@ -42,25 +44,13 @@ __all__ = [
     "transformer_values",
 ]
 
-INSTRUCTIONS = (
-    "make it grayscale",
-    "change the background to a beach at sunset",
-    "put a red hat on the person",
-    "turn it into a watercolor painting",
-    "remove the text",
-    "make it night",
-    "add a small dog on the left",
-    'write "OPEN" on the sign',
-)
-"""The default instructions."""
-
 ASPECTS = (None, 1.0, 16 / 9, 9 / 16)
-"""Width by height to which images are cropped by turns; None leaves an image as it is."""
+"""Width by height to which images are cropped in turn; None leaves an image as it is."""
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
-NEGATIVE = 4
-"""One in so many samples is of guidance's negative branch."""
+NEGATIVE_EVERY = 4
+"""Period of the samples of guidance's negative branch: the last of every four."""
 
 STEPS = 40
 """Steps of the schedule from which sigmas are taken."""
@@ -73,13 +63,13 @@ class CalibrationSample:
     Attributes:
         image: the input image.
         text: the instruction, or the negative prompt.
-        share: position in the schedule, from 0 (its beginning) to 1.
+        position: position in the schedule, from 0 (its beginning) to 1.
         seed: seed of the noise.
     """
 
     image: Image.Image
     text: str
-    share: float
+    position: float
     seed: int
 
 
@@ -101,13 +91,13 @@ def read_images(folder: Path) -> list[Image.Image]:
 def draw_samples(
     images: Sequence[Image.Image], instructions: Sequence[str], count: int
 ) -> tuple[CalibrationSample, ...]:
-    """``count`` samples that combine images, instructions, aspect ratios and sigmas by turns."""
+    """``count`` samples that combine images, instructions, aspect ratios and sigmas in turn."""
     order = np.random.default_rng(0).permutation(count)
     return tuple(
         CalibrationSample(
             image=_cropped(images[i % len(images)], ASPECTS[(i // len(images)) % len(ASPECTS)]),
-            text=DEFAULT_NEGATIVE if i % NEGATIVE == NEGATIVE - 1 else instructions[i % len(instructions)],
-            share=(int(order[i]) + 0.5) / count,
+            text=DEFAULT_NEGATIVE if i % NEGATIVE_EVERY == NEGATIVE_EVERY - 1 else instructions[i % len(instructions)],
+            position=(int(order[i]) + 0.5) / count,
             seed=i,
         )
         for i in range(count)
@@ -118,7 +108,7 @@ def digest(samples: Sequence[CalibrationSample]) -> str:
     """sha256 (hex) of the content of ``samples``."""
     sha256 = hashlib.sha256()
     for sample in samples:
-        sha256.update(f"{sample.image.size} {sample.text} {sample.share} {sample.seed}".encode())
+        sha256.update(f"{sample.image.size} {sample.text} {sample.position} {sample.seed}".encode())
         sha256.update(sample.image.tobytes())
     return sha256.hexdigest()
 
@@ -128,14 +118,14 @@ def language_values(
 ) -> list[Values]:
     """The inputs of the language model for each sample; runs the vision tower."""
     model = checkpoint.model
-    tokenizer, spec, sizes = load_tokenizer(checkpoint.path), model.prompt, model.areas
-    seen = [vision_inputs([prepare(s.image, sizes).vision], model.processor) for s in samples]
-    towers: list[Values] = [vision_feed(inputs) for inputs in seen]
-    run(GRAPHS["vision"](checkpoint.model, "float32"), readers, towers, progress)
+    tokenizer = load_tokenizer(checkpoint.path)
+    inputs = [vision_inputs([prepare(s.image, model.areas).vision], model.processor) for s in samples]
+    vision: list[Values] = [vision_feed(one) for one in inputs]
+    run(GRAPHS["vision"](model, "float32"), readers, vision, progress)
     values: list[Values] = []
-    for sample, grids, tower in zip(samples, (s.grids for s in seen), towers, strict=True):
-        tokens = encode(tokenizer, [sample.text], grids, spec, allow_blank=True)
-        values.append(language_feed(tokens, tower["image_embeds"]))
+    for sample, one, outputs in zip(samples, inputs, vision, strict=True):
+        tokens = encode(tokenizer, [sample.text], one.grids, model.prompt, allow_blank=True)
+        values.append(language_feed(tokens, outputs["image_embeds"]))
     return values
 
 
@@ -143,41 +133,40 @@ def transformer_values(
     checkpoint: Checkpoint,
     readers: Readers,
     samples: Sequence[CalibrationSample],
-    prompts: Sequence[NDArray[np.float32]],
+    prompts_1LD: Sequence[NDArray[np.float32]],
     progress: Progress,
 ) -> list[Values]:
-    """The inputs of the transformer for each sample, whose prompt embeddings [1, L, D] are ``prompts``.
+    """The inputs of the transformer for each sample, whose prompt embeddings are ``prompts_1LD``.
 
     Runs the VAE's encoder and computes the modulation of every sigma.
     """
     model = checkpoint.model
-    sizes, scheduler, rotary = model.areas, model.scheduler, model.rotary
-    encoded: list[Values] = [encoder_feed(prepare(s.image, sizes).vae) for s in samples]
-    run(GRAPHS["vae_encoder"](checkpoint.model, "float32"), readers, encoded, progress)
-    latents = [values["latents"] for values in encoded]
-    grids = [(latent.shape[1], latent.shape[2]) for latent in latents]
-    strengths = [
-        float(sigmas(scheduler, steps=STEPS, noise_tokens=h * w)[int(s.share * STEPS)])
+    encoded: list[Values] = [encoder_feed(prepare(s.image, model.areas).vae) for s in samples]
+    run(GRAPHS["vae_encoder"](model, "float32"), readers, encoded, progress)
+    latents_1HWC = [values["latents"] for values in encoded]
+    grids = [(x_1HWC.shape[1], x_1HWC.shape[2]) for x_1HWC in latents_1HWC]
+    sample_sigmas = [
+        float(sigmas(model.scheduler, steps=STEPS, noise_tokens=h * w)[int(s.position * STEPS)])
         for s, (h, w) in zip(samples, grids, strict=True)
     ]
     config = model.transformer
     flat = compute_tables(
         CheckpointModulation(config, readers["transformer"]),
         config,
-        np.array([*strengths, 0], np.float32),
+        np.array([*sample_sigmas, 0], np.float32),
         progress=lambda done, total: progress("modulation", done, total),
     )
     tables = split_tables(flat, config)
     values: list[Values] = []
-    for number, (sample, latent, grid, strength) in enumerate(zip(samples, latents, grids, strengths, strict=True)):
-        x = latent.reshape(1, grid[0] * grid[1], -1)
-        noise = standard_normal(x.shape, seed=sample.seed, dtype="float32")
+    for number, (sample, grid, sigma) in enumerate(zip(samples, grids, sample_sigmas, strict=True)):
+        x_1NC = latents_1HWC[number].reshape(1, grid[0] * grid[1], -1)
+        noise_1NC = standard_normal(x_1NC.shape, seed=sample.seed, dtype="float32")
         values.append(
             transformer_feed(
-                latents_BNC=(np.float32(1 - strength) * x + np.float32(strength) * noise).astype(np.float32),
-                reference_BRC=x,
-                prompt_BLD=prompts[number],
-                rotary=rotary,
+                latents_BNC=(np.float32(1 - sigma) * x_1NC + np.float32(sigma) * noise_1NC).astype(np.float32),
+                reference_BRC=x_1NC,
+                prompt_BLD=prompts_1LD[number],
+                rotary=model.rotary,
                 grids=[grid, grid],
                 modulation_YM=tables.blocks[number],
                 modulation_out_O=tables.out[number],

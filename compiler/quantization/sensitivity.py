@@ -8,8 +8,7 @@ the chosen set is then measured as a whole.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,28 +16,26 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.quantization.blockwise import Readers, Segment, Values, loaded, read_later, run, segments
-from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
 from qie.compiler.quantization.qdq import Quantized, quantize_linears
-from qie.compiler.quantization.samples import CalibrationSample, component_values
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
 from qie.compiler.recipe.schema import SchemeName
 from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.engines.bundle.manifest import Component
-from qie.engines.files import qie_home
 from qie.engines.progress import Progress, no_progress
+from qie.engines.terminal import human_bytes, table
 
-__all__ = ["RESULTS", "Sensitivity", "choose", "measure", "sensitivity"]
+__all__ = ["RESULTS", "Sensitivity", "choose", "describe", "sensitivity"]
 
 RESULTS: dict[Component, str] = {"transformer": "velocity", "language": "prompt_embeds"}
-"""The output of which the error is taken."""
+"""The output whose error is measured, for each component."""
 
 CARRIED_BYTES = 4 * 2**30
-"""Samples' values that one walk along the blocks carries at most, give or take those of one linear."""
+"""Bytes of values that one walk along the blocks may carry; the values of one more linear may exceed it."""
 
 TRIES = 8
-"""How often more linears are excluded because the measured error exceeds the budget though the estimate does not."""
+"""Attempts to exclude more linears where the measured error exceeds the budget and the estimate does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,52 +121,21 @@ def sensitivity(
     )
 
 
-def measure(
-    checkpoint: Checkpoint,
-    samples: Sequence[CalibrationSample],
-    *,
-    component: Component = "transformer",
-    schemes: Sequence[SchemeName] = (),
-    budget: float = 0.0,
-    ranking_samples: int = 16,
-    progress: Progress = no_progress,
-) -> tuple[Calibration, list[Sensitivity]]:
-    """Calibrate ``checkpoint`` over ``samples`` and rank the linears of ``component`` for each of ``schemes``.
-
-    Args:
-        checkpoint: the checkpoint, complete with weights.
-        samples: forward passes to observe.
-        component: the component to rank.
-        schemes: the schemes to rank for; none for a calibration alone.
-        budget: relative L2 that quantization may cause.
-        ranking_samples: the number of samples used for ranking.
-        progress: called with what runs, steps done and steps in all.
-
-    Raises:
-        CheckpointError: weights are missing or of another shape.
-        RequestError: the model cannot take an image or an instruction.
-    """
-    readers = checkpoint.readers()
-    digest = checkpoint.digest(
-        cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
+def describe(ranking: Sensitivity) -> str:
+    """The text of ``ranking``: a table of the worst linears, and the error with and without exclusions."""
+    worst = sorted(ranking.errors, key=lambda name: ranking.errors[name], reverse=True)[:12]
+    rows = [[name, f"{ranking.errors[name]:.4f}", "excluded" if name in ranking.exclude else ""] for name in worst]
+    excluded = human_bytes(sum(ranking.bytes[name] for name in ranking.exclude))
+    return "\n".join(
+        [
+            "",
+            table(rows, header=["quantized alone", "error", ""], right=[1]),
+            "",
+            f"{ranking.component}, {ranking.scheme}: the error is {ranking.all_quantized_error:.4f} with all "
+            f"{len(ranking.errors)} linears quantized, and {ranking.error_after_exclusion:.4f} with "
+            f"{len(ranking.exclude)} of them excluded ({excluded}); the budget is {ranking.budget:g}",
+        ]
     )
-    calibration = calibrate(checkpoint, readers, samples, model=digest, progress=progress)
-    used = samples[:ranking_samples]
-    values = component_values(component, checkpoint, readers, used, progress) if schemes else []
-    rankings = [
-        sensitivity(
-            checkpoint,
-            readers,
-            values,
-            calibration,
-            component=component,
-            scheme=scheme,
-            budget=budget,
-            progress=progress,
-        )
-        for scheme in schemes
-    ]
-    return replace(calibration, exclude={f"{component}/{r.scheme}": r.exclude for r in rankings}), rankings
 
 
 def choose(errors: dict[str, float], sizes: dict[str, int], budget: float) -> tuple[str, ...]:

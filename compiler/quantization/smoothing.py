@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.safetensors import TensorReader, WrappedReader
 from qie.engines.bundle.manifest import Component
-from qie.engines.inputs.modulation_rows import (
+from qie.engines.bundle.modulation_rows import (
     MODULES,
     Half,
     block_slice,
@@ -79,24 +79,24 @@ def _transformer_groups(block: str, names: set[str]) -> Iterator[Group]:
     def present(*linears: str) -> tuple[str, ...]:
         return tuple(name for linear in linears if (name := f"{block}.{linear}") in names)
 
-    def modulation(stream: str, fold: Fold) -> tuple[tuple[str, Fold], ...]:
-        return tuple((f"{block}.{stream}_mod.1.{kind}", fold) for kind in ("weight", "bias"))
+    def modulation(module: str, fold: Fold) -> tuple[tuple[str, Fold], ...]:
+        return tuple((f"{block}.{module}.1.{kind}", fold) for kind in ("weight", "bias"))
 
-    for stream, linears in (
-        ("img", ("attn.to_q", "attn.to_k", "attn.to_v")),
-        ("txt", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    for stream, module, linears in (
+        ("img", MODULES["noise"], ("attn.to_q", "attn.to_k", "attn.to_v")),
+        ("txt", MODULES["text"], ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     ):
         yield Group(
             name=f"{block}.{stream}_attn",
             consumers=present(*linears),
-            producers=modulation(stream, "divide_attention_modulation"),
+            producers=modulation(module, "divide_attention_modulation"),
         )
         up, down = present(f"{stream}_mlp.net.0.proj"), present(f"{stream}_mlp.net.2")
         if up:
             yield Group(
                 name=f"{block}.{stream}_mlp.up",
                 consumers=up,
-                producers=modulation(stream, "divide_mlp_modulation"),
+                producers=modulation(module, "divide_mlp_modulation"),
             )
             yield Group(name=f"{block}.{stream}_mlp.down", consumers=down)
     values = present("attn.to_v", "attn.add_v_proj")

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from qie.compiler.recipe.schema import FP8_CAPABILITY, QUANTIZABLE, REFERENCES_MAX, Range, Recipe, supports_fp8
+from qie.compiler.recipe.quantizable import QUANTIZABLE
+from qie.compiler.recipe.schema import FP8_CAPABILITY, REFERENCES_MAX, Range, Recipe, supports_fp8
 from qie.compiler.recipe.toml import inline
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import COMPONENTS

@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from qie.compiler.recipe.quantizable import SchemeName
 from qie.compiler.recipe.toml import Matching, OneOf, Within, write
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component, Residency
@@ -40,16 +41,7 @@ __all__ = [
 BackendName = Annotated[str, OneOf(what="backend", table=BACKENDS)]
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
-SchemeName = Literal["none", "fp8", "int8-smooth", "w8a16", "w4a16"]
-
 Attention = Literal["none", "fp8"]
-
-QUANTIZABLE: dict[Component, str] = {
-    "language": "language_model.layers.*",
-    "transformer": "transformer_blocks.*",
-}
-"""Component that can be quantized -> fnmatch pattern of its linears: those of its blocks, never embedders, output
-layers or modulation. Vision tower and VAE are small, and their errors show in the image."""
 
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada); engine compilers refuse E4M3 below it."""

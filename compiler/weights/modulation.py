@@ -12,6 +12,7 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.weights.stream import prepare, write_weights
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
+from qie.engines.bundle.modulation_rows import MODULES, ROWS
 from qie.engines.inputs.modulation import CHANNELS
 from qie.engines.progress import StageProgress, no_progress
 
@@ -37,8 +38,8 @@ def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight,
         "norm_out.linear": (2 * d, d),
     }
     for layer in range(config.layers):
-        for stream in ("img_mod", "txt_mod"):
-            linears[f"transformer_blocks.{layer}.{stream}.1"] = (6 * d, d)
+        for module in dict.fromkeys(MODULES.values()):
+            linears[f"transformer_blocks.{layer}.{module}.1"] = (ROWS * d, d)
     return tuple(
         weight
         for name, shape in linears.items()

@@ -43,7 +43,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A tensor of the file, its ``offset`` and ``length`` in bytes."""
+    """A tensor of the file.
+
+    Attributes:
+        name: name of the weight.
+        offset: where the tensor starts, in bytes.
+        length: its size in bytes.
+    """
 
     name: str
     offset: int
@@ -52,7 +58,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFile:
-    """A written file of external data: size in bytes, sha256 (hex) and tensors in order."""
+    """A written file of external data.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        sha256: sha256 of its content, in hex.
+        entries: its tensors in order.
+    """
 
     path: Path
     bytes: int
@@ -264,7 +277,7 @@ _STEPS: dict[Layout, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
 
 
 def _is_finite(tensor: npt.NDArray[Any]) -> bool:
-    """Whether all elements are finite; a chunk at a time, because np.isfinite allocates a byte an element."""
+    """Whether all elements are finite; a chunk at a time, because np.isfinite allocates one byte per element."""
     flat = tensor.reshape(-1)
     return all(np.isfinite(flat[start : start + CHUNK_BYTES]).all() for start in range(0, flat.size, CHUNK_BYTES))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qie.engines.bundle import modulation_rows
 from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.errors import BundleError
 from qie.engines.files import sha256_of
@@ -34,7 +35,6 @@ __all__ = [
     "Residency",
     "TensorSpec",
     "file_record",
-    "modulation_rows",
     "read_manifest",
     "write_manifest",
 ]
@@ -184,12 +184,6 @@ class GraphRecord:
     part: int = 0
 
 
-def modulation_rows(zero_cond_t: bool) -> int:
-    """Modulation vectors a block: shift, gain, gate of attention, then of the feed-forward, for noise tokens, then
-    (``zero_cond_t``) for reference tokens, then for text tokens."""
-    return 18 if zero_cond_t else 12
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModulationTensor:
     """A tensor of the modulation weights: its place in the file, [out, in] or [out] as in the checkpoint."""
@@ -223,7 +217,7 @@ class ModulationRecord:
     @property
     def values(self) -> int:
         """Numbers that a timestep has in the tables: every block's rows, and two rows for the output norm."""
-        return (self.layers * modulation_rows(self.zero_cond_t) + 2) * self.width
+        return (self.layers * modulation_rows.rows(references=self.zero_cond_t) + 2) * self.width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.manifest import ModulationRecord
+from qie.engines.bundle.modulation_rows import HALVES, MODULES, module_slice, streams
 from qie.engines.files import qie_home, replacing
 from qie.engines.inputs.bfloat16 import narrow, widen
-from qie.engines.inputs.modulation_rows import HALVES, MODULES, module_slice, streams
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [

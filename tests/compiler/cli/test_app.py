@@ -13,7 +13,7 @@ import qie as package
 from qie.compiler.cli import app as module
 from qie.compiler.cli.app import SECTIONS, app
 from qie.compiler.quantization.schemes import SCHEMES
-from qie.compiler.recipe.schema import QUANTIZABLE, SchemeName
+from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
 from qie.engines.errors import RequestError
 from tests.support.command_line import Qie, Refusal
 

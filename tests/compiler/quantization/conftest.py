@@ -7,9 +7,10 @@ import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.samples import INSTRUCTIONS, CalibrationSample, draw_samples, read_images
+from qie.compiler.quantization.instructions import INSTRUCTIONS
+from qie.compiler.quantization.measure import measure
+from qie.compiler.quantization.samples import CalibrationSample, draw_samples, read_images
 from tests.support.images import smooth_image
 
 
@@ -41,4 +42,4 @@ def samples(image_folder: Path) -> tuple[CalibrationSample, ...]:
 def calibration(
     tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], samples: tuple[CalibrationSample, ...]
 ) -> Calibration:
-    return calibrate(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())
+    return measure(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())

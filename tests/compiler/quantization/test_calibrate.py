@@ -13,11 +13,11 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.quantization.blockwise import run
-from qie.compiler.quantization.calibrate import calibrate
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
+from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.linears import linears
+from qie.compiler.quantization.measure import measure
 from qie.compiler.quantization.samples import (
-    INSTRUCTIONS,
     CalibrationSample,
     component_values,
     draw_samples,
@@ -37,9 +37,9 @@ def quiet(what: str, done: int, total: int) -> None:
 
 def test_samples_meet_each_other(image_folder: Path) -> None:
     drawn = draw_samples(read_images(image_folder), INSTRUCTIONS, 32)
-    shares = sorted(sample.share for sample in drawn)
-    assert shares[0] < 0.05 and shares[-1] > 0.95
-    assert max(np.diff(shares)) < 0.05
+    positions = sorted(sample.position for sample in drawn)
+    assert positions[0] < 0.05 and positions[-1] > 0.95
+    assert max(np.diff(positions)) < 0.05
     assert sum(sample.text == " " for sample in drawn) == 8
     assert {sample.text for sample in drawn} > set(INSTRUCTIONS[:2])
     assert len({round(sample.image.width / sample.image.height, 1) for sample in drawn}) >= 4
@@ -128,7 +128,7 @@ def test_calibrating_again_gives_the_same_bytes(
     calibration: Calibration,
     tmp_path: Path,
 ) -> None:
-    again = calibrate(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())
+    again = measure(tiny_checkpoint, readers, samples, model=tiny_checkpoint.digest())
     for number, one in enumerate((calibration, again)):
         write_calibration(one, tmp_path / f"{number}.npz")
     assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
@@ -252,8 +252,11 @@ def test_the_command(
 
     for words, expected in (
         (("--images", workplace / "none"), "has no images"),
-        (("--images", image_folder, "--scheme", "int3"), "--scheme is 'int3'"),
-        (("--images", image_folder, "--component", "vision"), "--component is 'vision'"),
+        (("--images", image_folder, "--scheme", "int3"), "unknown scheme 'int3', expected one of fp8,"),
+        (
+            ("--images", image_folder, "--component", "vision"),
+            "unknown component 'vision', expected one of language, transformer; choose one (--component)",
+        ),
     ):
         assert expected in refusal(qie("calibrate", checkpoint, *words))
     (workplace / "empty.txt").write_text("\n")
@@ -358,4 +361,6 @@ def sigma_of(tiny_checkpoint: Checkpoint, sample: CalibrationSample) -> float:
     from qie.engines.inputs.schedule import sigmas
 
     height, width = grid_of(tiny_checkpoint, sample)
-    return float(sigmas(tiny_checkpoint.model.scheduler, steps=40, noise_tokens=height * width)[int(sample.share * 40)])
+    return float(
+        sigmas(tiny_checkpoint.model.scheduler, steps=40, noise_tokens=height * width)[int(sample.position * 40)]
+    )

@@ -264,18 +264,18 @@ def test_a_linear_without_statistics(tiny_checkpoint: Checkpoint) -> None:
 def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, TensorReader], component: Component) -> None:
     """Queries, keys and values go through E4M3, and nothing else changes."""
     from qie.compiler.quantization.linears import attention_input_names, attention_inputs
-    from qie.compiler.quantization.observe import Observer
     from qie.compiler.quantization.schemes import ATTENTION
+    from qie.compiler.quantization.statistics import LinearStatistics
 
     language = tiny_checkpoint.model.language
     plain = GRAPHS[component](tiny_checkpoint.model, "float32")
     values = inputs(plain)
     exact = result(plain, readers, values)
-    observer = Observer(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, 1, language)
-    observer.run([dict(values)], lambda *_: None)
+    statistics = LinearStatistics(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, 1, language)
+    statistics.run([dict(values)], lambda *_: None)
     names = attention_inputs(plain)
     assert len(names) == 2
-    amax = {name: observer.amax[name] for attention in names for name in attention_input_names(attention)}
+    amax = {name: statistics.amax[name] for attention in names for name in attention_input_names(attention)}
     known = Calibration(model="m", name="tiny", data="d", samples=1, amax=amax)
     section = ComponentRecipe(precision="float32", attention="fp8")
     graph = quantize_by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph

@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from qie.engines.inputs.modulation_rows import (
+from qie.engines.bundle.modulation_rows import (
     HALVES,
     KINDS,
     MODULES,
     block_slice,
     has_references,
     module_slice,
+    rows,
     streams,
 )
 
@@ -24,8 +25,9 @@ def test_rows_are_stream_then_half_then_kind(references: bool) -> None:
     assert list(streams(references=references)) == names
     values = np.arange(len(names) * 6 * WIDTH)
     order = itertools.product(streams(references=references), HALVES, KINDS)
-    rows = [values[block_slice(*row, WIDTH, references=references)] for row in order]
-    assert np.array_equal(np.concatenate(rows), values)
+    slices = [values[block_slice(*row, WIDTH, references=references)] for row in order]
+    assert np.array_equal(np.concatenate(slices), values)
+    assert len(slices) == rows(references=references) == (18 if references else 12)
     assert has_references(len(values), WIDTH) is references
 
 

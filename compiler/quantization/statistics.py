@@ -1,4 +1,4 @@
-"""Observation of one component: the amax of what its linears read, and the smoothing scales of each block."""
+"""Statistics of one component: the amax of what its linears read, and the smoothing scales of each block."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ from qie.compiler.quantization.smoothing import Group, smoothing_groups, smoothi
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.progress import Progress
 
-__all__ = ["Observer"]
+__all__ = ["LinearStatistics"]
 
 ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """The values of alpha that are tried for every group."""
@@ -28,7 +28,7 @@ MAX_ERROR_RATIO = 0.95
 Array = NDArray[np.float32]
 
 
-class Observer:
+class LinearStatistics:
     """Runs samples through one graph and records statistics of its linears.
 
     Attributes:
@@ -53,7 +53,7 @@ class Observer:
         self._rows: dict[str, list[Array]] = {}
 
     def run(self, values: Sequence[Values], progress: Progress, *, limit: int | None = None) -> None:
-        """Run ``values``, one entry a sample, through the graph or through its first ``limit`` segments, in place."""
+        """Run ``values``, one entry per sample, through the graph or through its first ``limit`` segments, in place."""
         watch: dict[str, list[str]] = {f"{name}.weight": [value] for name, value in self.inputs.items()}
         for weight, attention in self._weights_before_attention():
             watch[weight] += self.attentions[attention]

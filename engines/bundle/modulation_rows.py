@@ -10,8 +10,8 @@ A stream's six rows are the output of one linear of the checkpoint, ``img_mod`` 
 
 from typing import Literal
 
-__all__ = ["HALVES", "KINDS", "MODULES", "Half", "Kind", "Stream", "block_slice", "has_references", "module_slice",
-           "streams"]  # fmt: skip
+__all__ = ["HALVES", "KINDS", "MODULES", "ROWS", "Half", "Kind", "Stream", "block_slice", "has_references",
+           "module_slice", "rows", "streams"]  # fmt: skip
 
 Stream = Literal["noise", "references", "text"]
 Half = Literal["attention", "mlp"]
@@ -32,9 +32,14 @@ def streams(*, references: bool) -> tuple[Stream, ...]:
     return ("noise", "references", "text") if references else ("noise", "text")
 
 
+def rows(*, references: bool) -> int:
+    """Rows of a block: 18 with rows for references, else 12."""
+    return ROWS * len(streams(references=references))
+
+
 def has_references(values: int, width: int) -> bool:
     """Whether a block of so many modulation values has rows for references."""
-    return values == ROWS * width * len(streams(references=True))
+    return values == rows(references=True) * width
 
 
 def module_slice(half: Half, kind: Kind, width: int) -> slice:
