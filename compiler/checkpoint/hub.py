@@ -43,7 +43,7 @@ def fetch_weights(hub_id: str, commit: str, folder: Path, *, progress: StageProg
         CheckpointError: the weights are neither cached nor downloadable.
     """
     with _watched(folder.parents[1] / "blobs", missing_bytes(hub_id, commit, folder) or 0, progress):
-        _fetch(hub_id, commit, WEIGHT_PATTERNS)
+        _fetch(hub_id, commit, WEIGHT_PATTERNS, cached=False)
 
 
 def missing_bytes(hub_id: str, commit: str, folder: Path) -> int | None:
@@ -63,8 +63,11 @@ def missing_bytes(hub_id: str, commit: str, folder: Path) -> int | None:
     return missing
 
 
-def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder of a hub id in the cache, with the files that match ``patterns``."""
+def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str], *, cached: bool = True) -> Path:
+    """The folder of a hub id in the cache, with the files that match ``patterns``.
+
+    Where they cannot be downloaded, the ``cached`` files are taken; False where these are known to be incomplete.
+    """
     try:
         import huggingface_hub
     except ImportError as problem:
@@ -77,15 +80,15 @@ def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     try:
         return Path(download())
     except Exception as error:  # whatever the network raised, the cache may hold the files
-        try:
-            return Path(download(local_files_only=True))
-        except (OSError, ValueError):
-            command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
-            reason = first_line(error)
-            raise CheckpointError(
-                f"{hub_id} is not in the cache, or incomplete there, and cannot be downloaded ({reason}); check the id "
-                f"and run `{command}` where there is a network, or give a folder"
-            ) from error
+        with suppress(OSError, ValueError):
+            if cached:
+                return Path(download(local_files_only=True))
+        command = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{hub_id} is not complete in the cache and cannot be downloaded ({reason}); check the id and run "
+            f"`{command}` where there is a network, or give a folder"
+        ) from error
 
 
 @contextmanager
@@ -95,9 +98,15 @@ def _watched(blobs: Path, total: int, progress: StageProgress) -> Iterator[None]
 
     before, done, drawn = _size(blobs), threading.Event(), not are_progress_bars_disabled()
 
+    failures: list[BaseException] = []
+
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
-            progress(min(_size(blobs) - before, total), total)
+            try:
+                progress(min(_size(blobs) - before, total), total)
+            except BaseException as problem:  # the caller's own, for the caller's thread
+                failures.append(problem)
+                return
 
     watcher = threading.Thread(target=watch, daemon=True)
     if drawn:
@@ -112,6 +121,8 @@ def _watched(blobs: Path, total: int, progress: StageProgress) -> Iterator[None]
             watcher.join()
         if drawn:
             enable_progress_bars()
+    if failures:
+        raise failures[0]
     if total:
         progress(total, total)
 

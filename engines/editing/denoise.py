@@ -89,6 +89,7 @@ class Denoiser:
     session gets the same tensors in every run, and new values are copied into them within its own memory.
 
     Attributes:
+        shape: (B, N, C) of the latents.
         steps: steps of the schedule.
         steps_done: steps taken so far.
     """
@@ -98,6 +99,7 @@ class Denoiser:
         session: Session,
         schedule: UploadedSchedule,
         *,
+        shape: tuple[int, ...],
         inputs: dict[str, Tensor],
         negative_inputs: dict[str, Tensor] | None,
         outputs: dict[str, Tensor],
@@ -108,6 +110,7 @@ class Denoiser:
         self._inputs, self._outputs = inputs, outputs
         self._negative_inputs, self._negative_outputs = negative_inputs, negative_outputs
         self._latents, self._latents_next = inputs["latents"], outputs["latents_next"]
+        self.shape = shape
         self.steps, self.steps_done = len(schedule.step_inputs), 0
 
     @classmethod
@@ -163,6 +166,7 @@ class Denoiser:
         return cls(
             session,
             schedule,
+            shape=noise_BNC.shape,
             inputs=inputs,
             negative_inputs=negative_inputs,
             outputs=outputs,
@@ -180,6 +184,7 @@ class Denoiser:
         Raises:
             EngineError: the backend failed.
         """
+        assert self.steps_done < self.steps, "every step of the schedule was taken"
         session, step_inputs = self._session, self._schedule.step_inputs[self.steps_done]
         rebound = step_inputs | {"latents": self._latents} if session.rebinds else {}
         if not session.rebinds:
@@ -199,15 +204,23 @@ class Denoiser:
         return _download(self._session, self._latents)
 
     def set_latents(self, latents_BNC: Array) -> None:
-        """Replace the latents before the next step, to force it onto another trajectory (teacher forcing)."""
+        """Replace the latents before the next step, to force it onto another trajectory (teacher forcing).
+
+        Args:
+            latents_BNC: float32, of the shape of the noise.
+        """
+        assert latents_BNC.dtype == np.float32, latents_BNC.dtype
+        assert latents_BNC.shape == self.shape, (latents_BNC.shape, self.shape)
         self._session.copy(self._session.upload(latents_BNC), self._latents)
 
     def velocity(self) -> Array:
         """Velocity float32 [B, N, C] of the last step's conditional pass, before guidance."""
+        assert self.steps_done, "no step was taken yet"
         return _download(self._session, self._outputs["velocity"])
 
     def negative_velocity(self) -> Array | None:
         """Velocity float32 [B, N, C] of the last step's negative pass; None without guidance."""
+        assert self.steps_done, "no step was taken yet"
         if self._negative_outputs is None:
             return None
         return _download(self._session, self._negative_outputs["velocity"])

@@ -20,6 +20,7 @@ from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import Settings, resolve
 from qie.engines.editing.stages import Stages
+from qie.engines.errors import RequestError
 from qie.engines.inputs.image import resize
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.rotary import noise_latents
@@ -100,10 +101,17 @@ def start_noise(request: Request, settings: Settings, manifest: Manifest) -> Arr
     """The start latents float32 [B, N, C] of every sample: the request's, or those of the seeds.
 
     Raises:
-        RequestError: a seed cannot be used.
+        RequestError: a seed or the noise cannot be used.
     """
+    expected = (len(settings.samples), settings.size.tokens, 4 * manifest.model.latent_channels)
     if request.noise is not None:
-        return request.noise
+        noise = request.noise
+        if noise.shape != expected or noise.dtype != np.float32 or not np.isfinite(noise).all():
+            raise RequestError(
+                f"the noise is {noise.dtype} of shape {noise.shape}; give finite float32 values of shape {expected}",
+                option="noise",
+            )
+        return noise
     seeds = [seed for _, seed in settings.samples]
     size, dtype = settings.size, manifest.defaults.noise
     return noise_latents(seeds, size.height, size.width, manifest.model.latent_channels, dtype)

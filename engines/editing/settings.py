@@ -1,19 +1,24 @@
 """The settings of an edit: a request with the defaults of a bundle, and every check against its manifest."""
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
+
+from PIL import Image
 
 from qie.engines.bundle.manifest import EngineRecord, Manifest
-from qie.engines.bundle.specs import Size
+from qie.engines.bundle.specs import DEFAULT_NEGATIVE, Size
 from qie.engines.editing.request import Request
 from qie.engines.errors import ImageError, RequestError
 from qie.engines.inputs.image import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.sizes import resolve_size
 
-__all__ = ["Settings", "check_prompts", "check_references", "resolve"]
+__all__ = ["GUIDANCE_MAX", "Settings", "check_prompts", "check_references", "resolve"]
+
+GUIDANCE_MAX = 1e6
+"""Largest guidance scale: far beyond any image, far below the overflow of float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +52,12 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
         ImageError: there is no image, there are too many, or the last one is too narrow.
         RequestError: the instructions, seeds, steps, guidance, size or a text cannot be used.
     """
+    _check_types(request)
     _check_images(request, manifest)
     requested = request.size or output_size(request.images[-1].size, manifest.model.areas.vae_area)
     size, note = resolve_size(manifest.limits, *requested)
     _check_texts(request)
-    if request.seeds is not None and not request.seeds:
+    if request.seeds is not None and len(request.seeds) == 0:
         raise RequestError("there is no seed, expected at least 1; give one or leave seeds out", option="seeds")
     seeds = [secrets.randbelow(2**32)] if request.seeds is None else request.seeds
     steps = manifest.defaults.steps if request.steps is None else request.steps
@@ -61,17 +67,24 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
             f"the number of steps is {steps}, expected at most {steps_max}; use fewer steps", option="steps"
         )
     guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
-    if not math.isfinite(guidance):
+    if not abs(guidance) <= GUIDANCE_MAX:
         raise RequestError(
-            f"the guidance scale is {guidance}, expected a finite number; use one such as 4.0", option="guidance"
+            f"the guidance scale is {guidance}, expected a finite number; use one such as 4.0",
+            option="guidance",
         )
     return Settings(
         size=size,
         steps=steps,
         guidance=guidance,
         samples=tuple((number, seed) for number in range(len(request.instructions)) for seed in seeds),
-        notes=(note,) if note else (),
+        notes=tuple(note for note in (note, _unused_negative(request, guidance)) if note),
     )
+
+
+def _unused_negative(request: Request, guidance: float) -> str | None:
+    if guidance > 1 or request.negative == DEFAULT_NEGATIVE:
+        return None
+    return f"the negative prompt {request.negative!r} is not used: guidance is off at a scale of {guidance:g}"
 
 
 def check_references(sizes: Sequence[tuple[int, int]], encoder: EngineRecord) -> None:
@@ -105,17 +118,61 @@ def check_prompts(prompts: Sequence[PromptTokens], manifest: Manifest) -> None:
         )
 
 
+def _check_types(request: Request) -> None:
+    """Check what a type checker would, for callers that have none."""
+    for field, kind in (("images", "PIL images"), ("instructions", "strings"), ("seeds", "whole numbers")):
+        value = getattr(request, field)
+        if field == "seeds" and value is None:
+            continue
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise RequestError(
+                f"{field} is {_shown(value)}, expected a list of {kind}; put it into a list", option=field
+            )
+    for number, image in enumerate(request.images, start=1):
+        if not isinstance(image, Image.Image):
+            raise ImageError(f"image {number} is {_shown(image)}, expected a PIL image; open it with Image.open")
+        if image.mode != "RGB":
+            raise ImageError(f"image {number} has mode {image.mode}, expected RGB; convert it with image.convert")
+    for text in (*request.instructions, request.negative):
+        if not isinstance(text, str):
+            raise RequestError(f"{_shown(text)} is not text; give instructions and negative prompts as strings")
+    if request.steps is not None and not _is_whole(request.steps):
+        raise RequestError(f"steps is {_shown(request.steps)}; give a whole number", option="steps")
+    if isinstance(request.guidance, bool) or not isinstance(request.guidance, int | float | None):
+        raise RequestError(f"guidance is {_shown(request.guidance)}; give a number such as 4.0", option="guidance")
+    size = request.size
+    if size is not None and not (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_whole, size))):
+        raise RequestError(
+            f"size is {_shown(size)}; give width and height in pixels, such as (1024, 768)", option="size"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value for a message: cut where it is long, and with the name of its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
 def _check_images(request: Request, manifest: Manifest) -> None:
     images_max = 1 if manifest.model.pipeline == "edit" else manifest.limits.references_max
     if not request.images:
         raise ImageError("there is no image, expected at least 1; give one before the instruction")
     if len(request.images) > images_max:
-        raise ImageError(f"{len(request.images)} images were given, this bundle takes at most {images_max}; use fewer")
+        raise ImageError(
+            f"{len(request.images)} images were given, this bundle takes at most {images_max}; use fewer",
+            option="images",
+        )
 
 
 def _check_texts(request: Request) -> None:
     if not request.instructions:
-        raise RequestError('there is no instruction; say what to change, for example "make it grayscale"')
+        raise RequestError(
+            'there is no instruction; say what to change, for example "make it grayscale"', option="instructions"
+        )
     for text in (*request.instructions, request.negative):
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise RequestError(f"{text!r} is not UTF-8 text; write it again")
+            raise RequestError(f"{text!r} is not UTF-8 text; write it again", option="instructions")

@@ -6,7 +6,7 @@ model, H W pixels, h w = H / 16, W / 16 latent tokens, C = 64 latent channels of
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency
 from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.errors import RequestError
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.vision import VisionInputs
@@ -55,7 +56,12 @@ class Stages:
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
+            RequestError: there is no such residency.
         """
+        if residency is not None and residency not in get_args(Residency):
+            raise RequestError(
+                f"the residency is {residency!r}; choose {' or '.join(get_args(Residency))}", option="residency"
+            )
         self.bundle = bundle
         self.engines = choose_engines(bundle) if engines is None else dict(engines)
         self.residency: Residency = residency or bundle.manifest.defaults.residency
@@ -158,7 +164,8 @@ class Stages:
         try:
             yield self._sessions[component]
         finally:
-            if loads and self.residency == "sequential":
+            released = loads and self.residency == "sequential"
+            if released and component in self._sessions:  # unless the block closed everything
                 self._sessions.pop(component).close()
 
     def close(self) -> None:

@@ -77,7 +77,14 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, "qie.engines.errors")), name)
+    try:
+        value = getattr(import_module(_HOMES.get(name, "qie.engines.errors")), name)
+    except ModuleNotFoundError as problem:
+        from qie.engines.errors import BackendMissingError
+
+        raise BackendMissingError(
+            f"{problem.name} is not installed, and qie.{name} needs it; run `pip install 'qie[compile]'`"
+        ) from problem
     globals()[name] = value
     return value
 

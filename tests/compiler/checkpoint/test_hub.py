@@ -65,6 +65,20 @@ def test_a_cached_hub_id_opens_when_the_network_fails(hub: Path, monkeypatch: py
         open_checkpoint("owner/other")
 
 
+def test_weights_that_cannot_be_downloaded_say_why(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    checkpoint = open_checkpoint("owner/name", weights=False)
+    (checkpoint.path / "vae/diffusion_pytorch_model.safetensors").unlink()
+
+    def full(*args: object, **kwargs: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(CheckpointError, match=r"not complete in the cache .*No space left on device.*; check"):
+        checkpoint.with_weights()
+
+
 @pytest.mark.parametrize(("source", "revision"), [("owner/other", None), ("owner/name", "v2")])
 def test_a_hub_id_that_is_not_cached_names_the_command(hub: Path, source: str, revision: str | None) -> None:
     command = f"hf download {source}" + (f" --revision {revision}" if revision else "")

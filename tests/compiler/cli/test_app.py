@@ -75,7 +75,7 @@ def test_without_arguments_there_is_help(qie: Qie, command: str, qie_home: Path)
 
 def test_a_build_for_a_gpu_is_of_the_published_model(qie: Qie, refusal: Refusal) -> None:
     """The tests are offline."""
-    assert "Qwen/Qwen-Image-Edit-2511 is not in the cache" in refusal(qie("build", "--gpu", "l40s"))
+    assert "Qwen/Qwen-Image-Edit-2511 is not complete in the cache" in refusal(qie("build", "--gpu", "l40s"))
 
 
 def test_choices_are_those_of_the_registries(qie: Qie) -> None:

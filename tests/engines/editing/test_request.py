@@ -4,13 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import Manifest
+from qie.engines.editing.edit import start_noise
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
+from qie.engines.editing.stages import Stages
 from qie.engines.errors import ImageError, RequestError
 
 IMAGE = Image.new("RGB", (150, 90))
@@ -51,17 +55,52 @@ def test_a_seed_is_drawn(manifest: Manifest) -> None:
     ("changes", "kind", "option"),
     [
         ({"images": []}, ImageError, None),
-        ({"images": [IMAGE] * 4}, ImageError, None),
+        ({"images": [IMAGE] * 4}, ImageError, "images"),
         ({"images": [Image.new("RGB", (3000, 5))]}, ImageError, None),
-        ({"instructions": []}, RequestError, None),
-        ({"negative": "\udfff"}, RequestError, None),
+        ({"instructions": []}, RequestError, "instructions"),
+        ({"negative": "\udfff"}, RequestError, "instructions"),
         ({"seeds": []}, RequestError, "seeds"),
         ({"steps": 1001}, RequestError, "steps"),
         ({"guidance": float("nan")}, RequestError, "guidance"),
         ({"size": (0, 64)}, RequestError, "size"),
+        ({"guidance": 1e39}, RequestError, "guidance"),
+        ({"guidance": "4"}, RequestError, "guidance"),
+        ({"images": IMAGE}, RequestError, "images"),
+        ({"images": "photo.png"}, RequestError, "images"),
+        ({"images": [None]}, ImageError, None),
+        ({"images": [Image.new("RGBA", (64, 64))]}, ImageError, None),
+        ({"images": [Image.new("YCbCr", (64, 64))]}, ImageError, None),
+        ({"instructions": "blur it"}, RequestError, "instructions"),
+        ({"instructions": [None]}, RequestError, None),
+        ({"negative": None}, RequestError, None),
+        ({"seeds": 3}, RequestError, "seeds"),
+        ({"seeds": iter([1, 2])}, RequestError, "seeds"),
+        ({"steps": 2.0}, RequestError, "steps"),
+        ({"steps": True}, RequestError, "steps"),
+        ({"size": "64x64"}, RequestError, "size"),
+        ({"size": (64.0, 64)}, RequestError, "size"),
     ],
 )
 def test_refused(manifest: Manifest, changes: dict[str, Any], kind: type[RequestError], option: str | None) -> None:
     with pytest.raises(RequestError) as problem:
         resolve(request(**changes), manifest)
     assert (type(problem.value), problem.value.option) == (kind, option)
+
+
+def test_a_negative_prompt_without_guidance_is_noted(manifest: Manifest) -> None:
+    notes = resolve(request(negative="blurry", guidance=1.0), manifest).notes
+    assert notes == ("the negative prompt 'blurry' is not used: guidance is off at a scale of 1",)
+    assert resolve(request(negative="blurry", guidance=4.0), manifest).notes == ()
+
+
+@pytest.mark.parametrize(
+    "noise", [np.zeros((4, 60, 64)), np.zeros((4, 60, 63), "f"), np.full((4, 60, 64), np.nan, "f")]
+)
+def test_noise_of_another_kind(manifest: Manifest, noise: NDArray[Any]) -> None:
+    with pytest.raises(RequestError, match=r"give finite float32 values of shape \(4, 60, 64\)"):
+        start_noise(request(noise=noise), resolve(request(), manifest), manifest)
+
+
+def test_an_unknown_residency(bundle: Path) -> None:
+    with pytest.raises(RequestError, match="the residency is 'eager'; choose resident or sequential"):
+        Stages(open_bundle(bundle), residency="eager")  # type: ignore[arg-type]
