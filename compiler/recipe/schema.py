@@ -20,7 +20,6 @@ from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
     "FP8_CAPABILITY",
-    "QUANTIZABLE",
     "REFERENCES_MAX",
     "Attention",
     "BackendName",
