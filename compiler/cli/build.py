@@ -176,6 +176,7 @@ def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
 
 def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     from qie.engines.bundle.bundle import bundles_folder
+    from qie.engines.sessions.choose import refusal
 
     unfinished = sorted({graph.backend for graph in bundle.manifest.graphs})
     if as_json:
@@ -187,5 +188,8 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     if unfinished:
         typer.echo(f"on the machine with the GPU, run: qie build --finish {where}")
     if bundle.manifest.engines:
-        typer.echo(f'edit with: qie run photo.png "make it grayscale" --bundle {where}')
+        runs_here = all(refusal(engine) is None for engine in bundle.manifest.engines)
+        place = where if runs_here else bundle.path.name
+        typer.echo("" if runs_here else "copy the folder to the machine with the GPU; there, ", nl=False)
+        typer.echo(f'edit with: qie run photo.png "make it grayscale" --bundle {place}')
     return None

@@ -63,6 +63,8 @@ def calibrate(
         from qie.compiler.quantization.schemes import SCHEMES
         from qie.compiler.quantization.sensitivity import describe
 
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise CalibrationError(f"{out} cannot be written; name a file in an existing folder", option="out")
     names = [_checked(name, SCHEMES, "scheme") for name in scheme or ["fp8"]]
     quantizable = _checked(component, QUANTIZABLE, "component")
     texts = INSTRUCTIONS if instructions is None else _lines(instructions)
@@ -103,7 +105,12 @@ def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text; write one instruction per line", option="instructions"
+        ) from None
     if not any(lines):
         raise CalibrationError(f"{path} has no instruction; write one per line", option="instructions")
     return [line for line in lines if line]

@@ -56,4 +56,4 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle
             drop_graph(graph, engine, folder)
             engines.append(engine)
         finish_folder(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
-    return open_bundle(str(bundle.path))
+    return open_bundle(bundle.path.absolute())

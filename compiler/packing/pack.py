@@ -68,7 +68,7 @@ def pack(plan: Plan, *, progress: Progress) -> Bundle:
     """
     with writing(plan.destination, plan.disk_bytes) as folder:
         _fill(folder, plan, progress)
-    return open_bundle(str(plan.destination))
+    return open_bundle(plan.destination.absolute())
 
 
 @contextmanager
@@ -290,7 +290,7 @@ def _earlier(destination: Path) -> Bundle | None:
     if not (destination / MANIFEST).is_file():
         return None
     try:
-        return open_bundle(str(destination))
+        return open_bundle(destination.absolute())
     except BundleError:
         return None
 

@@ -7,6 +7,7 @@ from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.profiles import INSTRUCTION_TOKENS, patch_count
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE, Size
+from qie.engines.editing.settings import GUIDANCE_MAX
 from qie.engines.errors import RequestError
 from qie.engines.inputs.image import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS
@@ -50,7 +51,7 @@ def workload(
     """An edit with these settings; by default a square of the model's area, and the recipe's first schedule.
 
     Raises:
-        RequestError: a side is not positive, or the plan's engines take fewer images.
+        RequestError: a side is not positive, the plan's engines take fewer images, or steps or guidance cannot be used.
     """
     model, limits = plan.model, plan.model.limits(plan.recipe)
     first = model.schedules(plan.recipe)[0]
@@ -58,6 +59,13 @@ def workload(
         raise RequestError(
             f"{references} input images were requested, this plan takes 1 to {limits.references_max}; use fewer",
             option="references",
+        )
+    steps_max = model.scheduler.num_train_timesteps
+    if steps is not None and not 1 <= steps <= steps_max:
+        raise RequestError(f"{steps} steps were requested, expected 1 to {steps_max}; use fewer", option="steps")
+    if guidance is not None and not abs(guidance) <= GUIDANCE_MAX:
+        raise RequestError(
+            f"the guidance scale is {guidance}, expected a finite number; use one such as 4.0", option="guidance"
         )
     square = calculate_dimensions(model.areas.vae_area, 1)
     used, note = resolve_size(limits, *(size or (square.width, square.height)))

@@ -58,7 +58,7 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
     backend = BACKENDS.get(engine.backend)
     if backend is None:
         return EngineMismatchError(
-            f"{target}, which this qie cannot execute; build for this machine with `qie build --gpu cpu`"
+            f"{target}, which this qie cannot execute; build for this machine with `qie build MODEL --gpu cpu`"
         )
     on_gpu = engine.compute_capability != "cpu"
     if on_gpu:
@@ -78,7 +78,7 @@ def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieErr
     if not machine.gpus:
         return EngineMismatchError(
             f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this machine with "
-            "`qie build --gpu cpu`"
+            "`qie build MODEL --gpu cpu`"
         )
     if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
         names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))

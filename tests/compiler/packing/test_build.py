@@ -120,3 +120,12 @@ def test_an_unknown_size_is_printed(hub: FakeHub, qie: Qie, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.HfApi", fail)
     shown = qie("build", HUB_ID, "--dry-run").stdout
     assert "download: weights of unknown size, since the hub does not answer, to a disk with " in shown
+
+
+def test_a_destination_with_the_name_of_another_bundle(
+    checkpoint: Path, bundle: Path, qie_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder is that folder, not the bundle of this name in the home."""
+    shutil.copytree(bundle, qie_home / "bundles" / "here")
+    monkeypatch.chdir(tmp_path)
+    assert build(str(checkpoint), out="here").path == tmp_path / "here"

@@ -78,7 +78,7 @@ def test_the_processor_needs_no_look_at_the_machine(opened: Bundle, monkeypatch:
 def test_no_gpu(opened: Bundle, backend: str) -> None:
     assert refusal(engine(opened, backend), machine()) == (
         f"vision is built for {backend}/8.9, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for "
-        "this machine with `qie build --gpu cpu`"
+        "this machine with `qie build MODEL --gpu cpu`"
     )
 
 
