@@ -56,7 +56,6 @@ def calibrate(
 
     with compile_packages():
         from qie.compiler.checkpoint.checkpoint import open_checkpoint
-        from qie.compiler.checkpoint.tokenizer import check_tokenizer
         from qie.compiler.planning.checks import check_download
         from qie.compiler.quantization.measure import calibrate_model
         from qie.compiler.quantization.samples import draw_samples, read_images
@@ -70,7 +69,6 @@ def calibrate(
     texts = INSTRUCTIONS if instructions is None else _lines(instructions)
     drawn = draw_samples(read_images(images), texts, samples)
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    check_tokenizer(checkpoint)
     check_download(checkpoint, destination=out, output_bytes=0)
     with Bars(enabled=not as_json) as bars:
         calibration, rankings = calibrate_model(
