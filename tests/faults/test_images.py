@@ -12,7 +12,7 @@ from tests.support.damage import Break, cut
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG that says that it is of this size."""
+    """A PNG whose header claims this size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -13,14 +13,14 @@ import pytest
 from tests.support.command_line import RUN, Qie, Refusal, assert_says
 
 
-def start_and_kill(checkpoint: Path, qie_home: Path, seen: str) -> None:
-    """Start a long build of the bundle "mine" and kill it when there is a file ``seen`` in its temporary folder."""
+def start_and_kill(checkpoint: Path, qie_home: Path, pattern: str) -> None:
+    """Start a long build of the bundle "mine" and kill it when there is a file ``pattern`` in its temporary folder."""
     schedules = "".join(f"[[schedules]]\nsteps = {n}\nguidance = 4.0\n" for n in range(700, 900))
     Path("long.toml").write_text(f'extends = "cpu"\n{schedules}')
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "mine"]
     script = "from qie.compiler.cli.app import main; main()"
     with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL) as running:
-        while not list(qie_home.glob(f"bundles/.mine.*.tmp/{seen}")):
+        while not list(qie_home.glob(f"bundles/.mine.*.tmp/{pattern}")):
             assert running.poll() is None
             time.sleep(0.002)
         running.kill()
@@ -31,9 +31,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("seen", ["*", "transformer.weights*", "schedules/*.npy"])
-def test_killed_build(qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, seen: str) -> None:
-    start_and_kill(checkpoint, qie_home, seen)
+@pytest.mark.parametrize("pattern", ["*", "transformer.weights*", "schedules/*.npy"])
+def test_killed_build(qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, pattern: str) -> None:
+    start_and_kill(checkpoint, qie_home, pattern)
     (leftover,) = names(qie_home / "bundles")
     assert leftover.startswith(".mine.")
     assert qie("list").stdout.startswith("no bundles in ")

@@ -1,4 +1,4 @@
-"""Whole edits on the card: near the processor's, the same every time, with and without CUDA graphs, one by one."""
+"""Whole edits on the GPU: close to the CPU's, the same every time, with and without CUDA graphs, one by one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit
-from tests.support.card import build_for_card, edit_request
+from tests.support.gpu_bundles import build_for_gpu, edit_request
 from tests.support.images import smooth_image
 
 BOUND_DB = 28.0
@@ -28,8 +28,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def editor(on_card: Bundle) -> Iterator[Editor]:
-    editor = Editor(on_card)
+def editor(on_gpu: Bundle) -> Iterator[Editor]:
+    editor = Editor(on_gpu)
     yield editor
     editor.close()
 
@@ -39,15 +39,15 @@ def same(one: Edit, other: Edit) -> bool:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_an_edit_is_near_the_processors(editor: Editor, cpu_editor: Editor, name: str) -> None:
-    found = editor.edit(edit_request(**REQUESTS[name]))
+def test_an_edit_is_close_to_the_cpus(editor: Editor, cpu_editor: Editor, name: str) -> None:
+    edit = editor.edit(edit_request(**REQUESTS[name]))
     expected = cpu_editor.edit(edit_request(**REQUESTS[name]))
-    for ours, theirs in zip(found.images, expected.images, strict=True):
+    for ours, theirs in zip(edit.images, expected.images, strict=True):
         assert np.std(theirs) > 5  # a flat image would prove nothing
         assert psnr_db(np.asarray(ours), np.asarray(theirs)) >= BOUND_DB
 
 
-def test_the_first_velocity_is_near_the_processors(editor: Editor, cpu_editor: Editor) -> None:
+def test_the_first_velocity_is_close_to_the_cpus(editor: Editor, cpu_editor: Editor) -> None:
     """Before errors add up over the steps."""
     ours: list[StepState] = []
     theirs: list[StepState] = []
@@ -79,7 +79,7 @@ def test_engines_one_after_another_change_no_byte(
     on_tensorrt: Bundle, checkpoint: Any, tmp_path: Any, request: pytest.FixtureRequest
 ) -> None:
     backend = on_tensorrt.manifest.engines[0].backend
-    sequential = build_for_card(checkpoint, tmp_path / "sequential", backend, residency="sequential")
+    sequential = build_for_gpu(checkpoint, tmp_path / "sequential", backend, residency="sequential")
     edits = []
     for bundle in (on_tensorrt, sequential):
         editor = Editor(bundle)

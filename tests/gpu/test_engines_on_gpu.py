@@ -1,4 +1,4 @@
-"""Every engine on the card against onnxruntime in float32 on the processor, on the tensors of a real edit."""
+"""Every engine on the GPU against onnxruntime in float32 on the CPU, on the tensors of a real edit."""
 
 import gc
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from qie.engines.errors import RequestError
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.session import Session
 from qie.engines.sessions.tensorrt.session import TensorRtSession
-from tests.support.card import Run
+from tests.support.gpu_bundles import Run
 
 BOUND = 0.03
 """Relative L2 distance of an engine in bfloat16 from float32; the recipes' gate for the published model is 0.02."""
@@ -21,8 +21,8 @@ BOUND = 0.03
 
 @pytest.fixture(params=COMPONENTS)
 def component(request: pytest.FixtureRequest) -> Component:
-    found: Component = request.param
-    return found
+    component: Component = request.param
+    return component
 
 
 def open_session(bundle: Bundle, component: Component) -> Iterator[Session]:
@@ -37,8 +37,8 @@ def open_session(bundle: Bundle, component: Component) -> Iterator[Session]:
 
 
 @pytest.fixture
-def session(on_card: Bundle, component: Component) -> Iterator[Session]:
-    yield from open_session(on_card, component)
+def session(on_gpu: Bundle, component: Component) -> Iterator[Session]:
+    yield from open_session(on_gpu, component)
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def test_parity(session: Session, component: Component, runs_on_cpu: list[Run]) 
     runs = [run for run in runs_on_cpu if run.component == component]
     assert runs
     for run in runs:
-        found = run_again(session, run)
+        outputs = run_again(session, run)
         for name, expected in run.outputs.items():
-            assert found[name].shape == expected.shape
-            assert found[name].dtype == expected.dtype
+            assert outputs[name].shape == expected.shape
+            assert outputs[name].dtype == expected.dtype
             assert expected.std() > 0
-            assert relative_l2(found[name], expected) < BOUND, name
+            assert relative_l2(outputs[name], expected) < BOUND, name
 
 
 def test_a_run_twice_gives_the_same_bytes(session: Session, component: Component, runs_on_cpu: list[Run]) -> None:

@@ -1,4 +1,4 @@
-"""Memory on the card: the arena against what TensorRT and the manifest say, engines one after another, nothing kept."""
+"""GPU memory: the arena against TensorRT and the manifest, sequential engines, and nothing left after closing."""
 
 import gc
 from pathlib import Path
@@ -10,7 +10,7 @@ from qie.engines.editing.editor import Editor
 from qie.engines.sessions import cuda
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
-from tests.support.card import build_for_card, edit_request
+from tests.support.gpu_bundles import build_for_gpu, edit_request
 
 MIB = 1 << 20
 CONTEXT = 64 * MIB
@@ -23,7 +23,7 @@ def used() -> int:
 
 
 def test_the_manifests_activations_are_tensorrts(on_tensorrt: Bundle) -> None:
-    """What was said at build time, without a GPU, is what a run of the largest shapes takes."""
+    """The activation bytes written at build time, without a GPU, are those of a run of the largest shapes."""
     device = open_device(on_tensorrt.manifest.engines)
     assert device is not None
     for record in on_tensorrt.manifest.engines:
@@ -81,14 +81,14 @@ def test_a_closed_editor_keeps_nothing(on_tensorrt: Bundle) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
 def test_one_after_another_takes_less(wide_checkpoint: Path, tmp_path: Path, backend: str) -> None:
-    """The most that is held while engines take turns is less by nearly what the smaller ones weigh."""
+    """Sequential residency lowers the peak by almost the weights of all engines but the largest."""
     peaks = {}
     for residency in ("resident", "sequential"):
-        bundle = build_for_card(wide_checkpoint, tmp_path / residency, backend, residency)
-        editor, seen = Editor(bundle), []
+        bundle = build_for_gpu(wide_checkpoint, tmp_path / residency, backend, residency)
+        editor, samples = Editor(bundle), []
         before = used()
-        editor.edit(edit_request(), progress=lambda *_, seen=seen: seen.append(used()))
-        peaks[residency] = max(seen) - before
+        editor.edit(edit_request(), progress=lambda *_, samples=samples: samples.append(used()))
+        peaks[residency] = max(samples) - before
         editor.close()
         gc.collect()
     weights = [sum(file.bytes for file in engine.files) for engine in bundle.manifest.engines]

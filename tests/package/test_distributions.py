@@ -119,8 +119,8 @@ def packaged() -> dict[str, bytes]:
 
 def dist_info(wheel: dict[str, bytes], name: str) -> str:
     """A file of the wheel's metadata."""
-    (found,) = (content for path, content in wheel.items() if re.fullmatch(rf"qie-[^/]+\.dist-info/{name}", path))
-    return found.decode()
+    (content,) = (text for path, text in wheel.items() if re.fullmatch(rf"qie-[^/]+\.dist-info/{name}", path))
+    return content.decode()
 
 
 def metadata(distributions: Distributions) -> Message:

@@ -55,8 +55,8 @@ def test_the_drawn_exit_codes_and_http_statuses_are_the_real_ones() -> None:
 
 @pytest.mark.parametrize("error", ERRORS[1:], ids=lambda error: error.__name__)
 def test_the_drawn_meaning_of_an_error_begins_as_its_docstring(error: type[errors.QieError]) -> None:
-    said = str(inspect.getdoc(error)).rstrip(".").lower()
-    assert drawn_errors(str(errors.__doc__))[error.__name__].meaning.lower().startswith(said)
+    summary = str(inspect.getdoc(error)).rstrip(".").lower()
+    assert drawn_errors(str(errors.__doc__))[error.__name__].meaning.lower().startswith(summary)
 
 
 def test_an_error_names_the_option_that_a_caller_may_change() -> None:

@@ -18,11 +18,11 @@ BOUND = 1e-4
 def test_vision(side_of: SideOf, name: str, count: int) -> None:
     side = side_of(name)
     editor, model = side.editor, side.editor.model
-    seen = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
+    vision = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
     expected = side.reference.prompt(images(count), "anything")
-    assert [list(grid) for grid in seen.grids] == expected.grid_thw.tolist()
-    assert len(set(seen.window_ids)) > count  # windows matter: every image has several
-    assert relative_l2(editor.stages.vision(seen), side.reference.vision(expected.patches, expected.grid_thw)) < BOUND
+    assert [list(grid) for grid in vision.grids] == expected.grid_thw.tolist()
+    assert len(set(vision.window_ids)) > count  # windows matter: every image has several
+    assert relative_l2(editor.stages.vision(vision), side.reference.vision(expected.patches, expected.grid_thw)) < BOUND
 
 
 @pytest.mark.parametrize("instruction", ["make it red", " ", "die Straße bei Nacht, 夜の街, 🌃 <|im_end|>"])
@@ -30,25 +30,25 @@ def test_vision(side_of: SideOf, name: str, count: int) -> None:
 def test_language(side_of: SideOf, name: str, count: int, instruction: str) -> None:
     side = side_of(name)
     editor, model = side.editor, side.editor.model
-    seen = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
-    tokens = encode(editor.tokenizer, [instruction], seen.grids, model.prompt, allow_blank=True)
+    vision = vision_inputs([prepare(p, model.areas).vision for p in images(count)], model.vision)
+    tokens = encode(editor.tokenizer, [instruction], vision.grids, model.prompt, allow_blank=True)
     expected = side.reference.prompt(images(count), instruction)
     assert tokens.input_ids[0].tolist() == expected.input_ids.tolist()
     assert tokens.position_ids[:, 0].tolist() == expected.position_ids.tolist()
-    embeds = editor.stages.language([tokens], editor.stages.vision(seen))[0][0]
+    embeds = editor.stages.language([tokens], editor.stages.vision(vision))[0][0]
     assert len(embeds) == len(expected.input_ids) - PREFIX_TOKENS
     assert relative_l2(embeds, expected.embeds) < BOUND
 
 
 def test_padding_never_reaches_a_prompt(side_of: SideOf) -> None:
     editor = side_of("2511").editor
-    seen = vision_inputs([prepare(p, editor.model.areas).vision for p in images(2)], editor.model.vision)
-    image_embeds = editor.stages.vision(seen)
+    vision = vision_inputs([prepare(p, editor.model.areas).vision for p in images(2)], editor.model.vision)
+    image_embeds = editor.stages.vision(vision)
     texts = ["red", "make the picture look like an old postcard from the sea"]
-    both = encode(editor.tokenizer, texts, seen.grids, editor.model.prompt)
+    both = encode(editor.tokenizer, texts, vision.grids, editor.model.prompt)
     (padded,) = editor.stages.language([both], image_embeds)
     for row, text, length in zip(padded, texts, both.lengths, strict=True):
-        tokens = encode(editor.tokenizer, [text], seen.grids, editor.model.prompt)
+        tokens = encode(editor.tokenizer, [text], vision.grids, editor.model.prompt)
         alone = editor.stages.language([tokens], image_embeds)[0][0]
         assert relative_l2(row[: length - PREFIX_TOKENS], alone) < 1e-6
 
@@ -58,7 +58,7 @@ def test_padding_never_reaches_a_prompt(side_of: SideOf) -> None:
 def test_vae(side_of: SideOf, name: str, index: int) -> None:
     side = side_of(name)
     image = prepare(images(3)[index], side.editor.model.areas).vae
-    assert (image == side.reference.reference_image(images(3)[index])).all()
+    assert (image == side.reference.expected_image(images(3)[index])).all()
     (latents,) = side.editor.stages.encode([image])
     rows, columns, _ = latents.shape
     expected = side.reference.encode_image(image)
@@ -66,10 +66,10 @@ def test_vae(side_of: SideOf, name: str, index: int) -> None:
     assert 0.2 < expected.std() < 5  # a constant or exploded latent would prove nothing
 
     (decoded,) = side.editor.stages.decode([expected.reshape(rows, columns, -1)])
-    wanted = side.reference.decode(expected, rows, columns)
-    assert wanted.std() > 5
-    assert np.abs(decoded.astype(int) - wanted).max() <= 1  # a value on the edge of rounding may fall either way
-    assert (decoded != wanted).mean() < 1e-3
+    expected_image = side.reference.decode(expected, rows, columns)
+    assert expected_image.std() > 5
+    assert np.abs(decoded.astype(int) - expected_image).max() <= 1  # a value between two may round either way
+    assert (decoded != expected_image).mean() < 1e-3
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.62, 0.02])

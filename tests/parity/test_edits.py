@@ -17,16 +17,16 @@ INSTRUCTION = "paint the wall blue"
 @pytest.mark.parametrize(("name", "count"), MANY)
 def test_edit(side_of: SideOf, name: str, count: int, guidance: float) -> None:
     side = side_of(name)
-    seen: list[StepState] = []
+    states: list[StepState] = []
     request = Request(images=images(count), instructions=[INSTRUCTION], seeds=[11], steps=5, guidance=guidance)
-    edit = side.editor.edit(request, observer=seen.append)
+    edit = side.editor.edit(request, observer=states.append)
 
     steps = []
     expected = side.reference.edit(images(count), INSTRUCTION, cfg=guidance, steps=5, seed=11, on_step=steps.append)
     assert expected.std() > 5  # a flat image would prove nothing
     assert psnr(edit.images[0], expected) >= BOUND_DB
-    assert [s.sigma for s in seen] == [s.sigma for s in steps]
-    for ours, theirs in zip(seen, steps, strict=True):
+    assert [s.sigma for s in states] == [s.sigma for s in steps]
+    for ours, theirs in zip(states, steps, strict=True):
         assert relative_l2(ours.latents[0], theirs.latents) < 1e-4
         assert (ours.negative_velocity is None) == (guidance <= 1)
 

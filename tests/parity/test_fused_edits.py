@@ -72,4 +72,4 @@ def test_edit_with_two_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     theirs = changed.reference.edit(images(2), "make it red", steps=4, seed=1)
     assert psnr(ours, theirs) >= 55
     plain = side("plain", ()).editor.edit(request).images[0]
-    assert psnr(plain, theirs) < 30  # the LoRAs change what is seen
+    assert psnr(plain, theirs) < 30  # the LoRAs change the image visibly

@@ -102,13 +102,13 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_copy_passes_unbroken(copy: Path) -> None:
     where = "import qie.engines, qie.compiler; print(qie.__file__)"
-    found = subprocess.run(
+    imported = subprocess.run(
         [sys.executable, "-c", where],
         env=os.environ | {"PYTHONPATH": str(copy / "src")},
         capture_output=True,
         text=True,
     )
-    assert found.stdout.startswith(str(copy))
+    assert imported.stdout.startswith(str(copy))
     done = run_in_copy(copy, sorted({mutant.test for mutant in MUTANTS.values()}))
     assert done.returncode == 0, done.stdout
 

@@ -155,23 +155,23 @@ def test_no_object_of_tensorrt_is_used_under_another_name() -> None:
 @pytest.mark.parametrize("use", CUDA, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))
 def test_cuda_has(use: Use) -> None:
     module = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
-    found = find(module, use)
+    target = find(module, use)
     if use.arguments is not None:
-        inspect.signature(found).bind(*range(use.arguments))
-    if callable(found) and use.arguments is not None:
+        inspect.signature(target).bind(*range(use.arguments))
+    if callable(target) and use.arguments is not None:
         assert callable(find(runtime(Gpu()), use)), "the fake lacks it"
 
 
 @pytest.mark.parametrize("use", TENSORRT, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))
 def test_tensorrt_for_rtx_has(use: Use) -> None:
     module = pytest.importorskip("tensorrt_rtx")
-    found = find(module, use)
+    target = find(module, use)
     if use.arguments is None:
-        assert not inspect.isroutine(found), "a method that is not called"
-    elif isinstance(found, type):
-        assert use.arguments in numbers_of_arguments(found.__init__)
+        assert not inspect.isroutine(target), "a method that is not called"
+    elif isinstance(target, type):
+        assert use.arguments in numbers_of_arguments(target.__init__)
     else:
-        assert use.arguments in numbers_of_arguments(found), found.__doc__
+        assert use.arguments in numbers_of_arguments(target), target.__doc__
 
 
 @pytest.mark.parametrize("use", TENSORRT, ids=lambda use: f"{use.owner}.{use.name}".lstrip("."))

@@ -130,9 +130,9 @@ def test_a_driver_that_is_too_old_for_what_is_installed(opened: Bundle, monkeypa
 
 
 def test_a_driver_for_which_there_are_no_packages(opened: Bundle) -> None:
-    said = refusal(engine(opened, "tensorrt"), machine(L40S, cuda="11.4"))
-    assert said is not None
-    assert said.endswith("need a driver for CUDA 12, and driver 570.86.15 serves CUDA 11.4; update the driver")
+    message = refusal(engine(opened, "tensorrt"), machine(L40S, cuda="11.4"))
+    assert message is not None
+    assert message.endswith("need a driver for CUDA 12, and driver 570.86.15 serves CUDA 11.4; update the driver")
 
 
 def test_a_package_for_a_later_cuda(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +160,8 @@ def test_a_backend_that_does_not_load(opened: Bundle, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(backends, "import_module", broken)
     monkeypatch.setattr(module, "version", backends.version)
-    said = refusal(engine(opened), machine(L40S))
-    assert said == (
+    message = refusal(engine(opened), machine(L40S))
+    assert message == (
         "tensorrt-rtx is installed but does not load (libnvinfer.so.10: cannot open shared object file); install it "
         "again with `pip install 'qie[rtx]'`"
     )
@@ -192,7 +192,7 @@ def test_a_bundle_for_several_machines(
     assert list(chosen) == list(COMPONENTS)
 
 
-def test_every_reason_is_said(opened: Bundle) -> None:
+def test_every_reason_is_given(opened: Bundle) -> None:
     old = RTX | {"backend_version": "1.0"}
     with pytest.raises(EngineMismatchError) as problem:
         choose_engines(with_engines(opened, old, TENSORRT))
@@ -247,8 +247,8 @@ def test_run_is_refused_before_anything_is_loaded(
     qie: Qie, named: str, workplace: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qie.engines.editing.stages.load", lambda *_: pytest.fail("an engine was loaded"))
-    said = refusal(qie("run", "photo.png", "make it red", "--bundle", named))
-    assert said.startswith(
+    message = refusal(qie("run", "photo.png", "make it red", "--bundle", named))
+    assert message.startswith(
         "vision is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9); build for that GPU"
     )
 

@@ -139,12 +139,12 @@ def test_copy(device: Device) -> None:
 
 def test_an_array_is_kept_until_its_copy_is_done(device: Device) -> None:
     array = np.arange(1000, dtype=np.float32)
-    tensor, seen = device.upload(array), weakref.ref(array)
+    tensor, reference = device.upload(array), weakref.ref(array)
     del array
     gc.collect()
-    assert seen() is not None
+    assert reference() is not None
     device.synchronize()
-    assert seen() is None
+    assert reference() is None
     del tensor
     device.close()
 

@@ -1,4 +1,4 @@
-"""Whole edits on a fake GPU: the same bytes as on the processor, and the order of work that a GPU wants."""
+"""Whole edits on a fake GPU: the same bytes as on the CPU, and the order of work."""
 
 from collections import Counter
 from dataclasses import replace
@@ -84,12 +84,12 @@ def test_edits_after_one_another(folder: Path, on_cpu: Editor) -> None:
 
 
 def test_an_observer_sees_the_same_steps(folder: Path, on_cpu: Editor) -> None:
-    seen: list[StepState] = []
+    states: list[StepState] = []
     expected: list[StepState] = []
-    editor_of(folder).edit(request(), observer=seen.append)
+    editor_of(folder).edit(request(), observer=states.append)
     on_cpu.edit(request(), observer=expected.append)
-    assert len(seen) == STEPS
-    for ours, theirs in zip(seen, expected, strict=True):
+    assert len(states) == STEPS
+    for ours, theirs in zip(states, expected, strict=True):
         assert (ours.step, ours.sigma) == (theirs.step, theirs.sigma)
         assert np.array_equal(ours.latents, theirs.latents)
         assert np.array_equal(ours.velocity, theirs.velocity)
@@ -173,7 +173,7 @@ def test_resident_engines_stay(folder: Path, gpu: Gpu) -> None:
 
 
 def test_sequential_engines_take_turns(gpu: Gpu, bundle: Path, tmp_path: Path, backend: str, on_cpu: Editor) -> None:
-    """The card holds one engine at a time, and the edit is the same."""
+    """The GPU holds one engine at a time, and the edit is the same."""
     weights = {e.component: sum(f.bytes for f in e.files) for e in open_bundle(str(bundle)).manifest.engines}
     resident = editor_of(gpu.retarget(bundle, tmp_path / "resident", backend))
     resident.edit(request())

@@ -1,4 +1,4 @@
-"""The tests in tests/gpu: left out where there is no GPU, and run here on the fake, to be ready for a card."""
+"""The tests in tests/gpu: deselected without a GPU, and run here on the fake GPU."""
 
 import os
 import re
@@ -29,14 +29,14 @@ def run(*words: str, **environment: str) -> str:
 def test_they_are_deselected_without_a_gpu() -> None:
     if this_machine().gpus:
         pytest.skip("this machine has a GPU")
-    said = run()
-    assert re.search(r"^\d+ deselected", said, re.MULTILINE), said
-    assert "passed" not in said
+    output = run()
+    assert re.search(r"^\d+ deselected", output, re.MULTILINE), output
+    assert "passed" not in output
 
 
 def test_they_pass_on_the_fake() -> None:
-    said = run("-p", "tests.support.pretend")
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", said)}
-    assert counts.get("failed", 0) == counts.get("error", 0) == 0, said
-    assert counts["passed"] >= 60, said
-    assert said.count("the fake does not execute onnxruntime") == said.count("SKIPPED"), said
+    output = run("-p", "tests.support.fake_gpu_plugin")
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
+    assert counts.get("failed", 0) == counts.get("error", 0) == 0, output
+    assert counts["passed"] >= 60, output
+    assert output.count("the fake does not execute onnxruntime") == output.count("SKIPPED"), output

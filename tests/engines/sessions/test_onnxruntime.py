@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime: on the processor as it is, on a GPU as far as the providers that are asked for tell."""
+"""Sessions of onnxruntime: real ones on the CPU, and the providers that are requested on a GPU."""
 
 import gc
 import weakref
@@ -39,7 +39,7 @@ def encode(session: OnnxRuntimeSession, image: np.ndarray) -> np.ndarray:
     return np.array(session.download(latents))
 
 
-# On the processor
+# On the CPU
 
 
 def test_a_run_is_onnxruntimes_own(session: OnnxRuntimeSession, bundle: Path, record: EngineRecord) -> None:
@@ -183,7 +183,7 @@ def test_the_provider_of_tensorrt(monkeypatch: pytest.MonkeyPatch, record: Engin
     }
 
 
-def test_falling_back_to_the_processor_is_refused(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+def test_falling_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
     asked(monkeypatch)
     with pytest.raises(
         EngineMismatchError, match=r"cannot use the GPU for vae_encoder.*'onnxruntime-gpu\[cuda,cudnn\]'"
@@ -192,7 +192,7 @@ def test_falling_back_to_the_processor_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_this_onnxruntime_has_no_gpu(bundle: Path, record: EngineRecord) -> None:
-    """The real one, which ignores providers that it lacks or refuses them: either way it is said."""
+    """The installed onnxruntime ignores or rejects a provider that it lacks: both raise an error."""
     if CUDA in ort.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     with pytest.warns(UserWarning, match=CUDA), pytest.raises((EngineMismatchError, BundleError)):
@@ -200,26 +200,26 @@ def test_this_onnxruntime_has_no_gpu(bundle: Path, record: EngineRecord) -> None
 
 
 def test_tensors_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
-    """What is uploaded, made and copied names the GPU; a copy does not pass through the host."""
+    """Uploads, empty tensors and copies name the GPU; a copy does not pass through the host."""
     asked(monkeypatch, CUDA)
     session = OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
-    seen: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     class Value:
         def update_inplace(self, source: Any) -> None:
-            seen.append(("copy", source))
+            calls.append(("copy", source))
 
         @staticmethod
         def ortvalue_from_numpy(array: Any, place: str, device: int) -> "Value":
-            seen.append(("upload", place, device))
+            calls.append(("upload", place, device))
             return Value()
 
         @staticmethod
         def ortvalue_from_shape_and_type(shape: Any, dtype: Any, place: str, device: int) -> "Value":
-            seen.append(("empty", shape, dtype, place, device))
+            calls.append(("empty", shape, dtype, place, device))
             return Value()
 
     monkeypatch.setattr(ort, "OrtValue", Value)
     source, target = session.upload(IMAGE), session.empty("latents", SIZES)
     session.copy(source, target)
-    assert seen == [("upload", "cuda", 0), ("empty", [1, 2, 3, 64], np.float32, "cuda", 0), ("copy", source)]
+    assert calls == [("upload", "cuda", 0), ("empty", [1, 2, 3, 64], np.float32, "cuda", 0), ("copy", source)]

@@ -35,7 +35,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.arena: tuple[int, int] | None = None
         self.changes = 0
-        self.seen: list[Any] = []
+        self.earlier_runs: list[Any] = []
 
     def refuse(self, text: str) -> bool:
         self.engine.runtime.refuse(f"{self.engine.component}: {text}")
@@ -111,7 +111,7 @@ class Context:
         return True
 
     def compile(self, stream: Stream) -> None:
-        """What TensorRT for RTX does at a run: kernels for new shapes, a graph for what is seen a second time."""
+        """What TensorRT for RTX does at a run: kernels for new shapes, a graph for a run that repeats the last one."""
         config = self.config
         if config is None:
             return
@@ -124,11 +124,11 @@ class Context:
                 config.cache.shapes.append(shapes)
         if config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
             places = (dict(self.shapes), dict(self.addresses), self.arena)
-            if self.seen and places == self.seen[-1] and len(self.seen) == 1:
+            if self.earlier_runs and places == self.earlier_runs[-1] and len(self.earlier_runs) == 1:
                 self.gpu.captures.append(self.engine.component)
-            elif self.seen and places != self.seen[-1]:
-                self.seen.clear()
-            self.seen.append(places)
+            elif self.earlier_runs and places != self.earlier_runs[-1]:
+                self.earlier_runs.clear()
+            self.earlier_runs.append(places)
 
     def bytes_of(self, name: str) -> int:
         dtype, _ = self.engine.tensors[name]

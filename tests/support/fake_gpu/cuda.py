@@ -152,12 +152,12 @@ def runtime(gpu: Device) -> ModuleType:
         if stream.capture is not None:
             raise Misuse("a copy of the host's is captured")
         if kind == kinds.cudaMemcpyHostToDevice:
-            seen = ctypes.string_at(source, size)
+            content = ctypes.string_at(source, size)
 
             def to_device() -> None:
-                if ctypes.string_at(source, size) != seen:
+                if ctypes.string_at(source, size) != content:
                     raise Misuse("an array changed before its copy was done")
-                gpu.memory(target, size, "copy")[:] = np.frombuffer(seen, np.uint8)
+                gpu.memory(target, size, "copy")[:] = np.frombuffer(content, np.uint8)
                 gpu.written[target] = size
 
             gpu.enqueue(stream, "copy to device", to_device)

@@ -70,10 +70,10 @@ class Device:
     # Streams
 
     def stream(self, handle: Any) -> Stream:
-        found = self.streams.get(int(handle))
-        if found is None or not found.alive:
+        stream = self.streams.get(int(handle))
+        if stream is None or not stream.alive:
             raise Misuse(f"{int(handle):#x} is no stream")
-        return found
+        return stream
 
     def enqueue(self, stream: Stream, label: str, work: Callable[[], None]) -> None:
         if stream.capture is not None:

@@ -5,7 +5,7 @@ import pytest
 
 from qie.engines.sessions.device import Device
 from tests.support.fake_gpu import Gpu, Misuse, RuntimeCache
-from tests.support.loop import (
+from tests.support.tensorrt_sessions import (
     Loop,
 )
 

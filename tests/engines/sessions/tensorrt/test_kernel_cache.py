@@ -6,7 +6,7 @@ import pytest
 
 from qie.engines.sessions.device import Device
 from tests.support.fake_gpu import Gpu
-from tests.support.loop import (
+from tests.support.tensorrt_sessions import (
     Loop,
     record_of,
 )

@@ -9,7 +9,7 @@ import pytest
 from qie.engines.errors import EngineError
 from qie.engines.sessions.device import Device
 from tests.support.fake_gpu import Gpu
-from tests.support.loop import (
+from tests.support.tensorrt_sessions import (
     DECODER,
     TRANSFORMER,
     Arrays,
@@ -91,8 +91,8 @@ def test_a_graph_that_is_under_way_is_waited_for(folder: Path, device: Device, g
         loop.session.run(inputs, outputs)
     assert "launch" in [name for name, _ in gpu.log]
     for arrays, _, outputs in sets:
-        found = {name: loop.session.download(tensor) for name, tensor in outputs.items()}
-        assert same(found, on_cpu(bundle, "transformer", arrays, loop.sizes))
+        results = {name: loop.session.download(tensor) for name, tensor in outputs.items()}
+        assert same(results, on_cpu(bundle, "transformer", arrays, loop.sizes))
     loop.close()
 
 
@@ -127,8 +127,8 @@ def test_a_context_that_was_bound_halfway_is_not_taken_for_bound(
     other = {"latents": small[0]["latents"] * np.float32(0.5)}
     session.copy(session.upload(other["latents"]), small[1]["latents"])
     session.run(small[1], small[2])
-    found = {"image": session.download(small[2]["image"])}
-    assert same(found, on_cpu(bundle, "vae_decoder", other, small[3]))
+    results = {"image": session.download(small[2]["image"])}
+    assert same(results, on_cpu(bundle, "vae_decoder", other, small[3]))
     session.close()
 
 

@@ -11,7 +11,7 @@ from qie.engines.errors import RequestError
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_gpu import Context, Gpu, need
-from tests.support.loop import (
+from tests.support.tensorrt_sessions import (
     Loop,
     change_file,
     on_cpu,
@@ -61,8 +61,8 @@ def test_the_profile_that_fits_is_chosen(folder: Path, device: Device, gpu: Gpu,
     image = session.empty("image", {"batch": 1, "height": 48, "width": 64})
     with pytest.raises(RequestError) as problem:
         session.run({"latents": latents}, {"image": image})
-    said = str(problem.value)
-    assert said.startswith("latents of vae_decoder is 1x3x4x64, expected 1x1x1x64 to 1x3x3x64; use another size")
+    message = str(problem.value)
+    assert message.startswith("latents of vae_decoder is 1x3x4x64, expected 1x1x1x64 to 1x3x3x64; use another size")
     del latents, image
     session.close()
 

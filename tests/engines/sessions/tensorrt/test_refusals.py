@@ -12,7 +12,7 @@ from qie.engines.errors import BundleError, EngineError, RequestError
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_gpu import Code, Context, Engine, Gpu, RtxEngine
-from tests.support.loop import (
+from tests.support.tensorrt_sessions import (
     Loop,
     change_file,
     record_of,

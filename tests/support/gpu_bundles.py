@@ -1,4 +1,4 @@
-"""What the tests on a GPU work with: bundles for the card at hand, requests, recorded runs, and distances."""
+"""What the tests on a GPU share: bundles for the GPU of this machine, requests, and recorded runs of engines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ WIDE = replace(
 
 RECIPE = """\
 schema = 2
-gpu = "the card at hand"
+gpu = "the GPU at hand"
 compute_capability = "{capability}"
 memory_gib = {memory}
 backends = ["{backend}"]
@@ -55,12 +55,12 @@ build_workspace_gib = {workspace}
 Arrays = dict[str, NDArray[Any]]
 
 
-def build_for_card(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
-    """The bundle of ``checkpoint`` for this card and ``backend``; skips where there can be none."""
-    card = this_machine().gpus[0]
-    memory = card.memory_gib or this_machine().memory_gib
+def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
+    """Build the bundle of ``checkpoint`` for this GPU and ``backend``; skip the test where that is impossible."""
+    gpu = this_machine().gpus[0]
+    memory = gpu.memory_gib or this_machine().memory_gib
     recipe = RECIPE.format(
-        capability=card.compute_capability,
+        capability=gpu.compute_capability,
         memory=memory,
         backend=backend,
         residency=residency,
@@ -87,7 +87,7 @@ def edit_request(**changes: Any) -> Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run of an engine on the processor: what went in, what came out, and the sizes of the outputs' free dims."""
+    """The inputs and outputs of one run of an engine on the CPU."""
 
     component: Component
     inputs: Arrays
@@ -95,7 +95,7 @@ class Run:
 
 
 class Recorder:
-    """A session that remembers its runs."""
+    """A session that appends each of its runs to ``runs``."""
 
     def __init__(self, session: Session, record: EngineRecord, runs: list[Run]) -> None:
         self._session, self._component, self._runs = session, record.component, runs

@@ -1,6 +1,6 @@
-"""A plugin of pytest that lets the tests in tests/gpu run on the fake GPU: everything of them but the builder.
+"""A pytest plugin that runs tests/gpu on the fake GPU: everything but the builder.
 
-PYTHONPATH=. pytest -p tests.support.pretend tests/gpu
+PYTHONPATH=. pytest -p tests.support.fake_gpu_plugin tests/gpu
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ import pytest
 from qie.engines import machine
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.sessions.choose import choose_engines
-from tests.support import card
+from tests.support import gpu_bundles
 from tests.support.bundles import build
 from tests.support.fake_gpu import Gpu
 
@@ -20,8 +20,8 @@ BACKENDS = ("tensorrt-rtx", "tensorrt")
 BUILT: dict[Path, Path] = {}
 
 
-def build_for_card(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
-    """What ``card.build_for_card`` does, with engines that the fake executes."""
+def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
+    """Replace ``gpu_bundles.build_for_gpu`` with one whose engines the fake executes."""
     if backend not in BACKENDS:
         pytest.skip(f"the fake does not execute {backend}")
     if checkpoint not in BUILT:
@@ -34,6 +34,7 @@ def build_for_card(checkpoint: Path, destination: Path, backend: str, residency:
 patch = pytest.MonkeyPatch()
 GPU.install(patch, *BACKENDS)
 patch.setattr(machine, "this_machine", GPU.machine)
-patch.setattr(card, "build_for_card", build_for_card)
+patch.setattr(gpu_bundles, "build_for_gpu", build_for_gpu)
 narrow = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24), "text_hidden_size": 512}
-patch.setattr(card, "WIDE", replace(card.WIDE, **narrow, text_heads=4, text_intermediate_size=1024, text_layers=2))
+narrow_text = {"text_heads": 4, "text_intermediate_size": 1024, "text_layers": 2}
+patch.setattr(gpu_bundles, "WIDE", replace(gpu_bundles.WIDE, **narrow, **narrow_text))

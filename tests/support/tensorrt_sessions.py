@@ -1,4 +1,4 @@
-"""Sessions of TensorRT on a fake GPU: one run beside onnxruntime's, and a transformer that is run again and again."""
+"""TensorRT sessions on a fake GPU: single runs, onnxruntime's results for the same inputs, and a denoising loop."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def session_of(folder: Path, component: Component, device: Device) -> TensorRtSe
 
 
 def change_file(folder: Path, component: Component, **values: Any) -> EngineRecord:
-    """Change what the fake engine is; its record stays."""
+    """Change the fake engine's description; its record in the manifest stays."""
     path = folder / f"{component}.engine"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return record_of_any_size(folder, component)
