@@ -169,8 +169,8 @@ def test_a_backend_that_does_not_load(opened: Bundle, monkeypatch: pytest.Monkey
 
 def test_a_backend_that_nobody_knows(opened: Bundle) -> None:
     assert refusal(engine(opened, "abacus"), machine(L40S)) == (
-        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with `qie build --gpu "
-        "cpu`"
+        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with `qie build "
+        "MODEL --gpu cpu`"
     )
 
 
