@@ -60,7 +60,7 @@ def test_a_gpu_that_nothing_builds_for(
 @pytest.mark.parametrize(
     ("layer", "shape", "expected"),
     [
-        ("transformer_blocks.7.attn.to_q", (64, 64), "changes layers that the checkpoint's transformer has not"),
+        ("transformer_blocks.7.attn.to_q", (64, 64), "changes layers that the checkpoint's transformer lacks"),
         ("transformer_blocks.0.attn.to_q", (32, 64), r"as \[32, 64\], but the checkpoint has \[64, 64\]"),
     ],
 )

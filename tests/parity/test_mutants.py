@@ -43,7 +43,7 @@ MUTANTS = {
         TRANSFORMER,
     ),
     "mu from noise tokens only": Mutant(
-        "engines/editing/editor.py", "noise_tokens=settings.size.tokens", "noise_tokens=2 * settings.size.tokens", EDIT
+        "engines/editing/edit.py", "noise_tokens=settings.size.tokens", "noise_tokens=2 * settings.size.tokens", EDIT
     ),
     "shift_terminal": Mutant("engines/inputs/schedule.py", "if spec.shift_terminal and steps > 1:", "if False:", EDIT),
     "zero_cond_t on the image stream only": Mutant(
