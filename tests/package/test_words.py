@@ -42,7 +42,6 @@ ALLOWED = re.compile(
 )
 """Text in which a replaced word is right."""
 
-POCKET = ROOT / "recipes" / "pocket" / "README.md"
 
 ALLOWED_FILES = {
     "compiler/checkpoint/processor.py": {"processor"},  # reads the config of the image processor
@@ -75,9 +74,7 @@ def replaced_words(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", [*CODE, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_words(path: Path, request: pytest.FixtureRequest) -> None:
-    if path == POCKET:
-        request.applymarker(pytest.mark.xfail(reason="says photographs where images are meant"))
+def test_words(path: Path) -> None:
     text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
     if path.suffix == ".py":
         passages = [*prose(text), *identifiers(text)]
