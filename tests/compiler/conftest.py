@@ -10,7 +10,7 @@ import pytest
 from qie.compiler.backends.tensorrt import builder as tensorrt
 from qie.engines.backends import BACKENDS
 from qie.engines.machine import Gpu, Machine
-from tests.support.hand_made import Worker
+from tests.support.small_graphs import Worker
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from qie.compiler.recipe.load import load_recipe
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
 from tests.support.bundles import planned
-from tests.support.hand_made import SHAPES, linear, record, small
+from tests.support.small_graphs import SHAPES, linear, record, small
 
 
 def test_engines_for_a_gpu(checkpoint: Path, tmp_path: Path) -> None:

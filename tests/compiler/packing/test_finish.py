@@ -17,7 +17,7 @@ from qie.engines.errors import BackendMissingError, BuildError, BundleError
 from qie.engines.files import sha256_of
 from qie.engines.sessions.choose import choose_engines
 from tests.support.bundles import build, planned
-from tests.support.hand_made import Worker, small
+from tests.support.small_graphs import Worker, small
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import COMPONENTS, FileRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from tests.support.bundles import planned
-from tests.support.hand_made import SHAPES, Worker, linear, needs_rtx, record, small
+from tests.support.small_graphs import SHAPES, Worker, linear, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 

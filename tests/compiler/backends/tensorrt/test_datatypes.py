@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qie.compiler.backends import BUILDERS
 from qie.compiler.backends.tensorrt.datatypes import check_datatypes
 from qie.engines.errors import BuildError, RecipeError
-from tests.support.hand_made import SHAPES, Worker, fp8_linear, linear, model_of, needs_rtx, record, small
+from tests.support.small_graphs import SHAPES, Worker, fp8_linear, linear, model_of, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 

@@ -19,7 +19,7 @@ from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord
 from qie.engines.terminal import human_bytes, human_memory, human_seconds
 from tests.support.bundles import planned
-from tests.support.hand_made import small
+from tests.support.small_graphs import small
 
 trt = pytest.importorskip("tensorrt_rtx")
 

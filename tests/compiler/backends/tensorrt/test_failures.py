@@ -16,7 +16,7 @@ from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import ProfileRecord
 from qie.engines.errors import BuildError
 from tests.support.bundles import build
-from tests.support.hand_made import SHAPES, Worker, linear, model_of, needs_rtx, record, small
+from tests.support.small_graphs import SHAPES, Worker, linear, model_of, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 

@@ -28,7 +28,7 @@ from qie.engines.bundle.manifest import (
 )
 from qie.engines.errors import BuildError, RecipeError
 from tests.support.bundles import planned
-from tests.support.hand_made import needs_rtx, small
+from tests.support.small_graphs import needs_rtx, small
 
 RTX = BUILDERS["tensorrt-rtx"]
 pytestmark = needs_rtx
