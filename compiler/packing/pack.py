@@ -11,7 +11,7 @@ from pathlib import Path
 
 import qie
 from qie.compiler.backends import BUILDERS
-from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache
 from qie.compiler.checkpoint.lora import fused_reader
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
@@ -43,7 +43,7 @@ from qie.engines.bundle.manifest import (
     write_manifest,
 )
 from qie.engines.errors import BuildError, BundleError
-from qie.engines.files import is_disk_full, qie_home, replacing_folder, sha256_of
+from qie.engines.files import is_disk_full, replacing_folder, sha256_of
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 from qie.engines.progress import Progress
 
@@ -112,9 +112,7 @@ def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
 def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     checkpoint, recipe = plan.checkpoint, plan.recipe
     readers = checkpoint_readers(plan)
-    digest = checkpoint.digest(
-        cache=qie_home() / "digests.json", progress=partial(progress, "digest of the checkpoint")
-    )
+    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
     if plan.calibration is not None:
         plan.calibration.check_model(digest)
     keys = graph_keys(plan, digest)

@@ -21,6 +21,7 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.weights.weight import Layout, Weight
 from qie.engines.errors import BuildError, CheckpointError
+from qie.engines.files import is_disk_full
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["Entry", "WeightFile", "prepare", "total_bytes", "write_weights"]
@@ -283,7 +284,7 @@ def _is_finite(tensor: npt.NDArray[Any]) -> bool:
 
 
 def _disk_error(error: OSError, path: Path, total: int) -> BuildError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_disk_full(error):
         free = shutil.disk_usage(path.parent).free
         return BuildError(
             f"{path} needs {total:,} bytes, and {free:,} are free ({error.strerror}); make room, or build elsewhere"

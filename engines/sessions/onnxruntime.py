@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qie.engines.bundle.manifest import EngineRecord
-from qie.engines.errors import BundleError, EngineError, EngineMismatchError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError, first_line
 from qie.engines.files import qie_home
 from qie.engines.sessions.session import Tensor
 
@@ -54,7 +54,7 @@ class OnnxRuntimeSession:
             self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)
         except Exception as problem:
             raise BundleError(
-                f"onnxruntime {ort.__version__} cannot load {folder / engine.path} ({_first_line(problem)}); "
+                f"onnxruntime {ort.__version__} cannot load {folder / engine.path} ({first_line(problem)}); "
                 "build the bundle again with `qie build`"
             ) from problem
         if self._session.get_providers()[0] not in [name for name, _ in providers]:
@@ -96,7 +96,7 @@ class OnnxRuntimeSession:
             self._session.run_with_iobinding(binding)
         except Exception as problem:
             raise EngineError(
-                f"onnxruntime failed in {self._engine.component} ({_first_line(problem)}); "
+                f"onnxruntime failed in {self._engine.component} ({first_line(problem)}); "
                 "use a smaller size or fewer images",
                 option="size",
             ) from problem
@@ -129,7 +129,3 @@ def _gpu_providers(engine: EngineRecord) -> list[Provider]:
         bf16 = {"trt_bf16_enable": "1"} if engine.precision == "bfloat16" else {}
         providers.insert(0, ("TensorrtExecutionProvider", {"device_id": "0", **ranges, **cached, **bf16}))
     return providers
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
