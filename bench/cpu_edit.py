@@ -138,7 +138,7 @@ def measure_transformer(options: argparse.Namespace, editor: Editor, threads: in
     conditioning = condition(editor.stages, editor.tokenizer, request, settings)
     noise = start_noise(request, settings, editor.bundle.manifest)
     schedule = sigmas(editor.model.scheduler, steps=settings.steps, noise_tokens=settings.size.tokens)
-    tables = modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+    tables = modulation_tables(editor.bundle, schedule)
     arrays = transformer_feed(
         latents_BNC=noise,
         reference_BRC=conditioning.reference,

@@ -235,7 +235,7 @@ def schedule_of(editor: Editor, recording: Recording) -> tuple[np.ndarray, Table
     """The sigmas and the modulation of the recorded steps, from the model of ``editor``."""
     tokens = recording.steps[0].latents.shape[1]
     schedule = sigmas(editor.model.scheduler, steps=len(recording.steps), noise_tokens=tokens)
-    return schedule, modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+    return schedule, modulation_tables(editor.bundle, schedule)
 
 
 def teacher_forced_errors(editor: Editor, recordings: Sequence[Recording]) -> tuple[list[float], float]:

@@ -1,23 +1,53 @@
-"""Files that are whole or absent: everything is written under a temporary name and renamed when complete."""
+"""Files that are whole or absent: everything is written under a temporary name and published when complete."""
 
 import errno
-import glob
+import fcntl
 import hashlib
 import os
-import shutil
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["existing", "is_disk_full", "qie_home", "replacing", "replacing_folder", "sha256_of"]
+from qie.engines.errors import BundleError
+
+__all__ = [
+    "existing",
+    "is_disk_full",
+    "is_leftover",
+    "leftovers_of",
+    "qie_home",
+    "replacing",
+    "sha256_of",
+    "sync",
+    "temporary_name",
+    "try_lock",
+]
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed)", re.DOTALL)
+"""What a process that was killed leaves: half-written (tmp), moved aside (old), or half-deleted (removed)."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What flock says on a file system that has no locks."""
 
 
 def qie_home() -> Path:
-    """Where bundles and caches live: ``$QIE_HOME``, else ``qie`` in the user's cache folder."""
+    """Where bundles and caches live: ``$QIE_HOME``, else ``qie`` in the user's cache folder.
+
+    Raises:
+        BundleError: neither is known.
+    """
     if home := os.environ.get("QIE_HOME"):
         return Path(home)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "qie"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "qie"
+    try:
+        return Path.home() / ".cache" / "qie"
+    except RuntimeError:
+        raise BundleError(
+            "this user has no home folder for bundles and caches; set QIE_HOME to a folder that may be written"
+        ) from None
 
 
 def existing(path: Path) -> Path:
@@ -36,62 +66,115 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path, kind: str = "tmp") -> Path:
+    """A hidden name beside ``path`` that nobody else uses or can guess."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{kind}")
+
+
+def leftovers_of(parent: Path, name: str | None = None) -> list[tuple[Path, str, str]]:
+    """What ``temporary_name`` named in the folder ``parent``, for ``name`` or for any: path, name and kind of each.
+
+    Whether somebody still writes one is not examined.
+    """
+    try:
+        entries = sorted(parent.iterdir())
+    except OSError:
+        return []
+    found = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
+    return [(entry, match["name"], match["kind"]) for entry, match in found if name in (None, match["name"])]
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` has a name of ``temporary_name``."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def try_lock(descriptor: int, *, exclusive: bool) -> bool | None:
+    """Lock an open file for as long as it is open (flock): across threads, processes, containers and hosts.
+
+    Returns:
+        Whether the lock was granted; None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in _NO_LOCKS:
+            return None
+        if problem.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; it becomes ``path`` when the block succeeds, otherwise it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary file beside ``path``; it becomes ``path`` when the block succeeds, otherwise it is removed.
+
+    The file is empty and exists already; it has to be written in place. What killed processes left of ``path`` is
+    removed first. A link at ``path`` is followed.
+
+    Args:
+        path: the file to write.
+        overwrite: replace an existing file; otherwise only one of several writers wins.
+
+    Raises:
+        FileExistsError: ``path`` exists when the block is done, and ``overwrite`` is false.
+    """
+    if overwrite and path.is_symlink():
+        path = path.resolve()
+    for leftover, _, _ in leftovers_of(path.parent, path.name):
+        _remove_unlocked(leftover)
+    temporary, descriptor = _create(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        os.fsync(descriptor)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _publish_new(temporary, path)
+        with suppress(OSError):  # a folder that may be written and not read cannot be opened
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; it replaces ``path`` when the block succeeds, otherwise it is removed.
+def _create(path: Path) -> tuple[Path, int]:
+    """A new locked file beside ``path``, and its descriptor."""
+    while True:
+        temporary = temporary_name(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if try_lock(descriptor, exclusive=True) is not False and os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another process took it for a leftover
 
-    Leftovers of killed processes are removed first. A link is followed.
-    """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    temporary.mkdir()
+
+def _publish_new(temporary: Path, path: Path) -> None:
+    """Give the file the name ``path``, which must not exist."""
     try:
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.link(temporary, path)
+    except OSError as problem:
+        if problem.errno == errno.EEXIST:
+            raise
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # a file system without hard links
+        temporary.replace(path)
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Restore or remove what killed processes left beside ``path``."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        pid, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("tmp", "old") or not pid.isdigit() or _runs(int(pid)):
-            continue
-        if kind == "old" and not path.exists():
-            leftover.rename(path)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _remove_unlocked(leftover: Path) -> None:
+    """Remove a temporary file that nobody writes."""
+    with suppress(OSError):
+        descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if try_lock(descriptor, exclusive=True):
+                leftover.unlink()
+        finally:
+            os.close(descriptor)

@@ -17,6 +17,7 @@ from qie.compiler.cli.export import export
 from qie.compiler.cli.plan import plan
 from qie.compiler.cli.recipes import recipes_app
 from qie.engines.cli.bundles import inspect, list_bundles, rm
+from qie.engines.cli.clean import clean
 from qie.engines.cli.options import examples
 from qie.engines.cli.run import RunCommand, run
 from qie.engines.errors import QieError
@@ -26,7 +27,7 @@ __all__ = ["SECTIONS", "app", "main"]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
-    "Bundles": ("list", "inspect", "rm"),
+    "Bundles": ("list", "inspect", "rm", "clean"),
     "This machine": ("doctor",),
 }
 """The commands as `qie --help` groups them."""
@@ -130,4 +131,5 @@ _needs_arguments(
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)
+app.command(epilog=examples("qie clean", "qie clean --yes"))(clean)
 app.command(epilog=examples("qie doctor", "qie doctor --json"))(doctor)

@@ -78,7 +78,9 @@ def build(
     from qie.compiler.packing.pack import pack
     from qie.compiler.planning.checks import check_buildable, check_download
     from qie.compiler.planning.estimate import check_fit
+    from qie.engines.folders import clear_leftovers
 
+    clear_leftovers(plan.destination.resolve())
     check_buildable(plan)
     check_fit(plan)
     check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)

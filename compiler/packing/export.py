@@ -14,6 +14,7 @@ from qie.compiler.planning.plan import Plan
 from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError
+from qie.engines.folders import WORK_LOCK
 from qie.engines.progress import Progress, no_progress
 
 __all__ = ["export_graphs"]
@@ -38,7 +39,7 @@ def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)
         plan = replace(plan, checkpoint=plan.checkpoint.with_weights(progress=partial(progress, "download")))
         readers = checkpoint_readers(plan)
-    with writing(plan.destination, output_bytes) as folder:
+    with writing(plan.destination, output_bytes, lock=WORK_LOCK) as folder:
         for planned in plan.components:
             places, location = None, f"{planned.component}.weights"
             if weights:
@@ -52,6 +53,6 @@ def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress
 
 def _check_destination(path: Path) -> None:
     """An export replaces its folder: nothing but an earlier export may be lost."""
-    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")}
+    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")} | {WORK_LOCK}
     if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= names):
         raise BuildError(f"{path} holds files that are not exported graphs; choose another folder", option="out")

@@ -4,10 +4,11 @@ import shutil
 from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import build_engine, drop_graph, finish_folder, take_over, writing
+from qie.compiler.packing.pack import build_engine, drop_graph, take_over, writing
 from qie.compiler.recipe.load import parse_recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import MANIFEST
+from qie.engines.bundle.sealed import write_manifest
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, RecipeError
 from qie.engines.progress import Progress, no_progress
 
@@ -48,12 +49,12 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle
     if needed > free:
         raise BuildError(f"finishing {bundle.path} needs {needed:,} bytes, and {free:,} are free; free some space")
     with writing(bundle.path, needed) as folder:
-        if not take_over(manifest.files(), bundle.path, folder):
+        if not take_over(manifest.files(), bundle, folder):
             raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")
         engines = []
         for graph in manifest.graphs:
             engine = build_engine(graph.backend, graph, folder, recipe, progress)
             drop_graph(graph, engine, folder)
             engines.append(engine)
-        finish_folder(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
+        write_manifest(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)
     return open_bundle(bundle.path.absolute())

@@ -40,10 +40,12 @@ from qie.engines.bundle.manifest import (
     QuantizationRecord,
     RecipeRecord,
     file_record,
-    write_manifest,
 )
+from qie.engines.bundle.sealed import write_manifest
+from qie.engines.cache import tables_cache
 from qie.engines.errors import BuildError, BundleError
-from qie.engines.files import is_disk_full, replacing_folder, sha256_of
+from qie.engines.files import is_disk_full, sha256_of
+from qie.engines.folders import replacing_folder
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 from qie.engines.progress import Progress
 
@@ -51,7 +53,6 @@ __all__ = [
     "build_engine",
     "checkpoint_readers",
     "drop_graph",
-    "finish_folder",
     "pack",
     "take_over",
     "writing",
@@ -72,14 +73,16 @@ def pack(plan: Plan, *, progress: Progress) -> Bundle:
 
 
 @contextmanager
-def writing(destination: Path, needed: int) -> Iterator[Path]:
+def writing(destination: Path, needed: int, *, lock: str = MANIFEST) -> Iterator[Path]:
     """A folder that replaces ``destination`` when the block succeeds; ``needed`` bytes are for the error message.
+
+    ``lock``: see ``replacing_folder``.
 
     Raises:
         BuildError: the folder cannot be written, or the disk is full.
     """
     try:
-        with replacing_folder(destination) as folder:
+        with replacing_folder(destination, lock=lock) as folder:
             yield folder
     except OSError as problem:
         if is_disk_full(problem):
@@ -123,7 +126,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     for planned in plan.components:
         start = time.perf_counter()
         engine = reusable.get(planned.component)
-        if engine is not None and not (old is not None and take_over(engine_files(engine), old.path, folder)):
+        if engine is not None and not (old is not None and take_over(engine_files(engine), old, folder)):
             engine = None
         if engine is None or planned.finish is not None:
             graph = _graph(planned, plan, keys[planned.component], readers, old, folder, progress)
@@ -161,7 +164,9 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         engines=tuple(engines),
         graphs=tuple(graphs),
     )
-    finish_folder(manifest, folder)
+    write_manifest(manifest, folder)
+    if old is not None and old.manifest.model.modulation.file != modulation.file:
+        tables_cache().drop(old.manifest.model.modulation.file.sha256)
 
 
 def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress) -> EngineRecord:
@@ -191,24 +196,29 @@ def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
     return engine.files if engine.structure is None else (*engine.files, engine.structure)
 
 
-def take_over(records: Sequence[FileRecord], old: Path, folder: Path) -> bool:
+def take_over(records: Sequence[FileRecord], old: Bundle, folder: Path) -> bool:
     """Link files from the bundle ``old``; where one is damaged, link none and return False."""
-    if any(sha256_of(old / record.path) != record.sha256 for record in records):
+    targets = [folder / record.path for record in records]
+    try:
+        for record, target in zip(records, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old.folder.read(partial(_link, record.path, target))
+            if sha256_of(target) != record.sha256:
+                raise FileNotFoundError(record.path)
+    except FileNotFoundError:
+        for target in targets:
+            target.unlink(missing_ok=True)
         return False
-    for record in records:
-        (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(old / record.path, folder / record.path)
-        except OSError:
-            shutil.copyfile(old / record.path, folder / record.path)
     return True
 
 
-def finish_folder(manifest: Manifest, folder: Path) -> None:
-    """Flush everything to the disk, then write the manifest."""
-    _sync(folder)
-    write_manifest(manifest, folder)
-    _sync(folder / MANIFEST)
+def _link(name: str, target: Path, old: Path) -> None:
+    """Give the file ``name`` of the folder ``old`` the second name ``target``, or copy it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(old / name, target)
+    except OSError:
+        shutil.copyfile(old / name, target)
 
 
 def _graph(
@@ -226,7 +236,7 @@ def _graph(
     shapes = profiles(planned.graph, plan.recipe, plan.model)
     if old is not None:
         for graph in old.manifest.graphs:
-            if graph.key == key and take_over(graph.files, old.path, folder):
+            if graph.key == key and take_over(graph.files, old, folder):
                 return replace(graph, backend=backend, profiles=shapes)
     graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
     written = write_weights(
@@ -306,12 +316,3 @@ def _write_schedules(
         records.append(file_record(folder, name))
         progress("schedules", number + 1, len(schedules))
     return tuple(records)
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

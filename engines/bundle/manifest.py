@@ -3,7 +3,7 @@
 It is the only file that the runtime reads to decide what to load and how to feed it.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,7 @@ from typing import Literal
 
 from qie.engines.bundle import modulation_rows
 from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
-from qie.engines.errors import BundleError
 from qie.engines.files import sha256_of
-from qie.engines.records import from_plain, to_plain
 
 __all__ = [
     "COMPONENTS",
@@ -35,11 +33,11 @@ __all__ = [
     "Residency",
     "TensorSpec",
     "file_record",
-    "read_manifest",
-    "write_manifest",
 ]
 
-SCHEMA = 2
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+SCHEMA = 3
 MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
@@ -64,11 +62,18 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """A file of the bundle: path relative to the bundle, size in bytes, sha256 in hex."""
+    """A file of the bundle: path relative to the bundle and inside it, size in bytes, sha256 in hex."""
 
     path: str
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        parts = self.path.split("/")
+        if "\0" in self.path or any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"the path {self.path!r} is not one inside the bundle")
+        if not _SHA256.fullmatch(self.sha256) or self.bytes < 0:
+            raise ValueError(f"sha256 {self.sha256!r} of {self.bytes} bytes, expected 64 hex digits")
 
 
 def file_record(folder: Path, name: str) -> FileRecord:
@@ -332,31 +337,3 @@ class Manifest:
         for graph in self.graphs:
             records.extend(graph.files)
         return tuple({r.path: r for r in records}.values())
-
-
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write ``manifest``, the last file of a bundle that is being built."""
-    text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the bundle ``folder``.
-
-    Raises:
-        BundleError: it is missing, not JSON, of another schema, or a key is wrong.
-    """
-    path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{folder} has no {MANIFEST} and is not a bundle; choose one of `qie list`") from None
-    except (ValueError, OSError) as problem:
-        raise BundleError(f"{path} cannot be read ({problem}); build the bundle again with `qie build`") from None
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise BundleError(f"{path} has schema {schema!r}, expected {SCHEMA}; build the bundle again with `qie build`")
-    try:
-        return from_plain(Manifest, data)
-    except ValueError as problem:
-        raise BundleError(f"{path}: {problem}; build the bundle again with `qie build`") from None

@@ -24,6 +24,7 @@ def inspect(
 ) -> None:
     """Show the content of a bundle."""
     from qie.engines.bundle.bundle import open_bundle, verify
+    from qie.engines.bundle.sealed import seal
     from qie.engines.records import to_plain
     from qie.engines.sessions.choose import refusal
 
@@ -43,7 +44,7 @@ def inspect(
                 "bytes": opened.bytes,
                 "verified": check,
                 "engines": engines,
-                "manifest": to_plain(opened.manifest),
+                "manifest": seal(to_plain(opened.manifest)),
             }
         )
     typer.echo(_describe(opened, reasons))
@@ -88,7 +89,7 @@ def rm(
     """Delete a bundle."""
     from qie.engines.bundle.bundle import locate, remove_bundle
 
-    path = locate(bundle).resolve()
+    path = locate(bundle)
     try:
         if not yes and not typer.confirm(f"delete {path}?"):
             typer.echo("nothing deleted")
@@ -96,8 +97,8 @@ def rm(
     except typer.Abort:
         typer.echo()
         raise BundleError(f"{path} is not deleted, since nobody answered; run `qie rm {bundle} --yes`") from None
-    remove_bundle(path)
-    typer.echo(f"deleted {path}")
+    later = "" if remove_bundle(path) else "; its files are deleted when the last edit with them ends"
+    typer.echo(f"deleted {path}{later}")
 
 
 def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:

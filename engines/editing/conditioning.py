@@ -94,8 +94,10 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     Raises:
         BundleError: its file is damaged.
     """
-    path = bundle.path / bundle.manifest.tokenizer.path
+    name = bundle.manifest.tokenizer.path
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(bundle.folder.read(lambda folder: (folder / name).read_bytes()))
     except Exception as problem:  # the library raises nothing more precise
-        raise BundleError(f"{path} is damaged ({problem}); build the bundle again with `qie build`") from None
+        raise BundleError(
+            f"{bundle.path / name} is damaged ({problem}); build the bundle again with `qie build`"
+        ) from None

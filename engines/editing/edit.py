@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Manifest
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
@@ -54,7 +55,7 @@ def edit(
 
     # 3. The modulation of every step.
     with meter("modulation") as report:
-        tables = modulation_tables(stages.bundle.path, model.modulation, schedule_S, progress=report)
+        tables = modulation_tables(stages.bundle, schedule_S, progress=report)
 
     # 4. Denoise. Prompts of one length make a batch, so nothing is padded and no result depends on its batch.
     instructions = [instruction for instruction, _ in settings.samples]
@@ -92,9 +93,16 @@ def edit(
         size=settings.size,
         steps=settings.steps,
         guidance=settings.guidance,
-        notes=settings.notes,
+        notes=(*settings.notes, *_replaced(stages.bundle)),
         seconds=meter.seconds,
     )
+
+
+def _replaced(bundle: Bundle) -> tuple[str, ...]:
+    """A note where another bundle has taken the name of the one that was used, or it was deleted."""
+    if not bundle.folder.replaced:
+        return ()
+    return (f"the bundle {bundle.path} was replaced or deleted meanwhile, and this is its earlier version",)
 
 
 def start_noise(request: Request, settings: Settings, manifest: Manifest) -> Array:

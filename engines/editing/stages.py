@@ -160,7 +160,10 @@ class Stages:
         if loads:
             if self._device is None:
                 self._device = open_device(self.engines.values(), cuda_graphs=self._cuda_graphs)
-            self._sessions[component] = load(self.bundle.path, self.engines[component], self._device)
+            engine, device = self.engines[component], self._device
+            self._sessions[component] = self.bundle.folder.read(
+                lambda folder: load(folder, engine, device), discard=lambda session: session.close()
+            )
         try:
             yield self._sessions[component]
         finally:

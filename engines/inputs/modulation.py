@@ -8,7 +8,6 @@ Formulas: diffusers ``models/embeddings.py`` (get_timestep_embedding, TimestepEm
 Shape suffixes: S steps, D width, L layers, M rows per block.
 """
 
-import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -18,9 +17,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.engines.bundle.bundle import Bundle, check_file
 from qie.engines.bundle.manifest import ModulationRecord
 from qie.engines.bundle.modulation_rows import HALVES, MODULES, module_slice, streams
-from qie.engines.files import qie_home, replacing
+from qie.engines.cache import tables_cache
+from qie.engines.errors import BundleError
+from qie.engines.files import replacing
 from qie.engines.inputs.bfloat16 import narrow, widen
 from qie.engines.progress import StageProgress, no_progress
 
@@ -90,40 +92,51 @@ class Tables:
 
 
 def modulation_tables(
-    folder: Path,
-    record: ModulationRecord,
-    sigmas: Array,
-    *,
-    cache: Path | None = None,
-    progress: StageProgress = no_progress,
+    bundle: Bundle, sigmas: Array, *, cache: Path | None = None, progress: StageProgress = no_progress
 ) -> Tables:
-    """Tables for the schedule ``sigmas`` [S + 1] of the bundle ``folder``: stored, cached, or computed and cached.
+    """Tables for the schedule ``sigmas`` [S + 1] of ``bundle``: stored, cached, or computed and cached.
 
-    A damaged file counts as absent; where the cache cannot be written, the next call computes again.
+    What was stored is compared with its digest; a damaged table counts as absent. The weights are compared with theirs
+    before the first tables are computed.
 
     Args:
-        folder: of the bundle.
-        record: the bundle's modulation weights.
+        bundle: whose tables and modulation weights are read.
         sigmas: float32 [S + 1], from ``schedule.sigmas``.
         cache: folder of tables that are not in the bundle; None is ``modulation`` in ``qie_home()``.
         progress: called with (blocks done, blocks) while computing.
+
+    Raises:
+        BundleError: the modulation weights are damaged, or give tables that are not finite.
     """
-    cache = qie_home() / "modulation" if cache is None else cache
-    name = table_name(record, sigmas)
-    for place in (folder / SCHEDULES / name, cache / name):
-        stored = _load(place, record, len(sigmas) - 1)
-        if stored is not None:
-            return split_tables(widen(stored), record)
-    flat = compute_tables(BundleModulation(folder, record), record, sigmas, progress=progress)
-    with contextlib.suppress(OSError):
-        store_tables(flat, record, cache / name)
-    return split_tables(widen(_stored(flat, record)), record)
+    record, steps = bundle.manifest.model.modulation, len(sigmas) - 1
+    stored = _bundled(bundle, f"{SCHEDULES}/{table_name(record, sigmas)}", steps)
+    if stored is not None:
+        return split_tables(widen(stored), record)
+    tables = tables_cache(cache)
+    group, made_from = record.file.sha256, _made_from(record, sigmas)
+    content = tables.load(group, made_from)
+    if content is not None and len(content) == steps * record.values * _dtype(record).itemsize:
+        return split_tables(widen(np.frombuffer(content, _dtype(record)).reshape(steps, -1)), record)
+    check_file(bundle, record.file)
+    weights = bundle.folder.read(lambda folder: BundleModulation(folder, record))
+    flat = compute_tables(weights, record, sigmas, progress=progress)
+    if not np.isfinite(flat).all():
+        raise BundleError(
+            f"the modulation weights of {bundle.path} give values that are not finite; build the bundle again with "
+            "`qie build`"
+        )
+    kept = _stored(flat, record)
+    tables.store(group, made_from, memoryview(kept.tobytes()))
+    return split_tables(widen(kept), record)
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
-    """File name of the tables of ``sigmas``: a digest of everything that decides their content."""
-    decided_by = f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
-    return f"{hashlib.sha256(decided_by.encode()).hexdigest()[:32]}.npy"
+    """File name of the tables of ``sigmas`` in a bundle: a digest of everything that decides their content."""
+    return f"{hashlib.sha256(_made_from(record, sigmas).encode()).hexdigest()[:32]}.npy"
+
+
+def _made_from(record: ModulationRecord, sigmas: Array) -> str:
+    return f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
 
 
 def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
@@ -213,15 +226,25 @@ def _conditioning(weights: ModulationWeights, timestep_S: Array) -> Array:
     return silu(_linear(weights, "time_text_embed.timestep_embedder.linear_2", hidden))
 
 
-def _load(path: Path, record: ModulationRecord, steps: int) -> NDArray[np.generic] | None:
-    """The array in a file of tables; None where it is absent, damaged or of other steps."""
-    try:
-        stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+def _bundled(bundle: Bundle, name: str, steps: int) -> NDArray[np.generic] | None:
+    """The array in the bundle's file of tables ``name``; None where it is absent, damaged or of other steps."""
+    listed = next((file for file in bundle.manifest.schedules if file.path == name), None)
+    if listed is None:
         return None
-    shape = (steps, record.values)
-    dtype = np.uint16 if record.tables == "bfloat16" else np.float32
-    return stored if stored.shape == shape and stored.dtype == dtype else None
+    try:
+        content = bundle.folder.read(lambda folder: (folder / name).read_bytes())
+    except OSError:
+        return None
+    record = bundle.manifest.model.modulation
+    header = len(content) - steps * record.values * _dtype(record).itemsize
+    in_file = 10 + int.from_bytes(content[8:10], "little")  # numpy/lib/format.py, version 1.0
+    if hashlib.sha256(content).hexdigest() != listed.sha256 or header != in_file:
+        return None
+    return np.frombuffer(content, _dtype(record), offset=header).reshape(steps, record.values)
+
+
+def _dtype(record: ModulationRecord) -> np.dtype[np.generic]:
+    return np.dtype(np.uint16 if record.tables == "bfloat16" else np.float32)
 
 
 def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:

@@ -11,6 +11,7 @@ import qie
 from qie.compiler import doctor as module
 from qie.compiler.doctor import Capability, Report, examine
 from qie.engines.machine import this_machine
+from tests.support.damage import change_manifest
 
 RUN, BUILD, COMPARE = "run engines of onnxruntime", "build bundles for a CPU", "compare with diffusers"
 
@@ -65,15 +66,14 @@ def test_a_module_of_another_distribution_counts(monkeypatch: pytest.MonkeyPatch
 def test_bundles(bundle: Path, qie_home: Path) -> None:
     for name in ("good", "foreign", "damaged"):
         shutil.copytree(bundle, qie_home / "bundles" / name)
-    manifest = qie_home / "bundles" / "foreign" / "manifest.json"
-    data = json.loads(manifest.read_text())
-    data["engines"] = [engine | {"backend": "abacus", "compute_capability": "8.0"} for engine in data["engines"]]
-    manifest.write_text(json.dumps(data))
+    foreign = qie_home / "bundles" / "foreign"
+    engines = json.loads((foreign / "manifest.json").read_text())["engines"]
+    change_manifest(foreign, engines=[e | {"backend": "abacus", "compute_capability": "8.0"} for e in engines])
     (qie_home / "bundles" / "damaged" / "vision.weights").unlink()
     reasons = {report.name: report.reason for report in examine().bundles}
     assert reasons["good"] is None
     assert "vision is built for abacus/8.0, which this qie cannot execute" in str(reasons["foreign"])
-    assert "lacks vision.weights; build it again with `qie build`" in str(reasons["damaged"])
+    assert "lacks vision.weights; build the bundle again with `qie build`" in str(reasons["damaged"])
 
 
 def test_a_home_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

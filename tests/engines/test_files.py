@@ -1,22 +1,20 @@
 """Files that are whole or absent: what is there after success, failure and death, and where qie's home is."""
 
+import errno
+import fcntl
 import hashlib
 import os
+import pwd
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qie.engines.files import qie_home, replacing, replacing_folder, sha256_of
-
-
-@pytest.fixture(scope="module")
-def dead() -> int:
-    """The id of a process that no longer runs."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        pass
-    return gone.pid
+from qie.engines.errors import BundleError
+from qie.engines.files import leftovers_of, qie_home, replacing, sha256_of, temporary_name, try_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -37,6 +35,17 @@ def test_home_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp
     assert qie_home() == tmp_path / "cache" / "qie"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert qie_home() == tmp_path / "user" / ".cache" / "qie"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for variable in ("HOME", "QIE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(BundleError, match="no home folder for bundles and caches; set QIE_HOME"):
+        qie_home()
 
 
 def test_sha256(tmp_path: Path) -> None:
@@ -69,118 +78,129 @@ def test_a_file_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.png"]
 
 
-def test_nothing_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "out.png"):
-        pass
-    assert names(tmp_path) == []
-
-
-# One folder
-
-
-@pytest.mark.parametrize("earlier", [True, False])
-def test_a_folder_appears_when_it_is_whole(tmp_path: Path, earlier: bool) -> None:
-    path = tmp_path / "a" / "b" / "mine"
-    if earlier:
-        path.mkdir(parents=True)
-        (path / "old").write_text("old")
-    with replacing_folder(path) as folder:
-        (folder / "new").write_text("new")
-        assert path.exists() == earlier
-        assert not earlier or names(path) == ["old"]
-    assert names(path) == ["new"]
-    assert names(path.parent) == ["mine"]
-
-
-@pytest.mark.parametrize("earlier", [True, False])
-@pytest.mark.parametrize("problem", [ZeroDivisionError, KeyboardInterrupt])
-def test_a_folder_that_fails_leaves_the_earlier_one(
-    tmp_path: Path, earlier: bool, problem: type[BaseException]
-) -> None:
-    path = tmp_path / "mine"
-    if earlier:
-        path.mkdir()
-        (path / "old").write_text("old")
-    with pytest.raises(problem), replacing_folder(path) as folder:
-        (folder / "new").write_text("new")
-        raise problem
-    assert names(tmp_path) == (["mine"] if earlier else [])
-    assert not earlier or names(path) == ["old"]
-
-
-def test_a_failing_rename_puts_the_earlier_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "mine"
-    path.mkdir()
-    (path / "old").write_text("old")
-    real = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        if self.suffix == ".tmp":
-            raise OSError(5, "the disk is gone")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="the disk is gone"), replacing_folder(path) as folder:
-        (folder / "new").write_text("new")
-    assert names(path) == ["old"]
-    assert names(tmp_path) == ["mine"]
-
-
-@pytest.mark.parametrize("name", ["mine", "mine[1]", "m*"])
-def test_leftovers_of_the_dead_are_cleared(tmp_path: Path, dead: int, name: str) -> None:
-    for leftover in (f".{name}.{dead}.tmp", f".{name}.{dead}.old"):
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "half").write_text("half")
-    (tmp_path / name).mkdir()
-    with replacing_folder(tmp_path / name) as folder:
-        (folder / "new").write_text("new")
-    assert names(tmp_path) == [name]
-    assert names(tmp_path / name) == ["new"]
-
-
-def test_what_belongs_to_others_stays(tmp_path: Path, dead: int) -> None:
-    """Leftovers of other folders, folders of processes that run, and files that only look alike."""
-    others = [f".other.{dead}.tmp", f".mine.{os.getppid()}.tmp", ".mine.tmp", ".mine.notes.txt", f"mine.{dead}.tmp",
-              f".mine.{dead}.tmp.txt", f".mine.more.{dead}.tmp"]  # fmt: skip
-    for other in others:
-        (tmp_path / other).mkdir()
-    with replacing_folder(tmp_path / "mine"):
-        pass
-    assert names(tmp_path) == sorted([*others, "mine"])
-
-
-@pytest.mark.parametrize("fails", [True, False])
-def test_a_folder_that_was_moved_aside_is_put_back(tmp_path: Path, dead: int, fails: bool) -> None:
-    """A process died after it had moved the earlier folder away and before it had put the new one there."""
-    (tmp_path / f".mine.{dead}.old").mkdir()
-    (tmp_path / f".mine.{dead}.old" / "old").write_text("old")
-    (tmp_path / f".mine.{dead}.tmp").mkdir()
-    try:
-        with replacing_folder(tmp_path / "mine") as folder:
-            assert names(tmp_path / "mine") == ["old"]
-            (folder / "new").write_text("new")
-            if fails:
-                raise ZeroDivisionError
-    except ZeroDivisionError:
-        pass
-    assert names(tmp_path) == ["mine"]
-    assert names(tmp_path / "mine") == (["old"] if fails else ["new"])
-
-
-def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+def test_a_file_beside_a_link_goes_where_the_link_points(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "disk" / "mine").mkdir()
-    (tmp_path / "mine").symlink_to(tmp_path / "disk" / "mine")
-    with replacing_folder(tmp_path / "mine") as folder:
-        (folder / "new").write_text("new")
-    assert (tmp_path / "mine").is_symlink()
-    assert names(tmp_path / "mine") == ["new"]
-    assert names(tmp_path / "disk") == ["mine"]
+    (tmp_path / "out.png").symlink_to(tmp_path / "disk" / "real.png")
+    with replacing(tmp_path / "out.png") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "out.png").is_symlink()
+    assert (tmp_path / "disk" / "real.png").read_text() == "whole"
 
 
-def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    with replacing_folder(Path()) as folder:
-        (folder / "new").write_text("new")
-    assert names(tmp_path / "mine") == ["new"]
+def test_only_one_writer_of_a_new_file_wins(tmp_path: Path) -> None:
+    def write(number: int) -> bool:
+        try:
+            with replacing(tmp_path / "out", overwrite=False) as temporary:
+                temporary.write_text(str(number) * 10_000)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(64)))
+    assert sum(won) == 1
+    assert (tmp_path / "out").read_text() == str(won.index(True)) * 10_000
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("problem", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_a_new_file_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(problem, os.strerror(problem))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with replacing(tmp_path / "out", overwrite=False) as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "out").read_text() == "whole"
+    with pytest.raises(FileExistsError), replacing(tmp_path / "out", overwrite=False) as temporary:
+        temporary.write_text("other")
+    assert (tmp_path / "out").read_text() == "whole"
+    assert names(tmp_path) == ["out"]
+
+
+def test_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    """Readers see one whole file or another, whatever writes at the same time."""
+    texts = [str(number) * 100_000 for number in range(8)]
+
+    def write(text: str) -> None:
+        for _ in range(10):
+            with replacing(tmp_path / "out") as temporary:
+                temporary.write_text(text)
+            assert (tmp_path / "out").read_text() in texts
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, texts))
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_temporary_name_that_was_guessed_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "victim").write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)
+    temporary_name(tmp_path / "out").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError), replacing(tmp_path / "out"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+    killed = temporary_name(tmp_path / "out")
+    killed.write_text("half")
+    with replacing(tmp_path / "out") as live:
+        live.write_text("slow")
+        with replacing(tmp_path / "out") as temporary:
+            temporary.write_text("fast")
+        assert names(tmp_path) == sorted([live.name, "out"])
+    assert (tmp_path / "out").read_text() == "slow"
+
+
+def test_the_umask_is_kept(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "out") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
+
+
+# Leftovers and locks
+
+
+def test_what_is_a_leftover(tmp_path: Path) -> None:
+    for name in (f".a.b.{'0' * 16}.tmp", f".a.{'f' * 16}.removed", ".a.12.old", ".a.tmp", ".a.x.tmp", "a.12.tmp"):
+        (tmp_path / name).touch()
+    found = [(name, kind) for _, name, kind in leftovers_of(tmp_path)]
+    assert found == [("a", "old"), ("a.b", "tmp"), ("a", "removed")]
+    assert [kind for _, _, kind in leftovers_of(tmp_path, "a")] == ["old", "removed"]
+    assert leftovers_of(tmp_path / "missing") == []
+
+
+def test_locks_are_seen_by_other_opens_and_other_processes(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    file.touch()
+    first, second = os.open(file, os.O_RDWR), os.open(file, os.O_RDWR)
+    assert try_lock(first, exclusive=False) is True
+    assert try_lock(second, exclusive=False) is True
+    assert try_lock(second, exclusive=True) is False
+    asks = (
+        "import os, sys; from qie.engines.files import try_lock;"
+        "print(try_lock(os.open(sys.argv[1], os.O_RDWR), exclusive=True))"
+    )
+    told = subprocess.run([sys.executable, "-c", asks, str(file)], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+    os.close(first)
+    assert try_lock(second, exclusive=True) is True
+    os.close(second)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    half = temporary_name(tmp_path / "out")
+    half.write_text("of whom nobody knows whether he lives")
+    with replacing(tmp_path / "out") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "out").read_text() == "whole"
+    assert half.exists()

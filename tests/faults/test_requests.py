@@ -57,7 +57,7 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("photo.png", "x", "--bundle", "nope"),
         r"no bundle .nope.*available: none.*; choose one of `qie list`",
     ),
-    "bundle name too long": (("photo.png", "x", "--bundle", "b" * 300), "File name too long"),
+    "bundle name too long": (("photo.png", "x", "--bundle", "b" * 300), "there is no bundle 'bbb"),
 }
 
 

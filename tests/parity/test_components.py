@@ -84,7 +84,7 @@ def test_transformer(side_of: SideOf, name: str, count: int, sigma: float) -> No
     width = CASES[name].text_hidden_size
     positive, negative = (rng.standard_normal((2, length, width), np.float32) for length in (21, 13))
     schedule = np.array([sigma, 0.01], np.float32)
-    tables = modulation_tables(editor.bundle.path, model.modulation, schedule, cache=side.folder / "cache")
+    tables = modulation_tables(editor.bundle, schedule, cache=side.folder / "cache")
 
     def step(prompt: np.ndarray, negative_velocity: np.ndarray, guidance: float) -> list[np.ndarray]:
         feed = transformer_feed(

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["Break", "change_json", "change_tensor", "cut", "delete_tensor", "flip", "weights_of"]
+from qie.engines.bundle.sealed import seal
+
+__all__ = ["Break", "change_json", "change_manifest", "change_tensor", "cut", "delete_tensor", "flip", "weights_of"]
 
 Break = Callable[[Path], object]
 """Damages a file or folder."""
@@ -29,6 +31,12 @@ def flip(path: Path) -> None:
 def change_json(path: Path, **values: object) -> None:
     """Change keys of a JSON object."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_manifest(bundle: Path, **values: object) -> None:
+    """Change keys of a bundle's manifest and seal it anew, as who forges one would."""
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(seal(json.loads(path.read_text()) | values)))
 
 
 def weights_of(checkpoint: Path, subfolder: str) -> Path:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, TensorSpec
+from qie.engines.bundle.sealed import seal
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.load import load
 from qie.engines.sessions.tensorrt.session import TensorRtSession
@@ -41,7 +42,7 @@ def record_of_any_size(folder: Path, component: Component) -> EngineRecord:
     for engine in manifest["engines"]:
         for file in engine["files"]:
             file["bytes"] = (folder / file["path"]).stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
     return record_of(folder, component)
 
 

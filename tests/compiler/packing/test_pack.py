@@ -335,12 +335,12 @@ def test_the_manifest_is_the_last_file(build: Build, monkeypatch: pytest.MonkeyP
     def write(manifest: Any, folder: Path) -> None:
         for record in manifest.files():
             assert sha256_of(folder / record.path) == record.sha256
-        assert not (folder / "manifest.json").exists()
+        assert (folder / "manifest.json").read_text() == ""  # the lock of the folder
         real(manifest, folder)
 
     monkeypatch.setattr(pack, "write_manifest", write)
     bundle = build()
-    assert json.loads((bundle.path / "manifest.json").read_text())["schema"] == 2
+    assert json.loads((bundle.path / "manifest.json").read_text())["schema"] == 3
 
 
 def test_a_larger_batch_than_the_recipe_allows_is_split(build: Build) -> None:

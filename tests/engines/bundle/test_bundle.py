@@ -19,7 +19,9 @@ from qie.engines.bundle.bundle import (
     verify,
 )
 from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.cache import tables_cache
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
+from qie.engines.folders import leftovers, remove_leftover
 from qie.engines.sessions.choose import choose_engines, refusal
 
 
@@ -108,7 +110,7 @@ def test_every_file_must_be_there_in_its_size(copied: Path) -> None:
         ):
             open_bundle(str(copied))
         file.unlink()
-        with pytest.raises(BundleError, match=f"lacks {record.path}; build it again with `qie build`"):
+        with pytest.raises(BundleError, match=f"lacks {record.path}; build the bundle again"):
             open_bundle(str(copied))
         file.mkdir()
         with pytest.raises(BundleError, match=f"lacks {record.path}"):
@@ -195,15 +197,35 @@ def test_remove(copied: Path) -> None:
     assert not copied.exists()
 
 
-def test_a_deletion_that_is_cut_short_leaves_nothing_that_opens(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Path) -> None:
+def test_a_deletion_that_is_cut_short_frees_the_name(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", fail)
-    with pytest.raises(KeyboardInterrupt):
-        remove_bundle(copied)
-    with pytest.raises(BundleError):
-        open_bundle(str(copied))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        with pytest.raises(KeyboardInterrupt):
+            remove_bundle(copied)
+    assert not copied.exists()
+    (left,) = leftovers(copied.parent)
+    assert remove_leftover(left)
+    assert list(copied.parent.glob(".*")) == []
+
+
+def test_of_a_link_both_are_deleted(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copied)
+    assert remove_bundle(tmp_path / "link")
+    assert not copied.exists()
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_cached_tables_go_with_their_bundle(copied: Path) -> None:
+    group = open_bundle(copied).manifest.model.modulation.file.sha256
+    cache = tables_cache()
+    cache.store(group, "some steps", memoryview(b"table"))
+    cache.store("0" * 64, "some steps", memoryview(b"table"))
+    remove_bundle(copied)
+    assert cache.load(group, "some steps") is None
+    assert cache.load("0" * 64, "some steps") is not None
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"schema": 1, "name": "app"}', '{"manifest_version": 3}'])

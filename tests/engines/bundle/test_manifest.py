@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qie.engines.bundle.manifest import COMPONENTS, SCHEMA, Manifest, TensorSpec, read_manifest, write_manifest
+from qie.engines.bundle.manifest import COMPONENTS, SCHEMA, Manifest, TensorSpec
+from qie.engines.bundle.sealed import read_manifest, seal, write_manifest
 from qie.engines.errors import BundleError
 
 AGAIN = "build the bundle again with `qie build`"
@@ -20,11 +21,14 @@ def manifest(bundle: Path) -> Manifest:
 
 
 def plain(bundle: Path) -> dict[str, Any]:
-    return dict(json.loads((bundle / "manifest.json").read_text(encoding="utf-8")))
+    data = dict(json.loads((bundle / "manifest.json").read_text(encoding="utf-8")))
+    del data["digest"]
+    return data
 
 
 def write(folder: Path, data: Any) -> Path:
-    (folder / "manifest.json").write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    text = data if isinstance(data, str) else json.dumps(seal(data) if isinstance(data, dict) else data)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -67,15 +71,15 @@ def test_no_json(tmp_path: Path, text: str) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 3, "2", None, [2], {}])
+@pytest.mark.parametrize("schema", [0, 1, 2, "3", None, [3], {}])
 def test_another_schema(bundle: Path, tmp_path: Path, schema: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema .*, expected 2; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema .*, expected {SCHEMA}; {AGAIN}"):
         read_manifest(write(tmp_path, plain(bundle) | {"schema": schema}))
 
 
 @pytest.mark.parametrize("data", [[], "x", 1, None, {}])
 def test_json_of_something_else(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema None, expected 2; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema None, expected {SCHEMA}; {AGAIN}"):
         read_manifest(write(tmp_path, json.dumps(data)))
 
 

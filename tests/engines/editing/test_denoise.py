@@ -55,7 +55,7 @@ def states(editor: Editor) -> list[StepState]:
 def start(editor: Editor, conditioning: Conditioning, noise: np.ndarray, *, guided: bool = True) -> Denoiser:
     tokens = noise.shape[1]
     schedule = sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=tokens)
-    tables = modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+    tables = modulation_tables(editor.bundle, schedule)
     with editor.stages.session("transformer") as session:
         return Denoiser.start(
             session,
@@ -120,7 +120,7 @@ def test_a_step_is_a_run_of_the_ten_inputs(editor: Editor, conditioning: Conditi
     denoiser.step()
     assert denoiser.negative_velocity() is None
     schedule = sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=noise.shape[1])
-    tables = modulation_tables(editor.bundle.path, editor.model.modulation, schedule)
+    tables = modulation_tables(editor.bundle, schedule)
     feed = transformer_feed(
         latents_BNC=noise,
         reference_BRC=np.repeat(conditioning.reference, 2, axis=0),

@@ -366,5 +366,5 @@ def test_a_damaged_tokenizer(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bad")
     file = tmp_path / "bad" / "tokenizer.json"
     file.write_bytes(b"{" * file.stat().st_size)
-    with pytest.raises(BundleError, match=r"tokenizer.json is damaged .*; build the bundle again"):
-        Editor(open_bundle(str(tmp_path / "bad")))
+    with pytest.raises(BundleError, match="tokenizer.json is damaged; build the bundle again"):
+        open_bundle(tmp_path / "bad")

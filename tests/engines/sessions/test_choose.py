@@ -13,7 +13,8 @@ import pytest
 from qie.compiler import doctor
 from qie.engines import backends
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, write_manifest
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
+from qie.engines.bundle.sealed import write_manifest
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
 from qie.engines.machine import Gpu, Machine
 from qie.engines.sessions import choose as module

@@ -11,7 +11,8 @@ import pytest
 
 from qie.engines import backends, machine
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord, write_manifest
+from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord
+from qie.engines.bundle.sealed import write_manifest
 from qie.engines.files import sha256_of
 from qie.engines.sessions import choose
 from tests.support.fake_gpu.cuda import runtime

@@ -1,0 +1,68 @@
+"""What qie keeps on this machine beside bundles and need not: leftovers of stopped builds, and caches."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from qie.engines.bundle.bundle import bundles_folder
+from qie.engines.files import leftovers_of, qie_home
+from qie.engines.folders import leftovers, remove_leftover
+
+__all__ = ["Unneeded", "remove", "unneeded"]
+
+_CACHES = {
+    "modulation": "modulation tables of edits",
+    "digests.json": "digests of checkpoints",
+    "cache": "kernels compiled for this GPU",
+    "timing": "timings of kernels from builds",
+}
+"""Entry of ``qie_home()`` -> what it is. Each is made again when it is needed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unneeded:
+    """A file or folder that may be deleted.
+
+    Attributes:
+        path: where it is.
+        what: what it is, for people.
+        bytes: size of its files.
+    """
+
+    path: Path
+    what: str
+    bytes: int
+
+
+def unneeded() -> tuple[Unneeded, ...]:
+    """What may be deleted: leftovers of builds and deletions that nobody uses any more, then caches."""
+    folders = leftovers(bundles_folder())
+    found = [(path, f"left by a stopped build or deletion of {_name_of(path)}") for path in folders]
+    found += [(qie_home() / name, what) for name, what in _CACHES.items() if (qie_home() / name).exists()]
+    return tuple(Unneeded(path=path, what=what, bytes=_size(path)) for path, what in found)
+
+
+def remove(item: Unneeded) -> bool:
+    """Delete ``item``; whether it is gone. A leftover that somebody began to use stays."""
+    if item.path.parent == bundles_folder():
+        return remove_leftover(item.path)
+    if item.path.is_dir():
+        shutil.rmtree(item.path, ignore_errors=True)
+    else:
+        item.path.unlink(missing_ok=True)
+    return not item.path.exists()
+
+
+def _name_of(path: Path) -> str:
+    return next(name for leftover, name, _ in leftovers_of(path.parent) if leftover == path)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    total = 0
+    for file in files:
+        try:
+            total += file.lstat().st_size if not file.is_dir() else 0
+        except OSError:  # deleted meanwhile
+            continue
+    return total

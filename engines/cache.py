@@ -1,0 +1,87 @@
+"""A cache that proves what it holds: each entry is stored with a digest of what it was made from and of its content."""
+
+import hashlib
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from qie.engines.files import qie_home, replacing
+
+__all__ = ["Cache", "tables_cache"]
+
+_TABLES_BYTES = 8 << 30
+"""Most that the cache of modulation tables holds: thirty schedules of 40 steps of the published model."""
+
+_DIGEST_BYTES = 32
+
+
+class Cache:
+    """Entries in the folder ``root``, in groups; the least recently used are deleted beyond ``bytes_max``.
+
+    A cache costs time where it fails, and nothing else: an entry that is absent, damaged, or of something else is
+    None, and one that cannot be written is not kept.
+    """
+
+    def __init__(self, root: Path, *, bytes_max: int) -> None:
+        self._root, self._bytes_max = root, bytes_max
+
+    def load(self, group: str, made_from: str) -> memoryview | None:
+        """The content of the entry that was made from ``made_from``, a text that decides it completely."""
+        path = self._path(group, made_from)
+        try:
+            stored = memoryview(path.read_bytes())
+        except OSError:
+            return None
+        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if bytes(digest) != _digest(made_from, content):
+            return None
+        with suppress(OSError):
+            os.utime(path)  # used now
+        return content
+
+    def store(self, group: str, made_from: str, content: memoryview) -> None:
+        """Keep ``content`` under what it was made from."""
+        path = self._path(group, made_from)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                file.write(_digest(made_from, content))
+                file.write(content)
+            self._trim(path)
+
+    def drop(self, group: str) -> None:
+        """Delete all entries of ``group``."""
+        shutil.rmtree(self._root / _name(group), ignore_errors=True)
+
+    def _path(self, group: str, made_from: str) -> Path:
+        return self._root / _name(group) / _name(made_from)
+
+    def _trim(self, newest: Path) -> None:
+        entries = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._root.glob("*/*"))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if total <= self._bytes_max:
+                break
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def tables_cache(folder: Path | None = None) -> Cache:
+    """The cache of modulation tables that are not in a bundle, one group per digest of modulation weights.
+
+    ``folder`` None is ``modulation`` in ``qie_home()``.
+    """
+    return Cache(qie_home() / "modulation" if folder is None else folder, bytes_max=_TABLES_BYTES)
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _digest(made_from: str, content: memoryview) -> bytes:
+    """sha256 of the content and of what it was made from."""
+    digest = hashlib.sha256(hashlib.sha256(made_from.encode()).digest())
+    digest.update(content)
+    return digest.digest()
