@@ -10,7 +10,7 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
-.PHONY: demo test test-gpu pocket check format clean
+.PHONY: demo test test-soak test-gpu pocket check format clean
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
@@ -19,6 +19,9 @@ demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and
 test: $(VENV)/dev.stamp                ## Install everything for development and run checks and tests.
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; an hour.
+	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.
 	$(BIN)/python -m pytest tests/gpu

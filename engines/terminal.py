@@ -10,7 +10,18 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Bars", "ago", "human_bytes", "human_count", "human_memory", "human_seconds", "table", "wrap"]
+__all__ = [
+    "Bars",
+    "ago",
+    "human_bytes",
+    "human_count",
+    "human_memory",
+    "human_seconds",
+    "printable",
+    "say",
+    "table",
+    "wrap",
+]
 
 NARROWEST = 12
 """Characters below which a column is not wrapped."""
@@ -28,7 +39,7 @@ class Bars:
     def __init__(self, *, enabled: bool = True) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
-        if enabled and sys.stderr.isatty():
+        if enabled and sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -57,6 +68,20 @@ class Bars:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
+    """Print ``text`` on stdout or stderr; what a file says cannot control the terminal."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None:  # closed by who started this process
+        print(printable(text), file=stream, end=end, flush=True)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes in place of what controls a terminal or the direction of text (Unicode TR36, 3.3)."""
+    return _CONTROLS.sub(
+        lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", text
+    )
 
 
 def table(
@@ -144,6 +169,11 @@ def ago(moment: float) -> str:
             return f"{number} {unit}{'s' if number > 1 else ''} ago"
     return "just now"
 
+
+_CONTROLS = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2028\\u2029\\u2066-\\u2069]"
+)
+"""All controls but tab and line feed, separators of lines, and marks of direction."""
 
 _JOINED = "\N{NO-BREAK SPACE}"
 _WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}

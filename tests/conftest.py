@@ -1,6 +1,7 @@
 """What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from subprocess import CompletedProcess, run
 
 import pytest
 
-from qie.compiler.cli.app import main
+from qie.compiler.cli.main import STOPPING, main
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from tests.support.bundles import build
 from tests.support.images import smooth_image
@@ -75,8 +76,11 @@ def qie(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*words: str | Path) -> CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["qie", *map(str, words)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
         with pytest.raises(SystemExit) as stopped:
             main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         out, err = capsys.readouterr()
         assert isinstance(stopped.value.code, int)
         return CompletedProcess(sys.argv, stopped.value.code, out, err)
@@ -89,7 +93,7 @@ def process() -> Callable[..., CompletedProcess[str]]:
     """The command line in a process of its own; ``before`` are the words of a command that starts it."""
 
     def call(*words: str | Path, before: tuple[str, ...] = ()) -> CompletedProcess[str]:
-        command = [*before, sys.executable, "-c", "from qie.compiler.cli.app import main; main()", *map(str, words)]
+        command = [*before, sys.executable, "-c", "from qie.compiler.cli.main import main; main()", *map(str, words)]
         return run(command, capture_output=True, text=True, check=False, timeout=60)
 
     return call

@@ -1,9 +1,8 @@
-"""The command line of qie: every command in its section of the help, and what an error prints.
+"""The command line of qie: every command in its section of the help.
 
 A command parses, calls one function and prints. Heavy imports are inside the commands.
 """
 
-import sys
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,9 +19,9 @@ from qie.engines.cli.bundles import inspect, list_bundles, rm
 from qie.engines.cli.clean import clean
 from qie.engines.cli.options import examples
 from qie.engines.cli.run import RunCommand, run
-from qie.engines.errors import QieError
+from qie.engines.terminal import say
 
-__all__ = ["SECTIONS", "app", "main"]
+__all__ = ["ARGUMENTS", "SECTIONS", "app"]
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
@@ -57,41 +56,11 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line; an error of qie becomes one sentence on stderr and its exit code."""
-    try:
-        app()
-    except QieError as problem:
-        flag = _flag(problem.option)
-        _stop(f"{problem} ({flag})" if flag else str(problem), problem.exit_code)
-    except OSError as problem:
-        _stop(f"{problem.filename or 'a file'} cannot be used ({problem.strerror}); check its name and permissions", 2)
-    except MemoryError:
-        _stop("this machine has too little memory; close other programs or use a smaller model", 2)
-    except KeyboardInterrupt:
-        _stop("stopped", 130)
-
-
-def _stop(text: str, code: int) -> None:
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _flag(option: str | None) -> str | None:
-    """The flag of the running command for the ``option`` of an error."""
-    if option is None:
-        return None
-    command = typer.main.get_group(app).commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    name = ARGUMENTS.get(option, option)
-    flags = [flag for p in getattr(command, "params", ()) if p.name == name for flag in p.opts if flag.startswith("--")]
-    return flags[0] if flags else None
-
-
 def _version(asked: bool) -> None:
     if asked:
         import qie
 
-        typer.echo(f"qie {qie.__version__}")
+        say(f"qie {qie.__version__}")
         raise typer.Exit
 
 

@@ -1,5 +1,6 @@
 """``qie build``: a plan on the screen, then a bundle on the disk."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from qie.compiler.cli.options import (
     RevisionOption,
 )
 from qie.engines.cli.options import JsonOption, print_json
-from qie.engines.terminal import Bars, human_bytes, human_count, table, wrap
+from qie.engines.errors import BuildError
+from qie.engines.terminal import Bars, ago, human_bytes, human_count, printable, say, table, wrap
 
 if TYPE_CHECKING:
     from qie.compiler.planning.plan import Plan, PlannedComponent
@@ -40,6 +42,9 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop; downloads only the configs.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle of another model, recipe or LoRA without asking.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build the engines of a model for one GPU.
@@ -54,14 +59,43 @@ def build(
 
     plan = plan_build(model, gpu=gpu, loras=lora or (), calibration=calibration, out=out, name=name, revision=revision)
     if not as_json:
-        typer.echo(describe(plan))
+        say(describe(plan))
     elif dry_run:
         print_json(facts(plan))
     if dry_run:
         return None
+    if not overwrite:
+        _ask_before_replacing(plan)
     with Bars(enabled=not as_json) as bars:
         bundle = build_bundle(plan, progress=bars)
     return _print_built(bundle, as_json=as_json)
+
+
+def _ask_before_replacing(plan: "Plan") -> None:
+    """Ask whether another bundle at the destination may be replaced.
+
+    Raises:
+        BuildError: it may not, or nobody answers.
+    """
+    from qie.compiler.planning.checks import other_bundle
+    from qie.engines.bundle.manifest import MANIFEST
+
+    old = other_bundle(plan)
+    if old is None:
+        return
+    loras = "".join(f" with {printable(lora.name)}:{lora.weight:g}" for lora in old.manifest.loras)
+    what = f"{printable(old.manifest.model.name)}, recipe {printable(old.manifest.recipe.name)}{loras}"
+    built = ago((old.path / MANIFEST).stat().st_mtime)
+    try:
+        if sys.stdin is not None and sys.stdin.isatty() and typer.confirm(f"replace {old.path} ({what}, {built})?"):
+            return
+    except typer.Abort:
+        say()
+    raise BuildError(
+        f"{old.path} is another bundle ({what}, {built}) and stays; choose another name with --name, or replace it "
+        "with --overwrite",
+        option="name",
+    )
 
 
 def facts(plan: "Plan") -> dict[str, Any]:
@@ -166,7 +200,7 @@ def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
         return print_json({"components": [{"component": c, "backend": b} for c, b in graphs]})
     if not as_json:
         lacking = ", ".join(f"{component} for {backend}" for component, backend in graphs)
-        typer.echo(wrap(f"{bundle.path} lacks " + (lacking or "nothing")))
+        say(wrap(f"{bundle.path} lacks " + (lacking or "nothing")))
     if dry_run:
         return None
     with Bars(enabled=not as_json) as bars:
@@ -184,12 +218,15 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}
         )
     where = bundle.name if bundle.path.parent == bundles_folder() else str(bundle.path)
-    typer.echo(f"{bundle.path}: {human_bytes(bundle.bytes)}")
+    say(f"{bundle.path}: {human_bytes(bundle.bytes)}")
     if unfinished:
-        typer.echo(f"on the machine with the GPU, run: qie build --finish {where}")
+        say(f"on the machine with the GPU, run: qie build --finish {where}")
     if bundle.manifest.engines:
         runs_here = all(refusal(engine) is None for engine in bundle.manifest.engines)
-        place = where if runs_here else bundle.path.name
-        typer.echo("" if runs_here else "copy the folder to the machine with the GPU; there, ", nl=False)
-        typer.echo(f'edit with: qie run photo.png "make it grayscale" --bundle {place}')
+        if runs_here:
+            say(f'edit with: qie run photo.png "make it grayscale" --bundle {where}')
+        else:
+            say("this machine cannot run it; copy the folder to the machine with the GPU, for example with")
+            say(f"    rsync -a {bundle.path} MACHINE:")
+            say(f'and edit there with: qie run photo.png "make it grayscale" --bundle {bundle.path.name}')
     return None

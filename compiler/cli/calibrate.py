@@ -11,7 +11,7 @@ from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
 from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import CalibrationError
-from qie.engines.terminal import Bars, human_bytes
+from qie.engines.terminal import Bars, human_bytes, say
 
 __all__ = ["calibrate"]
 
@@ -85,10 +85,10 @@ def calibrate(
     if as_json:
         facts = [one.facts() for one in rankings]
         return print_json({"calibration": str(out), "samples": samples, "linears": linears, "sensitivity": facts})
-    typer.echo(f"{out}: {linears} linears, {calibration.samples} samples, {human_bytes(out.stat().st_size)}")
-    typer.echo(f"build with: qie build {calibration.name} --gpu l40s --calibration {out}")
+    say(f"{out}: {linears} linears, {calibration.samples} samples, {human_bytes(out.stat().st_size)}")
+    say(f"build with: qie build {calibration.name} --gpu l40s --calibration {out}")
     for one in rankings:
-        typer.echo(describe(one))
+        say(describe(one))
     return None
 
 

@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from qie.engines.cli.options import JsonOption, print_json
-from qie.engines.terminal import human_bytes, table
+from qie.engines.terminal import human_bytes, say, table
 
 if TYPE_CHECKING:
     from qie.engines.machine import Machine
@@ -39,7 +37,7 @@ def doctor(as_json: JsonOption = False) -> None:
         rows = [[bundle.name, "yes" if bundle.reason is None else "no"] for bundle in report.bundles]
         reasons = [bundle.reason for bundle in report.bundles]
         sections.append(table(rows, header=["bundle", "runs here"], notes=reasons))
-    typer.echo("\n\n".join(sections))
+    say("\n\n".join(sections))
     return None
 
 

@@ -14,7 +14,7 @@ from qie.compiler.cli.options import (
     RevisionOption,
 )
 from qie.engines.cli.options import JsonOption, print_json
-from qie.engines.terminal import Bars
+from qie.engines.terminal import Bars, say
 
 __all__ = ["export"]
 
@@ -44,5 +44,5 @@ def export(
     if as_json:
         return print_json({"files": [str(file) for file in files]})
     for file in files:
-        typer.echo(str(file))
+        say(str(file))
     return None

@@ -6,7 +6,7 @@ import typer
 
 from qie.compiler.cli.options import DEFAULT_MODEL, GpuOption, ModelArgument, RevisionOption
 from qie.engines.cli.options import JsonOption, parse_size, print_json
-from qie.engines.terminal import human_bytes, human_memory, human_seconds, table, wrap
+from qie.engines.terminal import human_bytes, human_memory, human_seconds, say, table, wrap
 
 if TYPE_CHECKING:
     from qie.compiler.planning.estimate import ComponentEstimate, Estimate
@@ -45,7 +45,7 @@ def plan(
     if as_json:
         print_json(facts(estimated, refused))
     else:
-        typer.echo(describe(estimated))
+        say(describe(estimated))
     if refused is not None:
         raise refused
 

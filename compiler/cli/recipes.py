@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from qie.engines.cli.options import JsonOption, examples, print_json
-from qie.engines.terminal import table
+from qie.engines.terminal import say, table
 
 __all__ = ["recipes_app"]
 
@@ -44,7 +44,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
         memory, backends = f"{recipe.memory_gib:g} GiB", ", ".join(recipe.backends)
         lines.append([name, recipe.gpu, recipe.compute_capability or "-", memory, scheme, backends])
     header = ["recipe", "GPU", "compute capability", "memory", "transformer", "backends"]
-    typer.echo(table(lines, header=header, right=[3]))
+    say(table(lines, header=header, right=[3]))
     return None
 
 
@@ -56,4 +56,4 @@ def show(
     from qie.compiler.recipe.load import load_recipe
     from qie.compiler.recipe.schema import to_toml
 
-    typer.echo(to_toml(load_recipe(name)), nl=False)
+    say(to_toml(load_recipe(name)), end="")

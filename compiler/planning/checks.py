@@ -7,12 +7,12 @@ from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.planning.plan import Plan
-from qie.engines.bundle.bundle import is_bundle
+from qie.engines.bundle.bundle import Bundle, is_bundle, open_bundle
 from qie.engines.bundle.manifest import Component
-from qie.engines.errors import BackendMissingError, BuildError, CalibrationError
+from qie.engines.errors import BackendMissingError, BuildError, BundleError, CalibrationError
 from qie.engines.files import existing
 
-__all__ = ["check_buildable", "check_download", "missing_builder"]
+__all__ = ["check_buildable", "check_download", "missing_builder", "other_bundle"]
 
 
 def check_buildable(plan: Plan) -> None:
@@ -49,6 +49,22 @@ def check_buildable(plan: Plan) -> None:
             "free some space or choose a folder on another disk",
             option="out",
         )
+
+
+def other_bundle(plan: Plan) -> Bundle | None:
+    """The bundle that ``plan`` would replace and that is not an earlier build of the same; None where there is none.
+
+    The same are a model, its LoRAs and a recipe of equal names; a bundle that does not open is not counted.
+    """
+    if not is_bundle(plan.destination):
+        return None
+    try:
+        old = open_bundle(plan.destination.absolute())
+    except BundleError:
+        return None
+    made = (old.manifest.model.name, [(o.name, o.weight) for o in old.manifest.loras], old.manifest.recipe.name)
+    makes = (plan.checkpoint.name, [(lora.name, lora.weight) for lora in plan.loras], plan.recipe_name)
+    return None if made == makes else old
 
 
 def check_download(checkpoint: Checkpoint, *, destination: Path, output_bytes: int) -> None:

@@ -3,6 +3,7 @@
 What needs ``qie[compile]`` is imported inside the functions, so that its absence becomes one sentence.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ LoraSource = str | Path | tuple[str | Path, float]
 """A LoRA to fuse: ``"PATH"``, ``"PATH:WEIGHT"`` or (path, weight)."""
 
 _NAME = re.compile(r"\w[\w.-]*")
+
+_LONGEST_NAME = 80
+"""Characters of a default name."""
 
 
 def plan_build(
@@ -41,7 +45,7 @@ def plan_build(
         loras: LoRAs to fuse into the transformer, in this order; the weight is 1 where none is given.
         calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own.
         out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
-        name: name of the bundle there; None for MODEL-GPU.
+        name: name of the bundle there; None for MODEL-GPU, and after it the LoRAs.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -68,22 +72,29 @@ def plan_build(
     recipe = load_recipe(recipe_name)
     checkpoint = open_checkpoint(str(model), revision=revision, weights=False)
     weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in loras]
-    named = bundles_folder() / (name or bundle_name(checkpoint.name, recipe_name))
+    opened = [open_lora(Path(path), weight) for path, weight in weighted]
+    default = bundle_name(checkpoint.name, recipe_name, [lora.path.stem for lora in opened])
+    named = bundles_folder() / (name or default)
     return make_plan(
         checkpoint,
         recipe_name=recipe_name,
         recipe=recipe,
-        loras=[open_lora(Path(path), weight) for path, weight in weighted],
+        loras=opened,
         destination=named if out is None else Path(out),
         calibration=find_calibration(calibration or recipe.calibration, checkpoint.path),
     )
 
 
-def bundle_name(checkpoint_name: str, recipe_name: str) -> str:
-    """The default name of a bundle: the last part of the checkpoint's name, and the recipe's."""
-    stem = checkpoint_name.rsplit("/", 1)[-1]
-    recipe = Path(recipe_name).stem.lower()
-    return re.sub(r"[^a-z0-9.]+", "-", f"{stem}-{recipe}".lower()).strip("-.")
+def bundle_name(checkpoint_name: str, recipe_name: str, loras: Sequence[str] = ()) -> str:
+    """The default name of a bundle: the last part of the checkpoint's name, the recipe's, and those of the LoRAs.
+
+    A name that is longer than a file's name should be ends in a digest of the whole.
+    """
+    parts = [checkpoint_name.rsplit("/", 1)[-1], Path(recipe_name).stem, *loras]
+    name = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 9].rstrip('-.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 
 from qie.engines.cli.options import BundleArgument, JsonOption, print_json
 from qie.engines.errors import BundleError, QieError
-from qie.engines.terminal import Bars, ago, human_bytes, human_count, human_memory, human_seconds, table, wrap
+from qie.engines.terminal import Bars, ago, human_bytes, human_count, human_memory, human_seconds, say, table, wrap
 
 if TYPE_CHECKING:
     from qie.engines.bundle.bundle import Bundle
@@ -47,9 +47,9 @@ def inspect(
                 "manifest": seal(to_plain(opened.manifest)),
             }
         )
-    typer.echo(_describe(opened, reasons))
+    say(_describe(opened, reasons))
     if check:
-        typer.echo("\nall files match their sha256")
+        say("\nall files match their sha256")
     return None
 
 
@@ -57,28 +57,33 @@ def list_bundles(as_json: JsonOption = False) -> None:
     """List the bundles by name."""
     from qie.engines.bundle.bundle import bundles, bundles_folder, open_bundle
     from qie.engines.bundle.manifest import MANIFEST
+    from qie.engines.folders import leftovers
 
     rows: list[dict[str, Any]] = []
     for path in bundles():
-        row: dict[str, Any] = {"name": path.name, "built": (path / MANIFEST).stat().st_mtime}
+        row: dict[str, Any] = {"name": path.name, "built": 0.0}
         try:
-            opened = open_bundle(str(path))
+            row["built"] = (path / MANIFEST).stat().st_mtime
+            opened = open_bundle(path)
             model, recipe = opened.manifest.model.name, opened.manifest.recipe.name
             row |= {"model": model, "recipe": recipe, "bytes": opened.bytes, "problem": None}
-        except QieError as problem:
+        except (QieError, OSError) as problem:
             row |= {"model": "", "recipe": "", "bytes": 0, "problem": str(problem)}
         rows.append(row)
     if as_json:
         return print_json({"folder": str(bundles_folder()), "bundles": rows})
+    left = leftovers(bundles_folder())
+    if left:
+        say(f"{len(left)} left by stopped builds or deletions; `qie clean` shows them", err=True)
     if not rows:
-        typer.echo(f"no bundles in {bundles_folder()}; build one with `qie build pocket --gpu cpu`")
+        say(f"no bundles in {bundles_folder()}; build one with `qie build pocket --gpu cpu`")
         return None
     lines = [
         [r["name"], r["model"], r["recipe"], "damaged" if r["problem"] else human_bytes(r["bytes"]), ago(r["built"])]
         for r in rows
     ]
     header = ["bundle", "model", "recipe", "size", "built"]
-    typer.echo(table(lines, header=header, right=[3], notes=[r["problem"] for r in rows]))
+    say(table(lines, header=header, right=[3], notes=[r["problem"] for r in rows]))
     return None
 
 
@@ -92,13 +97,13 @@ def rm(
     path = locate(bundle)
     try:
         if not yes and not typer.confirm(f"delete {path}?"):
-            typer.echo("nothing deleted")
+            say("nothing deleted")
             return
     except typer.Abort:
-        typer.echo()
+        say()
         raise BundleError(f"{path} is not deleted, since nobody answered; run `qie rm {bundle} --yes`") from None
     later = "" if remove_bundle(path) else "; its files are deleted when the last edit with them ends"
-    typer.echo(f"deleted {path}{later}")
+    say(f"deleted {path}{later}")
 
 
 def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from qie.engines.cli.options import JsonOption, print_json
-from qie.engines.terminal import human_bytes, table
+from qie.engines.terminal import human_bytes, say, table
 
 __all__ = ["clean"]
 
@@ -31,15 +31,15 @@ def clean(
         ]
         return print_json({"items": rows, "bytes": total})
     if not items:
-        typer.echo("nothing to delete")
+        say("nothing to delete")
         return None
     rows_of_text = [[item.what, human_bytes(item.bytes), str(item.path)] for item in items]
-    typer.echo(table(rows_of_text, header=["what", "size", "path"], right=[1]))
+    say(table(rows_of_text, header=["what", "size", "path"], right=[1]))
     if not yes:
-        typer.echo(f"\n{human_bytes(total)} in all; delete it with `qie clean --yes`")
+        say(f"\n{human_bytes(total)} in all; delete it with `qie clean --yes`")
         return None
-    typer.echo(f"\ndeleted {human_bytes(total)}")
+    say(f"\ndeleted {human_bytes(total)}")
     for item in items:
         if item not in deleted:
-            typer.echo(f"{item.path} is in use or cannot be deleted")
+            say(f"{item.path} is in use or cannot be deleted")
     return None

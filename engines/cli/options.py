@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from qie.engines.errors import RequestError
+from qie.engines.terminal import say
 
 __all__ = ["BundleArgument", "BundleOption", "JsonOption", "examples", "parse_size", "print_json"]
 
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")]
 BundleOption = Annotated[
-    str | None, typer.Option("--bundle", help="Name or folder of a bundle.", show_default="the newest")
+    str | None, typer.Option("--bundle", help="Name or folder of a bundle.", show_default="the newest that runs here")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -42,4 +43,4 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def print_json(value: Any) -> None:
     """Print plain data as indented JSON."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    say(json.dumps(value, indent=2, ensure_ascii=False))

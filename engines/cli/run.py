@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 from qie.engines.cli.options import BundleOption, JsonOption, parse_size, print_json
 from qie.engines.errors import RequestError
-from qie.engines.terminal import Bars, human_seconds
+from qie.engines.terminal import Bars, human_seconds, say
 
 if TYPE_CHECKING:
     from qie.engines.editing.editor import Editor
@@ -49,6 +49,7 @@ def run(
         bool, typer.Option("--match-input", help="Resize the result to the last image's own size.")
     ] = False,
     num_images: Annotated[int, typer.Option(min=1, help="Number of results, with consecutive seeds.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,16 +63,15 @@ def run(
             f"{instruction!r} comes last, expected an instruction there; give the images first, then what to change, "
             "as `qie run --help` shows"
         )
-    outputs = _outputs(out, Path(paths[-1]), num_images)
     requested_size = parse_size(size)
 
+    from qie.engines.cli.results import Results
     from qie.engines.editing.editor import Editor
     from qie.engines.editing.request import Request
-    from qie.engines.inputs.image import check_output, load_image, save_image
+    from qie.engines.inputs.image import load_image
 
-    for output in outputs:
-        check_output(output)
     sources = [load_image(Path(path)) for path in paths]
+    results = Results(out, [Path(path) for path in paths], count=num_images, overwrite=overwrite)
     editor = Editor(bundle, residency="sequential")  # one edit needs each engine once
     request = Request(
         images=[source.image for source in sources],
@@ -83,26 +83,15 @@ def run(
         size=requested_size,
         match_input=match_input,
     )
-    with Bars(enabled=not as_json) as bars:
-        edit = editor.edit(request, progress=bars)
-    for image, output in zip(edit.images, outputs, strict=True):
-        save_image(image, output)
+    try:
+        with Bars(enabled=not as_json) as bars:
+            edit = editor.edit(request, progress=bars, on_image=results.save)
+    except BaseException:
+        for path in results.paths.values():
+            say(str(path))  # what is complete stays, whatever stopped the rest
+        raise
     notes = [f"{path}: {note}" for path, s in zip(paths, sources, strict=True) for note in s.notes] + list(edit.notes)
-    _report_run(editor, edit, outputs, notes, negative, as_json)
-
-
-def _outputs(out: Path | None, source: Path, count: int) -> list[Path]:
-    """A file for each result; without ``out`` one that does not exist yet."""
-    if out is not None:
-        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(1, count + 1)]
-    names: list[Path] = []
-    number = 1
-    while len(names) < count:
-        candidate = Path(f"{source.stem}-edited.png" if number == 1 else f"{source.stem}-edited-{number}.png")
-        if not candidate.exists():
-            names.append(candidate)
-        number += 1
-    return names
+    _report_run(editor, edit, [results.paths[n] for n in range(num_images)], notes, negative, as_json)
 
 
 def _is_file(text: str) -> bool:
@@ -143,16 +132,16 @@ def _report_run(
             }
         )
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if editor.model.about:
-        typer.echo(f"{editor.model.name}: {editor.model.about}", err=True)
+        say(f"{editor.model.name}: {editor.model.about}", err=True)
     guidance = f"guidance {edit.guidance:g} away from {negative!r}" if guided else "no guidance"
-    typer.echo(
+    say(
         f"{editor.model.name} ({editor.bundle.name}), {edit.size}, {edit.steps} steps, {guidance}, "
         f"{human_seconds(sum(edit.seconds.values()))}",
         err=True,
     )
     for path, (_, seed) in zip(outputs, edit.samples, strict=True):
-        typer.echo(f"seed {seed}: ", err=True, nl=False)
-        typer.echo(str(path))
+        say(f"seed {seed}: ", err=True, end="")
+        say(str(path))
     return None

@@ -58,7 +58,9 @@ def condition(
     model = stages.bundle.manifest.model
 
     # 1. The two copies of each image, and the tokens of each prompt. The negative prompt sees the same images.
-    prepared = [prepare(image, model.areas) for image in request.images]
+    *others, last = request.images
+    prepared = [prepare(image, model.areas) for image in others]
+    prepared.append(prepare(last, model.areas, size=settings.reference))
     check_references([copies.vae.shape[:2] for copies in prepared], stages.engines["vae_encoder"])
     vision = vision_inputs([copies.vision for copies in prepared], model.vision)
     tokens = partial(encode, tokenizer, grids=vision.grids, spec=model.prompt)

@@ -4,7 +4,7 @@ Shape suffixes: B images to generate, L text tokens, N noise tokens, S steps + 1
 language model, C = 64 latent channels of a token, h w latent tokens of an image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -15,26 +15,36 @@ from tokenizers import Tokenizer
 
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Manifest
+from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import Settings, resolve
 from qie.engines.editing.stages import Stages
-from qie.engines.errors import RequestError
+from qie.engines.errors import EngineError, RequestError
 from qie.engines.inputs.image import resize
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["edit", "start_noise"]
+__all__ = ["ImageObserver", "edit", "start_noise"]
 
 Array = NDArray[np.float32]
 
+ImageObserver = Callable[[int, Image.Image], None]
+"""Called with the number of a sample and its image as soon as that is decoded."""
+
 
 def edit(
-    stages: Stages, tokenizer: Tokenizer, request: Request, *, progress: Progress, observer: StepObserver | None = None
+    stages: Stages,
+    tokenizer: Tokenizer,
+    request: Request,
+    *,
+    progress: Progress,
+    observer: StepObserver | None = None,
+    on_image: ImageObserver | None = None,
 ) -> Edit:
     """Edit ``request.images`` by every instruction with every seed; see ``Editor.edit``.
 
@@ -62,33 +72,35 @@ def edit(
     lengths = [conditioning.prompts[instruction].shape[1] for instruction in instructions]
     batches = list(_batches(lengths, manifest.limits.batch_max))
     latents: dict[int, Array] = {}
-    with meter("denoise") as report, stages.session("transformer") as session:
-        schedule = upload_schedule(session, schedule_S, tables)
+    images: dict[int, Image.Image] = {}
+    with stages.session("transformer") as session:
+        with meter("denoise"):
+            schedule = upload_schedule(session, schedule_S, tables)
         for number, batch in enumerate(batches):
-            denoiser = Denoiser.start(
-                session,
-                schedule=schedule,
-                noise_BNC=noise_BNC[batch],
-                reference_1RC=conditioning.reference,
-                prompt_BLD=np.concatenate([conditioning.prompts[instructions[b]] for b in batch]),
-                negative_1LD=conditioning.negative,
-                guidance=settings.guidance,
-                rotary=model.rotary,
-                grids=conditioning.grids,
-            )
-            done_in_batch = partial(_report_batch, report, number, len(batches))
-            latents_BNC = denoise(denoiser, progress=done_in_batch, observer=observer)
+            with meter("denoise") as report:
+                denoiser = Denoiser.start(
+                    session,
+                    schedule=schedule,
+                    noise_BNC=noise_BNC[batch],
+                    reference_1RC=conditioning.reference,
+                    prompt_BLD=np.concatenate([conditioning.prompts[instructions[b]] for b in batch]),
+                    negative_1LD=conditioning.negative,
+                    guidance=settings.guidance,
+                    rotary=model.rotary,
+                    grids=conditioning.grids,
+                )
+                done_in_batch = partial(_report_batch, report, number, len(batches))
+                latents_BNC = denoise(denoiser, progress=done_in_batch, observer=observer)
+            _check_finite(latents_BNC, stages.bundle)
             latents |= zip(batch, latents_BNC, strict=True)
 
-    # 5. Latents to pixels.
-    with meter("decode") as report:
-        order = range(len(settings.samples))
-        latents_hwC = [latents[b].reshape(*conditioning.grids[0], -1) for b in order]
-        images = [Image.fromarray(image_HWC) for image_HWC in stages.decode(latents_hwC, progress=report)]
-        if request.match_input:
-            images = [_resized(image, request.images[-1].size) for image in images]
+            # 5. Latents to pixels: of each batch at once where that loads no engine twice, otherwise in the end.
+            if number + 1 < len(batches) and stages.loads_cheaply:
+                images |= _decoded(stages, latents, request, settings, meter, on_image, done=len(images))
+                latents = {}
+    images |= _decoded(stages, latents, request, settings, meter, on_image, done=len(images))
     return Edit(
-        images=tuple(images),
+        images=tuple(images[b] for b in range(len(images))),
         samples=tuple((request.instructions[instruction], seed) for instruction, seed in settings.samples),
         size=settings.size,
         steps=settings.steps,
@@ -123,6 +135,39 @@ def start_noise(request: Request, settings: Settings, manifest: Manifest) -> Arr
     seeds = [seed for _, seed in settings.samples]
     size, dtype = settings.size, manifest.defaults.noise
     return noise_latents(seeds, size.height, size.width, manifest.model.latent_channels, dtype)
+
+
+def _decoded(
+    stages: Stages,
+    latents: Mapping[int, Array],
+    request: Request,
+    settings: Settings,
+    meter: Meter,
+    on_image: ImageObserver | None,
+    *,
+    done: int,
+) -> dict[int, Image.Image]:
+    """The images of ``latents`` [N, C] by the number of their sample, where ``done`` images were decoded before."""
+    height, width = settings.size.height // SIDE_MULTIPLE, settings.size.width // SIDE_MULTIPLE
+    total, images = len(settings.samples), {}
+    with meter("decode") as report, stages.session("vae_decoder"):
+        report(done, total)
+        for number, latents_NC in sorted(latents.items()):
+            (image_HWC,) = stages.decode([latents_NC.reshape(height, width, -1)])
+            image = Image.fromarray(image_HWC)
+            images[number] = _resized(image, request.images[-1].size) if request.match_input else image
+            report(done + len(images), total)
+            if on_image is not None:
+                on_image(number, images[number])
+    return images
+
+
+def _check_finite(latents: Array, bundle: Bundle) -> None:
+    if not np.isfinite(latents).all():
+        raise EngineError(
+            f"the transformer of {bundle.path} gives latents that are not finite; check the bundle with `qie inspect "
+            "--verify`, the weights of its LoRAs, and the guidance scale"
+        )
 
 
 def _batches(lengths: Sequence[int], batch_max: int) -> Iterator[list[int]]:

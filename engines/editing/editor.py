@@ -3,6 +3,7 @@
 NumPy, Pillow and the backend are imported with the first editor, not with this file: ``qie.Editor`` costs nothing.
 """
 
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import Residency
 from qie.engines.editing.request import Edit, Request
-from qie.engines.errors import QieError
+from qie.engines.errors import QieError, RequestError
 from qie.engines.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from qie.engines.editing.denoise import StepObserver
+    from qie.engines.editing.edit import ImageObserver
     from qie.engines.editing.stages import Stages
 
 __all__ = ["Editor"]
@@ -24,6 +26,9 @@ __all__ = ["Editor"]
 
 class Editor:
     """Runs edits with the engines of one bundle; ``with Editor(...) as editor`` closes it.
+
+    It may be used from several threads: edits run one after the other, in the order in which they get hold of it. Edits
+    that shall run at the same time take an editor each.
 
     Attributes:
         bundle: the opened bundle.
@@ -42,7 +47,7 @@ class Editor:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
 
         Args:
-            bundle: an opened bundle, or a name or folder of one; None is the newest.
+            bundle: an opened bundle, or a name or folder of one; None is the newest that this machine can run.
             residency: "resident" keeps engines loaded, "sequential" releases each after its stage; None is the bundle's
                 default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
@@ -53,11 +58,15 @@ class Editor:
         """
         from qie.engines.editing.conditioning import open_tokenizer
         from qie.engines.editing.stages import Stages
+        from qie.engines.sessions.choose import newest_runnable
 
+        if bundle is None:
+            bundle = newest_runnable()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
         self.stages = Stages(self.bundle, residency=residency, cuda_graphs=cuda_graphs)
         self.tokenizer = open_tokenizer(self.bundle)
+        self._lock, self._edits = threading.RLock(), False
         weakref.finalize(self, _close_quietly, self.stages)  # also at interpreter exit
 
     def edit(
@@ -66,23 +75,41 @@ class Editor:
         *,
         progress: Progress = no_progress,
         observer: "StepObserver | None" = None,
+        on_image: "ImageObserver | None" = None,
     ) -> Edit:
         """Edit ``request.images`` by every instruction with every seed.
 
-        ``progress`` is called with (stage, units done, units in all). ``observer`` sees every step, for which its
-        tensors are copied to the host.
+        Args:
+            request: what to edit and how.
+            progress: called with (stage, units done, units in all).
+            observer: sees every step, for which its tensors are copied to the host.
+            on_image: called with the number of a sample, as in ``Edit.samples``, and its image as soon as that is
+                decoded: before the next batch where engines are resident or on a CPU, otherwise after the last one.
 
         Raises:
-            RequestError: an image, instruction, seed or option cannot be used.
-            EngineError: a backend failed or memory ran out.
+            RequestError: an image, instruction, seed or option cannot be used; or this thread is in an edit already.
+            EngineError: a backend failed, memory ran out, or the result is not finite.
         """
         from qie.engines.editing.edit import edit
 
-        return edit(self.stages, self.tokenizer, request, progress=progress, observer=observer)
+        with self._lock:
+            if self._edits:
+                raise RequestError("an edit cannot start inside another one of the same editor; use a second editor")
+            self._edits = True
+            try:
+                return edit(
+                    self.stages, self.tokenizer, request, progress=progress, observer=observer, on_image=on_image
+                )
+            finally:
+                self._edits = False
 
     def close(self) -> None:
-        """Release all engines and the GPU; the next edit would load them again. Closing twice is allowed."""
-        self.stages.close()
+        """Release all engines and the GPU once a running edit of another thread has ended.
+
+        The next edit would load them again. Closing twice is allowed.
+        """
+        with self._lock:
+            self.stages.close()
 
     def __enter__(self) -> "Editor":
         return self

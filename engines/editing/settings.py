@@ -17,6 +17,12 @@ from qie.engines.inputs.sizes import resolve_size
 
 __all__ = ["GUIDANCE_MAX", "Settings", "check_prompts", "check_references", "resolve"]
 
+RESULTS_MAX = 256
+"""Most results of one request: their noise, latents and pixels are in memory together, 2 GB at 1024 x 1024."""
+
+ASPECT_TOLERANCE = 0.01
+"""Change of an aspect ratio that is not worth a note."""
+
 GUIDANCE_MAX = 1e6
 """Largest guidance scale: far beyond any image, far below the overflow of float32."""
 
@@ -29,6 +35,7 @@ class Settings:
         size: size of the images to generate.
         steps: denoising steps.
         guidance: scale of classifier-free guidance.
+        reference: size at which the last image is encoded; None for its own at the model's area.
         samples: (index of the instruction, seed) of every image to generate, instructions outermost.
         notes: differences from the request, for a person to read.
     """
@@ -36,6 +43,7 @@ class Settings:
     size: Size
     steps: int
     guidance: float
+    reference: Size | None
     samples: tuple[tuple[int, int], ...]
     notes: tuple[str, ...]
 
@@ -54,11 +62,18 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
     """
     _check_types(request)
     _check_images(request, manifest)
-    requested = request.size or output_size(request.images[-1].size, manifest.model.areas.vae_area)
-    size, note = resolve_size(manifest.limits, *requested)
+    own = output_size(request.images[-1].size, manifest.model.areas.vae_area)
+    size, note = resolve_size(manifest.limits, *(request.size or own))
+    moved = request.size is None and note is not None
     _check_texts(request)
     if request.seeds is not None and len(request.seeds) == 0:
         raise RequestError("there is no seed, expected at least 1; give one or leave seeds out", option="seeds")
+    if len(request.instructions) * len(request.seeds or (0,)) > RESULTS_MAX:
+        raise RequestError(
+            f"{len(request.instructions)} instructions with {len(request.seeds or (0,))} seeds are more results than "
+            f"{RESULTS_MAX}; ask for them in several requests",
+            option="seeds",
+        )
     seeds = [secrets.randbelow(2**32)] if request.seeds is None else request.seeds
     steps = manifest.defaults.steps if request.steps is None else request.steps
     steps_max = manifest.model.scheduler.num_train_timesteps
@@ -76,8 +91,34 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
         size=size,
         steps=steps,
         guidance=guidance,
+        reference=size if moved else None,
         samples=tuple((number, seed) for number in range(len(request.instructions)) for seed in seeds),
-        notes=tuple(note for note in (note, _unused_negative(request, guidance)) if note),
+        notes=tuple(
+            note
+            for note in (
+                note if request.size is not None else None,
+                _changed_shape(request, size, Size(width=own[0], height=own[1])),
+                _unused_negative(request, guidance),
+            )
+            if note
+        ),
+    )
+
+
+def _changed_shape(request: Request, size: Size, own: Size) -> str | None:
+    """A note where the result does not have the shape of the last image, or shows another part of it."""
+    width, height = request.images[-1].size
+    if request.size is not None and size != own:
+        return (
+            f"the image is encoded at {own} and the result is {size}: the result may show a part of the image, or more "
+            "than it; leave the size out to edit the whole image"
+        )
+    wider = size.width / size.height / (width / height) - 1
+    if abs(wider) <= ASPECT_TOLERANCE or request.match_input:
+        return None
+    change = f"{wider:.0%} wider" if wider > 0 else f"{1 / (1 + wider) - 1:.0%} taller"
+    return (
+        f"the image is {width}x{height} and is edited at {size}, which makes it {change}; match the input to undo that"
     )
 
 

@@ -79,6 +79,11 @@ class Stages:
         """What the sessions share on a GPU; None before the first one is loaded, and on a CPU."""
         return self._device
 
+    @property
+    def loads_cheaply(self) -> bool:
+        """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the host's memory."""
+        return self.residency == "resident" or self._device is None
+
     def vision(self, inputs: VisionInputs, *, progress: StageProgress = no_progress) -> Float32:
         """Image embeddings float32 [V, D] of all images of an edit, in the order of the prompt.
 

@@ -19,9 +19,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from qie.engines.bundle.specs import Areas
+from qie.engines.bundle.specs import Areas, Size
 from qie.engines.errors import ImageError
-from qie.engines.files import replacing
+from qie.engines.files import existing, replacing, temporary_name
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
@@ -40,6 +40,9 @@ __all__ = [
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded: twice Pillow's MAX_IMAGE_PIXELS, where Pillow itself suspects a decompression bomb."""
+
+MAX_PIPE_BYTES = 1 << 28
+"""Most that is read from a pipe."""
 
 MAX_ASPECT = 200
 """Longest side over shortest side (transformers image_processing_pil_qwen2_vl.py, ``smart_resize``)."""
@@ -103,9 +106,10 @@ def load_image(path: Path) -> SourceImage:
         ImageError: the file is missing, empty, a folder, damaged or of another format, has more than ``MAX_PIXELS``
             (checked before anything is decoded), or one side is more than ``MAX_ASPECT`` times the other.
     """
-    head, reader = _identify(path)
+    file = _opened_once(path)
+    head, reader = _identify(path, file)
     try:
-        with reader(path) as image:
+        with reader(file) as image:
             _check_size(path, *image.size)
             notes = []
             if getattr(image, "is_animated", False):
@@ -123,13 +127,29 @@ def load_image(path: Path) -> SourceImage:
     return SourceImage(image=rgb, notes=(*notes, *color_notes))
 
 
-def _identify(path: Path) -> tuple[bytes, type[ImageFile.ImageFile]]:
+def _opened_once(path: Path) -> Path | io.BytesIO:
+    """``path``, or what comes out of it where it is a pipe or a device, which can be read only once."""
+    try:
+        if not path.exists() or path.is_file() or path.is_dir():
+            return path
+        with path.open("rb") as file:
+            return io.BytesIO(file.read(MAX_PIPE_BYTES))
+    except OSError as error:
+        raise ImageError(f"{_shortened(path)} cannot be read ({error.strerror}); check its name") from error
+    except ValueError as error:
+        raise ImageError(f"{_shortened(path)!r} is no name of a file ({error}); check it") from error
+
+
+def _identify(path: Path, file: Path | io.BytesIO) -> tuple[bytes, type[ImageFile.ImageFile]]:
     """The first bytes of a file and the reader for its content."""
     if path.is_dir():
         raise ImageError(f"{path} is a folder; give an image file")
     try:
-        with path.open("rb") as file:
-            head = file.read(32)
+        if isinstance(file, io.BytesIO):
+            head = file.getvalue()[:32]
+        else:
+            with file.open("rb") as opened:
+                head = opened.read(32)
     except FileNotFoundError as error:
         raise ImageError(f"{path} does not exist; check the path") from error
     except OSError as error:
@@ -225,15 +245,20 @@ def to_uint8_HWC(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)
 
 
-def prepare(image: Image.Image, areas: Areas) -> Prepared:
+def prepare(image: Image.Image, areas: Areas, *, size: Size | None = None) -> Prepared:
     """The vision tower's and the VAE's copy of an image, as the model's pipeline makes them.
 
     Edit-Plus resizes the original twice; Edit uses one copy for both.
 
+    Args:
+        image: mode RGB.
+        areas: of the copies in square pixels.
+        size: of the VAE's copy; None for its area at the aspect of the image.
+
     Raises:
         ImageError: the image is too narrow for an area.
     """
-    vae = resize(image, *output_size(image.size, areas.vae_area))
+    vae = resize(image, *(output_size(image.size, areas.vae_area) if size is None else (size.width, size.height)))
     vision = vae
     if areas.condition_area is not None:
         vision = resize(image, *output_size(image.size, areas.condition_area))
@@ -244,8 +269,20 @@ def check_output(path: Path) -> None:
     """Check that an image can be written to ``path``, before work is spent on it.
 
     Raises:
-        ImageError: the suffix is not .png, .jpg, .jpeg or .webp, or the folder is missing or read-only.
+        ImageError: the suffix is not .png, .jpg, .jpeg or .webp, the folder is missing or read-only, a file that exists
+            is read-only, or the name is too long.
     """
+    try:
+        longest = os.pathconf(existing(path.parent), "PC_NAME_MAX")
+        too_long = (
+            "\0" in str(path)
+            or len(os.fsencode(temporary_name(path).name)) > longest
+            or len(os.fsencode(path.absolute())) > 4000
+        )
+    except (OSError, ValueError, UnicodeError):  # a name that no file can have
+        too_long = True
+    if too_long:
+        raise ImageError(f"{_shortened(path)} is too long for a file, or no name of one; choose another", option="out")
     if path.suffix.lower() not in _WRITERS:
         raise ImageError(
             f"{path} has the suffix {path.suffix!r}, which names no image format; use one of {', '.join(_WRITERS)}",
@@ -253,24 +290,31 @@ def check_output(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise ImageError(f"there is no folder {path.parent} for {path.name}; create it or choose another", option="out")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ImageError(
-            f"{path} cannot be written (it is a folder, or its folder is read-only); choose another path", option="out"
-        )
+    target = path.resolve()  # of a link, what it points to is written
+    if path.is_dir() or not os.access(target.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ImageError(f"{path} cannot be written (it is a folder, or read-only); choose another path", option="out")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path, *, overwrite: bool = True) -> None:
     """Write an image in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
 
-    The file appears whole or not at all; an existing one is replaced.
+    The file appears whole or not at all. An existing one is replaced, and a link is followed.
 
     Raises:
         ImageError: as ``check_output``, or the file cannot be written.
+        FileExistsError: the file exists, and ``overwrite`` is false.
     """
     check_output(path)
     format_name, options = _WRITERS[path.suffix.lower()]
     try:
-        with replacing(path) as temporary:
+        with replacing(path, overwrite=overwrite) as temporary:
             image.save(temporary, format=format_name, **options)
+    except FileExistsError:
+        raise
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written ({error}); choose another path or format", option="out") from error
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) < 80 else f"{text[:40]}…{text[-36:]}"

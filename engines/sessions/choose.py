@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 from qie.engines.backends import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
-from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
 from qie.engines.machine import Machine, this_machine
 
-__all__ = ["choose_engines", "refusal"]
+__all__ = ["choose_engines", "newest_runnable", "refusal"]
 
 
 def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
@@ -40,6 +40,26 @@ def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
     return chosen
 
 
+def newest_runnable() -> Bundle:
+    """The newest bundle that has a name and whose engines this machine can run.
+
+    Raises:
+        BundleError, EngineMismatchError, BackendMissingError: there is none; the reason why the newest cannot run.
+    """
+    refused: QieError | None = None
+    for path in bundles():
+        try:
+            bundle = open_bundle(path)
+            choose_engines(bundle)
+        except QieError as problem:
+            refused = refused or problem
+        else:
+            return bundle
+    if refused is None:
+        return open_bundle()  # says that there is none
+    raise refused
+
+
 def _joined(sentences: Iterable[str]) -> str:
     """Several error messages as one: the problem of each, then the fix of each."""
     parts = [sentence.partition("; ") for sentence in sentences]
@@ -58,7 +78,7 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
     backend = BACKENDS.get(engine.backend)
     if backend is None:
         return EngineMismatchError(
-            f"{target}, which this qie cannot execute; build for this machine with `qie build MODEL --gpu cpu`"
+            f"{target}, which this qie cannot execute; build for this machine with the recipe cpu"
         )
     on_gpu = engine.compute_capability != "cpu"
     if on_gpu:
@@ -77,14 +97,13 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
 def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
     if not machine.gpus:
         return EngineMismatchError(
-            f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this machine with "
-            "`qie build MODEL --gpu cpu`"
+            f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this "
+            "machine with the recipe cpu"
         )
     if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
         names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
         return EngineMismatchError(
-            f"{target}, and this machine has {names}; build for that GPU with `qie build --gpu NAME`, NAME being "
-            "one of `qie recipes`"
+            f"{target}, and this machine has {names}; build for that GPU with a recipe of `qie recipes`"
         )
     return None
 

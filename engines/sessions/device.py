@@ -170,5 +170,5 @@ def _gpu(compute_capability: str) -> cuda.CudaGpu:
     names = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or "none"
     raise EngineMismatchError(
         f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {names}; "
-        "build for one of them with `qie build --gpu NAME`, or check CUDA_VISIBLE_DEVICES"
+        "build for one of them with a recipe of `qie recipes`, or check CUDA_VISIBLE_DEVICES"
     )

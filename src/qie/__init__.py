@@ -7,6 +7,7 @@ never imports the compiler, and NumPy comes with the first ``Editor``.
 tokenizers and one backend); ``qie.recipes`` is data: one TOML file per GPU.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
         RequestError,
     )
     from qie.engines.progress import Progress
+
+# onnxruntime 1.32 sends usage events to Microsoft unless this is set before its first import
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "BackendMissingError",

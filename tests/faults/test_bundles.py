@@ -37,9 +37,9 @@ BAD_BUNDLES: dict[str, tuple[Break, str]] = {
         rf"engines\[0\]: missing key 'component'; {AGAIN}"),
     "no engine": (lambda b: change_manifest(b, engines=[]), f"has no engine for vision; {AGAIN}"),
     "another backend": (lambda b: retarget(b, backend="abacus", compute_capability="8.9"),
-        "vision is built for abacus/8.9, which .*build for this machine with `qie build MODEL --gpu cpu`"),
+        "vision is built for abacus/8.9, which .*; build for this machine with the recipe cpu"),
     "another capability": (lambda b: retarget(b, compute_capability="1.0"),
-        "vision is built for onnxruntime/1.0, and this .*`qie build MODEL --gpu "),
+        "vision is built for onnxruntime/1.0, and this .*; build for "),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import sys
 blocked, watched, *words = sys.argv[1:]
 sys.modules.update(dict.fromkeys(filter(None, blocked.split(","))))
 sys.argv = ["qie", *words]
-from qie.compiler.cli.app import main
+from qie.compiler.cli.main import main
 try:
     main()
 finally:

@@ -163,7 +163,7 @@ def test_the_wheel_installs_one_command(distributions: Distributions) -> None:
     entry_points = configparser.ConfigParser()
     entry_points.read_string(dist_info(distributions.wheel, "entry_points.txt"))
     assert {section: dict(entry_points[section]) for section in entry_points.sections()} == {
-        "console_scripts": {"qie": "qie.compiler.cli.app:main"}
+        "console_scripts": {"qie": "qie.compiler.cli.main:main"}
     }
     assert callable(cli.main)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from qie.compiler.cli import app as cli
+from qie.compiler.cli.main import main
 from qie.engines import errors
 from tests.support.repository import MODULES
 
@@ -80,8 +80,8 @@ def test_the_command_line_ends_with_the_exit_code_of_an_error(
     def fail() -> None:
         raise error("found this; do that")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("qie.compiler.cli.app.app", fail)
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == error.exit_code == 2
     assert capsys.readouterr() == ("", "error: found this; do that\n")

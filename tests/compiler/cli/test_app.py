@@ -10,8 +10,8 @@ import pytest
 import typer
 
 import qie as package
-from qie.compiler.cli import app as module
 from qie.compiler.cli.app import SECTIONS, app
+from qie.compiler.cli.main import main
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
 from qie.engines.errors import RequestError
@@ -122,9 +122,9 @@ def test_an_error_names_the_flag_of_its_option(
             return getattr(app, name)
 
     monkeypatch.setattr("sys.argv", ["qie", command])
-    monkeypatch.setattr(module, "app", Failing())
+    monkeypatch.setattr("qie.compiler.cli.app.app", Failing())
     with pytest.raises(SystemExit):
-        module.main()
+        main()
     assert capsys.readouterr().err == f"error: this was found; do that{f' ({flag})' if flag else ''}\n"
 
 

@@ -78,7 +78,7 @@ def test_an_interrupted_build_leaves_nothing(workplace: Path, checkpoint: Path, 
     Path("long.toml").write_text(long)
     # A background job of a shell ignores SIGINT, and so would what the tests start if they run as one.
     attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script = attentive + "from qie.compiler.cli.app import main; main()"
+    script = attentive + "from qie.compiler.cli.main import main; main()"
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "long"]
     with subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -30,7 +30,7 @@ def test_the_published_model_costs_seconds_and_little_memory(
     folder = write_checkpoint(workplace / "2511", ARCHITECTURES["qwen-image-edit-2511"], weights=False)
     peak = "re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]"
     script = (
-        "import re, sys; from pathlib import Path; from qie.compiler.cli.app import main\n"
+        "import re, sys; from pathlib import Path; from qie.compiler.cli.main import main\n"
         f"try: main()\nfinally: print({peak}, file=sys.stderr)"
     )
     command = [sys.executable, "-c", script, words[0], str(folder), "--gpu", "l40s", words[1], "--json"]

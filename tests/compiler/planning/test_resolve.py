@@ -69,3 +69,17 @@ def test_what_cannot_be_resolved_is_named(checkpoint: Path, tmp_path: Path) -> N
     with pytest.raises(BuildError, match="the name of the bundle is 'a/b'") as raised:
         plan_build(checkpoint, name="a/b")
     assert raised.value.option == "name"
+
+
+@pytest.mark.parametrize(
+    ("loras", "expected"),
+    [([], "pocket-cpu"), (["Style V1.0"], "pocket-cpu-style-v1.0"), (["a", "b"], "pocket-cpu-a-b")],
+)
+def test_a_lora_is_in_the_default_name(loras: list[str], expected: str) -> None:
+    assert bundle_name("pocket", "cpu", loras) == expected
+
+
+def test_a_long_name_ends_in_a_digest() -> None:
+    one, other = (bundle_name("pocket", "cpu", [f"{'style-' * 60}{number}"]) for number in (1, 2))
+    assert one != other
+    assert len(one) <= 80 and one.startswith("pocket-cpu-style-")

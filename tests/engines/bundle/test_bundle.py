@@ -160,7 +160,7 @@ def test_no_engine_fits(bundle: Path) -> None:
     first, second = reasons.split(", and vision ")
     assert first == "vision is built for abacus/8.9, which this qie cannot execute"
     assert second.startswith("is built for onnxruntime/1.0, and this ")
-    assert fixes.startswith("build for this machine with `qie build MODEL --gpu cpu`")
+    assert fixes.startswith("build for this machine with the recipe cpu")
 
 
 def test_one_component_that_does_not_fit_is_enough(bundle: Path) -> None:

@@ -43,7 +43,7 @@ def test_inspect(qie: Qie, bundle: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "deleted"), [("y\n", True), ("n\n", False), ("\n", False)])
 def test_rm_asks(named_bundle: str, qie_home: Path, answer: str, deleted: bool) -> None:
-    command = [sys.executable, "-c", "from qie.compiler.cli.app import main; main()", "rm", named_bundle]
+    command = [sys.executable, "-c", "from qie.compiler.cli.main import main; main()", "rm", named_bundle]
     done = subprocess.run(command, input=answer, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith(f"delete {qie_home.resolve() / 'bundles' / named_bundle}?")

@@ -42,7 +42,8 @@ def test_a_request_goes_before_the_defaults(manifest: Manifest) -> None:
     settings = resolve(request(steps=7, guidance=1.0, size=(70, 130)), manifest)
     assert (settings.steps, settings.guidance, settings.guided) == (7, 1.0, False)
     assert str(settings.size) == "64x128"
-    assert settings.notes == ("requested 70x130, using 64x128: sides are multiples of 16 pixels",)
+    assert settings.notes[0] == "requested 70x130, using 64x128: sides are multiples of 16 pixels"
+    assert "encoded at 160x96" in settings.notes[1]
 
 
 def test_a_seed_is_drawn(manifest: Manifest) -> None:

@@ -1,7 +1,9 @@
 """Which engine runs on which machine, and the sentence that says why not: GPU, capability, backend, driver, version."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,12 @@ from qie.engines import backends
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
 from qie.engines.bundle.sealed import write_manifest
+from qie.engines.editing.editor import Editor
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
 from qie.engines.machine import Gpu, Machine
 from qie.engines.sessions import choose as module
-from qie.engines.sessions.choose import choose_engines, refusal
+from qie.engines.sessions.choose import choose_engines, newest_runnable, refusal
+from tests.support.damage import change_manifest
 
 L40S = Gpu(name="NVIDIA L40S", compute_capability="8.9", memory_gib=45.0, driver="570.86.15")
 A100 = Gpu(name="NVIDIA A100 80GB", compute_capability="8.0", memory_gib=80.0, driver="570.86.15")
@@ -79,7 +83,7 @@ def test_the_processor_needs_no_look_at_the_machine(opened: Bundle, monkeypatch:
 def test_no_gpu(opened: Bundle, backend: str) -> None:
     assert refusal(engine(opened, backend), machine()) == (
         f"vision is built for {backend}/8.9, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for "
-        "this machine with `qie build MODEL --gpu cpu`"
+        "this machine with the recipe cpu"
     )
 
 
@@ -87,7 +91,7 @@ def test_no_gpu(opened: Bundle, backend: str) -> None:
 def test_another_gpu(opened: Bundle, backend: str) -> None:
     assert refusal(engine(opened, backend), machine(A100, A100)) == (
         f"vision is built for {backend}/8.9, and this machine has NVIDIA A100 80GB (8.0); build for that GPU with "
-        "`qie build --gpu NAME`, NAME being one of `qie recipes`"
+        "a recipe of `qie recipes`"
     )
 
 
@@ -170,8 +174,7 @@ def test_a_backend_that_does_not_load(opened: Bundle, monkeypatch: pytest.Monkey
 
 def test_a_backend_that_nobody_knows(opened: Bundle) -> None:
     assert refusal(engine(opened, "abacus"), machine(L40S)) == (
-        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with `qie build "
-        "MODEL --gpu cpu`"
+        "vision is built for abacus/8.9, which this qie cannot execute; build for this machine with the recipe cpu"
     )
 
 
@@ -241,7 +244,7 @@ def test_inspect_shows_the_reason_of_each_engine(qie: Qie, named: str) -> None:
         assert f"{component} is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9)" in done.stdout
     rows = json.loads(qie("inspect", named, "--json").stdout)["engines"]
     assert [row["runs_here"] for row in rows] == [False] * len(COMPONENTS)
-    assert all("`qie build --gpu NAME`" in row["reason"] for row in rows)
+    assert all("a recipe of `qie recipes`" in row["reason"] for row in rows)
 
 
 def test_run_is_refused_before_anything_is_loaded(
@@ -285,3 +288,26 @@ def test_doctor_on_backends(
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
     (capability,) = [c for c in doctor.examine().capabilities if c.name == f"run engines of {of}"]
     assert (capability.missing, capability.fix, capability.ready) == (missing, fix, not missing)
+
+
+def test_the_newest_that_runs_here(opened: Bundle, qie_home: Path) -> None:
+    folder = qie_home / "bundles"
+    with pytest.raises(BundleError, match="there is no bundle in"):
+        newest_runnable()
+    for age, name in enumerate(("runs", "foreign", "damaged")):
+        shutil.copytree(opened.path, folder / name)
+        os.utime(folder / name / "manifest.json", (age, age))
+    engines = json.loads((folder / "foreign" / "manifest.json").read_text())["engines"]
+    change_manifest(
+        folder / "foreign", engines=[e | {"backend": "abacus", "compute_capability": "8.0"} for e in engines]
+    )
+    os.utime(folder / "foreign" / "manifest.json", (1, 1))
+    (folder / "damaged" / "vision.weights").unlink()
+    assert newest_runnable().name == "runs"
+    assert Editor().bundle.name == "runs"
+    shutil.rmtree(folder / "runs")
+    with pytest.raises(BundleError, match="lacks vision.weights"):  # why the newest does not
+        newest_runnable()
+    shutil.rmtree(folder / "damaged")
+    with pytest.raises(EngineMismatchError, match=r"abacus/8.0, which this qie cannot execute"):
+        newest_runnable()
