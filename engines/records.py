@@ -6,9 +6,17 @@ import types
 import typing
 from typing import Any, TypeVar
 
-__all__ = ["from_plain", "is_number", "to_plain"]
+__all__ = ["Range", "from_plain", "is_number", "to_plain"]
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """The bounds of a number, both allowed: ``Annotated[int, Range(1, 64)]``."""
+
+    min: float
+    max: float
 
 
 def to_plain(record: Any) -> Any:
@@ -23,14 +31,20 @@ def to_plain(record: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value read from JSON is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     """Convert plain ``data`` to a value of type ``kind``.
 
-    ``kind`` is built from dataclasses, tuples, dicts with string keys, unions, literals and scalars.
+    ``kind`` is built from dataclasses, tuples, dicts with string keys, unions, literals, scalars, and numbers with a
+    ``Range``. Numbers are finite, and text can be encoded.
 
     Raises:
         ValueError: ``data`` does not fit; the text names the place (``engines[0].files``) and the expected value.
@@ -41,12 +55,18 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
 
 def _read(kind: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        value = _read(args[0], data, where)
+        for bounds in args[1:]:
+            _expect(bounds.min <= value <= bounds.max, data, where, f"a number from {bounds.min:g} to {bounds.max:g}")
+        return value
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _read_dataclass(kind, data, where)
     if origin is typing.Union or origin is types.UnionType:
         return _read_union(args, data, where)
     if origin is typing.Literal:
-        return _expect(data in args, data, where, " or ".join(repr(a) for a in args))
+        fits = any(data == arg and type(data) is type(arg) for arg in args)
+        return _expect(fits, data, where, " or ".join(repr(a) for a in args))
     if origin is tuple:
         _expect(isinstance(data, list), data, where, "a list")
         if len(args) == 2 and args[1] is Ellipsis:
@@ -57,15 +77,17 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         _expect(isinstance(data, dict), data, where, "an object")
         return {key: _read(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is float:
-        return float(_expect(isinstance(data, int | float) and not isinstance(data, bool), data, where, "a number"))
+        return float(_expect(is_number(data), data, where, "a number"))
     if kind is int:
         return _expect(isinstance(data, int) and not isinstance(data, bool), data, where, "a whole number")
+    if kind is str and isinstance(data, str):
+        return _expect(not any("\ud800" <= c <= "\udfff" for c in data), data, where, "text in UTF-8")
     return _expect(isinstance(data, kind), data, where, f"a {kind.__name__}")
 
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, where, "an object")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
@@ -76,7 +98,10 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
             values[name] = _read(hints[name], data[name], f"{where}.{name}".lstrip("."))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: missing key {name!r}".lstrip(": "))
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as problem:  # of a check between its fields
+        raise ValueError(f"{where}: {problem}".lstrip(": ")) from None
 
 
 def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
@@ -94,6 +119,13 @@ def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
 
 def _expect(good: bool, data: Any, where: str, expected: str) -> Any:
     if not good:
-        shown = repr(data)
+        shown = ascii(data) if isinstance(data, str) else _text(data)
         raise ValueError(f"{where} is {shown if len(shown) < 60 else shown[:57] + '…'}, expected {expected}")
     return data
+
+
+def _text(data: Any) -> str:
+    try:
+        return repr(data)
+    except ValueError:  # a whole number with more digits than Python prints
+        return "a number of thousands of digits"

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qie.engines.bundle.specs import SchedulerSpec
+from qie.engines.bundle.specs import LARGEST_SHIFT, SchedulerSpec
 from qie.engines.errors import CheckpointError
-from qie.engines.inputs.schedule import LARGEST_SHIFT
 from qie.engines.records import is_number
 
 __all__ = ["parse_scheduler"]

@@ -12,8 +12,7 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.weights.stream import prepare, write_weights
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
-from qie.engines.bundle.modulation_rows import MODULES, ROWS
-from qie.engines.inputs.modulation import CHANNELS
+from qie.engines.bundle.modulation_rows import linears
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_dtype", "modulation_weights", "write_modulation"]
@@ -31,18 +30,9 @@ def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight,
 
     Matrices have ``dtype``. Biases are float32, because smoothing adds 1 / s - 1 to them.
     """
-    d = config.width
-    linears = {
-        "time_text_embed.timestep_embedder.linear_1": (d, CHANNELS),
-        "time_text_embed.timestep_embedder.linear_2": (d, d),
-        "norm_out.linear": (2 * d, d),
-    }
-    for layer in range(config.layers):
-        for module in dict.fromkeys(MODULES.values()):
-            linears[f"transformer_blocks.{layer}.{module}.1"] = (ROWS * d, d)
     return tuple(
         weight
-        for name, shape in linears.items()
+        for name, shape in linears(config.layers, config.width).items()
         for weight in (
             Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype),
             Weight(name=f"{name}.bias", subfolder="transformer", shape=shape[:1], dtype="float32"),

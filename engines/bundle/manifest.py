@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from qie.engines.bundle import modulation_rows
-from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
+from qie.engines.bundle.specs import Areas, Count, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.files import sha256_of
+from qie.engines.records import Range
 
 __all__ = [
     "COMPONENTS",
@@ -35,6 +36,9 @@ __all__ = [
     "file_record",
 ]
 
+_Number = Annotated[int, Range(0, 1 << 53)]
+_Dim = Annotated[int, Range(1, 1 << 31)]
+
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 SCHEMA = 3
@@ -53,7 +57,7 @@ class TensorSpec:
 
     name: str
     dtype: Literal["float32", "bfloat16", "int64", "uint8"]
-    dims: tuple[int | str, ...]
+    dims: tuple[_Dim | str, ...]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape where ``sizes`` gives every free dim."""
@@ -65,15 +69,15 @@ class FileRecord:
     """A file of the bundle: path relative to the bundle and inside it, size in bytes, sha256 in hex."""
 
     path: str
-    bytes: int
+    bytes: Annotated[int, Range(0, 1 << 50)]
     sha256: str
 
     def __post_init__(self) -> None:
         parts = self.path.split("/")
         if "\0" in self.path or any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"the path {self.path!r} is not one inside the bundle")
-        if not _SHA256.fullmatch(self.sha256) or self.bytes < 0:
-            raise ValueError(f"sha256 {self.sha256!r} of {self.bytes} bytes, expected 64 hex digits")
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"the sha256 is {self.sha256!r}, expected 64 hex digits")
 
 
 def file_record(folder: Path, name: str) -> FileRecord:
@@ -87,9 +91,9 @@ class ProfileRecord:
     """The smallest, tuned-for and largest shape of one input."""
 
     input: str
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
+    min: tuple[_Dim, ...]
+    opt: tuple[_Dim, ...]
+    max: tuple[_Dim, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,9 +109,9 @@ class QuantizationRecord:
     """
 
     scheme: str
-    quantized: int
-    linears: int
-    fused: int | None = None
+    quantized: _Number
+    linears: _Number
+    fused: _Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,14 +150,14 @@ class EngineRecord:
     files: tuple[FileRecord, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parameters: int
-    build_seconds: float
-    build_peak_bytes: int
+    parameters: _Number
+    build_seconds: Annotated[float, Range(0, 1e9)]
+    build_peak_bytes: _Number
     profiles: tuple[ProfileRecord, ...] = ()
     quantization: QuantizationRecord | None = None
-    activation_bytes: int | None = None
+    activation_bytes: _Number | None = None
     structure: FileRecord | None = None
-    part: int = 0
+    part: Annotated[int, Range(0, 1000)] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,10 +187,10 @@ class GraphRecord:
     files: tuple[FileRecord, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parameters: int
+    parameters: _Number
     profiles: tuple[ProfileRecord, ...]
     quantization: QuantizationRecord | None = None
-    part: int = 0
+    part: Annotated[int, Range(0, 1000)] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,8 +199,8 @@ class ModulationTensor:
 
     name: str
     dtype: Literal["float32", "bfloat16"]
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[_Dim, ...]
+    offset: _Number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,8 +219,8 @@ class ModulationRecord:
     file: FileRecord
     tables: Literal["float32", "bfloat16"]
     tensors: tuple[ModulationTensor, ...]
-    layers: int
-    width: int
+    layers: Annotated[int, Range(1, 10_000)]
+    width: Annotated[int, Range(1, 1 << 20)]
     zero_cond_t: bool
 
     @property
@@ -253,7 +257,7 @@ class ModelRecord:
     vision: VisionSpec
     prompt: PromptSpec
     rotary: RotarySpec
-    latent_channels: int
+    latent_channels: Annotated[int, Range(1, 4096)]
     modulation: ModulationRecord
     about: str | None = None
 
@@ -287,8 +291,8 @@ class Defaults:
         residency: whether engines stay loaded between stages.
     """
 
-    steps: int
-    guidance: float
+    steps: Count
+    guidance: Annotated[float, Range(-1e6, 1e6)]
     noise: Literal["float32", "bfloat16"]
     residency: Residency
 

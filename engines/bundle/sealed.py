@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qie.engines.bundle.checks import check_manifest
 from qie.engines.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from qie.engines.errors import BundleError, first_line
 from qie.engines.records import from_plain, to_plain
@@ -68,6 +69,8 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         raise BundleError(f"{path} is damaged, its digest is another; build the bundle again with `qie build`")
     del data["digest"]
     try:
-        return from_plain(Manifest, data)
+        manifest = from_plain(Manifest, data)
+        check_manifest(manifest)
+        return manifest
     except ValueError as problem:
         raise BundleError(f"{path}: {problem}; build the bundle again with `qie build`") from None

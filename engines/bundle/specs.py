@@ -4,13 +4,17 @@ Plain data: reading a manifest or a recipe imports neither numpy nor Pillow.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from qie.engines.records import Range
 
 __all__ = [
     "DEFAULT_NEGATIVE",
+    "LARGEST_SHIFT",
     "MAX_INSTRUCTION_TOKENS",
     "SIDE_MULTIPLE",
     "Areas",
+    "Count",
     "PromptSpec",
     "RotarySpec",
     "SchedulerSpec",
@@ -29,12 +33,32 @@ MAX_INSTRUCTION_TOKENS = 1024
 """Longest instruction (tokenizer_max_length, and the limit of max_sequence_length, in the pipelines)."""
 
 
+Count = Annotated[int, Range(1, 1 << 20)]
+"""A number of things, far above any model's."""
+
+Area = Annotated[int, Range(256, 1 << 32)]
+"""Square pixels: from one token of the transformer."""
+
+Side = Annotated[int, Range(SIDE_MULTIPLE, 1 << 16)]
+"""Pixels."""
+
+Wavelength = Annotated[float, Range(1.0, 1e12)]
+"""The base of rotary wavelengths."""
+
+_Mean = Annotated[float, Range(-100, 100)]
+_Std = Annotated[float, Range(1e-3, 1e3)]
+_AxisDims = Annotated[int, Range(2, 4096)]
+
+LARGEST_SHIFT = 100
+"""Published schedulers shift by 0.5 to 1.15; by this much, every sigma is 1 to the last bit."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
     """The size of an image in pixels; printed as ``1024x768``."""
 
-    width: int
-    height: int
+    width: Side
+    height: Side
 
     @property
     def area(self) -> int:
@@ -67,12 +91,12 @@ class ShapeLimits:
     """
 
     buckets: tuple[Size, ...]
-    min_side: int
-    max_side: int
-    max_area: int
-    batch_max: int
-    references_max: int
-    prompt_tokens_max: int
+    min_side: Side
+    max_side: Side
+    max_area: Area
+    batch_max: Count
+    references_max: Count
+    prompt_tokens_max: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +108,8 @@ class Areas:
         condition_area: of the copy for the vision tower (Edit-Plus); None where it takes the VAE's copy (Edit).
     """
 
-    vae_area: int
-    condition_area: int | None
+    vae_area: Area
+    condition_area: Area | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +127,16 @@ class VisionSpec:
         image_mean, image_std: per channel, for values of 0 .. 1.
     """
 
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    window_size: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    min_pixels: int
-    max_pixels: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    patch_size: Annotated[int, Range(1, 1024)]
+    merge_size: Annotated[int, Range(1, 64)]
+    temporal_patch_size: Annotated[int, Range(1, 64)]
+    window_size: Side
+    head_dim: Annotated[int, Range(4, 4096)]
+    rope_theta: Wavelength = 10000.0
+    min_pixels: Area
+    max_pixels: Area
+    image_mean: tuple[_Mean, _Mean, _Mean]
+    image_std: tuple[_Std, _Std, _Std]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,9 +151,9 @@ class PromptSpec:
     """
 
     pipeline: Literal["edit", "edit_plus"]
-    image_token_id: int
-    merge_size: int
-    max_instruction_tokens: int = MAX_INSTRUCTION_TOKENS
+    image_token_id: Annotated[int, Range(0, 1 << 31)]
+    merge_size: Annotated[int, Range(1, 64)]
+    max_instruction_tokens: Count = MAX_INSTRUCTION_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +166,8 @@ class RotarySpec:
         theta: base of the wavelengths, 10000 in diffusers transformer_qwenimage.py.
     """
 
-    axes_dims: tuple[int, int, int]
-    theta: float = 10000.0
+    axes_dims: tuple[_AxisDims, _AxisDims, _AxisDims]
+    theta: Wavelength = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +187,12 @@ class SchedulerSpec:
         time_shift_type: formula of the dynamic shift.
     """
 
-    num_train_timesteps: int = 1000
-    shift: float = 1.0
+    num_train_timesteps: Count = 1000
+    shift: Annotated[float, Range(1e-6, 1e6)] = 1.0
     use_dynamic_shifting: bool = False
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
-    shift_terminal: float | None = None
+    base_shift: Annotated[float, Range(-LARGEST_SHIFT, LARGEST_SHIFT)] = 0.5
+    max_shift: Annotated[float, Range(-LARGEST_SHIFT, LARGEST_SHIFT)] = 1.15
+    base_image_seq_len: Annotated[int, Range(0, 1 << 31)] = 256
+    max_image_seq_len: Annotated[int, Range(1, 1 << 31)] = 4096
+    shift_terminal: Annotated[float, Range(0, 0.999)] | None = None
     time_shift_type: Literal["exponential", "linear"] = "exponential"

@@ -1,6 +1,5 @@
 """``qie list``, ``qie inspect`` and ``qie rm``: the bundles on this machine."""
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,15 +199,9 @@ def _precision(engine: "EngineRecord") -> str:
 
 def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
     """A row about the layers of an engine; "-" for what the backend does not report."""
-    assert engine.structure is not None
-    structure = json.loads((bundle.path / engine.structure.path).read_text(encoding="utf-8"))
-    kernels, buffer = structure["kernels"], structure["largest_buffer_bytes"]
-    counts = [
-        len(structure["layers"]),
-        None if kernels is None else len(kernels),
-        structure["attention"]["layers"],
-        structure["attention"]["fused"],
-        None if buffer is None else human_memory(buffer),
-        structure["allocations"],
-    ]
+    from qie.engines.bundle.structure import read_structure
+
+    found = read_structure(bundle, engine)
+    buffer = None if found.largest_buffer_bytes is None else human_memory(found.largest_buffer_bytes)
+    counts = [found.layers, found.kernels, found.attention, found.fused, buffer, found.allocations]
     return [engine.component, *("-" if count is None else str(count) for count in counts)]

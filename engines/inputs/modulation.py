@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qie.engines.bundle.bundle import Bundle, check_file
 from qie.engines.bundle.manifest import ModulationRecord
-from qie.engines.bundle.modulation_rows import HALVES, MODULES, module_slice, streams
+from qie.engines.bundle.modulation_rows import CHANNELS, HALVES, MODULES, module_slice, streams
 from qie.engines.cache import tables_cache
 from qie.engines.errors import BundleError
 from qie.engines.files import replacing
@@ -27,7 +27,6 @@ from qie.engines.inputs.bfloat16 import narrow, widen
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
-    "CHANNELS",
     "SCHEDULES",
     "BundleModulation",
     "ModulationShape",
@@ -44,9 +43,6 @@ __all__ = [
 
 SCHEDULES = "schedules"
 """Folder of precomputed tables in a bundle."""
-
-CHANNELS = 256
-"""Sinusoidal channels of a timestep (transformer_qwenimage.py, QwenTimestepProjEmbeddings)."""
 
 Array = NDArray[np.float32]
 

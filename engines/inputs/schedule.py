@@ -11,13 +11,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.bundle.specs import SchedulerSpec
+from qie.engines.bundle.specs import LARGEST_SHIFT, SchedulerSpec
 from qie.engines.errors import BundleError, RequestError
 
-__all__ = ["LARGEST_SHIFT", "sigmas"]
-
-LARGEST_SHIFT = 100
-"""Published schedulers shift by 0.5 to 1.15; by this much, every sigma is 1 to the last bit."""
+__all__ = ["sigmas"]
 
 
 def sigmas(spec: SchedulerSpec, *, steps: int, noise_tokens: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from qie.compiler.cli import app as cli
+from qie.compiler.cli.main import main
 from tests.support.repository import FOLDERS, ROOT, SOURCES
 
 DEPENDENCIES = {"numpy", "onnxruntime", "pillow", "tokenizers", "typer"}
@@ -165,7 +165,7 @@ def test_the_wheel_installs_one_command(distributions: Distributions) -> None:
     assert {section: dict(entry_points[section]) for section in entry_points.sections()} == {
         "console_scripts": {"qie": "qie.compiler.cli.main:main"}
     }
-    assert callable(cli.main)
+    assert callable(main)
 
 
 def test_the_base_installs_the_thin_runtime_alone(distributions: Distributions) -> None:

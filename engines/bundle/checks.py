@@ -1,0 +1,150 @@
+"""What must hold between the fields of a manifest: whatever a manifest says, an edit computes with it or is refused.
+
+Each number is within its own range already (``qie.engines.bundle.specs``).
+"""
+
+import math
+
+from qie.engines.bundle import modulation_rows
+from qie.engines.bundle.manifest import Component, EngineRecord, Manifest, ModelRecord, ModulationRecord, TensorSpec
+from qie.engines.bundle.specs import SIDE_MULTIPLE, SchedulerSpec, ShapeLimits, VisionSpec
+
+__all__ = ["TENSORS", "check_manifest"]
+
+Dims = tuple[int | str, ...]
+
+TENSORS: dict[Component, tuple[dict[str, Dims], dict[str, Dims]]] = {
+    "vision": (
+        {"patches": ("patches", "P"), "window_ids": ("patches",), "image_ids": ("patches",),
+         "rotary_cos": ("patches", "V"), "rotary_sin": ("patches", "V"), "raster_index": ("image_tokens",)},
+        {"image_embeds": ("image_tokens", "D")},
+    ),
+    "language": (
+        {"input_ids": ("batch", "prompt_tokens"), "image_embeds": ("image_tokens", "D"),
+         "image_index": ("batch", "prompt_tokens"), "position_ids": (3, "batch", "prompt_tokens")},
+        {"prompt_embeds": ("batch", "text_tokens", "D")},
+    ),
+    "vae_encoder": ({"image": ("batch", "height", "width", 3)}, {"latents": ("batch", "rows", "columns", "C")}),
+    "transformer": (
+        {"latents": ("batch", "noise_tokens", "C"), "reference": ("batch", "reference_tokens", "C"),
+         "prompt_embeds": ("batch", "text_tokens", "D"), "rotary_cos": ("tokens", "R"), "rotary_sin": ("tokens", "R"),
+         "modulation": ("L", "M"), "modulation_out": ("O",), "negative_velocity": ("batch", "noise_tokens", "C"),
+         "guidance": (1,), "dsigma": (1,)},
+        {"velocity": ("batch", "noise_tokens", "C"), "latents_next": ("batch", "noise_tokens", "C")},
+    ),
+    "vae_decoder": ({"latents": ("batch", "rows", "columns", "C")}, {"image": ("batch", "height", "width", 3)}),
+}  # fmt: skip
+"""Inputs and outputs of every component. Names of dims in lower case are free at run time; the others are fixed: D
+width of the language model, C channels of a token, P values of a patch, V R rotary channels, L M O sizes of the
+modulation."""
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check what must hold between the fields of ``manifest``.
+
+    Raises:
+        ValueError: something does not; the text names the place and what was found.
+    """
+    model, limits = manifest.model, manifest.limits
+    _check_limits(limits)
+    _check_vision(model.vision)
+    _check_scheduler(model.scheduler, manifest.defaults.steps)
+    _require(model.vision.merge_size == model.prompt.merge_size, "merge_size of vision and prompt differ")
+    _require(all(dims % 2 == 0 for dims in model.rotary.axes_dims), f"axes_dims are {model.rotary.axes_dims}, not even")
+    _check_modulation(model.modulation)
+    _check_files(manifest)
+    fixed = _fixed_dims(model)
+    for engine in manifest.engines:
+        alone = sum(e.component == engine.component and e.backend == engine.backend for e in manifest.engines) == 1
+        if alone and engine.part == 0:
+            _check_tensors(engine, fixed)
+
+
+def _check_limits(limits: ShapeLimits) -> None:
+    _require(bool(limits.buckets), "limits.buckets is empty")
+    _require(limits.min_side <= limits.max_side, f"limits.min_side is {limits.min_side}, above max_side")
+    for size in limits.buckets:
+        sides = (size.width, size.height)
+        fits = limits.min_side <= min(sides) and max(sides) <= limits.max_side and size.area <= limits.max_area
+        _require(fits and not any(side % SIDE_MULTIPLE for side in sides), f"the bucket {size} is outside the limits")
+
+
+def _check_vision(vision: VisionSpec) -> None:
+    unit = vision.patch_size * vision.merge_size
+    _require(vision.window_size >= unit, f"vision.window_size is {vision.window_size}, expected at least {unit}")
+    _require(vision.head_dim % 4 == 0, f"vision.head_dim is {vision.head_dim}, expected a multiple of 4")
+    _require(vision.min_pixels <= vision.max_pixels, f"vision.min_pixels is {vision.min_pixels}, above max_pixels")
+
+
+def _check_scheduler(scheduler: SchedulerSpec, steps: int) -> None:
+    _require(
+        scheduler.base_image_seq_len < scheduler.max_image_seq_len, "scheduler.base_image_seq_len is not below max"
+    )
+    _require(steps <= scheduler.num_train_timesteps, f"defaults.steps is {steps}, above num_train_timesteps")
+
+
+def _check_modulation(record: ModulationRecord) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in modulation_rows.linears(record.layers, record.width).items():
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    _require({t.name: t.shape for t in record.tensors} == expected, "modulation.tensors are not those of its layers")
+    for tensor in record.tensors:
+        size = 2 if tensor.dtype == "bfloat16" else 4
+        end = tensor.offset + math.prod(tensor.shape) * size
+        _require(
+            tensor.offset % size == 0 and end <= record.file.bytes, f"modulation.{tensor.name} is outside its file"
+        )
+
+
+def _check_files(manifest: Manifest) -> None:
+    opened = [(e.component, e.path, e.files) for e in manifest.engines]
+    opened += [(g.component, g.path, g.files) for g in manifest.graphs]
+    every = [manifest.tokenizer, manifest.model.modulation.file, *manifest.schedules]
+    for component, path, files in opened:
+        _require(any(file.path == path for file in files), f"{component} is opened from {path!r}, none of its files")
+        every += files
+    known: dict[str, str] = {}
+    for file in every:
+        _require(known.setdefault(file.path, file.sha256) == file.sha256, f"{file.path} has two digests")
+
+
+def _fixed_dims(model: ModelRecord) -> dict[str, int]:
+    vision, modulation = model.vision, model.modulation
+    return {
+        "C": 4 * model.latent_channels,
+        "P": 3 * vision.temporal_patch_size * vision.patch_size**2,
+        "V": vision.head_dim // 2,
+        "R": sum(model.rotary.axes_dims) // 2,
+        "L": modulation.layers,
+        "M": modulation_rows.rows(references=modulation.zero_cond_t) * modulation.width,
+        "O": 2 * modulation.width,
+    }
+
+
+def _check_tensors(engine: EngineRecord, fixed: dict[str, int]) -> None:
+    """Compare an engine's tensors with ``TENSORS``; D is taken from the first engine and must be the same in all."""
+    for specs, expected in zip((engine.inputs, engine.outputs), TENSORS[engine.component], strict=True):
+        found = {spec.name: spec for spec in specs}
+        _require(found.keys() == expected.keys(), f"{engine.component} has the tensors {', '.join(found)}")
+        for name, dims in expected.items():
+            _check_dims(engine.component, found[name], dims, fixed)
+    inputs = {spec.name: spec for spec in engine.inputs}
+    for profile in engine.profiles:
+        free = inputs[profile.input].dims if profile.input in inputs else ()
+        lengths = {len(profile.min), len(profile.opt), len(profile.max), len(free)}
+        ordered = all(a <= b <= c for a, b, c in zip(profile.min, profile.opt, profile.max, strict=False))
+        _require(
+            len(lengths) == 1 and ordered, f"{engine.component} has a profile for {profile.input!r} that fits none"
+        )
+
+
+def _check_dims(component: str, spec: TensorSpec, dims: Dims, fixed: dict[str, int]) -> None:
+    if "D" in dims and len(spec.dims) == len(dims) and isinstance(width := spec.dims[dims.index("D")], int):
+        fixed.setdefault("D", width)
+    wanted = tuple(fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
+    _require(spec.dims == wanted, f"{component}: {spec.name} is {list(spec.dims)}, expected {list(wanted)}")
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise ValueError(text)
