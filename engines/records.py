@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-__all__ = ["Range", "from_plain", "is_number", "to_plain"]
+__all__ = ["Range", "brief", "from_plain", "is_number", "to_plain"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,15 @@ def to_plain(record: Any) -> Any:
     if isinstance(record, dict):
         return {key: to_plain(item) for key, item in record.items()}
     return record
+
+
+def brief(data: Any) -> str:
+    """A value for a message, cut where it is long."""
+    try:
+        shown = ascii(data) if isinstance(data, str) else repr(data)
+    except (ValueError, RecursionError):  # a whole number with more digits than Python prints
+        return "a value of thousands of digits"
+    return shown if len(shown) < 60 else shown[:57] + "…"
 
 
 def is_number(value: Any) -> bool:
@@ -119,13 +128,5 @@ def _read_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
 
 def _expect(good: bool, data: Any, where: str, expected: str) -> Any:
     if not good:
-        shown = ascii(data) if isinstance(data, str) else _text(data)
-        raise ValueError(f"{where} is {shown if len(shown) < 60 else shown[:57] + '…'}, expected {expected}")
+        raise ValueError(f"{where} is {brief(data)}, expected {expected}")
     return data
-
-
-def _text(data: Any) -> str:
-    try:
-        return repr(data)
-    except ValueError:  # a whole number with more digits than Python prints
-        return "a number of thousands of digits"

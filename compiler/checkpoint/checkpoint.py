@@ -16,6 +16,7 @@ from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import qie_home, replacing
 from qie.engines.progress import StageProgress, no_progress
+from qie.engines.records import brief
 
 __all__ = ["POCKET", "Checkpoint", "digest_cache", "open_checkpoint"]
 
@@ -102,12 +103,37 @@ class Checkpoint:
         """
         return {subfolder: self.reader(subfolder) for subfolder in SUBFOLDERS}
 
+    def check_layers(self) -> None:
+        """Compare the numbers of layers in the configs with the weights, as far as these are here.
+
+        Raises:
+            CheckpointError: the weights have more or fewer.
+        """
+        counts: list[tuple[Subfolder, str, str, int]] = [
+            ("transformer", "transformer_blocks", "num_layers", self.model.transformer.layers),
+            ("text_encoder", "language_model.layers", "num_hidden_layers", self.model.language.layers),
+            ("text_encoder", "visual.blocks", "vision_config.depth", self.model.vision.depth),
+        ]
+        for subfolder, prefix, key, expected in counts:
+            try:
+                names = self.reader(subfolder).names()
+            except CheckpointError:  # not here yet, or damaged, which opening them says
+                continue
+            numbers = {
+                name.removeprefix(f"{prefix}.").partition(".")[0] for name in names if name.startswith(f"{prefix}.")
+            }
+            if len(numbers) != expected:
+                raise CheckpointError(
+                    f"{subfolder}/config.json says {key} = {expected}, and the weights have {len(numbers)} of "
+                    f"{prefix}; take both from one checkpoint"
+                )
+
     def digest(self, *, cache: Path | None = None, progress: StageProgress = no_progress) -> str:
         """sha256 (hex) over the content of all configs, tokenizer files and, if ``complete``, weights.
 
         The same content has the same digest wherever it lies. In the hub's cache the name of a large file's blob is
         its sha256 already and is taken as such; other files are read. ``cache`` is a JSON file that keeps the
-        sha256 of files whose path, size, modification time and inode have not changed.
+        sha256 of files whose path, size, times and inode have not changed.
 
         Raises:
             CheckpointError: the weights are missing, incomplete or damaged, or a file cannot be read.
@@ -152,13 +178,17 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
             or broken.
         ExportError: the model uses an option that the graphs do not express.
     """
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(source).expanduser()
+        folder.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # no user of that name, or no name that a file can have
+        raise CheckpointError(f"{brief(source)} is no name of a folder ({error}); check it") from None
     if source == POCKET.name and not (folder / "model_index.json").is_file():
         folder = POCKET
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
-        path, name = folder.absolute(), folder.resolve().name
+        path, name = folder.absolute(), os.fsencode(folder.resolve().name).decode("utf-8", "replace")
     elif _HUB_ID.fullmatch(source):
         path, name = hub.fetch_configs(source, revision), source
         revision = path.name
@@ -219,7 +249,8 @@ def _blob_sha256(file: Path) -> str | None:
 def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total: int, progress: StageProgress) -> str:
     stat = file.stat()
     key = str(file.resolve())
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # the time of change cannot be set: files unpacked anew with fixed times may get the inodes of the old ones
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     match remembered.get(key):
         case {"state": seen, "sha256": str(sha256)} if seen == state:
             return sha256
@@ -251,4 +282,6 @@ def _store_remembered(cache: Path, remembered: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary:
-            temporary.write_text(json.dumps({**_load_remembered(cache), **remembered}), encoding="utf-8")
+            merged = {**_load_remembered(cache), **remembered}
+            kept = {name: entry for name, entry in merged.items() if Path(name).is_file()}
+            temporary.write_text(json.dumps(kept), encoding="utf-8")

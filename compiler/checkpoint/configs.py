@@ -4,15 +4,21 @@ Sources: the configs of diffusers' QwenImageTransformer2DModel and AutoencoderKL
 Qwen2_5_VLForConditionalGeneration (both the flat form of 2025 and the nested one of transformers 5).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qie.engines.bundle import modulation_rows
 from qie.engines.errors import CheckpointError, ExportError
+from qie.engines.records import brief, is_number
 
-__all__ = ["LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
+__all__ = ["LARGEST", "MOST_LAYERS", "LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
+
+LARGEST = 1 << 18
+"""Largest width, or number of heads: fifty times that of the published models."""
+
+MOST_LAYERS = 1000
+"""Most layers of a component; the published transformer has 60."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +55,7 @@ class TransformerConfig:
         _refuse(where, config, guidance_embeds=False, use_additional_t_cond=False, use_layer3d_rope=False)
         axes = _counts(where, config, "axes_dims_rope", 3)
         result = cls(
-            layers=_count(where, config, "num_layers"),
+            layers=_count(where, config, "num_layers", most=MOST_LAYERS),
             heads=_count(where, config, "num_attention_heads"),
             head_dim=_count(where, config, "attention_head_dim"),
             in_channels=_count(where, config, "in_channels"),
@@ -95,15 +101,16 @@ class VisionConfig:
         config = _table("text_encoder/config.json", text_encoder, "vision_config")
         _refuse(where, config, hidden_act="silu")
         channels = _count(where, config, "in_channels" if "in_channels" in config else "in_chans", 3)
-        patch, frames = _count(where, config, "patch_size"), _count(where, config, "temporal_patch_size", 2)
+        patch = _count(where, config, "patch_size", most=1024)
+        frames = _count(where, config, "temporal_patch_size", 2, most=64)
         result = cls(
-            depth=_count(where, config, "depth"),
+            depth=_count(where, config, "depth", most=MOST_LAYERS),
             width=_count(where, config, "hidden_size"),
             heads=_count(where, config, "num_heads"),
             intermediate=_count(where, config, "intermediate_size"),
             out_width=_count(where, config, "out_hidden_size"),
             patch_width=channels * frames * patch * patch,
-            merge_size=_count(where, config, "spatial_merge_size", 2),
+            merge_size=_count(where, config, "spatial_merge_size", 2, most=64),
             full_attention_blocks=_counts(where, config, "fullatt_block_indexes", least=0),
         )
         _divides(where, "num_heads", result.heads, result.width)
@@ -144,14 +151,14 @@ class LanguageConfig:
         section = _counts(where, {"mrope_section": (16, 24, 24), **rope}, "mrope_section", 3)
         heads = _count(where, config, "num_attention_heads")
         result = cls(
-            layers=_count(where, config, "num_hidden_layers"),
+            layers=_count(where, config, "num_hidden_layers", most=MOST_LAYERS),
             width=_count(where, config, "hidden_size"),
             heads=heads,
             kv_heads=_count(where, config, "num_key_value_heads", heads),
             intermediate=_count(where, config, "intermediate_size"),
-            vocabulary=_count(where, config, "vocab_size"),
-            eps=_positive(where, config, "rms_norm_eps"),
-            rope_theta=_positive(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta"),
+            vocabulary=_count(where, config, "vocab_size", most=1 << 24),
+            eps=_number(where, config, "rms_norm_eps", 1e-12, 1),
+            rope_theta=_number(where, {"rope_theta": 1_000_000.0, **config, **rope}, "rope_theta", 1, 1e12),
             mrope_section=(section[0], section[1], section[2]),
         )
         _divides(where, "num_attention_heads", result.heads, result.width)
@@ -189,9 +196,9 @@ class VaeConfig:
             base_width=_count(where, config, "base_dim"),
             z_dim=_count(where, config, "z_dim"),
             multipliers=_counts(where, config, "dim_mult"),
-            blocks=_count(where, config, "num_res_blocks"),
-            latents_mean=_numbers(where, config, "latents_mean"),
-            latents_std=_numbers(where, config, "latents_std"),
+            blocks=_count(where, config, "num_res_blocks", most=100),
+            latents_mean=_numbers(where, config, "latents_mean", -1000, 1000),
+            latents_std=_numbers(where, config, "latents_std", 1e-3, 1000),
         )
         for key, values in (("latents_mean", result.latents_mean), ("latents_std", result.latents_std)):
             if len(values) != result.z_dim:
@@ -213,7 +220,8 @@ def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
 
 
 def _wrong(where: str, key: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{where}: {key} = {value!r}, expected {expected}; restore the checkpoint's config")
+    text = brief(value)
+    return CheckpointError(f"{where}: {key} = {text}, expected {expected}; restore the checkpoint's config")
 
 
 def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -224,11 +232,11 @@ def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]
     return value
 
 
-def _count(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of at least 1; absent or null is the default, where there is one."""
+def _count(where: str, config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+    """A whole number from 1 to ``most``; absent or null is the default, where there is one."""
     value = config.get(key) or default if default is not None else _get(where, config, key)
-    if type(value) is not int or value < 1:
-        raise _wrong(where, key, value, "a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= most:
+        raise _wrong(where, key, value, f"a whole number from 1 to {most}")
     return value
 
 
@@ -238,32 +246,27 @@ def _counts(
     value = _get(where, config, key)
     if (
         not isinstance(value, list | tuple)
-        or not all(type(count) is int and count >= least for count in value)
+        or not all(type(count) is int and least <= count <= MOST_LAYERS for count in value)
         or len(value) != (length or len(value))
+        or len(value) > MOST_LAYERS
     ):
-        raise _wrong(where, key, value, f"a list of {length or 'some'} whole numbers of at least {least}")
+        expected = f"a list of {length or 'some'} whole numbers from {least} to {MOST_LAYERS}"
+        raise _wrong(where, key, value, expected)
     return tuple(value)
 
 
-def _number(where: str, config: Mapping[str, Any], key: str) -> float:
+def _number(where: str, config: Mapping[str, Any], key: str, least: float, most: float) -> float:
     value = _get(where, config, key)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise _wrong(where, key, value, "a number")
+    if not is_number(value) or not least <= value <= most:
+        raise _wrong(where, key, value, f"a number from {least:g} to {most:g}")
     return float(value)
 
 
-def _positive(where: str, config: Mapping[str, Any], key: str) -> float:
-    value = _number(where, config, key)
-    if value <= 0:
-        raise _wrong(where, key, value, "a positive number")
-    return value
-
-
-def _numbers(where: str, config: Mapping[str, Any], key: str) -> tuple[float, ...]:
+def _numbers(where: str, config: Mapping[str, Any], key: str, least: float, most: float) -> tuple[float, ...]:
     value = _get(where, config, key)
     if not isinstance(value, list | tuple):
         raise _wrong(where, key, value, "a list of numbers")
-    return tuple(_number(where, {key: number}, key) for number in value)
+    return tuple(_number(where, {key: number}, key, least, most) for number in value)
 
 
 def _divides(where: str, key: str, part: int, whole: int) -> None:

@@ -10,8 +10,15 @@ from qie.compiler.checkpoint.scheduler import parse_scheduler
 from qie.compiler.recipe.schema import REFERENCES_MAX, Recipe, Schedule
 from qie.engines.bundle.specs import Areas, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
 from qie.engines.errors import CheckpointError
+from qie.engines.records import brief
 
 __all__ = ["CONDITION_AREA", "PIPELINES", "VAE_AREA", "Model", "Pipeline", "parse_model"]
+
+AREA_MAX = 1 << 26
+"""Largest area in square pixels that a model may be made for."""
+
+ABOUT_MAX = 2000
+"""Characters of a model's note."""
 
 VAE_AREA = 1024 * 1024
 CONDITION_AREA = 384 * 384
@@ -106,15 +113,15 @@ def parse_model(
     pipeline = PIPELINES.get(str(model_index.get("_class_name")))
     if pipeline is None:
         raise CheckpointError(
-            f"model_index.json is for {model_index.get('_class_name')!r}, expected {' or '.join(PIPELINES)}; "
+            f"model_index.json is for {brief(model_index.get('_class_name'))}, expected {' or '.join(PIPELINES)}; "
             "name a checkpoint of Qwen-Image-Edit"
         )
     own = _own(model_index)
     vision = VisionConfig.from_config(text_encoder)
-    image_token_id = text_encoder.get("image_token_id")
-    if type(image_token_id) is not int:
+    image_token_id: Any = text_encoder.get("image_token_id")
+    if not _is_count(image_token_id, 0, 1 << 31):
         raise CheckpointError(
-            f"text_encoder/config.json: image_token_id = {image_token_id!r}, expected a whole number; restore the "
+            f"text_encoder/config.json: image_token_id = {brief(image_token_id)}, expected a whole number; restore the "
             "checkpoint's config"
         )
     return Model(
@@ -142,28 +149,33 @@ def _own(model_index: Mapping[str, Any]) -> dict[str, Any]:
     if (
         not isinstance(own, dict)
         or not own.keys() <= areas | {"schedule", "about"}
-        or not isinstance(own.get("about", ""), str)
-        or not all(_is_count(own[key], 32 * 32) for key in areas & own.keys())
+        or not _is_text(own.get("about", ""))
+        or not all(_is_count(own[key], 32 * 32, AREA_MAX) for key in areas & own.keys())
     ):
         raise CheckpointError(
-            f"model_index.json: _qie = {own!r}, expected vae_area and condition_area of at least 1024 pixels, schedule "
-            "and about; correct or remove _qie"
+            f"model_index.json: _qie = {brief(own)}, expected vae_area and condition_area from 1024 to {AREA_MAX} "
+            f"pixels, schedule, and about of at most {ABOUT_MAX} characters; correct or remove _qie"
         )
     schedule = own.get("schedule")
     if schedule is not None and not (
         isinstance(schedule, dict)
         and schedule.keys() == {"steps", "guidance"}
-        and _is_count(schedule["steps"], 1)
+        and _is_count(schedule["steps"], 1, 1000)
         and isinstance(schedule["guidance"], int | float)
         and not isinstance(schedule["guidance"], bool)
         and 1 <= schedule["guidance"] <= 100
     ):
         raise CheckpointError(
-            f"model_index.json: _qie.schedule = {schedule!r}, expected at least 1 step and guidance from 1 to 100; "
-            "correct or remove the schedule"
+            f"model_index.json: _qie.schedule = {brief(schedule)}, expected 1 to 1000 steps and guidance from 1 to "
+            "100; correct or remove the schedule"
         )
     return {key: value for key, value in own.items() if value is not None}
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text of a reasonable length that a file in UTF-8 can hold."""
+    return isinstance(value, str) and len(value) <= ABOUT_MAX and not any("\ud800" <= c <= "\udfff" for c in value)

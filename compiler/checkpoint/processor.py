@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qie.engines.bundle.checks import check_vision
 from qie.engines.bundle.specs import VisionSpec
 from qie.engines.errors import CheckpointError
-from qie.engines.records import is_number
+from qie.engines.records import brief, from_plain
 
 __all__ = ["parse_processor"]
 
@@ -58,41 +59,45 @@ def parse_processor(vision_config: Mapping[str, Any], preprocessor: Mapping[str,
     for option, expected in required.items():
         if processor[option] != expected:
             raise CheckpointError(
-                f"preprocessor_config.json: {option} = {processor[option]!r}, expected {expected!r} for this vision "
-                "tower; take both files from the same checkpoint"
+                f"preprocessor_config.json: {option} = {brief(processor[option])}, expected {expected!r} for this "
+                "vision tower; take both files from the same checkpoint"
             )
     size = processor["size"]
     if not isinstance(size, Mapping):
         raise _malformed("size", size, "shortest_edge and longest_edge")
     size = _PROCESSOR_DEFAULTS["size"] | _present(size)
-    min_pixels = processor.get("min_pixels", size["shortest_edge"])
-    max_pixels = processor.get("max_pixels", size["longest_edge"])
-    if not (is_number(min_pixels) and is_number(max_pixels) and 0 < min_pixels <= max_pixels):
-        raise _malformed(
-            "min_pixels and max_pixels", (min_pixels, max_pixels), "two areas in pixels, the smaller one first"
-        )
-    for option in ("image_mean", "image_std"):
-        values = processor[option]
-        numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
-        if not numbers or (option == "image_std" and min(values) <= 0):
-            raise _malformed(option, values, "one number for each of 3 channels")
-    return VisionSpec(
-        patch_size=tower["patch_size"],
-        merge_size=tower["spatial_merge_size"],
-        temporal_patch_size=tower["temporal_patch_size"],
-        window_size=tower["window_size"],
-        head_dim=tower.get("head_dim", tower["hidden_size"] // tower["num_heads"]),
-        rope_theta=float(tower.get("rope_parameters", {}).get("rope_theta", 10000.0)),
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        image_mean=tuple(processor["image_mean"]),
-        image_std=tuple(processor["image_std"]),
-    )
+    rope = tower.get("rope_parameters", {})
+    if not isinstance(rope, Mapping):
+        raise _malformed("rope_parameters", rope, "an object")
+    values = {
+        "patch_size": tower["patch_size"],
+        "merge_size": tower["spatial_merge_size"],
+        "temporal_patch_size": tower["temporal_patch_size"],
+        "window_size": tower["window_size"],
+        "head_dim": tower.get("head_dim", tower["hidden_size"] // tower["num_heads"]),
+        "rope_theta": _present(rope).get("rope_theta", 10000.0),
+        "min_pixels": processor.get("min_pixels", size["shortest_edge"]),
+        "max_pixels": processor.get("max_pixels", size["longest_edge"]),
+        "image_mean": _listed(processor["image_mean"]),
+        "image_std": _listed(processor["image_std"]),
+    }
+    try:
+        spec = from_plain(VisionSpec, values)
+        check_vision(spec)
+    except ValueError as problem:
+        raise CheckpointError(
+            f"the vision tower or its preprocessor_config.json: {problem}; take the files from the published checkpoint"
+        ) from None
+    return spec
+
+
+def _listed(values: Any) -> Any:
+    return list(values) if isinstance(values, tuple) else values
 
 
 def _malformed(option: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"preprocessor_config.json: {option} = {value!r}, expected {expected}; take the file from the published "
+        f"preprocessor_config.json: {option} = {brief(value)}, expected {expected}; take the file from the published "
         "checkpoint"
     )
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qie.engines.errors import CheckpointError
+from qie.engines.errors import CheckpointError, first_line
 
 __all__ = ["SafetensorsReader", "TensorReader", "WrappedReader", "open_file", "open_subfolder", "read_json"]
 
@@ -42,8 +42,11 @@ _DIGITS = 300
 """The most that a whole number in a config may have: floats end at 1.8e308."""
 
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library itself (tensor.rs, MAX_HEADER_SIZE)."""
+_LONGEST_HEADER = 1 << 24
+"""Bytes, for a hundred thousand tensors; a published shard has some hundred kB."""
+
+_LONGEST_JSON = 1 << 26
+"""Bytes of a config or an index."""
 
 
 class TensorReader(Protocol):
@@ -173,7 +176,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
+        if path.stat().st_size > _LONGEST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply; download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); download the checkpoint again") from error
     except ValueError as error:
@@ -193,7 +200,8 @@ def _whole(digits: str) -> int:
 def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsReader:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in places.values()
+        isinstance(shard, str) and 0 < len(shard) < 200 and Path(shard).name == shard and "\0" not in shard
+        for shard in places.values()
     ):
         raise CheckpointError(f"{index} has no usable weight_map (tensor to shard file); download it again")
     headers: dict[str, dict[str, _Tensor]] = {}
@@ -248,8 +256,10 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         base = _LENGTH_BYTES + length
         tensors = {name: _parse_entry(path, name, entry, base) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a broken header ({error!r}); download it again") from error
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is no text")
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a broken header ({first_line(error)}); download it again") from error
     end = base
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
         if tensor.offset != end:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qie.engines.bundle.specs import LARGEST_SHIFT, SchedulerSpec
 from qie.engines.errors import CheckpointError
-from qie.engines.records import is_number
+from qie.engines.records import brief, from_plain, is_number
 
 __all__ = ["parse_scheduler"]
 
@@ -40,10 +40,15 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
     for name, value in options.items():
         if not _is_valid(name, value):
             raise CheckpointError(
-                f"scheduler_config.json: {name} = {value!r}, which is not a value of that option; take the scheduler "
-                "folder of the published checkpoint"
+                f"scheduler_config.json: {name} = {brief(value)}, which is not a value of that option; take the "
+                "scheduler folder of the published checkpoint"
             )
-    spec = SchedulerSpec(**options)
+    try:
+        spec = from_plain(SchedulerSpec, options)
+    except ValueError as problem:
+        raise CheckpointError(
+            f"scheduler_config.json: {problem}; take the scheduler folder of the published checkpoint"
+        ) from None
     if not spec.base_image_seq_len < spec.max_image_seq_len:
         raise CheckpointError(
             f"scheduler_config.json: base_image_seq_len = {spec.base_image_seq_len}, expected less than "

@@ -11,16 +11,13 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import read_json
 from qie.engines.errors import CheckpointError
 from qie.engines.inputs.prompt import PREFIX, PREFIX_TOKENS
+from qie.engines.inputs.tokenizer import WORDS
+from qie.engines.inputs.tokenizer import load_tokenizer as parse_tokenizer
 
 __all__ = ["byte_level", "check_tokenizer", "load_tokenizer"]
 
 _REQUIRED = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 """The special tokens of the prompt template."""
-
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Qwen splits text before byte-pair encoding (transformers, models/qwen2/tokenization_qwen2.py)."""
 
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
@@ -78,12 +75,9 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _from_file(path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return parse_tokenizer(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer of Qwen ({error}); download it again") from error
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
@@ -110,7 +104,7 @@ def byte_level(model: BPE) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -116,7 +116,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     checkpoint, recipe = plan.checkpoint, plan.recipe
     readers = checkpoint_readers(plan)
     digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
-    if plan.calibration is not None:
+    if plan.calibration is not None and recipe.quantizes:
         plan.calibration.check_model(digest)
     keys = graph_keys(plan, digest)
     old = _earlier(plan.destination)
@@ -279,8 +279,7 @@ def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: Modulation
 
 def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     """A copy of the calibration in ``folder``, where a component is quantized: for reproduction and the next build."""
-    sections = [plan.recipe.components[planned.component] for planned in plan.components]
-    if plan.calibration is None or all(s.scheme == s.attention == "none" for s in sections):
+    if plan.calibration is None or not plan.recipe.quantizes:
         return None
     assert plan.calibration.source is not None
     shutil.copyfile(plan.calibration.source, folder / calibration.FILE)

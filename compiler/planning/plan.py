@@ -145,9 +145,11 @@ def make_plan(
     Without ``calibration``, a recipe that quantizes can be planned but not built.
 
     Raises:
-        CheckpointError, ExportError, RecipeError: the graphs do not express the configs or the recipe.
+        CheckpointError: the weights that are here do not belong to the configs.
+        ExportError, RecipeError: the graphs do not express the configs or the recipe.
         CalibrationError: the calibration lacks a linear.
     """
+    checkpoint.check_layers()
     model = checkpoint.model
     config = model.transformer
     modulation = modulation_weights(config, _modulation_dtype(checkpoint))

@@ -43,7 +43,8 @@ def plan_build(
         model: folder in diffusers format, hub id, or ``"pocket"``, the small model that comes with qie.
         gpu: recipe, by name or by path of a .toml file.
         loras: LoRAs to fuse into the transformer, in this order; the weight is 1 where none is given.
-        calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own.
+        calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own,
+            which is read where the recipe quantizes.
         out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
         name: name of the bundle there; None for MODEL-GPU, and after it the LoRAs.
         revision: branch, tag or commit of a hub id.
@@ -75,13 +76,14 @@ def plan_build(
     opened = [open_lora(Path(path), weight) for path, weight in weighted]
     default = bundle_name(checkpoint.name, recipe_name, [lora.path.stem for lora in opened])
     named = bundles_folder() / (name or default)
+    given = calibration or recipe.calibration
     return make_plan(
         checkpoint,
         recipe_name=recipe_name,
         recipe=recipe,
         loras=opened,
         destination=named if out is None else Path(out),
-        calibration=find_calibration(calibration or recipe.calibration, checkpoint.path),
+        calibration=find_calibration(given, checkpoint.path) if given or recipe.quantizes else None,
     )
 
 

@@ -4,21 +4,24 @@ A calibration is one numpy .npz file without pickles. It is made once, on any ma
 model. Its arrays are ``amax/NAME`` and ``smoothing/SCHEME/GROUP``; ``about`` is JSON with everything else.
 """
 
+import errno
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.recipe.schema import SchemeName
-from qie.engines.errors import CalibrationError
+from qie.engines.errors import CalibrationError, first_line
 from qie.engines.files import replacing
+from qie.engines.records import Range, brief, from_plain
 
 __all__ = ["FILE", "Calibration", "find_calibration", "read_calibration", "write_calibration"]
 
@@ -117,6 +120,31 @@ def find_calibration(path: str | Path | None, checkpoint: Path) -> Calibration |
     return read_calibration(own) if own.is_file() else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _About:
+    """The JSON in a calibration file."""
+
+    schema: int
+    model: str
+    name: str
+    data: str
+    samples: Annotated[int, Range(1, 1 << 31)]
+    alphas: dict[SchemeName, dict[str, Annotated[float, Range(0, 1)]]]
+    exclude: dict[str, tuple[str, ...]]
+
+
+def _arrays(content: bytes) -> dict[str, Any]:
+    """The arrays of a calibration file, whose members are stored as they are: nothing is larger than the file."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(member.file_size != member.compress_size for member in archive.infolist()):
+            raise ValueError("compressed members")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
+        raise ValueError("members that are no arrays")
+    return arrays
+
+
 def read_calibration(path: Path) -> Calibration:
     """The calibration in the file ``path``.
 
@@ -126,17 +154,24 @@ def read_calibration(path: Path) -> Calibration:
     """
     fix = "make it again with `qie calibrate`"
     try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         content = path.read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(arrays.pop("about").tobytes())
-        if about["schema"] != SCHEMA:
-            raise CalibrationError(f"{path} has schema {about['schema']!r}, expected {SCHEMA}; {fix}")
-        settings = {key: about[key] for key in ("model", "name", "data", "samples", "alphas", "exclude")}
-    except OSError as problem:
-        raise CalibrationError(f"cannot read the calibration {path} ({problem.strerror}); check the path") from problem
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
-        raise CalibrationError(f"{path} is not a qie calibration, or is damaged; {fix}") from problem
+    except (OSError, ValueError) as problem:
+        raise CalibrationError(
+            f"cannot read the calibration {path} ({first_line(problem)}); check the path"
+        ) from problem
+    try:
+        arrays = _arrays(content)
+        plain = json.loads(arrays.pop("about").tobytes())
+        schema = plain["schema"]
+        about = from_plain(_About, plain) if schema == SCHEMA else None
+    except Exception as problem:  # zipfile and numpy raise whatever the bytes lead to
+        raise CalibrationError(
+            f"{path} is not a qie calibration, or is damaged ({first_line(problem)}); {fix}"
+        ) from problem
+    if about is None:
+        raise CalibrationError(f"{path} has schema {brief(schema)}, expected {SCHEMA}; {fix}")
     amax: dict[str, Array] = {}
     smoothing_scales: dict[Any, dict[str, Array]] = {}
     for key, values in arrays.items():
@@ -153,7 +188,12 @@ def read_calibration(path: Path) -> Calibration:
                 raise CalibrationError(f"{path} has smoothing scales of 0 in {key}; {fix}")
             smoothing_scales.setdefault(scheme, {})[group] = values
     return Calibration(
-        **settings,
+        model=about.model,
+        name=about.name,
+        data=about.data,
+        samples=about.samples,
+        alphas=dict(about.alphas),
+        exclude=dict(about.exclude),
         amax=amax,
         smoothing_scales=smoothing_scales,
         source=path,

@@ -14,6 +14,12 @@ __all__ = ["load_recipe", "parse_recipe", "recipe_names"]
 
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 
+LONGEST = 1 << 20
+"""Bytes of a recipe."""
+
+MOST_EXTENDS = 16
+"""Recipes that extend each other, one after the other."""
+
 RENAMED = {"quantization": "scheme", "keep": "exclude"}
 """Keys of a component in schema 1 -> their names in schema 2."""
 
@@ -65,11 +71,17 @@ def _find(name_or_path: str, folder: Path) -> Path:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("it is a pipe or a device")
+        if path.stat().st_size > LONGEST:
+            raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, expected at most {LONGEST:,}; name a recipe")
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path} ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML ({error}); save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot read the recipe {str(path)[:300]} ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from error
 
 
 def _settings(text: str, file: Path, extenders: tuple[Path, ...]) -> dict[str, Setting]:
@@ -78,11 +90,15 @@ def _settings(text: str, file: Path, extenders: tuple[Path, ...]) -> dict[str, S
     ``extenders`` are the files that extend this one, directly or not.
     """
     real = file.resolve()
+    if len(extenders) > MOST_EXTENDS:
+        raise RecipeError(f"{file} is the end of more than {MOST_EXTENDS} recipes that extend each other; use fewer")
     if real in extenders:
         circle = " -> ".join(path.name for path in (*extenders[extenders.index(real) :], real))
         raise RecipeError(f"recipes extend each other in a circle ({circle}); remove one of the extends")
     try:
         table = tomllib.loads(text)
+    except RecursionError:
+        raise RecipeError(f"{file} is nested too deeply; correct it") from None
     except ValueError as error:
         raise RecipeError(f"{file} is not valid TOML ({error}); correct it") from error
     _refuse_schema_1(table, file)
@@ -90,7 +106,10 @@ def _settings(text: str, file: Path, extenders: tuple[Path, ...]) -> dict[str, S
     settings = flatten(Recipe, table, file, beside=("extends",))
     calibration = settings.get("calibration")
     if calibration is not None and isinstance(calibration.value, str):
-        settings["calibration"] = Setting(value=str((file.parent / calibration.value).resolve()), file=file)
+        try:
+            settings["calibration"] = Setting(value=str((file.parent / calibration.value).resolve()), file=file)
+        except (OSError, ValueError, RuntimeError):
+            raise wrong("calibration", calibration, "a path") from None
     if parent is None:
         return settings
     if not isinstance(parent, str):

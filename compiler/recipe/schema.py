@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 from qie.compiler.recipe.quantizable import SchemeName
 from qie.compiler.recipe.toml import Matching, OneOf, Within, write
 from qie.engines.backends import BACKENDS
-from qie.engines.bundle.manifest import Component, Residency
+from qie.engines.bundle.manifest import COMPONENTS, Component, Residency
 from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
+from qie.engines.errors import RecipeError
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
@@ -193,6 +194,12 @@ class Recipe:
         """sha256 (hex) of the resolved content, without comments and file names."""
         return hashlib.sha256(to_toml(self.portable()).encode()).hexdigest()
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether a component is quantized, for which a calibration is needed."""
+        sections = [self.components[component] for component in COMPONENTS]
+        return any(section.scheme != "none" or section.attention != "none" for section in sections)
+
     def portable(self) -> "Recipe":
         """The recipe without the path of a calibration, which is valid on this machine only."""
         return replace(self, calibration=None)
@@ -245,5 +252,13 @@ def _version(compute_capability: str) -> tuple[int, ...]:
 
 
 def _sizes(area: int, ratios: tuple[str, ...]) -> tuple[Size, ...]:
-    pairs = (ratio.split(":") for ratio in ratios)
-    return tuple(dict.fromkeys(calculate_dimensions(area, int(width) / int(height)) for width, height in pairs))
+    sizes: dict[Size, None] = {}
+    for ratio in ratios:
+        width, height = ratio.split(":")
+        sizes[size := calculate_dimensions(area, int(width) / int(height))] = None
+        if not (size.width and size.height):
+            raise RecipeError(
+                f"the aspect ratio {ratio} has no size at {area} square pixels; remove it from shapes.aspect_ratios",
+                option="gpu",
+            )
+    return tuple(sizes)

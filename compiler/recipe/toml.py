@@ -137,7 +137,12 @@ def _default(entry: Field[Any]) -> Any:
 
 def wrong(key: str, setting: Setting, expected: str) -> RecipeError:
     """The error for a value that its key does not allow."""
-    return RecipeError(f"{key} in {setting.file} is {inline(setting.value)}; set it to {expected}")
+    try:
+        shown = inline(setting.value)
+    except (ValueError, RecursionError):  # a whole number with more digits than Python prints, or deep nesting
+        shown = "of thousands of digits or brackets"
+    shown = shown if len(shown) < 200 else f"{shown[:200]}…"
+    return RecipeError(f"{key} in {setting.file} is {shown}; set it to {expected}")
 
 
 def write(table: Any) -> str:

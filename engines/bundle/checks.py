@@ -9,7 +9,7 @@ from qie.engines.bundle import modulation_rows
 from qie.engines.bundle.manifest import Component, EngineRecord, Manifest, ModelRecord, ModulationRecord, TensorSpec
 from qie.engines.bundle.specs import SIDE_MULTIPLE, SchedulerSpec, ShapeLimits, VisionSpec
 
-__all__ = ["TENSORS", "check_manifest"]
+__all__ = ["TENSORS", "check_manifest", "check_vision"]
 
 Dims = tuple[int | str, ...]
 
@@ -47,7 +47,7 @@ def check_manifest(manifest: Manifest) -> None:
     """
     model, limits = manifest.model, manifest.limits
     _check_limits(limits)
-    _check_vision(model.vision)
+    check_vision(model.vision)
     _check_scheduler(model.scheduler, manifest.defaults.steps)
     _require(model.vision.merge_size == model.prompt.merge_size, "merge_size of vision and prompt differ")
     _require(all(dims % 2 == 0 for dims in model.rotary.axes_dims), f"axes_dims are {model.rotary.axes_dims}, not even")
@@ -69,7 +69,12 @@ def _check_limits(limits: ShapeLimits) -> None:
         _require(fits and not any(side % SIDE_MULTIPLE for side in sides), f"the bucket {size} is outside the limits")
 
 
-def _check_vision(vision: VisionSpec) -> None:
+def check_vision(vision: VisionSpec) -> None:
+    """Check what must hold between the constants of a vision tower.
+
+    Raises:
+        ValueError: something does not.
+    """
     unit = vision.patch_size * vision.merge_size
     _require(vision.window_size >= unit, f"vision.window_size is {vision.window_size}, expected at least {unit}")
     _require(vision.head_dim % 4 == 0, f"vision.head_dim is {vision.head_dim}, expected a multiple of 4")

@@ -20,6 +20,7 @@ from qie.engines.editing.stages import Stages
 from qie.engines.errors import BundleError
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.prompt import encode
+from qie.engines.inputs.tokenizer import load_tokenizer
 from qie.engines.inputs.vision import vision_inputs
 from qie.engines.progress import no_progress
 
@@ -98,8 +99,8 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     """
     name = bundle.manifest.tokenizer.path
     try:
-        return Tokenizer.from_buffer(bundle.folder.read(lambda folder: (folder / name).read_bytes()))
-    except Exception as problem:  # the library raises nothing more precise
+        return load_tokenizer(bundle.folder.read(lambda folder: (folder / name).read_bytes()))
+    except (OSError, ValueError) as problem:
         raise BundleError(
             f"{bundle.path / name} is damaged ({problem}); build the bundle again with `qie build`"
         ) from None

@@ -34,7 +34,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
     ),
     "config of another kind": (
         lambda c: change_json(c / "transformer" / "config.json", num_layers="two"),
-        "transformer/config.json: num_layers = 'two', expected a whole number of at least 1; restore",
+        "transformer/config.json: num_layers = 'two', expected a whole number from 1 to 1000; restore",
     ),
     "config of another model": (
         lambda c: change_json(c / "transformer" / "config.json", use_layer3d_rope=True),

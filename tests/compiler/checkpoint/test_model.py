@@ -81,7 +81,7 @@ def test_the_schedule_of_a_small_model_comes_first(opened: Opened) -> None:
      {"steps": 4, "guidance": True}],
 )  # fmt: skip
 def test_schedules_that_are_none(opened: Opened, own: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"_qie\.schedule = .*, expected at least 1 step and guidance from 1 to"):
+    with pytest.raises(CheckpointError, match=r"_qie\.schedule = .*, expected 1 to 1000 steps and guidance from 1 to"):
         opened("tiny", _qie={"schedule": own})
 
 
