@@ -39,6 +39,12 @@ width of the language model, C channels of a token, P values of a patch, V R rot
 modulation."""
 
 
+_FLOATS = ("float32", "bfloat16")
+_INDICES = ("window_ids", "image_ids", "raster_index", "input_ids", "image_index", "position_ids")
+_INTEGERS = {"image": ("uint8",), **dict.fromkeys(_INDICES, ("int64",))}
+"""dtypes of the tensors that hold whole numbers; all others are ``_FLOATS``."""
+
+
 def check_manifest(manifest: Manifest) -> None:
     """Check what must hold between the fields of ``manifest``.
 
@@ -54,9 +60,9 @@ def check_manifest(manifest: Manifest) -> None:
     _check_modulation(model.modulation)
     _check_files(manifest)
     fixed = _fixed_dims(model)
+    divided = {engine.component for engine in manifest.engines if engine.part > 0}
     for engine in manifest.engines:
-        alone = sum(e.component == engine.component and e.backend == engine.backend for e in manifest.engines) == 1
-        if alone and engine.part == 0:
+        if engine.component not in divided:
             _check_tensors(engine, fixed)
 
 
@@ -93,8 +99,10 @@ def _check_modulation(record: ModulationRecord) -> None:
     for name, shape in modulation_rows.linears(record.layers, record.width).items():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     _require({t.name: t.shape for t in record.tensors} == expected, "modulation.tensors are not those of its layers")
-    for tensor in record.tensors:
+    end = 0
+    for tensor in sorted(record.tensors, key=lambda tensor: tensor.offset):
         size = 2 if tensor.dtype == "bfloat16" else 4
+        _require(end <= tensor.offset, f"modulation.{tensor.name} overlaps another tensor")
         end = tensor.offset + math.prod(tensor.shape) * size
         _require(
             tensor.offset % size == 0 and end <= record.file.bytes, f"modulation.{tensor.name} is outside its file"
@@ -102,12 +110,14 @@ def _check_modulation(record: ModulationRecord) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
+    described = [engine.structure for engine in manifest.engines]
     opened = [(e.component, e.path, e.files) for e in manifest.engines]
     opened += [(g.component, g.path, g.files) for g in manifest.graphs]
     every = [manifest.tokenizer, manifest.model.modulation.file, *manifest.schedules]
     for component, path, files in opened:
         _require(any(file.path == path for file in files), f"{component} is opened from {path!r}, none of its files")
         every += files
+    every += [file for file in (manifest.calibration, *described) if file is not None]
     known: dict[str, str] = {}
     for file in every:
         _require(known.setdefault(file.path, file.sha256) == file.sha256, f"{file.path} has two digests")
@@ -130,7 +140,8 @@ def _check_tensors(engine: EngineRecord, fixed: dict[str, int]) -> None:
     """Compare an engine's tensors with ``TENSORS``; D is taken from the first engine and must be the same in all."""
     for specs, expected in zip((engine.inputs, engine.outputs), TENSORS[engine.component], strict=True):
         found = {spec.name: spec for spec in specs}
-        _require(found.keys() == expected.keys(), f"{engine.component} has the tensors {', '.join(found)}")
+        names = sorted(spec.name for spec in specs)
+        _require(names == sorted(expected), f"{engine.component} has the tensors {', '.join(names)}")
         for name, dims in expected.items():
             _check_dims(engine.component, found[name], dims, fixed)
     inputs = {spec.name: spec for spec in engine.inputs}
@@ -146,6 +157,8 @@ def _check_tensors(engine: EngineRecord, fixed: dict[str, int]) -> None:
 def _check_dims(component: str, spec: TensorSpec, dims: Dims, fixed: dict[str, int]) -> None:
     if "D" in dims and len(spec.dims) == len(dims) and isinstance(width := spec.dims[dims.index("D")], int):
         fixed.setdefault("D", width)
+    kinds = _INTEGERS.get(spec.name, _FLOATS)
+    _require(spec.dtype in kinds, f"{component}: {spec.name} is {spec.dtype}, expected {' or '.join(kinds)}")
     wanted = tuple(fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
     _require(spec.dims == wanted, f"{component}: {spec.name} is {list(spec.dims)}, expected {list(wanted)}")
 

@@ -141,7 +141,7 @@ def test_an_index_that_lies(bad_checkpoint: Path, weight_map: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "FIFO", "loop"])
 @pytest.mark.parametrize(
-    "name", [*CONFIGS[:4], "transformer/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"]
+    "name", [*CONFIGS[:4], "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 )
 def test_what_is_no_file(bad_checkpoint: Path, name: str, kind: str) -> None:
     path = bad_checkpoint / name
