@@ -12,6 +12,7 @@ from typing import Any
 from qie.compiler.checkpoint import hub
 from qie.compiler.checkpoint.model import Model, parse_model
 from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_subfolder, read_json
+from qie.compiler.checkpoint.scaled import scaled_reader
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import qie_home, replacing
@@ -96,12 +97,12 @@ class Checkpoint:
         return open_subfolder(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
 
     def readers(self) -> dict[Subfolder, TensorReader]:
-        """The tensors of every subfolder; only headers are read here.
+        """The tensors of every subfolder, float8 weights with their scales applied; only headers are read here.
 
         Raises:
-            CheckpointError: the weights are missing, incomplete or damaged.
+            CheckpointError: the weights are missing, incomplete or damaged, or a scale is of an unknown kind.
         """
-        return {subfolder: self.reader(subfolder) for subfolder in SUBFOLDERS}
+        return {subfolder: scaled_reader(self.reader(subfolder)) for subfolder in SUBFOLDERS}
 
     def check_layers(self) -> None:
         """Compare the numbers of layers in the configs with the weights, as far as these are here.

@@ -101,9 +101,26 @@ class Lora:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """Split "path:0.8" into path and weight; without a number after the last colon the weight is 1.0."""
+    """Split "path:0.8" into path and weight; the weight is 1.0 without a number, and where the whole is a file."""
     match = _WEIGHT_SUFFIX.fullmatch(text)
-    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
+    if match is None or _is_file(_expanded(text)):
+        return _expanded(text), 1.0
+    return _expanded(match[1]), float(match[2])
+
+
+def _expanded(text: str) -> Path:
+    """A path whose ~ is the user's home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no user of that name
+        return Path(text)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def open_lora(path: Path, weight: float) -> Lora:
@@ -204,7 +221,7 @@ def _metadata_alpha(reader: SafetensorsReader) -> float | None:
         stored = json.loads(reader.metadata[_METADATA])
         settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
         alpha = None if settings.get("lora_alpha") is None else float(settings["lora_alpha"])
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{reader.source} has broken {_METADATA} ({error}); download it again") from error
     unsupported = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if settings.get(key)]
     if unsupported:
@@ -231,4 +248,6 @@ def _pair(reader: SafetensorsReader, roles: Mapping[str, str], default_alpha: fl
         if math.prod(reader.shape(roles["alpha"])) != 1:
             raise CheckpointError(f"{reader.source}: {roles['alpha']!r} has more than one element; use a plain LoRA")
         alpha = float(reader.read(roles["alpha"]).reshape(-1)[0])
+    if not math.isfinite(alpha):
+        raise CheckpointError(f"{reader.source} has alpha {alpha} for {module!r}, expected a number; use a plain LoRA")
     return _Pair(module=module, down=roles["down"], up=roles["up"], shape=(up[0], down[1]), scale=alpha / rank)

@@ -44,6 +44,7 @@ class Model:
         image_token_id: token that image embeddings replace in the prompt.
         schedule: default steps and guidance of a model that is not one of the published ones, None elsewhere.
         about: what such a model tells its users, None elsewhere.
+        distilled: whether ``schedule`` is the only one that its weights were trained for.
     """
 
     pipeline: Pipeline
@@ -57,6 +58,7 @@ class Model:
     image_token_id: int
     schedule: Schedule | None = None
     about: str | None = None
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         if self.vision.out_width != self.transformer.joint_width:
@@ -92,7 +94,9 @@ class Model:
 
     def schedules(self, recipe: Recipe) -> tuple[Schedule, ...]:
         """The schedules of a build, the default of its edits first: the model's own, then the recipe's."""
-        return recipe.schedules if self.schedule is None else (self.schedule, *recipe.schedules)
+        if self.schedule is None:
+            return recipe.schedules
+        return (self.schedule,) if self.distilled else (self.schedule, *recipe.schedules)
 
 
 def parse_model(

@@ -45,6 +45,9 @@ _LENGTH_BYTES = 8
 _LONGEST_HEADER = 1 << 24
 """Bytes, for a hundred thousand tensors; a published shard has some hundred kB."""
 
+_MOST_DIMS = 32
+"""Dims that NumPy takes."""
+
 _LONGEST_JSON = 1 << 26
 """Bytes of a config or an index."""
 
@@ -282,6 +285,8 @@ def _parse_entry(path: Path, name: str, entry: dict[str, Any], base: int) -> _Te
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if len(shape) > _MOST_DIMS:
+        raise ValueError(f"{name}: {len(shape)} dims")
     numbers = (*shape, begin, end)
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{name}: shape {shape}, offsets {begin}, {end}")

@@ -8,11 +8,13 @@ import typer
 
 from qie.compiler.cli.options import (
     DEFAULT_MODEL,
+    AllowUnreadOption,
     CalibrationOption,
     GpuOption,
     LoraOption,
     ModelArgument,
     RevisionOption,
+    ScheduleOption,
 )
 from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import BuildError
@@ -35,6 +37,8 @@ def build(
     lora: LoraOption = None,
     calibration: CalibrationOption = None,
     revision: RevisionOption = None,
+    schedule: ScheduleOption = None,
+    allow_unread: AllowUnreadOption = False,
     finish: Annotated[
         str | None,
         typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
@@ -57,7 +61,17 @@ def build(
     from qie.compiler.packing.build import build as build_bundle
     from qie.compiler.planning.resolve import plan_build
 
-    plan = plan_build(model, gpu=gpu, loras=lora or (), calibration=calibration, out=out, name=name, revision=revision)
+    plan = plan_build(
+        model,
+        gpu=gpu,
+        loras=lora or (),
+        calibration=calibration,
+        out=out,
+        name=name,
+        revision=revision,
+        schedule=schedule,
+        allow_unread=allow_unread,
+    )
     if not as_json:
         say(describe(plan))
     elif dry_run:
@@ -107,6 +121,8 @@ def facts(plan: "Plan") -> dict[str, Any]:
         "revision": plan.checkpoint.revision,
         "pipeline": plan.model.pipeline,
         "recipe": plan.recipe_name,
+        "schedule": plan.schedule,
+        "notes": list(plan.notes),
         "destination": str(plan.destination),
         "bytes": plan.bytes,
         "download_bytes": plan.checkpoint.missing_bytes(),
@@ -138,6 +154,7 @@ def describe(plan: "Plan") -> str:
     heading = [
         f"{plan.checkpoint.name} ({plan.model.pipeline}), recipe {plan.recipe_name}, LoRAs: {loras}",
         f"bundle: {plan.destination}",
+        f"schedule: {_schedule(plan)}",
     ]
     if plan.checkpoint.revision is not None:
         heading.append(f"download: {_download(plan)}")
@@ -145,6 +162,7 @@ def describe(plan: "Plan") -> str:
     problem = next(filter(None, (missing_builder(plan, c.component) for c in plan.components)), None)
     if problem is not None:
         sections.append(wrap(f"no builder: {problem}"))
+    sections += [wrap(f"note: {note}") for note in plan.notes]
     later = [c for c in plan.components if c.finish is not None]
     if later:
         sections.append(
@@ -154,6 +172,12 @@ def describe(plan: "Plan") -> str:
             )
         )
     return "\n\n".join(sections) + "\n"
+
+
+def _schedule(plan: "Plan") -> str:
+    default = plan.model.schedules(plan.recipe)[0]
+    guidance = f"guidance {default.guidance:g}" if default.guidance > 1 else "no guidance"
+    return f"{plan.schedule}, {default.steps} steps, {guidance}"
 
 
 def _download(plan: "Plan") -> str:

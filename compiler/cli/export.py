@@ -7,6 +7,7 @@ import typer
 
 from qie.compiler.cli.options import (
     DEFAULT_MODEL,
+    AllowUnreadOption,
     CalibrationOption,
     GpuOption,
     LoraOption,
@@ -27,6 +28,7 @@ def export(
     lora: LoraOption = None,
     calibration: CalibrationOption = None,
     revision: RevisionOption = None,
+    allow_unread: AllowUnreadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the graphs of a model as ONNX files.
@@ -35,7 +37,15 @@ def export(
     """
     from qie.compiler.planning.resolve import plan_build
 
-    plan = plan_build(model, gpu=gpu, loras=lora or (), calibration=calibration, out=out, revision=revision)
+    plan = plan_build(
+        model,
+        gpu=gpu,
+        loras=lora or (),
+        calibration=calibration,
+        out=out,
+        revision=revision,
+        allow_unread=allow_unread,
+    )
 
     from qie.compiler.packing.export import export_graphs
 

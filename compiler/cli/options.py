@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DEFAULT_MODEL", "CalibrationOption", "GpuOption", "LoraOption", "ModelArgument", "RevisionOption"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "AllowUnreadOption",
+    "CalibrationOption",
+    "GpuOption",
+    "LoraOption",
+    "ModelArgument",
+    "RevisionOption",
+    "ScheduleOption",
+]
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-Edit-2511"
 
@@ -22,5 +31,15 @@ CalibrationOption = Annotated[
         help="Calibration file written by `qie calibrate`; required by recipes that quantize.",
         show_default="the recipe's, else the model's own",
     ),
+]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Schedule of a distilled LoRA: lightning, lightning-4, lightning-8, or checkpoint for the model's own.",
+        show_default="what the LoRAs say",
+    ),
+]
+AllowUnreadOption = Annotated[
+    bool, typer.Option("--allow-unread", help="Accept tensors of the checkpoint that nothing reads.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]

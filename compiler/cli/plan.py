@@ -34,7 +34,7 @@ def plan(
     """
     from qie.compiler.planning.resolve import plan_build
 
-    planned = plan_build(model, gpu=gpu, revision=revision)
+    planned = plan_build(model, gpu=gpu, revision=revision, allow_unread=True)
 
     from qie.compiler.planning.estimate import estimate, refusal
     from qie.compiler.planning.workload import workload

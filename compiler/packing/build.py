@@ -33,6 +33,8 @@ def build(
     out: str | Path | None = ...,
     name: str | None = ...,
     revision: str | None = ...,
+    schedule: str | None = ...,
+    allow_unread: bool = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
 
@@ -46,6 +48,8 @@ def build(
     out: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
+    schedule: str | None = None,
+    allow_unread: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
@@ -54,13 +58,15 @@ def build(
     earlier bundle with an equal key and undamaged files are kept.
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next six arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the next eight arguments belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
         out: see ``plan_build``.
         name: see ``plan_build``.
         revision: see ``plan_build``.
+        schedule: see ``plan_build``.
+        allow_unread: see ``plan_build``.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
             another thread.
 
@@ -69,10 +75,20 @@ def build(
             ``check_download``), its weights are damaged, or a builder failed. Nothing half-written is left.
     """
     if isinstance(model, str | Path):
-        plan = plan_build(model, gpu=gpu, loras=loras, calibration=calibration, out=out, name=name, revision=revision)
+        plan = plan_build(
+            model,
+            gpu=gpu,
+            loras=loras,
+            calibration=calibration,
+            out=out,
+            name=name,
+            revision=revision,
+            schedule=schedule,
+            allow_unread=allow_unread,
+        )
     else:
-        decided = (gpu, tuple(loras), calibration, out, name, revision)
-        assert decided == ("cpu", (), None, None, None, None), "a plan has decided these arguments"
+        decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread)
+        assert decided == ("cpu", (), None, None, None, None, None, False), "a plan has decided these arguments"
         plan = model
 
     from qie.compiler.packing.pack import pack

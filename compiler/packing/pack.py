@@ -16,6 +16,7 @@ from qie.compiler.checkpoint.lora import fused_reader
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
+from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.planning.keys import engine_key, graph_keys, reusable_engines
 from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
@@ -103,6 +104,8 @@ def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
         CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
     """
     readers = plan.checkpoint.readers()
+    if not plan.allow_unread:
+        check_unread(readers, plan.read, plan.model)
     if plan.loras:
         readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
     for planned in plan.components:

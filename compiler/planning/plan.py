@@ -4,7 +4,7 @@ A plan takes configs and graphs, no weights: it is what ``qie build --dry-run`` 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import Checkpoint
-from qie.compiler.checkpoint.lora import Lora
+from qie.compiler.checkpoint.distilled import CHECKPOINT, distilled_model, find_schedule
+from qie.compiler.checkpoint.lora import Lora, fused_reader
 from qie.compiler.checkpoint.model import Model
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
+from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantization.calibration import Calibration
@@ -21,15 +25,18 @@ from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
 from qie.compiler.recipe.schema import BackendName, Recipe
-from qie.compiler.weights.modulation import modulation_dtype, modulation_weights
+from qie.compiler.weights.modulation import modulation_weights
 from qie.compiler.weights.stream import total_bytes
-from qie.compiler.weights.weight import DType
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CheckpointError
 from qie.engines.inputs.schedule import sigmas
 
 __all__ = ["Plan", "PlannedComponent", "make_plan", "recipe_schedules"]
+
+
+LORA_WEIGHT_USUAL = 10
+"""Weights of LoRAs beyond this are worth a note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +108,8 @@ class Plan:
         modulation_bytes: size of the modulation weights; as bfloat16, as published, where no weights are here yet.
         table_steps: rows of modulation tables that the recipe's schedules need.
         tables_bytes: size of these tables.
+        schedule: name of the schedule of its edits (``qie.compiler.checkpoint.distilled``).
+        allow_unread: whether tensors that nothing reads are accepted.
         destination: folder of the bundle.
     """
 
@@ -114,11 +123,28 @@ class Plan:
     table_steps: int
     tables_bytes: int
     destination: Path
+    schedule: str = CHECKPOINT
+    allow_unread: bool = False
 
     @property
     def model(self) -> Model:
         """What the configs of the checkpoint say."""
         return self.checkpoint.model
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know before the build."""
+        return tuple(
+            f"the weight of {lora.name} is {lora.weight:g}: LoRAs are made for weights near 1, and a result that is no "
+            "number is refused"
+            for lora in self.loras
+            if abs(lora.weight) > LORA_WEIGHT_USUAL
+        )
+
+    @property
+    def read(self) -> dict[Subfolder, set[str]]:
+        """Names of the checkpoint's tensors that the build reads, by subfolder."""
+        return _read_names(self.components, self.model)
 
     @property
     def bytes(self) -> int:
@@ -139,20 +165,40 @@ def make_plan(
     loras: Sequence[Lora],
     destination: Path,
     calibration: Calibration | None = None,
+    schedule: str | None = None,
+    allow_unread: bool = False,
 ) -> Plan:
     """Plan the build of ``checkpoint`` by ``recipe`` into the folder ``destination``.
 
     Without ``calibration``, a recipe that quantizes can be planned but not built.
 
+    Args:
+        checkpoint: the model.
+        recipe_name: name or path of the recipe.
+        recipe: the resolved recipe.
+        loras: to fuse, in this order.
+        destination: folder of the bundle.
+        calibration: statistics of the quantized linears.
+        schedule: see ``find_schedule``.
+        allow_unread: accept tensors that nothing reads.
+
     Raises:
-        CheckpointError: the weights that are here do not belong to the configs.
+        CheckpointError: the weights that are here do not belong to the configs, a LoRA does not belong to the model,
+            or nothing reads some tensors.
         ExportError, RecipeError: the graphs do not express the configs or the recipe.
         CalibrationError: the calibration lacks a linear.
     """
     checkpoint.check_layers()
+    schedule = find_schedule(schedule, loras)
+    checkpoint = replace(checkpoint, model=distilled_model(checkpoint.model, schedule))
     model = checkpoint.model
     config = model.transformer
-    modulation = modulation_weights(config, _modulation_dtype(checkpoint))
+    readers = _readers(checkpoint)
+    transformer = None if readers is None else fused_reader(readers["transformer"], loras)
+    modulation = modulation_weights(config, transformer)
+    components = tuple(_planned(component, model, recipe, calibration) for component in GRAPHS)
+    if readers is not None and not allow_unread:
+        check_unread(readers, _read_names(components, model), model)
     size = 4 if graph_dtype(recipe, "transformer") == "float32" else 2
     steps = sum(len(s) - 1 for s in recipe_schedules(model, recipe))
     return Plan(
@@ -161,11 +207,13 @@ def make_plan(
         recipe=recipe,
         loras=tuple(loras),
         calibration=calibration,
-        components=tuple(_planned(component, model, recipe, calibration) for component in GRAPHS),
+        components=components,
         modulation_bytes=total_bytes(modulation),
         table_steps=steps,
         tables_bytes=steps * size * config.width * (config.layers * config.modulation_rows + 2),
         destination=destination,
+        schedule=schedule,
+        allow_unread=allow_unread,
     )
 
 
@@ -179,11 +227,20 @@ def recipe_schedules(model: Model, recipe: Recipe) -> list[NDArray[np.float32]]:
     return list(distinct.values())
 
 
-def _modulation_dtype(checkpoint: Checkpoint) -> DType:
+def _readers(checkpoint: Checkpoint) -> dict[Subfolder, TensorReader] | None:
     try:
-        return modulation_dtype(checkpoint.reader("transformer"))
+        return checkpoint.readers()
     except CheckpointError:  # no weights here yet, or damaged ones, which the build rejects
-        return "bfloat16"
+        return None
+
+
+def _read_names(components: Sequence[PlannedComponent], model: Model) -> dict[Subfolder, set[str]]:
+    names: dict[Subfolder, set[str]] = {subfolder: set() for subfolder in SUBFOLDERS}
+    for planned in components:
+        for weight in planned.graph.weights:
+            names[weight.subfolder].add(weight.source)
+    names["transformer"] |= {weight.source for weight in modulation_weights(model.transformer, None)}
+    return names
 
 
 def _planned(component: Component, model: Model, recipe: Recipe, calibration: Calibration | None) -> PlannedComponent:

@@ -36,6 +36,8 @@ def plan_build(
     out: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
+    schedule: str | None = None,
+    allow_unread: bool = False,
 ) -> "Plan":
     """Plan the build of a bundle. Of a hub id only the configs are downloaded.
 
@@ -48,6 +50,9 @@ def plan_build(
         out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
         name: name of the bundle there; None for MODEL-GPU, and after it the LoRAs.
         revision: branch, tag or commit of a hub id.
+        schedule: that a distilled LoRA was trained for: "lightning", "lightning-4", "lightning-8", or "checkpoint" for
+            the checkpoint's own; None for what the LoRAs say.
+        allow_unread: accept tensors of the checkpoint that nothing reads.
 
     Raises:
         BackendMissingError: ``qie[compile]`` is not installed.
@@ -84,6 +89,8 @@ def plan_build(
         loras=opened,
         destination=named if out is None else Path(out),
         calibration=find_calibration(given, checkpoint.path) if given or recipe.quantizes else None,
+        schedule=schedule,
+        allow_unread=allow_unread,
     )
 
 

@@ -15,26 +15,27 @@ from qie.engines.bundle.manifest import FileRecord, ModulationRecord, Modulation
 from qie.engines.bundle.modulation_rows import linears
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_dtype", "modulation_weights", "write_modulation"]
+__all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_weights", "write_modulation"]
 
 MODULATION_FILE = "modulation.weights"
 
 
-def modulation_dtype(reader: TensorReader) -> DType:
-    """The dtype in which a bundle stores the modulation weights: bfloat16 where the checkpoint has it, else float32."""
-    return "bfloat16" if reader.dtype("norm_out.linear.weight") == "bfloat16" else "float32"
-
-
-def modulation_weights(config: TransformerConfig, dtype: DType) -> tuple[Weight, ...]:
+def modulation_weights(config: TransformerConfig, reader: TensorReader | None) -> tuple[Weight, ...]:
     """Every tensor that only the timestep reaches, in the checkpoint's own layout and names.
 
-    Matrices have ``dtype``. Biases are float32, because smoothing adds 1 / s - 1 to them.
+    A matrix is bfloat16 where ``reader`` has it so, and float32 elsewhere, as where a LoRA was added to it. Without a
+    reader all are bfloat16, as published. Biases are float32, because smoothing adds 1 / s - 1 to them.
     """
+    known = frozenset() if reader is None else frozenset(reader.names())
+
+    def dtype(name: str) -> DType:
+        return "float32" if reader is not None and name in known and reader.dtype(name) != "bfloat16" else "bfloat16"
+
     return tuple(
         weight
         for name, shape in linears(config.layers, config.width).items()
         for weight in (
-            Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype),
+            Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype(f"{name}.weight")),
             Weight(name=f"{name}.bias", subfolder="transformer", shape=shape[:1], dtype="float32"),
         )
     )
@@ -48,7 +49,7 @@ def write_modulation(
     tables: DType,
     progress: StageProgress = no_progress,
 ) -> ModulationRecord:
-    """Stream the modulation weights into ``folder``; see ``modulation_dtype`` for their dtype.
+    """Stream the modulation weights into ``folder``; see ``modulation_weights`` for their dtypes.
 
     Args:
         config: dimensions of the transformer.
@@ -61,8 +62,7 @@ def write_modulation(
         CheckpointError: a tensor is missing or of another shape.
         BuildError: the disk is full.
     """
-    dtype = modulation_dtype(readers["transformer"])
-    weights = modulation_weights(config, dtype)
+    weights = modulation_weights(config, readers["transformer"])
     written = write_weights(weights, readers, folder / MODULATION_FILE, progress=progress)
     offsets = {entry.name: entry.offset for entry in written.entries}
     return ModulationRecord(
@@ -88,7 +88,7 @@ class CheckpointModulation:
 
     def __init__(self, config: TransformerConfig, reader: TensorReader) -> None:
         self._reader = reader
-        self._weights = {weight.name: weight for weight in modulation_weights(config, modulation_dtype(reader))}
+        self._weights = {weight.name: weight for weight in modulation_weights(config, reader)}
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32.
