@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from qie.engines.errors import BundleError
 from qie.engines.files import qie_home, replacing
 
 __all__ = ["Cache", "tables_cache"]
@@ -73,7 +74,12 @@ def tables_cache(folder: Path | None = None) -> Cache:
 
     ``folder`` None is ``modulation`` in ``qie_home()``.
     """
-    return Cache(qie_home() / "modulation" if folder is None else folder, bytes_max=_TABLES_BYTES)
+    if folder is None:
+        try:
+            folder = qie_home() / "modulation"
+        except BundleError:  # nothing is kept
+            folder = Path(os.devnull) / "modulation"
+    return Cache(folder, bytes_max=_TABLES_BYTES)
 
 
 def _name(text: str) -> str:

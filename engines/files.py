@@ -28,6 +28,9 @@ __all__ = [
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed)", re.DOTALL)
 """What a process that was killed leaves: half-written (tmp), moved aside (old), or half-deleted (removed)."""
 
+_LONGEST_NAME = 200
+"""Bytes of a name that a temporary name contains whole: file systems allow 255."""
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What flock says on a file system that has no locks."""
 
@@ -77,7 +80,7 @@ def sync(path: Path) -> None:
 
 def temporary_name(path: Path, kind: str = "tmp") -> Path:
     """A hidden name beside ``path`` that nobody else uses or can guess."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{kind}")
+    return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(8)}.{kind}")
 
 
 def leftovers_of(parent: Path, name: str | None = None) -> list[tuple[Path, str, str]]:
@@ -90,7 +93,16 @@ def leftovers_of(parent: Path, name: str | None = None) -> list[tuple[Path, str,
     except OSError:
         return []
     found = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
-    return [(entry, match["name"], match["kind"]) for entry, match in found if name in (None, match["name"])]
+    wanted = None if name is None else _shortened(name)
+    return [(entry, match["name"], match["kind"]) for entry, match in found if wanted in (None, match["name"])]
+
+
+def _shortened(name: str) -> str:
+    """``name``, or where it is so long that nothing can be added to it, its beginning and its digest."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    return f"{name[:40]}~{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
 def is_leftover(path: Path) -> bool:

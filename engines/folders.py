@@ -135,9 +135,10 @@ def clear_leftovers(path: Path) -> None:
 def restore_moved(parent: Path, name: str | None = None) -> None:
     """Put back the folders in ``parent``, of one name or of any, that killed processes had moved aside."""
     for leftover, moved, kind in leftovers_of(parent, name):
-        if kind == "old" and not (parent / moved).exists():
+        target = parent / (moved if name is None else name)
+        if kind == "old" and not target.exists():
             with suppress(OSError):
-                leftover.rename(parent / moved)
+                leftover.rename(target)
 
 
 def leftovers(parent: Path) -> tuple[Path, ...]:

@@ -1,15 +1,17 @@
 """The machine at hand: CPU, memory, GPUs and installed packages. Nothing heavy is imported."""
 
+import contextlib
 import ctypes
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["GIB", "Gpu", "Machine", "this_machine", "version_of"]
+__all__ = ["GIB", "Gpu", "Machine", "memory_bytes", "this_machine", "version_of"]
 
 GIB = 2**30
 """Bytes of a GiB."""
@@ -40,7 +42,7 @@ class Machine:
         system: name and release of the operating system.
         cpu: name of the CPU.
         cores: that this process may use.
-        memory_gib: of the machine.
+        memory_gib: that this process may use: of the machine, or of its container.
         gpus: its NVIDIA GPUs.
         cuda: latest CUDA that the driver serves; None without a driver.
     """
@@ -55,16 +57,27 @@ class Machine:
 
 def this_machine() -> Machine:
     """Examine this machine; without a driver it has no GPU."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else 0.0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=f"{platform.system()} {platform.release()}",
         cpu=_cpu(),
         cores=cores,
-        memory_gib=round(memory, 1),
+        memory_gib=round(memory_bytes() / GIB, 1),
         gpus=_gpus(),
         cuda=_cuda(),
     )
+
+
+def memory_bytes(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may use: the machine's, or less by its control group (v2, v1) or address space limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            limits.append(int((control_groups / name).read_text()))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft)
+    return min(limits)
 
 
 def version_of(package: str) -> str | None:

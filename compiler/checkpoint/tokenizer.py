@@ -14,7 +14,7 @@ from qie.engines.inputs.prompt import PREFIX, PREFIX_TOKENS
 from qie.engines.inputs.tokenizer import WORDS
 from qie.engines.inputs.tokenizer import load_tokenizer as parse_tokenizer
 
-__all__ = ["byte_level", "check_tokenizer", "load_tokenizer"]
+__all__ = ["byte_level", "check_tokenizer", "load_tokenizer", "tokenizer_files"]
 
 _REQUIRED = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 """The special tokens of the prompt template."""
@@ -50,6 +50,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if missing:
         raise CheckpointError(f"the tokenizer in {folder} lacks {', '.join(missing)}; download the checkpoint again")
     return tokenizer
+
+
+def tokenizer_files(path: Path) -> tuple[Path, ...]:
+    """The files of the tokenizer of the checkpoint ``path`` that are about as large as the bundle's one file."""
+    names = ("tokenizer.json", "vocab.json", "merges.txt")
+    return tuple(
+        file for folder in ("tokenizer", "processor") for name in names if (file := path / folder / name).is_file()
+    )
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:

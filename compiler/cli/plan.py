@@ -102,6 +102,7 @@ def describe(estimated: "Estimate") -> str:
             _memory_table(estimated),
             "",
             f"{recipe.residency} engines: {human_memory(estimated.gpu_bytes)} of {recipe.memory_gib:g} GiB",
+            *_shortages(estimated),
             "",
             *(wrap(line) for line in (f"One run of each component: {work.size}, {images}", *work.notes)),
             "",
@@ -114,6 +115,21 @@ def describe(estimated: "Estimate") -> str:
             wrap(f"Counted from the graphs, not measured; {times}."),
         ]
     )
+
+
+def _shortages(estimated: "Estimate") -> list[str]:
+    """What this machine lacks of the memory that the build needs, and on a CPU the edit."""
+    from qie.engines.machine import memory_bytes
+
+    here = memory_bytes()
+    needs = [("the build", estimated.host_bytes)]
+    if estimated.plan.recipe.compute_capability is None:
+        needs.append(("the largest edit", estimated.gpu_bytes))
+    return [
+        wrap(f"note: {what} needs {human_memory(needed)}, and this machine has {human_memory(here)}")
+        for what, needed in needs
+        if needed > here
+    ]
 
 
 def _build_table(estimated: "Estimate") -> str:

@@ -59,14 +59,16 @@ class Cost:
     Attributes:
         work: operations by kind and dtype, each pair once.
         moved_bytes: memory traffic of the products.
-        activation_bytes: peak size of the intermediate tensors.
+        activation_bytes: peak size of the intermediate tensors, and of the scores that the largest attention makes.
         io_bytes: size of inputs and outputs.
+        scores_bytes: of ``activation_bytes``, what are scores; 0 where attention makes none.
     """
 
     work: tuple[Work, ...]
     moved_bytes: int
     activation_bytes: int
     io_bytes: int
+    scores_bytes: int
 
     def flops(self, kind: Kind | None = None) -> int:
         """Operations of one kind, or of all."""
@@ -92,8 +94,10 @@ class _Tensor:
         return math.ceil(math.prod(self.shape) * self.dtype.bitwidth / 8)
 
 
-def cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:
+def cost(graph: Graph, sizes: Mapping[str, int], *, scores: bool | None = None) -> Cost:
     """The cost of one run of ``graph``; ``sizes`` gives every free dimension of its inputs.
+
+    ``scores`` says whether attention makes them, as onnxruntime's kernel for CPUs does; None is for a float32 graph.
 
     Causal and masked attention count as if every query saw every key; a kernel that skips the masked part does less.
     """
@@ -102,12 +106,25 @@ def cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
     tensors = _tensors(model.graph, {})
     flops, moved, peak = _run(model.graph, tensors, weights=weights, held=weights | ends)
+    made = graph.dtype == "float32" if scores is None else scores
+    largest = max((_scores(node, tensors) for node in model.graph.node), default=0) if made else 0
     return Cost(
         work=tuple(Work(kind=kind, dtype=dtype, flops=count) for (kind, dtype), count in flops.items()),
         moved_bytes=moved,
-        activation_bytes=peak,
+        activation_bytes=peak + largest,
         io_bytes=sum(tensors[name].bytes for name in ends),
+        scores_bytes=largest,
     )
+
+
+def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
+    """Bytes of an attention's scores, float32 [batch, heads, queries, keys], and of a mask and its sum with them."""
+    if node.op_type != "Attention":
+        return 0
+    attributes = {a.name: a.i for a in node.attribute}
+    (batch, queries, _), (_, keys, _) = (tensors[name].shape for name in node.input[:2])
+    masked = bool(attributes.get("is_causal")) or (len(node.input) > 3 and bool(node.input[3]))
+    return 4 * batch * queries * keys * (attributes["q_num_heads"] + 2 * masked)
 
 
 def _run(

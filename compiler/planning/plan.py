@@ -17,6 +17,7 @@ from qie.compiler.checkpoint.lora import Lora, fused_reader
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
+from qie.compiler.checkpoint.tokenizer import tokenizer_files
 from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
@@ -34,6 +35,12 @@ from qie.engines.inputs.schedule import sigmas
 
 __all__ = ["Plan", "PlannedComponent", "make_plan", "recipe_schedules"]
 
+
+NODE_BYTES = 700
+"""More than a node and its weights have in a graph's file: 500 bytes where names are longest."""
+
+MANIFEST_BYTES = 200_000
+"""More than a manifest has, with the recipe in it."""
 
 LORA_WEIGHT_USUAL = 10
 """Weights of LoRAs beyond this are worth a note."""
@@ -153,8 +160,12 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Peak use of the disk during the build."""
-        return self.bytes + max(c.transient_bytes for c in self.components)
+        """Peak use of the disk during the build, with graphs, tokenizer, calibration and manifest."""
+        graphs = NODE_BYTES * sum(c.nodes for c in self.components)
+        calibration = self.calibration.source if self.calibration is not None and self.recipe.quantizes else None
+        files = [calibration, *tokenizer_files(self.checkpoint.path)]
+        others = sum(file.stat().st_size for file in files if file is not None and file.is_file())
+        return self.bytes + max(c.transient_bytes for c in self.components) + graphs + others + MANIFEST_BYTES
 
 
 def make_plan(

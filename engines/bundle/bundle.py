@@ -211,12 +211,15 @@ def locate(name: str | Path | None) -> Path:
                 option="bundle",
             )
         return newest
-    for path in (bundles_folder() / name, Path(name)):
+    for folder in (bundles_folder, Path):
         try:
+            path = folder() / name
             restore_moved(path.parent, path.name)
             if (path / MANIFEST).is_file() and not is_leftover(path):
                 return path
         except (OSError, ValueError):  # a name that no file can have
+            continue
+        except BundleError:  # there is no home, and none is needed for a path
             continue
     names = ", ".join(path.name for path in bundles()) or "none"
     raise BundleError(

@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qie.engines.bundle.specs import Areas, Size
 from qie.engines.errors import ImageError
-from qie.engines.files import existing, replacing, temporary_name
+from qie.engines.files import existing, replacing
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
@@ -40,6 +40,9 @@ __all__ = [
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded: twice Pillow's MAX_IMAGE_PIXELS, where Pillow itself suspects a decompression bomb."""
+
+LONGEST_PATH = 4000
+"""Bytes of a path, less than Linux's PATH_MAX by a temporary name."""
 
 MAX_PIPE_BYTES = 1 << 28
 """Most that is read from a pipe."""
@@ -273,12 +276,9 @@ def check_output(path: Path) -> None:
             is read-only, or the name is too long.
     """
     try:
-        longest = os.pathconf(existing(path.parent), "PC_NAME_MAX")
-        too_long = (
-            "\0" in str(path)
-            or len(os.fsencode(temporary_name(path).name)) > longest
-            or len(os.fsencode(path.absolute())) > 4000
-        )
+        longest = min(os.pathconf(existing(path.parent), "PC_NAME_MAX"), 255)
+        long = len(os.fsencode(path.name)) > longest or len(os.fsencode(path.absolute())) > LONGEST_PATH
+        too_long = long or "\0" in str(path)
     except (OSError, ValueError, UnicodeError):  # a name that no file can have
         too_long = True
     if too_long:

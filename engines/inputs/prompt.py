@@ -48,6 +48,10 @@ _IMAGE_TEMPLATES = {
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", _IMAGE_PAD, "<|video_pad|>")
 
 
+LONGEST_TOKEN = 256
+"""Characters that a token may have: the longest of Qwen's vocabulary has 128 (a run of spaces)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptTokens:
     """A batch of prompts about the same images, padded on the right to S tokens.
@@ -119,15 +123,25 @@ def encode(
 
 
 def _check_instruction(tokenizer: "Tokenizer", instruction: str, spec: PromptSpec, allow_blank: bool) -> None:
+    what = "the negative prompt" if allow_blank else "the instruction"
+    option = "negative" if allow_blank else "instructions"
     if not instruction.strip() and not allow_blank:
-        raise RequestError("the instruction is empty; describe what to change in the image", option="instructions")
+        raise RequestError("the instruction is empty; describe what to change in the image", option=option)
+    if len(instruction) > LONGEST_TOKEN * spec.max_instruction_tokens:
+        raise RequestError(
+            f"{what} has {len(instruction):,} characters, more than {spec.max_instruction_tokens} tokens can have; "
+            "shorten it",
+            option=option,
+        )
+    if any("\ud800" <= character <= "\udfff" for character in instruction):
+        raise RequestError(f"{what} is not UTF-8 text; write it again", option=option)
     for token in _VISION_TOKENS:
         if token in instruction:
-            raise RequestError(f"the instruction contains {token}, which marks an image in the prompt; remove it")
+            raise RequestError(f"{what} contains {token}, which marks an image in the prompt; remove it", option=option)
     tokens = len(tokenizer.encode(instruction, add_special_tokens=False).ids)
     if tokens > spec.max_instruction_tokens:
         raise RequestError(
-            f"the instruction has {tokens} tokens, expected at most {spec.max_instruction_tokens}; shorten it"
+            f"{what} has {tokens} tokens, expected at most {spec.max_instruction_tokens}; shorten it", option=option
         )
 
 

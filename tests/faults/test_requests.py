@@ -25,7 +25,7 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
     "instruction first": (("make it red", "photo.png"), "give the images first, then what to change"),
     "one word": (("photo.png",), "give the images first, then what to change"),
     "long instruction first": (("make it red " * 40, "photo.png"), "give the images first"),
-    "name too long": (("p" * 300 + ".png", "x"), "cannot be used .File name too long.; check its name"),
+    "name too long": (("p" * 300 + ".png", "x"), "cannot be read .File name too long.; check its name"),
     "steps 0": (("photo.png", "x", "--steps", "0"), "steps is 0, expected at least 1; use more"),
     "steps negative": (("photo.png", "x", "--steps", "-5"), "steps is -5, expected at least 1; use more"),
     "too many steps": (
@@ -124,7 +124,10 @@ def test_a_larger_model_than_the_memory(qie: Qie, refusal: Refusal, monkeypatch:
         raise MemoryError
 
     monkeypatch.setattr("qie.engines.editing.editor.open_bundle", fail)
-    assert_says(refusal(qie("run", "photo.png", "x")), "too little memory; close other programs or use a smaller model")
+    assert_says(
+        refusal(qie("run", "photo.png", "x", "--bundle", "x")),
+        "too little memory; close other programs or use a smaller model",
+    )
 
 
 def test_the_smallest_of_everything_is_not_refused(qie: Qie, workplace: Path) -> None:

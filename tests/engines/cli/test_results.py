@@ -72,7 +72,7 @@ def test_a_link_stays_a_link(workplace: Path) -> None:
     assert opened("real.png").size == (32, 32)
 
 
-@pytest.mark.parametrize("stem", ["o" * 230, "o" * 252, "ö" * 120, "o" * 5000, "o\0"])
+@pytest.mark.parametrize("stem", ["o" * 252, "ö" * 126, "o" * 5000, "o\0"])
 def test_a_name_that_no_file_can_have_is_refused_before_the_work(workplace: Path, stem: str) -> None:
     with pytest.raises(ImageError, match="is too long for a file, or no name of one; choose another"):
         results(f"{stem}.png")
@@ -81,7 +81,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(workplace: Path
 
 
 def test_a_name_as_long_as_can_be(workplace: Path) -> None:
-    longest = os.pathconf(".", "PC_NAME_MAX") - len(".") - len(".0123456789abcdef.tmp") - len(".png")
+    longest = os.pathconf(".", "PC_NAME_MAX") - len(".png")
     results("o" * longest + ".png").save(0, smooth_image(32, 32))
     with pytest.raises(ImageError, match="is too long"):
         results("o" * (longest + 1) + ".png")
