@@ -25,8 +25,13 @@ __all__ = [
     "try_lock",
 ]
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed)", re.DOTALL)
-"""What a process that was killed leaves: half-written (tmp), moved aside (old), or half-deleted (removed)."""
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed)", re.DOTALL)
+"""What a process that was killed leaves: half-written (tmp), moved aside (old), or half-deleted (removed).
+
+The token is random; the first versions of qie took the number of the process."""
+
+_OURS = re.compile(r"manifest\.json|tokenizer\.json|calibration\.npz|schedules|.+\.(onnx|weights|part|engine|json)")
+"""Names in a folder of those first versions."""
 
 _LONGEST_NAME = 200
 """Bytes of a name that a temporary name contains whole: file systems allow 255."""
@@ -92,9 +97,20 @@ def leftovers_of(parent: Path, name: str | None = None) -> list[tuple[Path, str,
         entries = sorted(parent.iterdir())
     except OSError:
         return []
-    found = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
+    matches = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
+    found = [(entry, match) for entry, match in matches if _is_ours(entry, match)]
     wanted = None if name is None else _shortened(name)
     return [(entry, match["name"], match["kind"]) for entry, match in found if wanted in (None, match["name"])]
+
+
+def _is_ours(entry: Path, match: re.Match[str]) -> bool:
+    """Whether qie made ``entry``: a token of 16 digits is its own, a shorter one may be anybody's."""
+    if len(match["token"]) == 16:
+        return True
+    try:
+        return entry.is_dir() and all(_OURS.fullmatch(file.name) for file in entry.iterdir())
+    except OSError:
+        return False
 
 
 def _shortened(name: str) -> str:

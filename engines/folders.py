@@ -119,7 +119,7 @@ def replacing_folder(path: Path, *, lock: str = WORK_LOCK) -> Iterator[Path]:
         _flush(folder)
         _publish(folder, path)
         if lock == WORK_LOCK:
-            (path / lock).unlink()
+            _unlink_own(path / lock, descriptor)
     finally:
         os.close(descriptor)
         remove_leftover(folder)
@@ -182,6 +182,13 @@ def remove_leftover(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return not folder.exists()
+
+
+def _unlink_own(path: Path, descriptor: int) -> None:
+    """Unlink the open file, unless another folder has taken its place meanwhile."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(descriptor)):
+            path.unlink()
 
 
 def _remove(entry: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any
@@ -73,7 +74,9 @@ class Bars:
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
     """Print ``text`` on stdout or stderr; what a file says cannot control the terminal."""
     stream = sys.stderr if err else sys.stdout
-    if stream is not None:  # closed by who started this process
+    if stream is None:  # closed by who started this process
+        return
+    with suppress(OSError) if err else nullcontext():  # a note that nobody can read stops nothing
         print(printable(text), file=stream, end=end, flush=True)
 
 

@@ -82,8 +82,14 @@ class Lora:
         return difference
 
     def digest(self) -> str:
-        """sha256 (hex) of the file."""
-        return sha256_of(self.path)
+        """sha256 (hex) of the file, whose tensors these are.
+
+        Raises:
+            CheckpointError: the file was changed since it was opened.
+        """
+        digest = sha256_of(self.path)
+        self.reader.check_unchanged()
+        return digest
 
     def pair_for(self, name: str, shape: tuple[int, ...]) -> _Pair | None:
         """The matrices for the tensor ``name`` of this shape; None if the LoRA does not touch it.

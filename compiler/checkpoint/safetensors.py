@@ -6,6 +6,7 @@ byte range, and then the bytes of all tensors without gaps (safetensors, README.
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class WrappedReader:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tensor:
     file: Path
+    state: tuple[int, ...]
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
@@ -129,12 +131,30 @@ class SafetensorsReader:
         return self._find(name).dtype.name
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as a read-only view of its mapped file; the mapping lives as long as the view."""
+        """The tensor as a read-only view of its mapped file; the mapping lives as long as the view.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file is another one than when it was opened.
+        """
         tensor = self._find(name)
         if tensor.length == 0:
             return np.empty(tensor.shape, tensor.dtype)
-        mapped = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        with tensor.file.open("rb") as file:
+            if _state(file.fileno()) != tensor.state:
+                raise CheckpointError(f"{tensor.file} was changed while it was read; start again")
+            mapped = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.length,))
         return mapped.view(np.ndarray).view(tensor.dtype).reshape(tensor.shape)
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when they were opened.
+
+        Raises:
+            CheckpointError: one was changed or replaced.
+        """
+        for tensor in {tensor.file: tensor for tensor in self.tensors.values()}.values():
+            with tensor.file.open("rb") as file:
+                if _state(file.fileno()) != tensor.state:
+                    raise CheckpointError(f"{tensor.file} was changed while it was read; start again")
 
     def _find(self, name: str) -> _Tensor:
         if name not in self.tensors:
@@ -240,8 +260,8 @@ def _rename(source: Path, stored: dict[str, _Tensor], canonical: Callable[[str],
 
 def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            state, size = _state(file.fileno()), path.stat().st_size
             prefix = file.read(_LENGTH_BYTES)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else -1
             if not 2 <= length <= min(size - _LENGTH_BYTES, _LONGEST_HEADER):
@@ -258,7 +278,7 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         base = _LENGTH_BYTES + length
-        tensors = {name: _parse_entry(path, name, entry, base) for name, entry in header.items()}
+        tensors = {name: _parse_entry(path, state, name, entry, base) for name, entry in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is no text")
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
@@ -277,7 +297,13 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _parse_entry(path: Path, name: str, entry: dict[str, Any], base: int) -> _Tensor:
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What tells whether an open file is still the one that was opened before."""
+    stat = os.fstat(descriptor)
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _parse_entry(path: Path, state: tuple[int, ...], name: str, entry: dict[str, Any], base: int) -> _Tensor:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}; "
@@ -292,4 +318,4 @@ def _parse_entry(path: Path, name: str, entry: dict[str, Any], base: int) -> _Te
         raise ValueError(f"{name}: shape {shape}, offsets {begin}, {end}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - begin} bytes for {dtype.name} {shape}")
-    return _Tensor(file=path, dtype=dtype, shape=shape, offset=base + begin, length=end - begin)
+    return _Tensor(file=path, state=state, dtype=dtype, shape=shape, offset=base + begin, length=end - begin)

@@ -1,5 +1,6 @@
 """``qie calibrate``: statistics for quantization, and which linears to exclude from it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
@@ -57,17 +58,24 @@ def calibrate(
     with compile_packages():
         from qie.compiler.checkpoint.checkpoint import open_checkpoint
         from qie.compiler.planning.checks import check_download
+        from qie.compiler.quantization.calibration import read_calibration
         from qie.compiler.quantization.measure import calibrate_model
         from qie.compiler.quantization.samples import draw_samples, read_images
         from qie.compiler.quantization.schemes import SCHEMES
         from qie.compiler.quantization.sensitivity import describe
 
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise CalibrationError(f"{out} cannot be written; name a file in an existing folder", option="out")
+    _check_file(out, "out")
+    ranking = ranking or out.with_suffix(".sensitivity.json")
+    if sensitivity:
+        _check_file(ranking, "ranking")
+    if sensitivity and ranking.absolute() == out.absolute():
+        raise CalibrationError(f"{ranking} is the calibration file too; name another one", option="ranking")
+    if out.exists():
+        read_calibration(out)  # nothing but a calibration is replaced
     names = [_checked(name, SCHEMES, "scheme") for name in scheme or ["fp8"]]
     quantizable = _checked(component, QUANTIZABLE, "component")
     texts = INSTRUCTIONS if instructions is None else _lines(instructions)
-    drawn = draw_samples(read_images(images), texts, samples)
+    drawn = draw_samples(read_images(images, samples), texts, samples)
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
     check_download(checkpoint, destination=out, output_bytes=0)
     with Bars(enabled=not as_json) as bars:
@@ -78,7 +86,7 @@ def calibrate(
             component=quantizable,
             schemes=[name for name in SCHEMES if name in names] if sensitivity else (),
             budget=budget,
-            ranking=ranking or out.with_suffix(".sensitivity.json"),
+            ranking=ranking,
             progress=bars,
         )
     linears = len(calibration.amax)
@@ -90,6 +98,13 @@ def calibrate(
     for one in rankings:
         say(describe(one))
     return None
+
+
+def _check_file(path: Path, option: str) -> None:
+    """Check that a file can be written, before work is spent on it."""
+    folder = path.absolute().parent
+    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CalibrationError(f"{path} cannot be written; name a file in an existing folder", option=option)
 
 
 def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:

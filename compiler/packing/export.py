@@ -48,6 +48,7 @@ def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress
                 )
                 places = written.places
             write_graph(planned.graph, folder / f"{planned.component}.onnx", location, places)
+        _check_destination(plan.destination)  # what came meanwhile is not lost
     return tuple(plan.destination / f"{planned.component}.onnx" for planned in plan.components)
 
 

@@ -7,10 +7,10 @@ from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.planning.plan import Plan
-from qie.engines.bundle.bundle import Bundle, is_bundle, open_bundle
+from qie.engines.bundle.bundle import Bundle, foreign_files, is_bundle, open_bundle
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, CalibrationError
-from qie.engines.files import existing
+from qie.engines.files import existing, is_leftover
 
 __all__ = ["check_buildable", "check_download", "missing_builder", "other_bundle"]
 
@@ -42,6 +42,13 @@ def check_buildable(plan: Plan) -> None:
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
         raise BuildError(f"{path} exists and is not a qie bundle; choose another folder or delete it", option="out")
+    foreign = foreign_files(path) if path.exists() else ()
+    if foreign:
+        raise BuildError(f"{path} also holds {foreign[0]}, which a build would delete; move it away", option="out")
+    if is_leftover(path) or not _is_utf8(path):
+        raise BuildError(
+            f"{path} is the name of a temporary folder, or no text in UTF-8; choose another folder", option="out"
+        )
     free = shutil.disk_usage(existing(path)).free
     if plan.disk_bytes > free:
         raise BuildError(
@@ -49,6 +56,15 @@ def check_buildable(plan: Plan) -> None:
             "free some space or choose a folder on another disk",
             option="out",
         )
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether onnxruntime can open files in ``path``."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def other_bundle(plan: Plan) -> Bundle | None:

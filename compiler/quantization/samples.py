@@ -73,19 +73,20 @@ class CalibrationSample:
     seed: int
 
 
-def read_images(folder: Path) -> list[Image.Image]:
-    """The images in ``folder``, sorted by name.
+def read_images(folder: Path, count: int) -> list[Image.Image]:
+    """The first ``count`` images in ``folder``, sorted by name; ``draw_samples`` uses no more for as many samples.
 
     Raises:
         CalibrationError: the folder has no images.
         RequestError: an image cannot be read.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise CalibrationError(
             f"{folder} has no images ({', '.join(SUFFIXES)}); name a folder of images like those to be edited"
         )
-    return [load_image(file).image for file in files]
+    return [load_image(file).image for file in files[:count]]
 
 
 def draw_samples(

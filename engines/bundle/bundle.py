@@ -18,6 +18,7 @@ __all__ = [
     "bundles",
     "bundles_folder",
     "check_file",
+    "foreign_files",
     "is_bundle",
     "locate",
     "open_bundle",
@@ -85,6 +86,16 @@ def is_bundle(path: Path) -> bool:
     except (ValueError, OSError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema", "qie", "engines"} <= data.keys()
+
+
+def foreign_files(path: Path) -> tuple[str, ...]:
+    """Names of files in the folder of a bundle that are not the bundle's, and would be lost with it."""
+    try:
+        known = {record.path for record in read_manifest(path).files()} | {MANIFEST}
+    except BundleError:  # whose files are not known
+        return ()
+    found = (file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+    return tuple(sorted(name for file in found if (name := file.relative_to(path).as_posix()) not in known))
 
 
 def open_bundle(name: str | Path | None = None) -> Bundle:
@@ -156,6 +167,9 @@ def remove_bundle(path: Path) -> bool:
     """
     if not is_bundle(path):
         raise BundleError(f"{path} was not built by qie and is not deleted; choose a bundle of `qie list`")
+    foreign = foreign_files(path)
+    if foreign:
+        raise BundleError(f"{path} also holds {foreign[0]}, which is not the bundle's; move it away")
     with suppress(BundleError):  # a damaged bundle is deleted like any other
         tables_cache().drop(read_manifest(path).model.modulation.file.sha256)
     deleted = remove_folder(path.resolve())

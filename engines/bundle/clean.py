@@ -13,7 +13,9 @@ __all__ = ["Unneeded", "remove", "unneeded"]
 _CACHES = {
     "modulation": "modulation tables of edits",
     "digests.json": "digests of checkpoints",
-    "cache": "kernels compiled for this GPU",
+    "cache/tensorrt-rtx": "kernels compiled for this GPU",
+    "cache/tensorrt": "kernels compiled for this GPU",
+    "cache/onnxruntime": "kernels compiled for this GPU",
     "timing": "timings of kernels from builds",
 }
 """Entry of ``qie_home()`` -> what it is. Each is made again when it is needed."""

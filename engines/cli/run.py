@@ -48,7 +48,7 @@ def run(
     match_input: Annotated[
         bool, typer.Option("--match-input", help="Resize the result to the last image's own size.")
     ] = False,
-    num_images: Annotated[int, typer.Option(min=1, help="Number of results, with consecutive seeds.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=256, help="Number of results, with consecutive seeds.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
     as_json: JsonOption = False,

@@ -4,9 +4,11 @@ Shape suffixes: H W C height, width and the 3 channels of an image, uint8 in 0 .
 """
 
 import io
+import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,14 @@ MAX_PIXELS = 178_956_970
 
 LONGEST_PATH = 4000
 """Bytes of a path, less than Linux's PATH_MAX by a temporary name."""
+
+_PNG_GRAY, _PNG_RGB = 0, 2
+"""Color types of the IHDR chunk."""
+
+REDUCED_PIXELS = 1 << 26
+"""Pixels beyond which an image is reduced before its colors are converted: 67 megapixels."""
+
+_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
 
 MAX_PIPE_BYTES = 1 << 28
 """Most that is read from a pipe."""
@@ -112,7 +122,7 @@ def load_image(path: Path) -> SourceImage:
     file = _opened_once(path)
     head, reader = _identify(path, file)
     try:
-        with reader(file) as image:
+        with warnings.catch_warnings(action="ignore"), reader(file) as image:
             _check_size(path, *image.size)
             notes = []
             if getattr(image, "is_animated", False):
@@ -120,9 +130,13 @@ def load_image(path: Path) -> SourceImage:
             if reader is PngImageFile and head[24] == 16:  # bit depth in the IHDR chunk
                 notes.append("16-bit reduced to 8-bit")
             image.load()
-            if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            if reader is PngImageFile:
+                _scale_transparency(image, depth=head[24], color=head[25])
+            whole, reduced = _reduced(image)
+            notes += reduced
+            if whole.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
                 notes.append("EXIF orientation applied")
-            rgb, color_notes = _to_rgb(ImageOps.exif_transpose(image))
+            rgb, color_notes = _to_rgb(ImageOps.exif_transpose(whole))
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode ({error}); make it smaller") from error
     except _DECODE_ERRORS as error:
@@ -180,13 +194,36 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
+def _reduced(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """A very large image at a whole fraction of its size, so that what follows takes no gigabytes."""
+    factor = math.ceil(math.sqrt(image.width * image.height / REDUCED_PIXELS))
+    if factor == 1 or image.mode not in _REDUCIBLE:
+        return image, []
+    exif, smaller = image.getexif(), image.reduce(factor)
+    smaller.info = dict(image.info)
+    smaller.getexif().update(exif)
+    return smaller, [f"{image.width}x{image.height} reduced to {smaller.width}x{smaller.height}"]
+
+
+def _scale_transparency(image: Image.Image, *, depth: int, color: int) -> None:
+    """Give the transparent color of a PNG (tRNS) the scale of the pixels; Pillow leaves it in that of the file."""
+    key = image.info.get("transparency")
+    if color == _PNG_GRAY and depth in (2, 4) and isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif color == _PNG_RGB and depth == 16 and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """Convert any mode that the readers give to sRGB of mode RGB, with notes on what was lost or added."""
     notes = []
     profile = image.info.get("icc_profile")
-    if image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     alpha = None
+    if image.mode == "I;16":
+        values, key = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if isinstance(key, int):
+            alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     color_mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -290,9 +327,10 @@ def check_output(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise ImageError(f"there is no folder {path.parent} for {path.name}; create it or choose another", option="out")
-    target = path.resolve()  # of a link, what it points to is written
-    if path.is_dir() or not os.access(target.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ImageError(f"{path} cannot be written (it is a folder, or read-only); choose another path", option="out")
+    folder = path.resolve().parent  # of a link, what it points to is written
+    writable = os.access(folder, os.W_OK) and (not path.exists() or (path.is_file() and os.access(path, os.W_OK)))
+    if not writable:
+        raise ImageError(f"{path} cannot be written (it is no file, or read-only); choose another path", option="out")
 
 
 def save_image(image: Image.Image, path: Path, *, overwrite: bool = True) -> None:

@@ -35,7 +35,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(image_folder: Path) -> tuple[CalibrationSample, ...]:
-    return draw_samples(read_images(image_folder), INSTRUCTIONS, 8)
+    return draw_samples(read_images(image_folder, 32), INSTRUCTIONS, 8)
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,14 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def test_samples_meet_each_other(image_folder: Path) -> None:
-    drawn = draw_samples(read_images(image_folder), INSTRUCTIONS, 32)
+    drawn = draw_samples(read_images(image_folder, 32), INSTRUCTIONS, 32)
     positions = sorted(sample.position for sample in drawn)
     assert positions[0] < 0.05 and positions[-1] > 0.95
     assert max(np.diff(positions)) < 0.05
     assert sum(sample.text == " " for sample in drawn) == 8
     assert {sample.text for sample in drawn} > set(INSTRUCTIONS[:2])
     assert len({round(sample.image.width / sample.image.height, 1) for sample in drawn}) >= 4
-    assert draw_samples(read_images(image_folder), INSTRUCTIONS, 32)[7].text == drawn[7].text
+    assert draw_samples(read_images(image_folder, 32), INSTRUCTIONS, 32)[7].text == drawn[7].text
 
 
 def test_what_is_seen_is_what_the_reference_computes(
