@@ -127,7 +127,8 @@ def test_a_folder_that_no_bundle_can_have(checkpoint: Path, tmp_path: Path, name
 @pytest.mark.parametrize(
     ("options", "said"),
     [(("-o", "photo.png"), "photo.png is not a qie calibration"),
-     (("-o", "missing/c.npz"), "name a file in an existing"), (("-o", "."), "name a file in an existing folder"), (("-o", "fifo"), "name a file in an existing folder"),
+     (("-o", "missing/c.npz"), "name a file in an existing"), (("-o", "."), "name a file in an existing folder"),
+     (("-o", "fifo"), "name a file in an existing folder"),
      (("-o", "c.npz", "--sensitivity", "--ranking", "c.npz"), "is the calibration file too"),
      (("-o", "c.npz", "--sensitivity", "--ranking", "missing/x.json"), "name a file in an existing folder")],
 )  # fmt: skip
