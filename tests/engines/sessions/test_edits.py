@@ -1,6 +1,7 @@
 """Whole edits on a fake GPU: the same bytes as on the CPU, and the order of work."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.bundle.manifest import COMPONENTS, Residency
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
@@ -223,3 +224,15 @@ def test_a_closed_editor_loads_again(folder: Path, gpu: Gpu, on_cpu: Editor) -> 
     editor.close()
     assert gpu.in_use == 0
     assert same(editor.edit(request()), on_cpu.edit(request()))
+
+
+@pytest.mark.parametrize("residency", ["resident", "sequential"])
+def test_threads_share_an_editor(folder: Path, on_cpu: Editor, gpu: Gpu, residency: Residency) -> None:
+    names = ["not guided", "one step", "another size"] * 4
+    expected = {name: on_cpu.edit(request(**REQUESTS[name])) for name in set(names)}
+    editor = editor_of(folder, residency=residency)
+    with ThreadPoolExecutor(4) as pool:
+        edits = list(pool.map(lambda name: editor.edit(request(**REQUESTS[name])), names))
+    assert all(same(edit, expected[name]) for name, edit in zip(names, edits, strict=True))
+    editor.close()
+    assert gpu.in_use == 0
