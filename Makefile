@@ -20,7 +20,7 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; an hour.
+test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says.
 	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.

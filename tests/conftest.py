@@ -1,5 +1,6 @@
 """What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
 
+import json
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 from qie.compiler.cli.main import STOPPING, main
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from tests.support.bundles import build
+from tests.support.damage import change_manifest
 from tests.support.images import smooth_image
 
 
@@ -42,8 +44,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of ``checkpoint`` for the CPU; not to be changed."""
-    return build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu").path
+    """The bundle of ``checkpoint`` for the CPU, with results in batches of four; not to be changed."""
+    path = build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu").path
+    limits = json.loads((path / "manifest.json").read_text())["limits"]
+    change_manifest(path, limits=limits | {"batch_max": 4})
+    return path
 
 
 @pytest.fixture(scope="session")

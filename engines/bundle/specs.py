@@ -133,8 +133,8 @@ class VisionSpec:
     window_size: Side
     head_dim: Annotated[int, Range(4, 4096)]
     rope_theta: Wavelength = 10000.0
-    min_pixels: Area
-    max_pixels: Area
+    min_pixels: Annotated[int, Range(1, 1 << 32)]
+    max_pixels: Annotated[int, Range(1, 1 << 32)]
     image_mean: tuple[_Mean, _Mean, _Mean]
     image_std: tuple[_Std, _Std, _Std]
 

@@ -167,8 +167,11 @@ def test_the_umask_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_a_leftover(tmp_path: Path) -> None:
-    for name in (f".a.b.{'0' * 16}.tmp", f".a.{'f' * 16}.removed", ".a.12.old", ".a.tmp", ".a.x.tmp", "a.12.tmp"):
+    for name in (f".a.b.{'0' * 16}.tmp", f".a.{'f' * 16}.removed", ".a.tmp", ".a.x.tmp", "a.12.tmp", ".a.9.tmp"):
         (tmp_path / name).touch()
+    for name, file in ((".a.12.old", "vision.onnx"), (".a.13.old", "photo.png")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
     found = [(name, kind) for _, name, kind in leftovers_of(tmp_path)]
     assert found == [("a", "old"), ("a.b", "tmp"), ("a", "removed")]
     assert [kind for _, _, kind in leftovers_of(tmp_path, "a")] == ["old", "removed"]

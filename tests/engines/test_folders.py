@@ -108,7 +108,7 @@ def test_leftovers_of_the_dead_are_cleared(tmp_path: Path, name: str) -> None:
         make(temporary_name(tmp_path / name, kind), "half")
         temporary_name(tmp_path / name, kind).mkdir()  # killed before its lock was made
         (tmp_path / f".{name}.123.{kind}").mkdir()  # of an earlier qie, which named them by processes
-        (tmp_path / f".{name}.123.{kind}" / "half").write_text("half")
+        (tmp_path / f".{name}.123.{kind}" / "vision.weights").write_text("half")
     (tmp_path / name).mkdir()
     replace_by(tmp_path / name, "new")
     assert names(tmp_path) == [name]

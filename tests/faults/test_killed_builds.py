@@ -17,7 +17,7 @@ def start_and_kill(checkpoint: Path, qie_home: Path, pattern: str) -> None:
     """Start a long build of the bundle "mine" and kill it when there is a file ``pattern`` in its temporary folder."""
     schedules = "".join(f"[[schedules]]\nsteps = {n}\nguidance = 4.0\n" for n in range(700, 900))
     Path("long.toml").write_text(f'extends = "cpu"\n{schedules}')
-    words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "mine"]
+    words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "mine", "--overwrite"]
     script = "from qie.compiler.cli.main import main; main()"
     with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL) as running:
         while not list(qie_home.glob(f"bundles/.mine.*.tmp/{pattern}")):

@@ -51,7 +51,7 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], str]] = {
     "output gif": (("photo.png", "x", "-o", "out.gif"), "out.gif has the suffix .*; use one of .png, .jpg"),
     "output without suffix": (("photo.png", "x", "-o", "out"), "use one of .png, .jpg"),
     "output folder missing": (("photo.png", "x", "-o", "no/out.png"), "there is no folder no .*; create it or choose"),
-    "output is a folder": (("photo.png", "x", "-o", "folder.png"), "it is a folder.*; choose another path"),
+    "output is a folder": (("photo.png", "x", "-o", "folder.png"), "it is no file, or read-only.; choose another path"),
     "four images": (("photo.png",) * 4 + ("x",), "4 images were given, this bundle takes at most 3; use fewer"),
     "unknown bundle": (
         ("photo.png", "x", "--bundle", "nope"),

@@ -172,8 +172,8 @@ def test_limits_stand_in_either_place(preprocessor, limits):
         ({}, {"image_std": [0.5, 0.5, "0.5"]}, "image_std"),
         ({}, {"image_std": [0.5, 0.5, 0]}, "image_std"),
         ({}, {"size": 224}, "size"),
-        ({}, {"min_pixels": 4096, "max_pixels": 1024}, "min_pixels and max_pixels"),
-        ({}, {"max_pixels": "many"}, "min_pixels and max_pixels"),
+        ({}, {"min_pixels": 4096, "max_pixels": 1024}, "min_pixels is 4096, above max_pixels"),
+        ({}, {"max_pixels": "many"}, "max_pixels is 'many'"),
     ],
 )
 def test_a_processor_that_does_not_fit_is_named(tower, preprocessor, option):

@@ -117,7 +117,7 @@ def test_weights_that_exceed_gpu_memory_may_be_streamed(tmp_path: Path, worker: 
     seen = tmp_path / "seen"
     worker(f"Path({str(seen)!r}).write_text(sys.stdin.read()); tell(failed=['stopped'])")
     for gib, expected in ((17, False), (19, True)):
-        weights = FileRecord(path="transformer.weights", bytes=gib * 2**30, sha256="")
+        weights = FileRecord(path="transformer.weights", bytes=gib * 2**30, sha256="0" * 64)
         with pytest.raises(QieError):
             RTX.build(
                 replace(graph, files=(*graph.files, weights)),

@@ -131,7 +131,7 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
     write_graph(part.graph, tmp_path / "g.onnx", "w", written.places)
     graph_record = GraphRecord(
         component="transformer", backend="tensorrt-rtx", precision="bfloat16", key="k", path="g.onnx",
-        files=tuple(FileRecord(path=n, bytes=1, sha256="") for n in ("g.onnx", "w")),
+        files=tuple(FileRecord(path=n, bytes=1, sha256="0" * 64) for n in ("g.onnx", "w")),
         inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
         profiles=profiles(part.graph, recipe, opened.model),
     )  # fmt: skip
