@@ -30,7 +30,7 @@ def test_a_killed_build(checkpoint: Path, bundle: Path, qie_home: Path, earlier:
         shutil.copytree(bundle, path)
     total = count_operations(BUILD, checkpoint, path)
     assert total > 40
-    for number, operation in enumerate(spread(range(1, total + 1), 4)):
+    for number, operation in enumerate(spread(range(1, total + 1), 3)):
         if path.exists():
             remove_bundle(path)
         if earlier:

@@ -73,7 +73,7 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("moment", "action", "residency"), spread(MOMENTS, 6))
+@pytest.mark.parametrize(("moment", "action", "residency"), spread(MOMENTS, 4))
 def test_an_editor_stays_with_what_it_opened(
     models: Path, pure: dict[str, bytes], same: Path, moment: str, action: str, residency: Residency
 ) -> None:
