@@ -16,6 +16,7 @@ __all__ = [
     "existing",
     "is_disk_full",
     "is_leftover",
+    "is_link_loop",
     "leftovers_of",
     "qie_home",
     "replacing",
@@ -61,6 +62,15 @@ def qie_home() -> Path:
 def existing(path: Path) -> Path:
     """``path`` or its nearest parent that exists: the file system that holds what is written to ``path``."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def is_link_loop(path: Path) -> bool:
+    """Whether the links at ``path`` lead back to themselves, so that no file can be there."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def is_disk_full(error: OSError) -> bool:

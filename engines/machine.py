@@ -71,13 +71,32 @@ def this_machine() -> Machine:
 def memory_bytes(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that this process may use: the machine's, or less by its control group (v2, v1) or address space limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+    for file in _limit_files(control_groups):
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            limits.append(int((control_groups / name).read_text()))
+            limits.append(int(file.read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         limits.append(soft)
     return min(limits)
+
+
+def _limit_files(control_groups: Path) -> list[Path]:
+    """The memory limits of this process's control group and of those around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    files = [control_groups / "memory.max", control_groups / "memory" / "memory.limit_in_bytes"]
+    for line in lines:  # "0::/user.slice/x.scope" (v2), "5:memory:/docker/x" (v1)
+        _, controllers, group = line.split(":", 2)
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        for depth in range(1, len(parts) + 1):
+            inner = Path(*parts[:depth])
+            if not controllers:
+                files.append(control_groups / inner / "memory.max")
+            elif "memory" in controllers.split(","):
+                files.append(control_groups / "memory" / inner / "memory.limit_in_bytes")
+    return files
 
 
 def version_of(package: str) -> str | None:

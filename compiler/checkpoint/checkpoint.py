@@ -39,6 +39,7 @@ _TOKENIZER = tuple(
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LONGEST_PATH = 4096
 _CHUNK = 1 << 24
 """Bytes hashed between two reports of progress."""
 
@@ -253,7 +254,7 @@ def _remembered_sha256(file: Path, remembered: dict[str, Any], done: int, total:
     # the time of change cannot be set: files unpacked anew with fixed times may get the inodes of the old ones
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     match remembered.get(key):
-        case {"state": seen, "sha256": str(sha256)} if seen == state:
+        case {"state": seen, "sha256": str(sha256)} if seen == state and _SHA256.fullmatch(sha256):
             return sha256
     content = hashlib.sha256()
     try:
@@ -284,5 +285,5 @@ def _store_remembered(cache: Path, remembered: dict[str, Any]) -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary:
             merged = {**_load_remembered(cache), **remembered}
-            kept = {name: entry for name, entry in merged.items() if Path(name).is_file()}
+            kept = {name: entry for name, entry in merged.items() if len(name) < _LONGEST_PATH and Path(name).is_file()}
             temporary.write_text(json.dumps(kept), encoding="utf-8")

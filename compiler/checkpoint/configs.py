@@ -14,8 +14,8 @@ from qie.engines.records import brief, is_number
 
 __all__ = ["LARGEST", "MOST_LAYERS", "LanguageConfig", "TransformerConfig", "VaeConfig", "VisionConfig"]
 
-LARGEST = 1 << 18
-"""Largest width, or number of heads: fifty times that of the published models."""
+LARGEST = 1 << 16
+"""Largest width, or number of heads: twenty times the width of the published transformer."""
 
 MOST_LAYERS = 1000
 """Most layers of a component; the published transformer has 60."""
@@ -63,6 +63,8 @@ class TransformerConfig:
             axes_dims=(axes[0], axes[1], axes[2]),
             zero_cond_t=bool(config.get("zero_cond_t", False)),
         )
+        if result.width > LARGEST:
+            raise _wrong(where, "num_attention_heads * attention_head_dim", result.width, f"at most {LARGEST}")
         if sum(result.axes_dims) != result.head_dim:
             raise CheckpointError(
                 f"{where}: axes_dims_rope {list(axes)} adds up to {sum(axes)}, expected "
@@ -220,8 +222,7 @@ def _get(where: str, config: Mapping[str, Any], key: str) -> Any:
 
 
 def _wrong(where: str, key: str, value: Any, expected: str) -> CheckpointError:
-    text = brief(value)
-    return CheckpointError(f"{where}: {key} = {text}, expected {expected}; restore the checkpoint's config")
+    return CheckpointError(f"{where}: {key} = {brief(value)}, expected {expected}; restore the checkpoint's config")
 
 
 def _table(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -280,6 +281,6 @@ def _refuse(where: str, config: Mapping[str, Any], **expected: Any) -> None:
         value = config.get(key, usual)
         if (value or usual) != usual:
             raise ExportError(
-                f"{where}: {key} = {value!r} is not supported, the graphs are written for {usual!r}; use a checkpoint "
-                "of Qwen-Image-Edit"
+                f"{where}: {key} = {brief(value)} is not supported, the graphs are written for {usual!r}; use a "
+                "checkpoint of Qwen-Image-Edit"
             )

@@ -199,6 +199,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder, pipe or device")
         if path.stat().st_size > _LONGEST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
@@ -260,6 +262,8 @@ def _rename(source: Path, stored: dict[str, _Tensor], canonical: Callable[[str],
 
 def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no file, but a folder, pipe or device; name a safetensors file")
         with path.open("rb") as file:
             state, size = _state(file.fileno()), path.stat().st_size
             prefix = file.read(_LENGTH_BYTES)

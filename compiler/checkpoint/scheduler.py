@@ -28,8 +28,8 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
     """
     if config.get("_class_name", _CLASS) != _CLASS:
         raise CheckpointError(
-            f"scheduler_config.json is for {config['_class_name']}, expected {_CLASS}; take the scheduler folder of "
-            "the published checkpoint"
+            f"scheduler_config.json is for {brief(config['_class_name'])}, expected {_CLASS}; take the scheduler "
+            "folder of the published checkpoint"
         )
     for option in _UNSUPPORTED:
         if config.get(option):

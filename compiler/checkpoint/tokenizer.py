@@ -137,5 +137,5 @@ def _added_tokens(folder: Path) -> Mapping[int, AddedToken]:
             int(token_id): AddedToken(token, special=True, normalized=False)
             for token, token_id in read_json(plain).items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{folder} has added tokens that cannot be read ({error}); download it again") from error

@@ -97,11 +97,14 @@ def _ask_before_replacing(plan: "Plan") -> None:
     old = other_bundle(plan)
     if old is None:
         return
-    loras = "".join(f" with {printable(lora.name)}:{lora.weight:g}" for lora in old.manifest.loras)
-    what = f"{printable(old.manifest.model.name)}, recipe {printable(old.manifest.recipe.name)}{loras}"
+    made = old.manifest
+    loras = "".join(f" with {lora.name}:{lora.weight:g} (sha256 {lora.sha256[:8]})" for lora in made.loras)
+    revision = "" if made.model.revision is None else f", revision {made.model.revision[:12]}"
+    what = f"{made.model.name}{revision}, recipe {made.recipe.name}{loras}"
     built = ago((old.path / MANIFEST).stat().st_mtime)
+    question = printable(f"replace {old.path} ({what}, {built})?")
     try:
-        if sys.stdin is not None and sys.stdin.isatty() and typer.confirm(f"replace {old.path} ({what}, {built})?"):
+        if sys.stdin is not None and sys.stdin.isatty() and typer.confirm(question):
             return
     except typer.Abort:
         say()

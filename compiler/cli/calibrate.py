@@ -1,5 +1,6 @@
 """``qie calibrate``: statistics for quantization, and which linears to exclude from it."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
 from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import CalibrationError
+from qie.engines.files import is_link_loop
 from qie.engines.terminal import Bars, human_bytes, say
 
 __all__ = ["calibrate"]
@@ -68,6 +70,7 @@ def calibrate(
     ranking = ranking or out.with_suffix(".sensitivity.json")
     if sensitivity:
         _check_file(ranking, "ranking")
+        _check_ranking(ranking)
     if sensitivity and ranking.absolute() == out.absolute():
         raise CalibrationError(f"{ranking} is the calibration file too; name another one", option="ranking")
     if out.exists():
@@ -103,8 +106,22 @@ def calibrate(
 def _check_file(path: Path, option: str) -> None:
     """Check that a file can be written, before work is spent on it."""
     folder = path.absolute().parent
-    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
+    taken = is_link_loop(path) or (path.exists() and not (path.is_file() and os.access(path, os.W_OK)))
+    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CalibrationError(f"{path} cannot be written; name a file in an existing folder", option=option)
+
+
+def _check_ranking(path: Path) -> None:
+    """Check that no file is there but an earlier ranking: nothing else is replaced."""
+    if not path.exists():
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        earlier = isinstance(rows, list) and all("all_quantized_error" in row and "errors" in row for row in rows)
+    except (ValueError, TypeError, RecursionError):
+        earlier = False
+    if not earlier:
+        raise CalibrationError(f"{path} is not a ranking and would be lost; choose another file", option="ranking")
 
 
 def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:

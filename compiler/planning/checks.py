@@ -70,7 +70,11 @@ def _is_utf8(path: Path) -> bool:
 def other_bundle(plan: Plan) -> Bundle | None:
     """The bundle that ``plan`` would replace and that is not an earlier build of the same; None where there is none.
 
-    The same are a model, its LoRAs and a recipe of equal names; a bundle that does not open is not counted.
+    The same are a model of equal name and revision, LoRAs of equal content and weights, and a recipe of equal name; a
+    bundle that does not open is not counted.
+
+    Raises:
+        CheckpointError: a LoRA was changed since it was opened.
     """
     if not is_bundle(plan.destination):
         return None
@@ -78,9 +82,13 @@ def other_bundle(plan: Plan) -> Bundle | None:
         old = open_bundle(plan.destination.absolute())
     except BundleError:
         return None
-    made = (old.manifest.model.name, [(o.name, o.weight) for o in old.manifest.loras], old.manifest.recipe.name)
-    makes = (plan.checkpoint.name, [(lora.name, lora.weight) for lora in plan.loras], plan.recipe_name)
-    return None if made == makes else old
+    model = old.manifest.model
+    made = (model.name, model.revision, old.manifest.recipe.name, [lora.weight for lora in old.manifest.loras])
+    weights = [lora.weight for lora in plan.loras]
+    if made != (plan.checkpoint.name, plan.checkpoint.revision, plan.recipe_name, weights):
+        return old
+    same = all(lora.digest() == o.sha256 for lora, o in zip(plan.loras, old.manifest.loras, strict=True))
+    return None if same else old
 
 
 def check_download(checkpoint: Checkpoint, *, destination: Path, output_bytes: int) -> None:

@@ -31,6 +31,9 @@ HOST_BASE = 200_000_000
 CPU_BASE = 80_000_000
 """Memory of a process that edits on a CPU, without a model: Python, NumPy, Pillow, onnxruntime. Measured: 70 MB."""
 
+IMAGE_BYTES = 3 * 12_000_000
+"""Memory of an input image: RGB, of a camera of 12 megapixels."""
+
 CPU_COPIES = 2
 """How often onnxruntime's CPU kernels hold the intermediate tensors, in another layout beside the graph's own. Measured
 with 1.32: 1.6 to 1.94 in the VAE, whose convolutions have blocked channels, and 2 around attention."""
@@ -96,8 +99,9 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """Size of the bundle, without graphs and tokenizer."""
-        return sum(c.disk_bytes for c in self.components) + self.plan.modulation_bytes + self.plan.tables_bytes
+        """Size of the bundle."""
+        weights = sum(c.disk_bytes for c in self.components)
+        return weights + self.plan.modulation_bytes + self.plan.tables_bytes + self.plan.small_bytes
 
     @property
     def gpu_bytes(self) -> int:
@@ -110,7 +114,8 @@ class Estimate:
             weights = [c.weights_bytes for c in self.components]
             resident = self.plan.recipe.residency == "resident"
             working = sorted(c.working_bytes for c in self.components)
-            return CPU_BASE + (sum if resident else max)(weights) + sum(working[-3:])
+            images = IMAGE_BYTES * self.plan.model.limits(self.plan.recipe).references_max
+            return CPU_BASE + images + (sum if resident else max)(weights) + sum(working[-3:])
         if self.plan.recipe.residency == "sequential":
             return max(c.weights_bytes + c.working_bytes for c in self.components)
         return sum(c.weights_bytes for c in self.components) + max(c.working_bytes for c in self.components)

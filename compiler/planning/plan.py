@@ -160,12 +160,17 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Peak use of the disk during the build, with graphs, tokenizer, calibration and manifest."""
+        """Peak use of the disk during the build."""
+        return self.bytes + self.small_bytes + max(c.transient_bytes for c in self.components)
+
+    @property
+    def small_bytes(self) -> int:
+        """Size of graphs, tokenizer, calibration and manifest."""
         graphs = NODE_BYTES * sum(c.nodes for c in self.components)
         calibration = self.calibration.source if self.calibration is not None and self.recipe.quantizes else None
         files = [calibration, *tokenizer_files(self.checkpoint.path)]
         others = sum(file.stat().st_size for file in files if file is not None and file.is_file())
-        return self.bytes + max(c.transient_bytes for c in self.components) + graphs + others + MANIFEST_BYTES
+        return graphs + others + MANIFEST_BYTES
 
 
 def make_plan(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qie.engines.bundle.bundle import bundles_folder
 from qie.engines.errors import BackendMissingError, BuildError
+from qie.engines.files import is_link_loop
 
 if TYPE_CHECKING:
     from qie.compiler.planning.plan import Plan
@@ -60,8 +61,10 @@ def plan_build(
         CheckpointError: the checkpoint or a LoRA is missing, incomplete or malformed.
         CalibrationError: the calibration is missing, damaged or lacks a linear.
         ExportError: the graphs do not express the model.
-        BuildError: the name cannot be a bundle's.
+        BuildError: the name cannot be a bundle's, or no folder can be at ``out``.
     """
+    if out is not None and is_link_loop(Path(out)):
+        raise BuildError(f"{out} is a link that leads back to itself; choose another folder", option="out")
     with compile_packages():
         from qie.compiler.checkpoint.checkpoint import open_checkpoint
         from qie.compiler.checkpoint.lora import open_lora, parse_lora

@@ -120,6 +120,10 @@ def find_calibration(path: str | Path | None, checkpoint: Path) -> Calibration |
     return read_calibration(own) if own.is_file() else None
 
 
+LONGEST = 1 << 30
+"""Bytes of a calibration file; that of the published models has about 100 MB."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _About:
     """The JSON in a calibration file."""
@@ -156,6 +160,8 @@ def read_calibration(path: Path) -> Calibration:
     try:
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if path.stat().st_size > LONGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {LONGEST:,}")
         content = path.read_bytes()
     except (OSError, ValueError) as problem:
         raise CalibrationError(

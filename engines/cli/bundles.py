@@ -7,7 +7,18 @@ import typer
 
 from qie.engines.cli.options import BundleArgument, JsonOption, print_json
 from qie.engines.errors import BundleError, QieError
-from qie.engines.terminal import Bars, ago, human_bytes, human_count, human_memory, human_seconds, say, table, wrap
+from qie.engines.terminal import (
+    Bars,
+    ago,
+    human_bytes,
+    human_count,
+    human_memory,
+    human_seconds,
+    printable,
+    say,
+    table,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from qie.engines.bundle.bundle import Bundle
@@ -95,7 +106,7 @@ def rm(
 
     path = locate(bundle)
     try:
-        if not yes and not typer.confirm(f"delete {path}?"):
+        if not yes and not typer.confirm(printable(f"delete {path}?")):
             say("nothing deleted")
             return
     except typer.Abort:

@@ -23,7 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qie.engines.bundle.specs import Areas, Size
 from qie.engines.errors import ImageError
-from qie.engines.files import existing, replacing
+from qie.engines.files import existing, is_link_loop, replacing
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
@@ -327,9 +327,10 @@ def check_output(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise ImageError(f"there is no folder {path.parent} for {path.name}; create it or choose another", option="out")
-    folder = path.resolve().parent  # of a link, what it points to is written
+    loop = is_link_loop(path)
+    folder = path.parent if loop else path.resolve().parent  # of a link, what it points to is written
     writable = os.access(folder, os.W_OK) and (not path.exists() or (path.is_file() and os.access(path, os.W_OK)))
-    if not writable:
+    if loop or not writable:
         raise ImageError(f"{path} cannot be written (it is no file, or read-only); choose another path", option="out")
 
 

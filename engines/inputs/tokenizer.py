@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 __all__ = ["WORDS", "load_tokenizer"]
 
@@ -14,6 +15,13 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen splits text before byte-pair encoding (transformers, models/qwen2/tokenization_qwen2.py)."""
+
+_LONGEST = 1 << 26
+"""Bytes of a tokenizer.json; that of Qwen2.5-VL has 11 MB."""
+
+_BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+                "ignore_merges")  # fmt: skip
+"""Options that Qwen's model does not set."""
 
 _NORMALIZER = {"type": "NFC"}
 _SPLIT = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
@@ -26,11 +34,21 @@ def load_tokenizer(content: bytes) -> Tokenizer:
     Raises:
         ValueError: it is damaged, or normalizes or splits text in another way than Qwen's.
     """
+    if len(content) > _LONGEST:
+        raise ValueError(f"{len(content):,} bytes, expected at most {_LONGEST:,}")
     try:
         tokenizer = Tokenizer.from_buffer(content)
         normalizer, splitter = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
-    except Exception as problem:  # the library raises nothing more precise
+    except (
+        BaseException
+    ) as problem:  # the library raises nothing more precise, and pyo3's PanicException is no Exception
+        if isinstance(problem, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise ValueError(str(problem)) from None
+    model = tokenizer.model
+    options = [getattr(model, option, None) for option in _BPE_OPTIONS]
+    if not isinstance(model, BPE) or any(options):
+        raise ValueError(f"its model is {type(model).__name__} with options, expected plain byte-pair encoding")
     if normalizer not in (None, _NORMALIZER):
         raise ValueError(f"its normalizer is {_name(normalizer)}, expected NFC")
     steps = splitter.get("pretokenizers", []) if isinstance(splitter, dict) else []
@@ -38,6 +56,9 @@ def load_tokenizer(content: bytes) -> Tokenizer:
         raise ValueError(f"its pre-tokenizer is {_name(splitter)}, expected the split of Qwen2")
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    letters = len(tokenizer.encode("a", add_special_tokens=False).ids)
+    if letters > 1:  # by a post-processor
+        raise ValueError(f"it makes {letters} tokens of one letter")
     return tokenizer
 
 

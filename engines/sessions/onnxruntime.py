@@ -28,7 +28,8 @@ class OnnxRuntimeSession:
     """One ONNX graph loaded by onnxruntime.
 
     Inputs and outputs are bound by address (IO binding): on a CPU a run reads and writes the caller's memory
-    and copies nothing, on a GPU tensors are in its memory. Weights are mapped from the bundle, not read into it.
+    and copies nothing, on a GPU tensors are in its memory. Weights are mapped from the bundle; onnxruntime keeps a
+    copy of those of products in the layout of its CPU kernels.
     """
 
     rebinds = True  # another binding is another address
@@ -46,14 +47,15 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
-        # one arena for all sessions, which grows by what is asked for: without it each session keeps twice its peak
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.enable_mem_pattern = False
+        if self._device == "cpu":
+            # one arena for all sessions, which grows by what is asked for: else each session keeps twice its peak
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.enable_mem_pattern = False
         # threads that spin after a run would keep cores from the next session
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        _share_arena()
         providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine)
         try:
             self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)

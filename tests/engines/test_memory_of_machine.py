@@ -24,6 +24,17 @@ def test_the_control_group(tmp_path: Path, name: str, text: str, expected: int) 
     assert memory_bytes(tmp_path) == expected
 
 
+def test_a_control_group_inside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user.slice" / "x.scope").mkdir(parents=True)
+    (tmp_path / "user.slice" / "x.scope" / "memory.max").write_text("max")
+    (tmp_path / "user.slice" / "memory.max").write_text(str(GIB))
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, *a: "0::/user.slice/x.scope\n" if p == Path("/proc/self/cgroup") else read(p, *a)
+    )
+    assert memory_bytes(tmp_path) == GIB
+
+
 def test_the_address_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (3 * GIB, resource.RLIM_INFINITY))
     assert memory_bytes(tmp_path) == 3 * GIB

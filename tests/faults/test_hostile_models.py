@@ -196,6 +196,46 @@ def test_a_tokenizer_that_does_something_else(
         load_tokenizer(bad_checkpoint)
 
 
+@pytest.mark.parametrize(
+    "change", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}, {"unk_token": "a"},
+               {"dropout": 0.5}, {"ignore_merges": True}, {"byte_fallback": True},
+               {"type": "WordLevel", "unk_token": "a"}], ids=str,
+)  # fmt: skip
+def test_a_tokenizer_of_another_model(bad_checkpoint: Path, tokenizer_file: Path, change: dict[str, Any]) -> None:
+    data = json.loads(tokenizer_file.read_text())
+    tokenizer_file.write_text(json.dumps(data | {"model": data["model"] | change}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not a tokenizer of Qwen"):
+        load_tokenizer(bad_checkpoint)
+
+
+def test_a_post_processor_that_repeats(bad_checkpoint: Path, tokenizer_file: Path) -> None:
+    repeated = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 1000, "pair": [],
+                "special_tokens": {}}  # fmt: skip
+    change_json(tokenizer_file, post_processor=repeated)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not a tokenizer of Qwen"):
+        load_tokenizer(bad_checkpoint)
+
+
+def test_a_pipe_as_lora(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="is no file, but a folder, pipe or device"):
+        open_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("entry", [{"state": [1], "sha256": "\ud800"}, {"state": "x"}, 5, [], {"sha256": "0" * 64}])
+def test_a_cache_of_digests_that_lies(checkpoint: Path, tmp_path: Path, entry: Any) -> None:
+    opened = open_checkpoint(str(checkpoint))
+    wanted, cache = opened.digest(), tmp_path / "digests.json"
+    opened.digest(cache=cache)
+    known = json.loads(cache.read_text())
+    for name, remembered in known.items():
+        lie = entry | {"state": remembered["state"]} if isinstance(entry, dict) and "sha256" in entry else entry
+        cache.write_text(json.dumps(known | {name: lie, "x" * 5000: remembered}))
+        if entry == {"sha256": "0" * 64}:
+            continue  # whoever writes there may write bundles too
+        assert opened.digest(cache=cache) == wanted
+
+
 def test_padding_and_truncation_of_a_tokenizer_are_not_used(bad_checkpoint: Path, tokenizer_file: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.enable_padding(length=10**9)

@@ -63,3 +63,13 @@ def test_rm_of_the_folder_that_one_is_in(
     monkeypatch.chdir(tmp_path / "here")
     assert qie("rm", ".", "--yes").returncode == 0
     assert not (tmp_path / "here").exists()
+
+
+def test_a_question_does_not_control_the_terminal(
+    qie: Qie, bundle: Path, qie_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bundle, qie_home / "bundles" / "\x1b[31mred\u202e")
+    asked: list[str] = []
+    monkeypatch.setattr("typer.confirm", lambda question: asked.append(question))
+    assert qie("rm", "\x1b[31mred\u202e").returncode == 0
+    assert asked[0].endswith("\\x1b[31mred\\u202e?")
