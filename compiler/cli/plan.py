@@ -86,7 +86,7 @@ def describe(estimated: "Estimate") -> str:
         if estimated.seconds
         else "the peak rates of this GPU are not known"
     )
-    where = "GPU" if recipe.compute_capability else "CPU"
+    where, rest = ("GPU", "") if recipe.compute_capability else ("CPU", ", the process and its images")
     return "\n".join(
         [
             f"{plan.checkpoint.name} ({plan.model.pipeline}), recipe {plan.recipe_name} for {recipe.gpu}",
@@ -101,7 +101,7 @@ def describe(estimated: "Estimate") -> str:
             "",
             _memory_table(estimated),
             "",
-            f"{recipe.residency} engines: {human_memory(estimated.gpu_bytes)} of {recipe.memory_gib:g} GiB",
+            f"{recipe.residency} engines{rest}: {human_memory(estimated.gpu_bytes)} of {recipe.memory_gib:g} GiB",
             *_shortages(estimated),
             "",
             *(wrap(line) for line in (f"One run of each component: {work.size}, {images}", *work.notes)),

@@ -1,6 +1,7 @@
 """Bundles that are damaged, incomplete or built for another machine."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_a_damaged_bundle_is_listed_and_can_be_deleted(qie: Qie, bundle: Path, q
     assert "again with `qie build`" in " ".join(qie("doctor").stdout.split())
     assert qie("rm", "bad", "--yes").returncode == 0
     assert not (qie_home / "bundles" / "bad").exists()
+
+
+def test_bad_bundles_do_not_hide_the_good_one(qie: Qie, bundle: Path, workplace: Path, qie_home: Path) -> None:
+    folder = qie_home / "bundles"
+    model = json.loads((bundle / "manifest.json").read_text())["model"]
+    for name in ("good", "huge", "long", "deep", "binary", "empty"):
+        shutil.copytree(bundle, folder / name)
+        os.utime(folder / name / "manifest.json", (0 if name == "good" else 100, 0 if name == "good" else 100))
+    change_manifest(folder / "huge", model=model | {"scheduler": model["scheduler"] | {"shift": 10**400}})
+    change_manifest(folder / "long", tokenizer={"path": "x" * 300, "bytes": 1, "sha256": "0" * 64})
+    (folder / "deep" / "manifest.json").write_text("[" * 100_000)
+    (folder / "binary" / "manifest.json").write_bytes(bytes(range(256)))
+    (folder / "empty" / "manifest.json").write_bytes(b"")
+    listed = json.loads(qie("list", "--json").stdout)["bundles"]
+    assert {row["name"]: row["problem"] is None for row in listed} == {
+        "good": True, "huge": False, "long": False, "deep": False, "binary": False, "empty": False
+    }  # fmt: skip
+    assert qie("list").returncode == qie("doctor").returncode == 0
+    done = qie("run", "photo.png", "x", *RUN, "--json", "-o", "out.png")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bundle"] == str(folder / "good")
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "A web page"}', "not JSON", "[]"])
