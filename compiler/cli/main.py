@@ -101,12 +101,13 @@ def _explain(problem: Exception) -> NoReturn:
 
 def _place(problem: Exception) -> str:
     """Where in qie an unexpected error arose: ``engines/bundle/bundle.py:12``."""
-    frames = [
-        frame for frame in traceback.extract_tb(problem.__traceback__) if f"{os.sep}qie{os.sep}" in frame.filename
-    ]
+    import qie
+
+    package = qie.__file__.removesuffix("__init__.py")
+    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename.startswith(package)]
     if not frames:
-        return "no file of qie"
-    return f"{frames[-1].filename.rpartition(f'{os.sep}qie{os.sep}')[2]}:{frames[-1].lineno}"
+        return "another package"
+    return f"{frames[-1].filename.removeprefix(package)}:{frames[-1].lineno}"
 
 
 def _stop_by_signal(number: int, _: FrameType | None) -> None:

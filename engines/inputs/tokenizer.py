@@ -57,7 +57,7 @@ def load_tokenizer(content: bytes) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     letters = len(tokenizer.encode("a", add_special_tokens=False).ids)
-    if letters > 1:  # by a post-processor
+    if letters > 1:
         raise ValueError(f"it makes {letters} tokens of one letter")
     return tokenizer
 
