@@ -16,7 +16,7 @@ of a block.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import onnx_ir as ir
 from onnxscript import nn
@@ -64,17 +64,19 @@ def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
     Inputs (float32): ``latents`` [B, N, C], ``reference`` [B, R, C], ``prompt_embeds`` [B, L, J], ``rotary_cos`` and
     ``rotary_sin`` [S, E] in the order text, noise, references, ``modulation`` [K, M] and ``modulation_out`` [2 * D] of
     the step's timestep, ``negative_velocity`` [B, N, C], ``guidance`` [1], ``dsigma`` [1] (next sigma minus current
-    sigma). Outputs (float32): ``velocity`` [B, N, C] before guidance, and ``latents_next`` [B, N, C].
+    sigma). A graph in bfloat16 takes its modulation in that. Outputs (float32): ``velocity`` [B, N, C] before guidance,
+    and ``latents_next`` [B, N, C].
     """
     c, d = config.in_channels, config.width
+    tables: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
     inputs = (
         TensorSpec(name="latents", dtype="float32", dims=("batch", "noise_tokens", c)),
         TensorSpec(name="reference", dtype="float32", dims=("batch", "reference_tokens", c)),
         TensorSpec(name="prompt_embeds", dtype="float32", dims=("batch", "text_tokens", config.joint_width)),
         TensorSpec(name="rotary_cos", dtype="float32", dims=("tokens", config.head_dim // 2)),
         TensorSpec(name="rotary_sin", dtype="float32", dims=("tokens", config.head_dim // 2)),
-        TensorSpec(name="modulation", dtype="float32", dims=(config.layers, config.modulation_rows * d)),
-        TensorSpec(name="modulation_out", dtype="float32", dims=(2 * d,)),
+        TensorSpec(name="modulation", dtype=tables, dims=(config.layers, config.modulation_rows * d)),
+        TensorSpec(name="modulation_out", dtype=tables, dims=(2 * d,)),
         TensorSpec(name="negative_velocity", dtype="float32", dims=("batch", "noise_tokens", c)),
         TensorSpec(name="guidance", dtype="float32", dims=(1,)),
         TensorSpec(name="dsigma", dtype="float32", dims=(1,)),
@@ -116,8 +118,9 @@ class Transformer(nn.Module):
         config, dtype = self.config, self.dtype
         tokens = Tokens(op, latents_BNC, prompt_embeds_BLJ, reference_BRC)
         rotary_BSE = tuple(op.Expand(op.Unsqueeze(t, [0]), tokens.batch_11) for t in (cos_SE, sin_SE))
-        modulation_KM = cast(op, modulation_KM, "float32", dtype)
-        modulation_out_2D = cast(op, modulation_out_2D, "float32", dtype)
+        if dtype != "bfloat16":
+            modulation_KM = cast(op, modulation_KM, "float32", dtype)
+            modulation_out_2D = cast(op, modulation_out_2D, "float32", dtype)
 
         image_BTD = self.img_in(op, cast(op, op.Concat(latents_BNC, reference_BRC, axis=1), "float32", dtype))
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))

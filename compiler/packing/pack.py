@@ -159,7 +159,11 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
         limits=plan.model.limits(recipe),
         defaults=Defaults(
-            steps=default.steps, guidance=default.guidance, noise=recipe.noise, residency=recipe.residency
+            steps=default.steps,
+            guidance=default.guidance,
+            noise=recipe.noise,
+            residency=recipe.residency,
+            specialization=recipe.specialization,
         ),
         tokenizer=file_record(folder, TOKENIZER_FILE),
         calibration=_calibration(folder, plan),

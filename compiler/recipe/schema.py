@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from qie.compiler.recipe.quantizable import SchemeName
 from qie.compiler.recipe.toml import Matching, OneOf, Within, write
 from qie.engines.backends import BACKENDS
-from qie.engines.bundle.manifest import COMPONENTS, Component, Residency
+from qie.engines.bundle.manifest import COMPONENTS, Component, Residency, Specialization
 from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size
 from qie.engines.errors import RecipeError
 from qie.engines.inputs.sizes import calculate_dimensions
@@ -164,6 +164,8 @@ class Recipe:
             CUDA context.
         backends: backends in order of preference.
         residency: whether all engines stay loaded or each is loaded when it runs.
+        specialization: kernels of TensorRT for RTX for shapes that vary: "none" uses those that serve every shape,
+            "eager" compiles kernels for every new shape before its first run.
         noise: dtype in which the initial noise is drawn; diffusers uses the dtype of the pipeline
             (pipeline_qwenimage_edit_plus.py, prepare_latents).
         calibration: path of a file of ``qie calibrate``, for builds that name none.
@@ -179,6 +181,7 @@ class Recipe:
     memory_gib: Gib
     backends: tuple[BackendName, ...]
     residency: Residency = "resident"
+    specialization: Specialization = "none"
     noise: Noise = "bfloat16"
     calibration: str | None = None
     components: Components = field(default_factory=Components)

@@ -32,6 +32,7 @@ __all__ = [
     "QuantizationRecord",
     "RecipeRecord",
     "Residency",
+    "Specialization",
     "TensorSpec",
     "file_record",
 ]
@@ -46,6 +47,10 @@ MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
 Residency = Literal["resident", "sequential"]
+Specialization = Literal["none", "eager"]
+"""Kernels of TensorRT for RTX for shapes that vary (DynamicShapesKernelSpecializationStrategy): "none" uses those that
+serve every shape and compiles nothing, "eager" compiles kernels for every new shape before its first run. Its "lazy"
+is not offered, because a result would depend on when a compiler in the background is done."""
 
 COMPONENTS: tuple[Component, ...] = ("vision", "language", "vae_encoder", "transformer", "vae_decoder")
 """Every component, in the order in which an edit uses them."""
@@ -289,12 +294,14 @@ class Defaults:
         guidance: scale of classifier-free guidance.
         noise: dtype in which the noise is drawn, as in torch.
         residency: whether engines stay loaded between stages.
+        specialization: kernels for shapes that vary.
     """
 
     steps: Count
     guidance: Annotated[float, Range(-1e6, 1e6)]
     noise: Literal["float32", "bfloat16"]
     residency: Residency
+    specialization: Specialization = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

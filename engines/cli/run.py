@@ -72,7 +72,6 @@ def run(
 
     sources = [load_image(Path(path)) for path in paths]
     results = Results(out, [Path(path) for path in paths], count=num_images, overwrite=overwrite)
-    editor = Editor(bundle, residency="sequential")  # one edit needs each engine once
     request = Request(
         images=[source.image for source in sources],
         instructions=[instruction],
@@ -83,13 +82,14 @@ def run(
         size=requested_size,
         match_input=match_input,
     )
-    try:
-        with Bars(enabled=not as_json) as bars:
-            edit = editor.edit(request, progress=bars, on_image=results.save)
-    except BaseException:
-        for path in results.paths.values():
-            say(str(path))  # what is complete stays, whatever stopped the rest
-        raise
+    with Editor(bundle, residency="sequential") as editor:  # one edit needs each engine once
+        try:
+            with Bars(enabled=not as_json) as bars:
+                edit = editor.edit(request, progress=bars, on_image=results.save)
+        except BaseException:
+            for path in results.paths.values():
+                say(str(path))  # what is complete stays, whatever stopped the rest
+            raise
     notes = [f"{path}: {note}" for path, s in zip(paths, sources, strict=True) for note in s.notes] + list(edit.notes)
     _report_run(editor, edit, [results.paths[n] for n in range(num_images)], notes, negative, as_json)
 

@@ -7,6 +7,7 @@ language model, C = 64 latent channels of a token, h w latent tokens of an image
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import Manifest
+from qie.engines.bundle.manifest import EngineRecord, Manifest
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
@@ -63,9 +64,12 @@ def edit(
     # 2. Images and instructions to prompt embeddings and reference latents.
     conditioning = condition(stages, tokenizer, request, settings, meter=meter)
 
-    # 3. The modulation of every step.
-    with meter("modulation") as report:
-        tables = modulation_tables(stages.bundle, schedule_S, progress=report)
+    # 3. The modulation of every step, unless the GPU has it of the edit before.
+    schedule = stages.schedule(schedule_S)
+    if schedule is None:
+        with meter("modulation") as report:
+            dtype = _table_dtype(stages.engines["transformer"])
+            tables = modulation_tables(stages.bundle, schedule_S, dtype=dtype, progress=report)
 
     # 4. Denoise. Prompts of one length make a batch, so nothing is padded and no result depends on its batch.
     instructions = [instruction for instruction, _ in settings.samples]
@@ -74,8 +78,10 @@ def edit(
     latents: dict[int, Array] = {}
     images: dict[int, Image.Image] = {}
     with stages.session("transformer") as session:
-        with meter("denoise"):
-            schedule = upload_schedule(session, schedule_S, tables)
+        if schedule is None:
+            with meter("denoise"):
+                schedule = upload_schedule(session, schedule_S, tables)
+            stages.keep_schedule(schedule_S, schedule)
         for number, batch in enumerate(batches):
             with meter("denoise") as report:
                 denoiser = Denoiser.start(
@@ -108,6 +114,12 @@ def edit(
         notes=(*settings.notes, *_replaced(stages.bundle)),
         seconds=meter.seconds,
     )
+
+
+def _table_dtype(engine: EngineRecord) -> Literal["float32", "bfloat16"]:
+    """The dtype in which the transformer reads its modulation."""
+    (dtype,) = (spec.dtype for spec in engine.inputs if spec.name == "modulation")
+    return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
 def _replaced(bundle: Bundle) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.bundle.manifest import Residency
+from qie.engines.bundle.manifest import Residency, Specialization
 from qie.engines.editing.request import Edit, Request
 from qie.engines.errors import QieError, RequestError
 from qie.engines.progress import Progress, no_progress
@@ -42,7 +42,8 @@ class Editor:
         bundle: Bundle | str | Path | None = None,
         *,
         residency: Residency | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
+        specialization: Specialization | None = None,
     ) -> None:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
 
@@ -50,7 +51,10 @@ class Editor:
             bundle: an opened bundle, or a name or folder of one; None is the newest that this machine can run.
             residency: "resident" keeps engines loaded, "sequential" releases each after its stage; None is the bundle's
                 default.
-            cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
+            cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
+                RTX, which captures behind its API.
+            specialization: kernels of TensorRT for RTX: "none" are those that serve every shape, "eager" are compiled
+                for every new shape before its first run; None is the bundle's default.
 
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.
@@ -64,7 +68,7 @@ class Editor:
             bundle = newest_runnable()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
-        self.stages = Stages(self.bundle, residency=residency, cuda_graphs=cuda_graphs)
+        self.stages = Stages(self.bundle, residency=residency, cuda_graphs=cuda_graphs, specialization=specialization)
         self.tokenizer = open_tokenizer(self.bundle)
         self._lock, self._edits = threading.RLock(), False
         weakref.finalize(self, _close_quietly, self.stages)  # also at interpreter exit

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency
+from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency, Specialization
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.errors import RequestError
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
@@ -21,9 +21,11 @@ from qie.engines.inputs.vision import VisionInputs
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.load import load, open_device
+from qie.engines.sessions.read_ahead import read_ahead
 from qie.engines.sessions.session import Session, Tensor
 
 if TYPE_CHECKING:
+    from qie.engines.editing.denoise import UploadedSchedule
     from qie.engines.sessions.device import Device
 
 __all__ = ["Stages"]
@@ -34,8 +36,9 @@ Float32 = NDArray[np.float32]
 class Stages:
     """The engines of a bundle, loaded when first needed, and the GPU that they share.
 
-    With residency "resident" an engine stays loaded; with "sequential" it is released when its stage is done. Every
-    stage takes ``progress``, which is called with (runs done, runs in all).
+    With residency "resident" an engine stays loaded; with "sequential" its weights leave when its stage is done. On a
+    GPU, the file of the next engine is read ahead while one runs. Every stage takes ``progress``, which is called with
+    (runs done, runs in all).
     """
 
     def __init__(
@@ -44,7 +47,8 @@ class Stages:
         engines: Mapping[Component, EngineRecord] | None = None,
         *,
         residency: Residency | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
+        specialization: Specialization | None = None,
     ) -> None:
         """Choose the engines; none is loaded.
 
@@ -52,27 +56,34 @@ class Stages:
             bundle: where the engines are.
             engines: one per component; None chooses those that fit this machine.
             residency: None is the bundle's default.
-            cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
+            cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
+                RTX, see ``DeviceOptions``.
+            specialization: kernels of TensorRT for RTX for shapes that vary; None is the bundle's default.
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
-            RequestError: there is no such residency.
+            RequestError: there is no such residency or specialization.
         """
-        if residency is not None and residency not in get_args(Residency):
-            raise RequestError(
-                f"the residency is {residency!r}; choose {' or '.join(get_args(Residency))}", option="residency"
-            )
+        for option, value, kinds in (
+            ("residency", residency, get_args(Residency)),
+            ("specialization", specialization, get_args(Specialization)),
+        ):
+            if value is not None and value not in kinds:
+                raise RequestError(f"the {option} is {value!r}; choose {' or '.join(kinds)}", option=option)
         self.bundle = bundle
         self.engines = choose_engines(bundle) if engines is None else dict(engines)
         self.residency: Residency = residency or bundle.manifest.defaults.residency
         self._cuda_graphs = cuda_graphs
+        self._specialization: Specialization = specialization or bundle.manifest.defaults.specialization
         self._sessions: dict[Component, Session] = {}
+        self._unloaded: set[Component] = set()
         self._device: Device | None = None
+        self._schedule: tuple[bytes, UploadedSchedule] | None = None
 
     @property
     def loaded(self) -> tuple[Component, ...]:
         """The components whose engines are loaded, in the order of an edit."""
-        return tuple(component for component in COMPONENTS if component in self._sessions)
+        return tuple(c for c in COMPONENTS if c in self._sessions and c not in self._unloaded)
 
     @property
     def device(self) -> "Device | None":
@@ -83,6 +94,16 @@ class Stages:
     def loads_cheaply(self) -> bool:
         """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the host's memory."""
         return self.residency == "resident" or self._device is None
+
+    def schedule(self, sigmas: Float32) -> "UploadedSchedule | None":
+        """The schedule ``sigmas`` [S + 1] as the edit before left it on the GPU; None where it did not."""
+        kept = self._schedule
+        return kept[1] if kept is not None and kept[0] == sigmas.tobytes() else None
+
+    def keep_schedule(self, sigmas: Float32, schedule: "UploadedSchedule") -> None:
+        """Keep ``schedule`` for the next edit, where the transformer stays on a GPU until then."""
+        if self._device is not None and self.residency == "resident":
+            self._schedule = (sigmas.tobytes(), schedule)
 
     def vision(self, inputs: VisionInputs, *, progress: StageProgress = no_progress) -> Float32:
         """Image embeddings float32 [V, D] of all images of an edit, in the order of the prompt.
@@ -161,29 +182,62 @@ class Stages:
             BackendMissingError, BundleError: the engine cannot be loaded.
             EngineError: memory ran out.
         """
-        loads = component not in self._sessions
+        loads = component not in self.loaded
+        if component not in self._sessions:
+            self._load(component)
+        self._unloaded.discard(component)
         if loads:
-            if self._device is None:
-                self._device = open_device(self.engines.values(), cuda_graphs=self._cuda_graphs)
-            engine, device = self.engines[component], self._device
-            self._sessions[component] = self.bundle.folder.read(
-                lambda folder: load(folder, engine, device), discard=lambda session: session.close()
-            )
+            self._read_next(component)
         try:
             yield self._sessions[component]
         finally:
             released = loads and self.residency == "sequential"
             if released and component in self._sessions:  # unless the block closed everything
+                self._release(component)
+
+    def _load(self, component: Component) -> None:
+        if self._device is None:
+            self._device = open_device(
+                self.engines.values(),
+                cuda_graphs=self._cuda_graphs,
+                specialization=self._specialization,
+                unloads=self.residency == "sequential",
+            )
+        engine, device = self.engines[component], self._device
+        if device is not None and self.residency == "resident":
+            others = [self.engines[c] for c in COMPONENTS if c != component and c not in self._sessions]
+            device.weights_to_come = sum(file.bytes for other in others for file in other.files)
+        self._sessions[component] = self.bundle.folder.read(
+            lambda folder: load(folder, engine, device), discard=lambda session: session.close()
+        )
+
+    def _release(self, component: Component) -> None:
+        """Unload the weights, or close the session where they cannot be unloaded alone."""
+        unloaded = False
+        try:
+            unloaded = self._sessions[component].unload()
+        finally:
+            if unloaded:
+                self._unloaded.add(component)
+            else:
                 self._sessions.pop(component).close()
+
+    def _read_next(self, component: Component) -> None:
+        """Read the file of the engine that an edit needs after ``component`` ahead; on a CPU it stays mapped."""
+        following = COMPONENTS[COMPONENTS.index(component) + 1 :]
+        if self._device is not None and following and following[0] not in self.loaded:
+            path = self.engines[following[0]].path
+            self.bundle.folder.read(lambda folder: read_ahead(folder / path))
 
     def close(self) -> None:
         """Release all engines and the GPU; the next stage would load them again. Closing twice is allowed."""
+        self._schedule = None
         with ExitStack() as stack:  # last in, first out: the device outlives the sessions, and no failure skips it
             if self._device is not None:
                 stack.callback(self._device.close)
             for session in self._sessions.values():
                 stack.callback(session.close)
-            self._sessions, self._device = {}, None
+            self._sessions, self._unloaded, self._device = {}, set(), None
 
 
 def _run(

@@ -12,7 +12,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ SCHEDULES = "schedules"
 """Folder of precomputed tables in a bundle."""
 
 Array = NDArray[np.float32]
+TableDtype = Literal["float32", "bfloat16"]
 
 
 class ModulationShape(Protocol):
@@ -78,26 +79,35 @@ class ModulationWeights(Protocol):
 class Tables:
     """The modulation of each step, contiguous step by step.
 
+    Both are float32, or bfloat16 as its bits (uint16).
+
     Attributes:
-        blocks: float32 [S, L, M * D], of every block.
-        out: float32 [S, 2 * D], of the output norm.
+        blocks: [S, L, M * D], of every block.
+        out: [S, 2 * D], of the output norm.
     """
 
-    blocks: Array
-    out: Array
+    blocks: NDArray[Any]
+    out: NDArray[Any]
 
 
 def modulation_tables(
-    bundle: Bundle, sigmas: Array, *, cache: Path | None = None, progress: StageProgress = no_progress
+    bundle: Bundle,
+    sigmas: Array,
+    *,
+    dtype: TableDtype = "float32",
+    cache: Path | None = None,
+    progress: StageProgress = no_progress,
 ) -> Tables:
     """Tables for the schedule ``sigmas`` [S + 1] of ``bundle``: stored, cached, or computed and cached.
 
     What was stored is compared with its digest; a damaged table counts as absent. The weights are compared with theirs
-    before the first tables are computed.
+    before the first tables are computed. Stored tables in bfloat16, which go to a GPU at once, are mapped from their
+    file and not copied.
 
     Args:
         bundle: whose tables and modulation weights are read.
         sigmas: float32 [S + 1], from ``schedule.sigmas``.
+        dtype: of the tables, as the engine reads them.
         cache: folder of tables that are not in the bundle; None is ``modulation`` in ``qie_home()``.
         progress: called with (blocks done, blocks) while computing.
 
@@ -105,14 +115,14 @@ def modulation_tables(
         BundleError: the modulation weights are damaged, or give tables that are not finite.
     """
     record, steps = bundle.manifest.model.modulation, len(sigmas) - 1
-    stored = _bundled(bundle, f"{SCHEDULES}/{table_name(record, sigmas)}", steps)
+    stored = _bundled(bundle, f"{SCHEDULES}/{table_name(record, sigmas)}", steps, mapped=dtype == "bfloat16")
     if stored is not None:
-        return split_tables(widen(stored), record)
+        return _as_read(stored, record, dtype)
     tables = tables_cache(cache)
     group, made_from = record.file.sha256, _made_from(record, sigmas)
     content = tables.load(group, made_from)
     if content is not None and len(content) == steps * record.values * _dtype(record).itemsize:
-        return split_tables(widen(np.frombuffer(content, _dtype(record)).reshape(steps, -1)), record)
+        return _as_read(np.frombuffer(content, _dtype(record)).reshape(steps, -1), record, dtype)
     check_file(bundle, record.file)
     weights = bundle.folder.read(lambda folder: BundleModulation(folder, record))
     flat = compute_tables(weights, record, sigmas, progress=progress)
@@ -123,7 +133,14 @@ def modulation_tables(
         )
     kept = _stored(flat, record)
     tables.store(group, made_from, memoryview(kept.tobytes()))
-    return split_tables(widen(kept), record)
+    return _as_read(kept, record, dtype)
+
+
+def _as_read(stored: NDArray[Any], record: ModulationRecord, dtype: TableDtype) -> Tables:
+    """``stored`` [S, everything] as tables of ``dtype``."""
+    if dtype == "float32":
+        return split_tables(widen(stored), record)
+    return split_tables(stored if stored.dtype == np.uint16 else narrow(stored), record)
 
 
 def table_name(record: ModulationRecord, sigmas: Array) -> str:
@@ -185,8 +202,8 @@ def timesteps(sigmas: Array) -> Array:
     return (sigmas[:-1] * np.float32(1000)) / np.float32(1000)
 
 
-def split_tables(flat: Array, shape: ModulationShape) -> Tables:
-    """Tables of float32 ``flat`` [S, L * M * D + 2 * D]."""
+def split_tables(flat: NDArray[Any], shape: ModulationShape) -> Tables:
+    """Tables of ``flat`` [S, L * M * D + 2 * D]."""
     blocks, out = np.split(flat, [flat.shape[1] - 2 * shape.width], axis=1)
     return Tables(blocks=blocks.reshape(len(flat), shape.layers, -1), out=out)
 
@@ -222,19 +239,21 @@ def _conditioning(weights: ModulationWeights, timestep_S: Array) -> Array:
     return silu(_linear(weights, "time_text_embed.timestep_embedder.linear_2", hidden))
 
 
-def _bundled(bundle: Bundle, name: str, steps: int) -> NDArray[np.generic] | None:
+def _bundled(bundle: Bundle, name: str, steps: int, *, mapped: bool) -> NDArray[np.generic] | None:
     """The array in the bundle's file of tables ``name``; None where it is absent, damaged or of other steps."""
     listed = next((file for file in bundle.manifest.schedules if file.path == name), None)
     if listed is None:
         return None
     try:
-        content = bundle.folder.read(lambda folder: (folder / name).read_bytes())
-    except OSError:
+        content: NDArray[np.uint8] = bundle.folder.read(
+            lambda folder: np.memmap(folder / name, np.uint8, "r") if mapped else np.fromfile(folder / name, np.uint8)
+        )
+    except (OSError, ValueError):  # absent, empty
         return None
     record = bundle.manifest.model.modulation
     header = len(content) - steps * record.values * _dtype(record).itemsize
-    in_file = 10 + int.from_bytes(content[8:10], "little")  # numpy/lib/format.py, version 1.0
-    if hashlib.sha256(content).hexdigest() != listed.sha256 or header != in_file:
+    in_file = 10 + int.from_bytes(content[8:10].tobytes(), "little")  # numpy/lib/format.py, version 1.0
+    if hashlib.sha256(content.data).hexdigest() != listed.sha256 or header != in_file:
         return None
     return np.frombuffer(content, _dtype(record), offset=header).reshape(steps, record.values)
 

@@ -1,22 +1,43 @@
 """The GPU that the sessions of an editor share: one stream, one arena, and the memory of all tensors."""
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from qie.engines.errors import EngineMismatchError
+from qie.engines.bundle.manifest import Specialization
+from qie.engines.errors import EngineError, EngineMismatchError, QieError
 from qie.engines.sessions import cuda
 
-__all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceTensor"]
+__all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceOptions", "DeviceTensor"]
 
 RUNS_AHEAD = 2
 """Runs that may be in flight when the next one is enqueued: enough that the GPU never waits for the host, few enough
 that progress is current and an interrupt takes effect soon."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceOptions:
+    """How the sessions of a device use it.
+
+    Attributes:
+        cuda_graphs: capture repeated runs as CUDA graphs. None is where the session captures them itself: TensorRT for
+            RTX, which does that behind its API, runs without.
+        specialization: kernels of TensorRT for RTX for shapes that vary; see ``Specialization``.
+        unloads: engines take turns, so that an engine keeps its contexts and kernels and gives its weights back.
+        arena_bytes: activations of the largest run of any engine that will be loaded; 0 where unknown.
+    """
+
+    cuda_graphs: bool | None = None
+    specialization: Specialization = "none"
+    unloads: bool = False
+    arena_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +71,37 @@ class DeviceTensor:
 class Device:
     """One GPU with a stream, in which all work is done in order, and an arena for activations.
 
-    One engine runs at a time, so the arena has the size of the largest need. Released memory is freed at the next
-    allocation, because freeing waits for the GPU.
+    One engine runs at a time, so the arena has the size of the largest need, and is reserved once. Released memory is
+    freed at the next allocation, because freeing waits for the GPU.
+
+    Attributes:
+        gpu: the GPU.
+        options: how sessions use it.
+        stream: in which all work is done.
+        arena: memory for activations; empty before the first run.
+        weights_to_come: bytes of engines that will be loaded beside those that are; a session that chooses how much it
+            takes leaves them.
     """
 
-    def __init__(self, compute_capability: str, *, cuda_graphs: bool = True) -> None:
-        """Open the first GPU of ``compute_capability``; ``cuda_graphs`` allows sessions to capture
-        repeated runs as CUDA graphs.
+    def __init__(self, compute_capability: str, options: DeviceOptions | None = None) -> None:
+        """Open the first GPU of ``compute_capability``.
 
         Raises:
             EngineMismatchError: there is no such GPU.
         """
+        self._closed = True
         self.gpu = _gpu(compute_capability)
-        self.cuda_graphs = cuda_graphs
+        self.options = options or DeviceOptions()
         cuda.use(self.gpu.index)
         self.stream = cuda.Stream()
+        self._closed = False
         self.arena = Block(0, 0)
-        self._marks = deque(cuda.Event() for _ in range(RUNS_AHEAD))
+        self.weights_to_come = 0
+        self._arena_bytes = self.options.arena_bytes
         self._released: list[int] = []
         self._read: list[NDArray[Any]] = []
         self._working = False
+        self._marks = deque(cuda.Event() for _ in range(RUNS_AHEAD))
 
     def upload(self, array: NDArray[Any]) -> DeviceTensor:
         """A tensor with the content of ``array``, which must not change before the next ``synchronize``."""
@@ -111,8 +143,19 @@ class Device:
         mark.record(self.stream)
         self._marks.rotate(-1)
 
+    def expect(self, size: int) -> None:
+        """Let the arena be of at least ``size`` bytes when it is reserved."""
+        self._arena_bytes = max(self._arena_bytes, size)
+
+    @property
+    def arena_to_come(self) -> int:
+        """Bytes by which the arena will grow."""
+        return max(self._arena_bytes - self.arena.size, 0)
+
     def reserve(self, size: int) -> Block:
-        """The arena, grown to at least ``size`` bytes; growing changes its address.
+        """The arena, of at least ``size`` bytes and of all that is expected; growing changes its address.
+
+        Where the GPU has no room for what is expected, the arena has ``size`` bytes.
 
         Raises:
             EngineError: the GPU is out of memory.
@@ -123,7 +166,13 @@ class Device:
             if old.size:
                 cuda.free(old.address)
             self._free_released()
-            self.arena = Block(cuda.allocate(size), size)
+            expected = max(size, self._arena_bytes)
+            try:
+                self.arena = Block(cuda.allocate(expected), expected)
+            except EngineError:
+                if expected == size:
+                    raise
+                self.arena = Block(cuda.allocate(size), size)
         return self.arena
 
     def synchronize(self) -> None:
@@ -145,7 +194,10 @@ class Device:
         self._released.append(address)
 
     def close(self) -> None:
-        """Free everything. Sessions must be closed before, and tensors not used again."""
+        """Free everything. Sessions must be closed before, and tensors not used again. Closing twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
         self.use()
         self.synchronize()
         self._free_released()
@@ -154,6 +206,11 @@ class Device:
         for mark in self._marks:
             mark.close()
         self.stream.close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # then the driver frees everything
+            with suppress(QieError):  # there is nobody left to handle a failure of the GPU
+                self.close()
 
     def _free_released(self) -> None:
         if self._released and self._working:

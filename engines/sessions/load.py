@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qie.engines.backends import BACKENDS, available
-from qie.engines.bundle.manifest import EngineRecord
+from qie.engines.bundle.manifest import EngineRecord, Specialization
 from qie.engines.errors import BackendMissingError
 from qie.engines.sessions.session import Session
 
@@ -17,20 +17,32 @@ if TYPE_CHECKING:
 __all__ = ["SESSIONS", "load", "open_device"]
 
 
-def open_device(engines: Iterable[EngineRecord], *, cuda_graphs: bool = True) -> Device | None:
+def open_device(
+    engines: Iterable[EngineRecord],
+    *,
+    cuda_graphs: bool | None = None,
+    specialization: Specialization = "none",
+    unloads: bool = False,
+) -> Device | None:
     """The device that the sessions of ``engines`` share on a GPU; None where none of them needs one.
 
-    ``cuda_graphs`` allows them to capture repeated runs as CUDA graphs.
+    ``cuda_graphs``, ``specialization`` and ``unloads`` are those of ``DeviceOptions``.
 
     Raises:
         EngineMismatchError: CUDA offers no GPU of the engines' compute capability.
     """
-    for engine in engines:
-        if BACKENDS[engine.backend].shares_device:
-            from qie.engines.sessions.device import Device
+    sharing = [engine for engine in engines if BACKENDS[engine.backend].shares_device]
+    if not sharing:
+        return None
+    from qie.engines.sessions.device import Device, DeviceOptions
 
-            return Device(engine.compute_capability, cuda_graphs=cuda_graphs)
-    return None
+    options = DeviceOptions(
+        cuda_graphs=cuda_graphs,
+        specialization=specialization,
+        unloads=unloads,
+        arena_bytes=max(engine.activation_bytes or 0 for engine in sharing),
+    )
+    return Device(sharing[0].compute_capability, options)
 
 
 def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Session:

@@ -108,6 +108,10 @@ class OnnxRuntimeSession:
                 option="size",
             ) from problem
 
+    def unload(self) -> bool:
+        """False: onnxruntime releases the weights with the graph alone."""
+        return False
+
     def close(self) -> None:
         """Release the graph and its weights."""
         del self._session

@@ -47,5 +47,12 @@ class Session(Protocol):
             EngineError: the backend failed or ran out of memory.
         """
 
+    def unload(self) -> bool:
+        """Give the memory of the weights back and keep what was prepared; the next run loads them again.
+
+        Returns:
+            False where the backend cannot, and nothing has changed.
+        """
+
     def close(self) -> None:
         """Release the engine and its memory; tensors stay. The session must not be used again."""

@@ -15,7 +15,7 @@ from qie.engines.sessions.load import load
 from qie.engines.sessions.tensorrt.session import TensorRtSession
 
 Arrays = dict[str, NDArray[Any]]
-DECODER = {"batch": 2, "rows": 4, "columns": 6}
+DECODER = {"batch": 1, "rows": 4, "columns": 6}
 TRANSFORMER = {"batch": 1, "noise_tokens": 16, "reference_tokens": 20, "text_tokens": 9, "tokens": 45}
 
 

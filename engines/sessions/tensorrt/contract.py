@@ -1,46 +1,73 @@
 """The contract of an engine: inputs, outputs and profiles that the manifest names and the file must have."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qie.engines.bundle.manifest import EngineRecord, TensorSpec
 from qie.engines.errors import BundleError
 
-__all__ = ["DTYPES", "Shape", "check_contract", "matches", "profile_ranges", "shape_text", "within"]
+__all__ = ["DTYPES", "NUMPY_DTYPES", "Shape", "check_contract", "matches", "profile_ranges", "shape_text", "within"]
 
-DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
+DTYPES = {"FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64", "UINT8": "uint8"}
 """TensorRT's names of the manifest's dtypes."""
+
+NUMPY_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int64": "int64", "uint8": "uint8"}
+"""NumPy's names of the manifest's dtypes: it has no bfloat16, so that is held as its bits."""
 
 Shape = tuple[int, ...]
 
 
-def check_contract(trt: Any, engine: Any, record: EngineRecord, path: Path) -> None:
-    """Check that the engine of the file ``path`` has the manifest's inputs and outputs.
+def check_contract(trt: Any, engine: Any, record: EngineRecord, path: Path) -> dict[str, str]:
+    """Check that the engine of the file ``path`` has the manifest's inputs and outputs; returns what it has, by name.
 
-    TensorRT may know fewer of an output's dims.
+    An input's free dim is -1 in the engine, or a number where every profile fixes it to that number
+    (NvInferRuntime.h, ``IExecutionContext::getTensorShape``: "implicitly constrained to be a single value"). TensorRT
+    may know fewer of an output's dims.
 
     Raises:
         BundleError: it has others.
     """
-    actual = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        dims = tuple(engine.get_tensor_shape(name))
-        mode = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
-        place = "" if engine.get_tensor_location(name) == trt.TensorLocation.DEVICE else " on the host"
-        dtype = engine.get_tensor_dtype(name).name
-        shown = shape_text(dims) if mode == "input" else f"of {len(dims)} dims"
-        actual[name] = f"{mode} {DTYPES.get(dtype, dtype)} {shown}{place}"
-    expected = {
-        spec.name: f"input {spec.dtype} {shape_text([-1 if isinstance(d, str) else d for d in spec.dims])}"
-        for spec in record.inputs
-    } | {spec.name: f"output {spec.dtype} of {len(spec.dims)} dims" for spec in record.outputs}
-    for name in {**expected, **actual}:
-        if actual.get(name) != expected.get(name):
+    expected = {spec.name: ("input", spec) for spec in record.inputs}
+    expected |= {spec.name: ("output", spec) for spec in record.outputs}
+    actual = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    for name in [*expected, *sorted(actual - expected.keys())]:
+        found = _found(trt, engine, name) if name in actual else "nothing"
+        mode, spec = expected.get(name, ("", None))
+        fixed = _fixed(engine, spec) if spec is not None and mode == "input" and found.startswith(mode) else {}
+        wanted = "nothing" if spec is None else _wanted(mode, spec, fixed)
+        if found != wanted:
             raise BundleError(
-                f"{path} has {name} as {actual.get(name, 'nothing')}, expected "
-                f"{expected.get(name, 'nothing')}; build the bundle again with `qie build`"
+                f"{path} has {name} as {found}, expected {wanted}; build the bundle again with `qie build`"
             )
+    return {name: _found(trt, engine, name) for name in expected}
+
+
+def _found(trt: Any, engine: Any, name: str) -> str:
+    dims = tuple(engine.get_tensor_shape(name))
+    mode = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
+    place = "" if engine.get_tensor_location(name) == trt.TensorLocation.DEVICE else " on the host"
+    dtype = engine.get_tensor_dtype(name).name
+    shown = shape_text(dims) if mode == "input" else f"of {len(dims)} dims"
+    return f"{mode} {DTYPES.get(dtype, dtype)} {shown}{place}"
+
+
+def _wanted(mode: str, spec: TensorSpec, fixed: Mapping[int, int]) -> str:
+    dims = [fixed.get(place, -1) if isinstance(dim, str) else dim for place, dim in enumerate(spec.dims)]
+    return f"{mode} {spec.dtype} {shape_text(dims) if mode == 'input' else f'of {len(dims)} dims'}"
+
+
+def _fixed(engine: Any, spec: TensorSpec) -> dict[int, int]:
+    """Place and size of the free dims of ``spec`` for which the engine has a number that every profile allows alone."""
+    dims = tuple(engine.get_tensor_shape(spec.name))
+    fixed = {}
+    for place, dim in enumerate(spec.dims):
+        if isinstance(dim, str) and len(dims) == len(spec.dims) and dims[place] != -1:
+            ranges = [engine.get_tensor_profile_shape(spec.name, p) for p in range(engine.num_optimization_profiles)]
+            ends = {tuple(shape)[place] for low, _, high in ranges for shape in (low, high)}
+            if ends == {dims[place]}:
+                fixed[place] = dims[place]
+    return fixed
 
 
 def profile_ranges(engine: Any, record: EngineRecord, profile: int) -> dict[str, tuple[Shape, Shape]]:

@@ -16,10 +16,14 @@ def cache_path(backend: str, key: str, gpu: str) -> Path:
 
 
 class KernelCache:
-    """TensorRT's cache of kernels and its file; where the file cannot be written, the next process compiles again."""
+    """TensorRT's cache of kernels and its file; where the file cannot be written, the next process compiles again.
+
+    Attributes:
+        cache: TensorRT's object, which contexts made with it use until they are destroyed.
+    """
 
     def __init__(self, cache: Any, path: Path) -> None:
-        self._handle, self._path = cache, path
+        self.cache, self._path = cache, path
         self._saved = b""
 
     def load(self, config: Any) -> None:
@@ -27,21 +31,25 @@ class KernelCache:
 
         TensorRT refuses files of another driver or version.
         """
-        cache = self._handle
+        cache = self.cache
         with contextlib.suppress(OSError):
             content = self._path.read_bytes()
-            cache.deserialize(content)
-            self._saved = content
+            if cache.deserialize(content):
+                self._saved = content
         config.set_runtime_cache(cache)
 
     def save(self) -> None:
-        """Write the file if kernels were compiled since it was loaded or written."""
-        cache = self._handle
-        content = bytes(cache.serialize())
-        if content == self._saved:
+        """Write the file if kernels were compiled since it was loaded or written.
+
+        TensorRT gives nothing to write where the thread has no CUDA context.
+        """
+        cache = self.cache
+        serialized = cache.serialize()
+        content = b"" if serialized is None else bytes(serialized)
+        if not content or content == self._saved:
             return
-        self._saved = content
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as temporary:
                 temporary.write_bytes(content)
+            self._saved = content

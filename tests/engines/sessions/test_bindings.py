@@ -8,26 +8,32 @@ The fake, on which the other tests rest, must have the same names.
 import ast
 import inspect
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from qie.engines import sessions
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.sessions.tensorrt.contract import DTYPES
+from qie.engines.sessions.tensorrt.contract import DTYPES, NUMPY_DTYPES
+from qie.engines.sessions.tensorrt.loading import DIAGNOSES, ENGINES_FAULT
 from tests.support.fake_gpu import (
     Context,
     Engine,
     Gpu,
     RtxEngine,
+    RtxRuntime,
+    RtxRuntimeConfig,
     Runtime,
     RuntimeCache,
     RuntimeConfig,
     runtime,
     tensorrt,
 )
+from tests.support.fake_gpu.types import Dims
 
 FOLDER = Path(sessions.__file__).parent
 SOURCE = "\n".join(path.read_text() for path in sorted((FOLDER / "tensorrt").glob("*.py")))
@@ -35,7 +41,9 @@ HOLDS = {
     "trt": "",
     "self._trt": "",
     "runtime": "Runtime",
+    "self._runtime": "Runtime",
     "engine": "ICudaEngine",
+    "self.engine": "ICudaEngine",
     "self._engine": "ICudaEngine",
     "config": "IRuntimeConfig",
     "self._config": "IRuntimeConfig",
@@ -45,13 +53,13 @@ HOLDS = {
 """Variable of tensorrt/ to the class that it holds; "" is the module."""
 
 FAKES: dict[str, tuple[type, ...]] = {
-    "Runtime": (Runtime,),
+    "Runtime": (RtxRuntime, Runtime),
     "ICudaEngine": (RtxEngine, Engine),
-    "IRuntimeConfig": (RuntimeConfig,),
+    "IRuntimeConfig": (RtxRuntimeConfig, RuntimeConfig),
     "IRuntimeCache": (RuntimeCache,),
     "IExecutionContext": (Context,),
 }
-RTX_ONLY = {"CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "create_runtime_config"}
+RTX_ONLY = {"CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "EngineValidity", "load_weights"}
 """Names before whose use tensorrt/ looks whether they exist."""
 
 
@@ -83,7 +91,7 @@ def tensorrt_uses(source: str) -> Iterator[Use]:
     """The attributes and calls of the variables in ``HOLDS``, and of the module's classes."""
     tree = ast.parse(source)
     calls = {id(node.func): len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    enums = {"strategy": "CudaGraphStrategy"}
+    enums = {"strategy": "CudaGraphStrategy", "kinds": "DynamicShapesKernelSpecializationStrategy"}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
             continue
@@ -186,12 +194,14 @@ def test_the_fake_of_tensorrt_has(use: Use) -> None:
 def test_what_tensorrt_lacks_is_looked_for() -> None:
     module = pytest.importorskip("tensorrt_rtx")
     looked_for = {
-        (HOLDS.get(ast.unparse(node.args[0]), "IRuntimeConfig"), ast.literal_eval(node.args[1]))
+        (HOLDS[ast.unparse(node.args[0])], ast.literal_eval(node.args[1]))
         for node in ast.walk(ast.parse(SOURCE))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr" and ast.unparse(node.args[0]) in HOLDS
     }
     assert looked_for == {
         ("ICudaEngine", "create_runtime_config"),
+        ("Runtime", "defer_weights_loading"),
+        ("Runtime", "get_engine_validity"),
         ("IRuntimeConfig", "create_runtime_cache"),
         ("IRuntimeConfig", "cuda_graph_strategy"),
         ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
@@ -204,7 +214,62 @@ def test_the_dtypes_have_tensorrts_names() -> None:
     module = pytest.importorskip("tensorrt_rtx")
     for name, dtype in DTYPES.items():
         assert getattr(module.DataType, name).name == name
-        assert module.nptype(getattr(module.DataType, name)).__name__ == dtype
+        assert getattr(module.DataType, name).itemsize == np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        if dtype != "bfloat16":  # numpy has none
+            assert module.nptype(getattr(module.DataType, name)).__name__ == dtype
+
+
+def test_the_fakes_enums_are_tensorrts() -> None:
+    module, fake = pytest.importorskip("tensorrt_rtx"), tensorrt(Gpu(), "tensorrt_rtx", "tensorrt-rtx")
+    for name in (
+        "ExecutionContextAllocationStrategy",
+        "CudaGraphStrategy",
+        "DynamicShapesKernelSpecializationStrategy",
+        "EngineValidity",
+        "EngineInvalidityDiagnostics",
+    ):
+        theirs = {member: int(value) for member, value in getattr(module, name).__members__.items()}
+        assert {member.name: int(member) for member in getattr(fake, name)} == theirs, name
+
+
+def test_every_diagnosis_is_tensorrts() -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    known = set(module.EngineInvalidityDiagnostics.__members__)
+    assert set(DIAGNOSES) == known - {"INSUFFICIENT_GPU_MEMORY"}  # loading says how much is missing
+    assert set(ENGINES_FAULT) <= set(DIAGNOSES)
+
+
+def test_what_the_real_runtime_answers_without_a_gpu() -> None:
+    """The header is enough, the arguments are checked, and a refused engine is None."""
+    module = pytest.importorskip("tensorrt_rtx")
+    runtime = module.Runtime(module.Logger(module.Logger.INTERNAL_ERROR))
+    assert runtime.engine_header_size == 64
+    validity, diagnostics = runtime.get_engine_validity(b"no engine" * 100)
+    assert validity == module.EngineValidity.INVALID
+    assert diagnostics == int(module.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        runtime.deserialize_cuda_engine(None)
+    assert runtime.deserialize_cuda_engine(b"no engine" * 100) is None
+    assert runtime.defer_weights_loading is False
+
+
+def test_dims_without_a_rank_have_no_length() -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    assert tuple(module.Dims([1, 2])) == tuple(Dims([1, 2])) == (1, 2)
+    with pytest.raises(ValueError, match="should return >= 0"):
+        tuple(Dims())
+
+
+def test_the_callback_of_a_weak_reference_to_an_object_of_tensorrt_comes_when_it_is_gone() -> None:
+    """What keeps a runtime cache alive for its contexts; pybind11's objects have no attributes to hang it on."""
+    module = pytest.importorskip("tensorrt_rtx")
+    owned, order = module.Runtime(module.Logger()), []
+    with pytest.raises(AttributeError):
+        owned.kept = None
+    weakref.finalize(owned, order.append, "gone")
+    assert order == []
+    del owned
+    assert order == ["gone"]
 
 
 def test_the_fakes_codes_are_cudas() -> None:

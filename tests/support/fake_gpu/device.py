@@ -1,5 +1,7 @@
 """The memory and the streams of a fake GPU."""
 
+import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +19,10 @@ ALIGNMENT = 256
 
 @dataclass
 class Device:
-    """The memory and the streams of one fake GPU. ``log`` has every call of weight: (name, detail)."""
+    """The memory and the streams of one fake GPU. ``log`` has every call of weight: (name, detail).
+
+    ``crashes`` has what would end the process; with ``aborts`` it does.
+    """
 
     capability: str = "8.9"
     memory_bytes: int = 1 << 34
@@ -25,6 +30,9 @@ class Device:
     cuda: str = "13.0"
     version: str = VERSION
     capturable: bool = True
+    fingerprintless: bool = False
+    old_driver: bool = False
+    aborts: bool = False
     count: int = 1
     log: list[tuple[str, Any]] = field(default_factory=list)
     compiled: list[tuple[str, Any]] = field(default_factory=list)
@@ -41,9 +49,21 @@ class Device:
         self.streams: dict[int, Stream] = {}
         self.broken: Code | None = None
         self.refused: list[str] = []
+        self.crashes: list[str] = []
         self.engines: list[weakref.ref[Any]] = []
         self.contexts: list[weakref.ref[Any]] = []
         self._next = 0x7F0000000000
+
+    def crash(self, text: str) -> None:
+        """What a destructor cannot raise and a real library does not survive."""
+        self.crashes.append(text)
+        if self.aborts:
+            sys.stderr.write(f"crash: {text}\n")
+            sys.stderr.flush()
+            os.abort()
+
+    def misuse(self, text: str) -> None:
+        raise Misuse(text)
 
     # Memory
 

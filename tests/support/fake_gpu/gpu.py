@@ -20,8 +20,13 @@ from tests.support.fake_gpu.device import Device
 from tests.support.fake_gpu.tensorrt import tensorrt
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-SHAPES = {"batch": (1, 4), "layers": (1, 64)}
-"""Range of a free dim by its name; others are 1 to 4096."""
+SHAPES = {"layers": (1, 64)}
+"""Range of a free dim by its name; others are 1 to 4096, but for the batch (``batches``)."""
+
+
+def batches(component: str) -> tuple[int, int]:
+    """As in ``qie.compiler.planning.profiles``: the transformer alone takes several at once."""
+    return (1, 4) if component == "transformer" else (1, 1)
 
 
 class Gpu(Device):
@@ -53,11 +58,12 @@ class Gpu(Device):
         return folder
 
     def _engine(self, folder: Path, record: EngineRecord, backend: str) -> EngineRecord:
+        ranges = SHAPES | {"batch": batches(record.component)}
         profiles = tuple(
             ProfileRecord(
                 input=spec.name,
                 **{
-                    which: tuple(SHAPES.get(d, (1, 4096))[index] if isinstance(d, str) else d for d in spec.dims)
+                    which: tuple(ranges.get(d, (1, 4096))[index] if isinstance(d, str) else d for d in spec.dims)
                     for which, index in (("min", 0), ("opt", 0), ("max", 1))
                 },
             )

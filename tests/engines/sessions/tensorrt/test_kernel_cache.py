@@ -1,15 +1,59 @@
 """The cache of kernels that TensorRT for RTX compiles."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qie.engines.sessions.device import Device
+from qie.engines.sessions.device import Device, DeviceOptions
 from tests.support.fake_gpu import Gpu
 from tests.support.tensorrt_sessions import (
+    TRANSFORMER,
     Loop,
     record_of,
 )
+
+
+@pytest.fixture
+def device(gpu: Gpu) -> Iterator[Device]:
+    """A device whose engines compile kernels for every new shape."""
+    device = Device(gpu.capability, DeviceOptions(specialization="eager"))
+    yield device
+    assert gpu.crashes == []
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_nothing_is_compiled_for_a_new_shape_unless_asked(folder: Path, gpu: Gpu) -> None:
+    for tokens in (5, 9):
+        sizes = TRANSFORMER | {"text_tokens": tokens, "tokens": 36 + tokens}
+        loop = Loop(folder, Device(gpu.capability), sizes)
+        loop.run()
+        loop.close()
+    assert gpu.compiled == []
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_the_cache_is_serialized_for_a_new_shape_and_at_the_end(loop: Loop, gpu: Gpu) -> None:
+    def serialized() -> int:
+        return gpu.log.count(("serialize cache", None))
+
+    for _ in range(3):
+        loop.run()
+    assert serialized() == 1
+    others = {name: loop.session.upload(array) for name, array in loop.arrays.items()}
+    loop.session.run(others, loop.outputs)
+    assert serialized() == 1, "other tensors of the same shapes compile nothing"
+    others.clear()
+    loop.close()
+    assert serialized() == 2
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_a_cache_of_which_tensorrt_gives_nothing(loop: Loop, gpu: Gpu, qie_home: Path) -> None:
+    gpu.fingerprintless = True
+    loop.run()
+    assert loop.results()
+    assert not (qie_home / "cache").exists()
 
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])
@@ -48,6 +92,7 @@ def test_a_cache_that_did_not_change_is_not_written(loop: Loop, qie_home: Path) 
     (file,) = (qie_home / "cache" / "tensorrt-rtx").iterdir()
     file.unlink()
     loop.run()
+    loop.close()
     assert not file.exists()
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from qie.engines.errors import EngineError
-from qie.engines.sessions.device import Device
-from tests.support.fake_gpu import Gpu
+from qie.engines.sessions.device import Device, DeviceOptions
+from tests.support.fake_gpu import Context, Gpu
 from tests.support.tensorrt_sessions import (
     DECODER,
     TRANSFORMER,
@@ -108,8 +108,11 @@ def test_the_context_that_was_bound_first_is_bound_anew(folder: Path, device: De
 
 
 def test_a_context_that_was_bound_halfway_is_not_taken_for_bound(
-    folder: Path, device: Device, gpu: Gpu, bundle: Path
+    folder: Path, device: Device, gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(context: Context) -> int:
+        raise EngineError("no shapes; none")
+
     session, record = session_of(folder, "vae_decoder", device), record_of(folder, "vae_decoder")
 
     def tensors(rows: int) -> tuple[Arrays, dict[str, Any], dict[str, Any], dict[str, int]]:
@@ -121,7 +124,8 @@ def test_a_context_that_was_bound_halfway_is_not_taken_for_bound(
     small, large = tensors(2), tensors(9)
     session.run(small[1], small[2])
     gpu.memory_bytes = gpu.in_use
-    with pytest.raises(EngineError, match="out of memory"):
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="no shapes"):
+        patch.setattr(Context, "update_device_memory_size_for_shapes", refuse)
         session.run(large[1], large[2])
     gpu.memory_bytes = 1 << 34
     other = {"latents": small[0]["latents"] * np.float32(0.5)}
@@ -132,9 +136,13 @@ def test_a_context_that_was_bound_halfway_is_not_taken_for_bound(
     session.close()
 
 
+@pytest.mark.parametrize("graphs", [None, True, False])
 def test_a_larger_arena_is_given_to_contexts_that_had_the_old_one(
-    loop: Loop, device: Device, gpu: Gpu, bundle: Path
+    folder: Path, gpu: Gpu, bundle: Path, graphs: bool | None, backend: str
 ) -> None:
+    """With the same tensors: a CUDA graph that TensorRT for RTX finds again would write to the arena that was freed."""
+    device = Device(gpu.capability, DeviceOptions(cuda_graphs=graphs))
+    loop = Loop(folder, device)
     for _ in range(3):
         loop.run()
     before = device.arena
@@ -143,11 +151,34 @@ def test_a_larger_arena_is_given_to_contexts_that_had_the_old_one(
     for _ in range(3):
         loop.run()
     assert same(loop.results(), on_cpu(bundle, "transformer", loop.arrays, loop.sizes))
-    assert len(gpu.captures) == 2
+    assert len(gpu.captures) == (2 if graphs or (graphs is None and backend == "tensorrt") else 0)
+    loop.close()
+    device.close()
+    assert gpu.crashes == []
+
+
+def test_engines_of_tensorrt_for_rtx_are_captured_on_request_alone(folder: Path, gpu: Gpu, backend: str) -> None:
+    device = Device(gpu.capability)
+    loop = Loop(folder, device)
+    for _ in range(3):
+        loop.run()
+    assert bool(gpu.captures) == (backend == "tensorrt")
+    loop.close()
+    device.close()
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_a_run_that_tensorrt_does_not_capture_is_a_warning(
+    loop: Loop, gpu: Gpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.capturable = False
+    with caplog.at_level("INFO", "qie.tensorrt"):
+        loop.run()
+    assert "not graph capturable" in caplog.text
 
 
 def test_without_graphs(folder: Path, gpu: Gpu, bundle: Path) -> None:
-    device = Device(gpu.capability, cuda_graphs=False)
+    device = Device(gpu.capability, DeviceOptions(cuda_graphs=False))
     loop = Loop(folder, device)
     for _ in range(4):
         loop.run()

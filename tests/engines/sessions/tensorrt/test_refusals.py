@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qie.engines.errors import BundleError, EngineError, RequestError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError, QieError, RequestError
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_gpu import Code, Context, Engine, Gpu, RtxEngine
@@ -26,15 +26,31 @@ def test_a_file_that_is_no_engine(folder: Path, device: Device, backend: str) ->
     with pytest.raises(BundleError) as problem:
         TensorRtSession(folder, record_of_any_size(folder, "vision"), device)
     module = backend.replace("-", "_")
-    assert f"{module} 1.7.1 cannot load {folder}/vision.engine (header.magicTag" in str(problem.value)
-    assert str(problem.value).endswith("build the bundle again with `qie build`")
+    reason = "MALFORMED_ENGINE): the file is damaged; " if backend == "tensorrt-rtx" else "header.magicTag"
+    assert f"{module} 1.7.1 cannot load {folder}/vision.engine ({reason}" in str(problem.value)
+    assert "build the bundle again with `qie build`" in str(problem.value)
 
 
 @pytest.mark.parametrize("key", ["version", "capability"])
-def test_an_engine_of_another_version_or_gpu(folder: Path, device: Device, key: str) -> None:
+def test_an_engine_of_another_version_or_gpu(folder: Path, device: Device, key: str, backend: str) -> None:
     record = change_file(folder, "vision", **{key: "9.9"})
-    with pytest.raises(BundleError, match=rf"cannot load .*vision.engine \({key} is 9\.9, expected"):
+    if backend == "tensorrt":
+        expected: tuple[type[QieError], str] = BundleError, rf"{key} is 9\.9, expected"
+    elif key == "version":
+        expected = BundleError, r"VERSION_MISMATCH\): it was built by another version; build the bundle again"
+    else:
+        expected = EngineMismatchError, r"UNSUPPORTED_CC\): it is for another GPU; build for this one"
+    with pytest.raises(expected[0], match=rf"cannot load .*vision.engine \({expected[1]}"):
         TensorRtSession(folder, record, device)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_a_driver_that_is_too_old_for_the_engine(folder: Path, device: Device, gpu: Gpu) -> None:
+    gpu.old_driver = True
+    with pytest.raises(
+        EngineMismatchError, match=r"\(OLD_CUDA_DRIVER\): the driver is too old for it; update the driver"
+    ):
+        session_of(folder, "vision", device)
 
 
 def test_an_engine_for_which_there_is_no_room(folder: Path, device: Device, gpu: Gpu) -> None:
@@ -49,12 +65,16 @@ def test_an_engine_for_which_there_is_no_room(folder: Path, device: Device, gpu:
     ("changes", "expected"),
     [
         ({"inputs": [["latents", "float32", [-1, -1, -1, 32]]]},
-         "latents as input float32 -1x-1x-1x32, expected input float32 -1x-1x-1x64"),
-        ({"inputs": [["latents", "int64", [-1, -1, -1, 64]]]}, "latents as input int64 -1x-1x-1x64"),
+         "latents as input float32 1x-1x-1x32, expected input float32 1x-1x-1x64"),
+        ({"inputs": [["latents", "float32", [2, -1, -1, 64]]]},
+         "latents as input float32 2x-1x-1x64, expected input float32 -1x-1x-1x64"),
+        ({"inputs": [["latents", "float32", [-1, 8, -1, 64]]]},
+         "latents as input float32 1x8x-1x64, expected input float32 1x-1x-1x64"),
+        ({"inputs": [["latents", "int64", [-1, -1, -1, 64]]]}, "latents as input int64 1x-1x-1x64"),
         ({"inputs": [["noise", "float32", [-1, -1, -1, 64]]]}, "latents as nothing, expected input float32"),
         ({"outputs": [["image", "uint8", [-1, -1, 3]]]}, "image as output uint8 of 3 dims, expected .* 4 dims"),
         ({"outputs": [["image", "uint8", [-1] * 4], ["more", "uint8", [1]]]}, "more as .*, expected nothing"),
-        ({"host": ["latents"]}, "latents as input float32 -1x-1x-1x64 on the host"),
+        ({"host": ["latents"]}, "latents as input float32 1x-1x-1x64 on the host"),
     ],
 )  # fmt: skip
 def test_an_engine_that_is_not_the_manifests(
@@ -110,6 +130,36 @@ def test_shapes_that_tensorrt_cannot_infer(loop: Loop, monkeypatch: pytest.Monke
         loop.run()
 
 
+def test_what_the_bindings_raise_is_an_error_of_the_engine(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyCore.cpp: RuntimeError where a call fails, TypeError where it is given None, ValueError for dims of no rank."""
+    for name, problem, expected in (
+        ("set_optimization_profile_async", RuntimeError("Error in set"), "profile cannot be set to 0: Error in set"),
+        ("set_input_shape", RuntimeError("Unable to cast"), "latents cannot be set to 1x16x64: Unable to cast"),
+        ("infer_shapes", RuntimeError("error code: -1"), "shapes that do not belong together: error code: -1"),
+        ("get_tensor_shape", ValueError("__len__"), "the shape of velocity is unknown: __len__"),
+        ("execute_async_v3", TypeError("incompatible"), "a run cannot be enqueued: incompatible"),
+    ):
+
+        def fail(*_: Any, problem: Exception = problem) -> None:
+            raise problem
+
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"cannot run transformer, .*{expected}"):
+            patch.setattr(Context, name, fail)
+            loop.run()
+    loop.run()
+    assert loop.results()
+
+
+def test_inputs_that_contradict_each_other(loop: Loop, device: Device) -> None:
+    shape = loop.arrays["rotary_cos"].shape
+    tables = {
+        name: device.upload(np.zeros((shape[0] - 1, shape[1]), np.float32)) for name in ("rotary_cos", "rotary_sin")
+    }
+    with pytest.raises(EngineError, match="shapes that do not belong together: infer_shapes error code: -1"):
+        loop.session.run(loop.inputs | tables, loop.outputs)
+    tables.clear()
+
+
 def test_a_context_that_cannot_be_made(folder: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(folder, device)
     for kind in (Engine, RtxEngine):
@@ -147,5 +197,5 @@ def test_the_real_runtime_refuses_a_file_that_is_no_engine(
         record_of(bundle, "vision"), backend="tensorrt-rtx", compute_capability="8.9", path="vision.engine"
     )
     (tmp_path / "vision.engine").write_bytes(b"no engine" * 100)
-    with pytest.raises(BundleError, match="tensorrt_rtx .* cannot load .*magicTag"):
+    with pytest.raises(BundleError, match=r"tensorrt_rtx .* cannot load .* \(MALFORMED_ENGINE\): the file is damaged"):
         TensorRtSession(tmp_path, record, Device("8.9"))
