@@ -43,6 +43,7 @@ class Stages:
         bundle: Bundle,
         engines: Mapping[Component, EngineRecord] | None = None,
         *,
+        device: int | None = None,
         residency: Residency | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -51,6 +52,7 @@ class Stages:
         Args:
             bundle: where the engines are.
             engines: one per component; None chooses those that fit this machine.
+            device: CUDA index of the GPU to run on; None is the first that fits.
             residency: None is the bundle's default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU.
 
@@ -63,9 +65,9 @@ class Stages:
                 f"the residency is {residency!r}; choose {' or '.join(get_args(Residency))}", option="residency"
             )
         self.bundle = bundle
-        self.engines = choose_engines(bundle) if engines is None else dict(engines)
+        self.engines = choose_engines(bundle, device) if engines is None else dict(engines)
         self.residency: Residency = residency or bundle.manifest.defaults.residency
-        self._cuda_graphs = cuda_graphs
+        self._index, self._cuda_graphs = device, cuda_graphs
         self._sessions: dict[Component, Session] = {}
         self._device: Device | None = None
 
@@ -164,10 +166,10 @@ class Stages:
         loads = component not in self._sessions
         if loads:
             if self._device is None:
-                self._device = open_device(self.engines.values(), cuda_graphs=self._cuda_graphs)
-            engine, device = self.engines[component], self._device
+                self._device = open_device(self.engines.values(), device=self._index, cuda_graphs=self._cuda_graphs)
+            engine, device, index = self.engines[component], self._device, self._index
             self._sessions[component] = self.bundle.folder.read(
-                lambda folder: load(folder, engine, device), discard=lambda session: session.close()
+                lambda folder: load(folder, engine, device, index), discard=lambda session: session.close()
             )
         try:
             yield self._sessions[component]

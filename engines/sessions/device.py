@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from qie.engines.errors import EngineMismatchError
+from qie.engines.machine import choose_gpu, this_machine
 from qie.engines.sessions import cuda
 
 __all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceTensor"]
@@ -54,14 +54,18 @@ class Device:
     allocation, because freeing waits for the GPU.
     """
 
-    def __init__(self, compute_capability: str, *, cuda_graphs: bool = True) -> None:
-        """Open the first GPU of ``compute_capability``; ``cuda_graphs`` allows sessions to capture
-        repeated runs as CUDA graphs.
+    def __init__(self, compute_capability: str, *, device: int | None = None, cuda_graphs: bool = True) -> None:
+        """Open a GPU of ``compute_capability``.
+
+        Args:
+            compute_capability: of the engines.
+            device: CUDA index of the GPU; None for the first that fits.
+            cuda_graphs: allows sessions to capture repeated runs as CUDA graphs.
 
         Raises:
             EngineMismatchError: there is no such GPU.
         """
-        self.gpu = _gpu(compute_capability)
+        self.gpu = choose_gpu(this_machine(), compute_capability, device)
         self.cuda_graphs = cuda_graphs
         cuda.use(self.gpu.index)
         self.stream = cuda.Stream()
@@ -160,15 +164,3 @@ class Device:
             self.synchronize()
         while self._released:
             cuda.free(self._released.pop())
-
-
-def _gpu(compute_capability: str) -> cuda.CudaGpu:
-    gpus = cuda.gpus()
-    for gpu in gpus:
-        if gpu.compute_capability == compute_capability:
-            return gpu
-    names = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or "none"
-    raise EngineMismatchError(
-        f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {names}; "
-        "build for one of them with a recipe of `qie recipes`, or check CUDA_VISIBLE_DEVICES"
-    )
