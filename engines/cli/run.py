@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qie.engines.cli.options import BundleOption, JsonOption, parse_size, print_json
+from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, parse_size, print_json
 from qie.engines.errors import RequestError
 from qie.engines.terminal import Bars, human_seconds, say
 
@@ -51,6 +51,7 @@ def run(
     num_images: Annotated[int, typer.Option(min=1, max=256, help="Number of results, with consecutive seeds.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Edit images with an instruction.
@@ -72,7 +73,7 @@ def run(
 
     sources = [load_image(Path(path)) for path in paths]
     results = Results(out, [Path(path) for path in paths], count=num_images, overwrite=overwrite)
-    editor = Editor(bundle, residency="sequential")  # one edit needs each engine once
+    editor = Editor(bundle, device=device, residency="sequential")  # one edit needs each engine once
     request = Request(
         images=[source.image for source in sources],
         instructions=[instruction],
