@@ -43,7 +43,7 @@ class Gpu:
         name: of the product, and of the instance.
         compute_capability: such as "8.9".
         memory_gib: None where it shares the memory of the CPU.
-        pci: address on the PCI bus, as ``nvidia-smi`` writes it; None where unknown.
+        pci: address on the PCI bus, "domain:bus:device.function" in hexadecimal; None where unknown.
     """
 
     index: int
@@ -96,8 +96,8 @@ def find_driver() -> Driver:
         library = libcuda()
     except OSError:
         return Driver(
-            no_gpu=f"there is no NVIDIA driver here, whose {LIBRARY} does not load; install it, or start the container "
-            "with its GPUs"
+            no_gpu=f"{LIBRARY} of NVIDIA's driver does not load here; install the driver, or start the container with "
+            "GPUs"
         )
     cuda, version = _cuda_version(library), _driver_version()
     try:
@@ -169,9 +169,11 @@ def _hint(code: int) -> str:
             "first editor"
         )
     if code in (NO_DEVICE, INVALID_DEVICE) and visible is not None:
-        return f"), and CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or name GPUs of this machine in it"
+        return (
+            f"), and CUDA_VISIBLE_DEVICES is {visible!r}; unset CUDA_VISIBLE_DEVICES, or set it to GPUs of this machine"
+        )
     if code == DRIVER_MISMATCH:
-        return f"), since {LIBRARY} is of another version than the driver; restart the machine, or install it again"
+        return f"), since {LIBRARY} is of another version than the driver; restart the machine, or install both again"
     return "); use a machine with an NVIDIA GPU, or check its driver with `nvidia-smi`"
 
 

@@ -54,4 +54,5 @@ def _gpus(machine: "Machine") -> list[list[str]]:
         ]
         for gpu in machine.gpus
     ]
-    return [*rows, ["driver", " ".join(filter(None, [machine.driver, f"(CUDA {machine.cuda})"]))]]
+    driver = [machine.driver, f"(CUDA {machine.cuda})" if machine.cuda else None]
+    return [*rows, ["driver", " ".join(filter(None, driver)) or "of unknown version"]]

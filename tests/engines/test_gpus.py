@@ -98,7 +98,7 @@ def test_a_variable_that_hides_all_is_named(install: Install, visible: str) -> N
     assert (driver.gpus, driver.cuda) == ((), "12.8")
     assert driver.no_gpu == (
         f"CUDA finds no GPU here (CUDA_ERROR_NO_DEVICE from cuInit), and CUDA_VISIBLE_DEVICES is {visible!r}; unset "
-        "it, or name GPUs of this machine in it"
+        "CUDA_VISIBLE_DEVICES, or set it to GPUs of this machine"
     )
 
 
@@ -120,8 +120,8 @@ def test_a_driver_that_does_not_work(install: Install, init: int, reason: str) -
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "LIBRARY", str(tmp_path / "libcuda.so.1"))
     assert find_driver() == Driver(
-        no_gpu=f"there is no NVIDIA driver here, whose {tmp_path}/libcuda.so.1 does not load; install it, or start the "
-        "container with its GPUs"
+        no_gpu=f"{tmp_path}/libcuda.so.1 of NVIDIA's driver does not load here; install the driver, or start the "
+        "container with GPUs"
     )
 
 
