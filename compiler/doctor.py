@@ -161,7 +161,7 @@ def _capability(need: _Need, machine: Machine) -> Capability:
 def _missing_of_gpu(backend: str, machine: Machine) -> tuple[tuple[str, ...], str]:
     """What ``backend`` lacks of GPU and driver, and how to fix that."""
     if not machine.gpus:
-        return ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"
+        return ("an NVIDIA GPU",), str(machine.no_gpu).partition("; ")[2]
     lacking = cuda_lacking(backend, machine.cuda)
     if lacking is not None:
         return (f"a driver for CUDA {lacking}",), f"update the driver, which serves CUDA {machine.cuda}"

@@ -1,37 +1,20 @@
 """The machine at hand: CPU, memory, GPUs and installed packages. Nothing heavy is imported."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import resource
-import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["GIB", "Gpu", "Machine", "memory_bytes", "this_machine", "version_of"]
+from qie.engines.errors import EngineMismatchError
+from qie.engines.gpus import NO_GPU, Gpu, find_driver
+
+__all__ = ["GIB", "Machine", "choose_gpu", "gpu_misfit", "memory_bytes", "this_machine", "version_of"]
 
 GIB = 2**30
 """Bytes of a GiB."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """An NVIDIA GPU of this machine, as its driver reports it.
-
-    Attributes:
-        name: of the product.
-        compute_capability: such as "8.9".
-        memory_gib: None where it shares the memory of the CPU.
-        driver: version of the driver.
-    """
-
-    name: str
-    compute_capability: str
-    memory_gib: float | None
-    driver: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +26,10 @@ class Machine:
         cpu: name of the CPU.
         cores: that this process may use.
         memory_gib: that this process may use: of the machine, or of its container.
-        gpus: its NVIDIA GPUs.
+        gpus: NVIDIA GPUs that this process may use, by their CUDA index.
         cuda: latest CUDA that the driver serves; None without a driver.
+        driver: version of the driver; None where it is unknown.
+        no_gpu: where there is no GPU, why, a semicolon, and the fix.
     """
 
     system: str
@@ -53,19 +38,63 @@ class Machine:
     memory_gib: float
     gpus: tuple[Gpu, ...]
     cuda: str | None = None
+    driver: str | None = None
+    no_gpu: str | None = NO_GPU
 
 
 def this_machine() -> Machine:
     """Examine this machine; without a driver it has no GPU."""
+    driver = find_driver()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=f"{platform.system()} {platform.release()}",
         cpu=_cpu(),
         cores=cores,
         memory_gib=round(memory_bytes() / GIB, 1),
-        gpus=_gpus(),
-        cuda=_cuda(),
+        gpus=driver.gpus,
+        cuda=driver.cuda,
+        driver=driver.version,
+        no_gpu=driver.no_gpu,
     )
+
+
+def choose_gpu(machine: Machine, compute_capability: str, device: int | None = None) -> Gpu:
+    """The GPU for engines of ``compute_capability``: the one with the CUDA index ``device``, else the first that fits.
+
+    Free memory does not count: CUDA reports it only in a context, which takes memory of every GPU that is asked.
+
+    Raises:
+        EngineMismatchError: there is no such GPU, or it has another compute capability.
+    """
+    misfit = gpu_misfit(machine, compute_capability, device)
+    if misfit is not None:
+        raise EngineMismatchError(
+            f"the engines are built for compute capability {compute_capability}, and {misfit}",
+            option=None if device is None else "device",
+        )
+    return next(gpu for gpu in machine.gpus if _fits(gpu, compute_capability, device))
+
+
+def gpu_misfit(machine: Machine, compute_capability: str, device: int | None = None) -> str | None:
+    """Why ``choose_gpu`` finds no GPU, a semicolon, and the fix; None where it finds one."""
+    if any(_fits(gpu, compute_capability, device) for gpu in machine.gpus):
+        return None
+    if not machine.gpus:
+        return machine.no_gpu
+    if device is None:
+        names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
+        return f"this machine has {names}; build for that GPU with a recipe of `qie recipes`"
+    chosen = next((gpu for gpu in machine.gpus if gpu.index == device), None)
+    if chosen is None:
+        listed = ", ".join(f"GPU {gpu.index} is {gpu.name}" for gpu in machine.gpus)
+        return f"there is no GPU {device}, where {listed}; choose one of these"
+    fitting = [f"GPU {gpu.index}" for gpu in machine.gpus if gpu.compute_capability == compute_capability]
+    fix = f"choose {' or '.join(fitting)}" if fitting else "build for that GPU with a recipe of `qie recipes`"
+    return f"GPU {device} is {chosen.name} ({chosen.compute_capability}); {fix}"
+
+
+def _fits(gpu: Gpu, compute_capability: str, device: int | None) -> bool:
+    return gpu.compute_capability == compute_capability and device in (None, gpu.index)
 
 
 def memory_bytes(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -116,34 +145,3 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _gpus() -> tuple[Gpu, ...]:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ()
-    query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        listing = subprocess.run([command, *query], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 3]
-    return tuple(
-        Gpu(
-            name=name,
-            compute_capability=capability,
-            memory_gib=round(int(mib) / 1024, 1) if mib.isdigit() else None,
-            driver=driver,
-        )
-        for name, capability, mib, driver in rows
-    )
-
-
-def _cuda() -> str | None:
-    """The latest CUDA that the driver serves, for example "12.8"; None without a driver."""
-    version = ctypes.c_int(0)
-    try:
-        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return None if code else f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -19,8 +19,13 @@ class Builder(Protocol):
         """The version of the installed backend."""
         ...
 
-    def unavailable(self, recipe: Recipe) -> str | None:
-        """Why this machine cannot build for the recipe's GPU, a semicolon, and the fix; None where it can."""
+    def unavailable(self, recipe: Recipe, device: int | None = None) -> str | None:
+        """Why this machine cannot build for the recipe's GPU, a semicolon, and the fix; None where it can.
+
+        Args:
+            recipe: the recipe.
+            device: CUDA index of the GPU to build on, where building takes one; None for the first that fits.
+        """
         ...
 
     def build(
@@ -30,6 +35,7 @@ class Builder(Protocol):
         *,
         key: str,
         recipe: Recipe,
+        device: int | None = None,
         progress: StageProgress = ...,
     ) -> EngineRecord:
         """Build an engine of ``graph`` into the folder of the graph.
@@ -39,6 +45,7 @@ class Builder(Protocol):
             folder: the folder of the graph's files.
             key: the engine's cache key.
             recipe: the recipe.
+            device: see ``unavailable``.
             progress: called with (units done, units in all).
 
         Raises:

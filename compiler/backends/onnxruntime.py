@@ -19,7 +19,7 @@ def version() -> str:
     return str(ort.__version__)
 
 
-def unavailable(recipe: Recipe) -> str | None:
+def unavailable(recipe: Recipe, device: int | None = None) -> str | None:
     """None: qie depends on onnxruntime."""
     return None
 
@@ -30,6 +30,7 @@ def build(
     *,
     key: str,
     recipe: Recipe,
+    device: int | None = None,
     progress: StageProgress = no_progress,
 ) -> EngineRecord:
     """Load ``graph``, whose files are those of the engine, once (``Builder.build``).

@@ -16,7 +16,7 @@ from qie.compiler.cli.options import (
     RevisionOption,
     ScheduleOption,
 )
-from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.cli.options import DeviceOption, JsonOption, print_json
 from qie.engines.errors import BuildError
 from qie.engines.terminal import Bars, ago, human_bytes, human_count, printable, say, table, wrap
 
@@ -43,6 +43,7 @@ def build(
         str | None,
         typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
     ] = None,
+    device: DeviceOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop; downloads only the configs.")
     ] = False,
@@ -57,7 +58,7 @@ def build(
     are downloaded.
     """
     if finish is not None:
-        return _finish(finish, dry_run=dry_run, as_json=as_json)
+        return _finish(finish, device=device, dry_run=dry_run, as_json=as_json)
     from qie.compiler.packing.build import build as build_bundle
     from qie.compiler.planning.resolve import plan_build
 
@@ -71,6 +72,7 @@ def build(
         revision=revision,
         schedule=schedule,
         allow_unread=allow_unread,
+        device=device,
     )
     if not as_json:
         say(describe(plan))
@@ -214,7 +216,7 @@ def _backend(planned: "PlannedComponent") -> str:
     return f"{planned.backend}, graph" if planned.backend is not None else "graph"
 
 
-def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
+def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> None:
     from qie.compiler.planning.resolve import compile_packages
     from qie.engines.bundle.bundle import open_bundle
 
@@ -231,7 +233,7 @@ def _finish(name: str, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         return None
     with Bars(enabled=not as_json) as bars:
-        bundle = finish_bundle(bundle, progress=bars)
+        bundle = finish_bundle(bundle, device=device, progress=bars)
     return _print_built(bundle, as_json=as_json)
 
 

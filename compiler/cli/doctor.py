@@ -27,7 +27,7 @@ def doctor(as_json: JsonOption = False) -> None:
         ["qie", report.qie],
         ["Python", report.python],
         ["machine", f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
-        ["GPU", _gpus(machine)],
+        *_gpus(machine),
         ["home", f"{report.home} ({human_bytes(report.free_bytes)} free)"],
     ]
     capabilities = [[c.name, "yes" if c.ready else "no", ", ".join(c.requirements) or "-"] for c in report.capabilities]
@@ -41,11 +41,18 @@ def doctor(as_json: JsonOption = False) -> None:
     return None
 
 
-def _gpus(machine: "Machine") -> str:
-    gpus = [
-        f"{gpu.name}, compute capability {gpu.compute_capability}, "
-        + (f"{gpu.memory_gib:g} GiB" if gpu.memory_gib else "memory shared with the CPU")
-        + f", driver {gpu.driver}{f' (CUDA {machine.cuda})' if machine.cuda else ''}"
+def _gpus(machine: "Machine") -> list[list[str]]:
+    """Rows of the table: a GPU with its CUDA index each, and the driver."""
+    if not machine.gpus:
+        return [["GPU", f"none: {str(machine.no_gpu).partition('; ')[0]}"]]
+    rows = [
+        [
+            f"GPU {gpu.index}",
+            f"{gpu.name}, compute capability {gpu.compute_capability}, "
+            + (f"{gpu.memory_gib:g} GiB" if gpu.memory_gib else "memory shared with the CPU")
+            + (f", PCI {gpu.pci}" if gpu.pci else ""),
+        ]
         for gpu in machine.gpus
     ]
-    return "; ".join(gpus) or "none"
+    driver = [machine.driver, f"(CUDA {machine.cuda})" if machine.cuda else None]
+    return [*rows, ["driver", " ".join(filter(None, driver)) or "of unknown version"]]

@@ -35,6 +35,7 @@ def build(
     revision: str | None = ...,
     schedule: str | None = ...,
     allow_unread: bool = ...,
+    device: int | None = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
 
@@ -50,6 +51,7 @@ def build(
     revision: str | None = None,
     schedule: str | None = None,
     allow_unread: bool = False,
+    device: int | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
@@ -58,7 +60,7 @@ def build(
     earlier bundle with an equal key and undamaged files are kept.
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next eight arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the next nine arguments belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
@@ -67,6 +69,7 @@ def build(
         revision: see ``plan_build``.
         schedule: see ``plan_build``.
         allow_unread: see ``plan_build``.
+        device: see ``plan_build``.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
             another thread.
 
@@ -85,10 +88,11 @@ def build(
             revision=revision,
             schedule=schedule,
             allow_unread=allow_unread,
+            device=device,
         )
     else:
-        decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread)
-        assert decided == ("cpu", (), None, None, None, None, None, False), "a plan has decided these arguments"
+        decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread, device)
+        assert decided == ("cpu", (), None, None, None, None, None, False, None), "a plan has decided these arguments"
         plan = model
 
     from qie.compiler.packing.pack import pack

@@ -15,11 +15,16 @@ from qie.engines.progress import Progress, no_progress
 __all__ = ["finish_bundle"]
 
 
-def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle:
+def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progress = no_progress) -> Bundle:
     """Build an engine of every graph in ``bundle`` for the backend that its recipe prefers.
 
     The new engines precede those that the bundle has already, and the graphs are deleted. The bundle is replaced when
-    all engines are built; until then it stays unchanged. ``progress``: see ``qie.compiler.packing.build.build``.
+    all engines are built; until then it stays unchanged.
+
+    Args:
+        bundle: an opened bundle.
+        device: CUDA index of the GPU to build on; None for the first that fits.
+        progress: see ``qie.compiler.packing.build.build``.
 
     Raises:
         BackendMissingError: this machine cannot build for the recipe's GPU.
@@ -41,9 +46,10 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle
             raise BackendMissingError(
                 f"{graph.component} needs an engine of {graph.backend}, which this qie does not build; upgrade qie"
             )
-        reason = BUILDERS[graph.backend].unavailable(recipe)
+        reason = BUILDERS[graph.backend].unavailable(recipe, device)
         if reason is not None:
-            raise BackendMissingError(f"{graph.component} cannot be built here: {reason}")
+            option = None if device is None else "device"
+            raise BackendMissingError(f"{graph.component} cannot be built here: {reason}", option=option)
     needed = sum(record.bytes for graph in manifest.graphs for record in graph.files)
     free = shutil.disk_usage(bundle.path).free
     if needed > free:
@@ -53,7 +59,7 @@ def finish_bundle(bundle: Bundle, *, progress: Progress = no_progress) -> Bundle
             raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")
         engines = []
         for graph in manifest.graphs:
-            engine = build_engine(graph.backend, graph, folder, recipe, progress)
+            engine = build_engine(graph.backend, graph, folder, recipe, progress, device)
             drop_graph(graph, engine, folder)
             engines.append(engine)
         write_manifest(replace(manifest, engines=(*engines, *manifest.engines), graphs=()), folder)

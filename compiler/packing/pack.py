@@ -134,7 +134,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         if engine is None or planned.finish is not None:
             graph = _graph(planned, plan, keys[planned.component], readers, old, folder, progress)
             if engine is None and planned.backend is not None:
-                engine = build_engine(planned.backend, graph, folder, recipe, progress)
+                engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
                 engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
             if planned.finish is not None:
                 graphs.append(graph)
@@ -176,8 +176,10 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         tables_cache().drop(old.manifest.model.modulation.file.sha256)
 
 
-def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress) -> EngineRecord:
-    """Build an engine of ``graph``, whose files lie in ``folder``, into the same folder.
+def build_engine(
+    backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress, device: int | None = None
+) -> EngineRecord:
+    """Build an engine of ``graph``, whose files lie in ``folder``, into the same folder, on the GPU ``device``.
 
     Raises:
         RecipeError, BuildError: see the backend's builder.
@@ -187,6 +189,7 @@ def build_engine(backend: str, graph: GraphRecord, folder: Path, recipe: Recipe,
         folder,
         key=engine_key(graph.key, backend, recipe, graph.profiles),
         recipe=recipe,
+        device=device,
         progress=partial(progress, f"compile {graph.component}"),
     )
 

@@ -118,7 +118,7 @@ def missing_builder(plan: Plan, component: Component) -> str | None:
     if planned.backend is not None or planned.finish is not None:
         return None
     backends = plan.recipe.backends_of(component)
-    reasons = [BUILDERS[backend].unavailable(plan.recipe) for backend in backends if backend in BUILDERS]
+    reasons = [BUILDERS[backend].unavailable(plan.recipe, plan.device) for backend in backends if backend in BUILDERS]
     why = ", and ".join(reason.replace("; ", ", ") for reason in reasons if reason is not None)
     why = why or f"this qie builds for {', '.join(BUILDERS)}"
     return f"the recipe {plan.recipe_name} builds {component} for {' or '.join(backends)}: {why}"

@@ -118,6 +118,7 @@ class Plan:
         schedule: name of the schedule of its edits (``qie.compiler.checkpoint.distilled``).
         allow_unread: whether tensors that nothing reads are accepted.
         destination: folder of the bundle.
+        device: CUDA index of the GPU to build on, for a backend that builds on one; None for the first that fits.
     """
 
     checkpoint: Checkpoint
@@ -132,6 +133,7 @@ class Plan:
     destination: Path
     schedule: str = CHECKPOINT
     allow_unread: bool = False
+    device: int | None = None
 
     @property
     def model(self) -> Model:
@@ -183,6 +185,7 @@ def make_plan(
     calibration: Calibration | None = None,
     schedule: str | None = None,
     allow_unread: bool = False,
+    device: int | None = None,
 ) -> Plan:
     """Plan the build of ``checkpoint`` by ``recipe`` into the folder ``destination``.
 
@@ -197,6 +200,7 @@ def make_plan(
         calibration: statistics of the quantized linears.
         schedule: see ``find_schedule``.
         allow_unread: accept tensors that nothing reads.
+        device: see ``Plan``.
 
     Raises:
         CheckpointError: the weights that are here do not belong to the configs, a LoRA does not belong to the model,
@@ -212,7 +216,7 @@ def make_plan(
     readers = _readers(checkpoint)
     transformer = None if readers is None else fused_reader(readers["transformer"], loras)
     modulation = modulation_weights(config, transformer)
-    components = tuple(_planned(component, model, recipe, calibration) for component in GRAPHS)
+    components = tuple(_planned(component, model, recipe, calibration, device) for component in GRAPHS)
     if readers is not None and not allow_unread:
         check_unread(readers, _read_names(components, model), model)
     size = 4 if graph_dtype(recipe, "transformer") == "float32" else 2
@@ -230,6 +234,7 @@ def make_plan(
         destination=destination,
         schedule=schedule,
         allow_unread=allow_unread,
+        device=device,
     )
 
 
@@ -259,13 +264,15 @@ def _read_names(components: Sequence[PlannedComponent], model: Model) -> dict[Su
     return names
 
 
-def _planned(component: Component, model: Model, recipe: Recipe, calibration: Calibration | None) -> PlannedComponent:
+def _planned(
+    component: Component, model: Model, recipe: Recipe, calibration: Calibration | None, device: int | None
+) -> PlannedComponent:
     section = recipe.components[component]
     plain = write_graph_of(component, model, recipe)
     quantized = quantize_by_recipe(plain, section, calibration, model.language)
     graph = quantized.graph
     backends = [b for b in recipe.backends_of(component) if b in BUILDERS]
-    backend = next((b for b in backends if BUILDERS[b].unavailable(recipe) is None), None)
+    backend = next((b for b in backends if BUILDERS[b].unavailable(recipe, device) is None), None)
     elsewhere = bool(backends) and backend != backends[0] and BACKENDS[backends[0]].builds_on_gpu
     return PlannedComponent(
         component=component,

@@ -39,6 +39,7 @@ def plan_build(
     revision: str | None = None,
     schedule: str | None = None,
     allow_unread: bool = False,
+    device: int | None = None,
 ) -> "Plan":
     """Plan the build of a bundle. Of a hub id only the configs are downloaded.
 
@@ -54,6 +55,7 @@ def plan_build(
         schedule: that a distilled LoRA was trained for: "lightning", "lightning-4", "lightning-8", or "checkpoint" for
             the checkpoint's own; None for what the LoRAs say.
         allow_unread: accept tensors of the checkpoint that nothing reads.
+        device: CUDA index of the GPU to build on, where TensorRT builds; None for the first that fits the recipe.
 
     Raises:
         BackendMissingError: ``qie[compile]`` is not installed.
@@ -94,6 +96,7 @@ def plan_build(
         calibration=find_calibration(given, checkpoint.path) if given or recipe.quantizes else None,
         schedule=schedule,
         allow_unread=allow_unread,
+        device=device,
     )
 
 

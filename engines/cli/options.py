@@ -9,11 +9,17 @@ import typer
 from qie.engines.errors import RequestError
 from qie.engines.terminal import say
 
-__all__ = ["BundleArgument", "BundleOption", "JsonOption", "examples", "parse_size", "print_json"]
+__all__ = ["BundleArgument", "BundleOption", "DeviceOption", "JsonOption", "examples", "parse_size", "print_json"]
 
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")]
 BundleOption = Annotated[
     str | None, typer.Option("--bundle", help="Name or folder of a bundle.", show_default="the newest that runs here")
+]
+DeviceOption = Annotated[
+    int | None,
+    typer.Option(
+        "--device", metavar="N", min=0, help="GPU, as `qie doctor` lists them.", show_default="the first that fits"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

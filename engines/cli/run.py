@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qie.engines.cli.options import BundleOption, JsonOption, parse_size, print_json
+from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, parse_size, print_json
 from qie.engines.errors import RequestError
 from qie.engines.terminal import Bars, human_seconds, say
 
@@ -51,6 +51,7 @@ def run(
     num_images: Annotated[int, typer.Option(min=1, max=256, help="Number of results, with consecutive seeds.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Edit images with an instruction.
@@ -82,7 +83,7 @@ def run(
         size=requested_size,
         match_input=match_input,
     )
-    with Editor(bundle, residency="sequential") as editor:  # one edit needs each engine once
+    with Editor(bundle, device=device, residency="sequential") as editor:  # one edit needs each engine once
         try:
             with Bars(enabled=not as_json) as bars:
                 edit = editor.edit(request, progress=bars, on_image=results.save)

@@ -41,6 +41,7 @@ class Editor:
         self,
         bundle: Bundle | str | Path | None = None,
         *,
+        device: int | None = None,
         residency: Residency | None = None,
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
@@ -49,6 +50,7 @@ class Editor:
 
         Args:
             bundle: an opened bundle, or a name or folder of one; None is the newest that this machine can run.
+            device: CUDA index of the GPU to run on, as `qie doctor` lists them; None is the first that fits.
             residency: "resident" keeps engines loaded, "sequential" releases each after its stage; None is the bundle's
                 default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
@@ -65,10 +67,12 @@ class Editor:
         from qie.engines.sessions.choose import newest_runnable
 
         if bundle is None:
-            bundle = newest_runnable()
+            bundle = newest_runnable(device)
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
-        self.stages = Stages(self.bundle, residency=residency, cuda_graphs=cuda_graphs, specialization=specialization)
+        self.stages = Stages(
+            self.bundle, device=device, residency=residency, cuda_graphs=cuda_graphs, specialization=specialization
+        )
         self.tokenizer = open_tokenizer(self.bundle)
         self._lock, self._edits = threading.RLock(), False
         weakref.finalize(self, _close_quietly, self.stages)  # also at interpreter exit

@@ -46,6 +46,7 @@ class Stages:
         bundle: Bundle,
         engines: Mapping[Component, EngineRecord] | None = None,
         *,
+        device: int | None = None,
         residency: Residency | None = None,
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
@@ -55,6 +56,7 @@ class Stages:
         Args:
             bundle: where the engines are.
             engines: one per component; None chooses those that fit this machine.
+            device: CUDA index of the GPU to run on; None is the first that fits.
             residency: None is the bundle's default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
                 RTX, see ``DeviceOptions``.
@@ -71,9 +73,9 @@ class Stages:
             if value is not None and value not in kinds:
                 raise RequestError(f"the {option} is {value!r}; choose {' or '.join(kinds)}", option=option)
         self.bundle = bundle
-        self.engines = choose_engines(bundle) if engines is None else dict(engines)
+        self.engines = choose_engines(bundle, device) if engines is None else dict(engines)
         self.residency: Residency = residency or bundle.manifest.defaults.residency
-        self._cuda_graphs = cuda_graphs
+        self._index, self._cuda_graphs = device, cuda_graphs
         self._specialization: Specialization = specialization or bundle.manifest.defaults.specialization
         self._sessions: dict[Component, Session] = {}
         self._unloaded: set[Component] = set()
@@ -199,16 +201,17 @@ class Stages:
         if self._device is None:
             self._device = open_device(
                 self.engines.values(),
+                device=self._index,
                 cuda_graphs=self._cuda_graphs,
                 specialization=self._specialization,
                 unloads=self.residency == "sequential",
             )
-        engine, device = self.engines[component], self._device
+        engine, device, index = self.engines[component], self._device, self._index
         if device is not None and self.residency == "resident":
             others = [self.engines[c] for c in COMPONENTS if c != component and c not in self._sessions]
             device.weights_to_come = sum(file.bytes for other in others for file in other.files)
         self._sessions[component] = self.bundle.folder.read(
-            lambda folder: load(folder, engine, device), discard=lambda session: session.close()
+            lambda folder: load(folder, engine, device, index), discard=lambda session: session.close()
         )
 
     def _release(self, component: Component) -> None:

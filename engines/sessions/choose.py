@@ -1,25 +1,53 @@
 """Choose the engines of a bundle that this machine can run, and explain why it cannot run others."""
 
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 
 from qie.engines.backends import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
 from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
-from qie.engines.machine import Machine, this_machine
+from qie.engines.machine import Machine, gpu_misfit, this_machine
 
 __all__ = ["choose_engines", "newest_runnable", "refusal"]
 
 
-def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
-    """The first engine of each component that this machine can run.
+def choose_engines(bundle: Bundle, device: int | None = None) -> dict[Component, EngineRecord]:
+    """The first engine of each component that this machine can run, those for a GPU all for one.
+
+    Args:
+        bundle: an opened bundle.
+        device: CUDA index of the GPU to run on; None for any.
 
     Raises:
-        EngineMismatchError: a component has engines, and this machine can run none of them.
+        EngineMismatchError: a component has engines, and this machine, or that GPU, can run none of them.
         BackendMissingError: it could, with a package that is not installed.
         BundleError: a component has no engine.
     """
     machine = this_machine() if any(e.compute_capability != "cpu" for e in bundle.manifest.engines) else None
+    chosen = _chosen(bundle, machine, device)
+    targets = list(dict.fromkeys(e.compute_capability for e in chosen.values() if e.compute_capability != "cpu"))
+    if device is not None and not targets:
+        raise EngineMismatchError(
+            f"the engines of {bundle.path} that run here are for the CPU, and GPU {device} was chosen; choose none, or "
+            "build for that GPU with a recipe of `qie recipes`",
+            option="device",
+        )
+    if machine is None or len(targets) < 2:
+        return chosen
+    for target in targets:
+        with suppress(QieError):
+            gpus = tuple(gpu for gpu in machine.gpus if gpu.compute_capability == target)
+            return _chosen(bundle, replace(machine, gpus=gpus), None)
+    raise EngineMismatchError(
+        f"the engines of {bundle.path} that run here are for GPUs of compute capability {' and '.join(targets)}, and "
+        "an edit uses one GPU; build the bundle again with `qie build`"
+    )
+
+
+def _chosen(bundle: Bundle, machine: Machine | None, device: int | None) -> dict[Component, EngineRecord]:
+    """The first engine of each component that ``machine`` can run; raises as ``choose_engines`` does."""
     chosen: dict[Component, EngineRecord] = {}
     for component in COMPONENTS:
         engines = [e for e in bundle.manifest.engines if e.component == component]
@@ -30,18 +58,19 @@ def choose_engines(bundle: Bundle) -> dict[Component, EngineRecord]:
             )
         if not engines:
             raise BundleError(f"bundle {bundle.path} has no engine for {component}; build it again with `qie build`")
-        obstacles = [_obstacle(engine, machine) for engine in engines]
+        obstacles = [_obstacle(engine, machine, device) for engine in engines]
         fitting = [engine for engine, obstacle in zip(engines, obstacles, strict=True) if obstacle is None]
         if not fitting:
             missing = all(isinstance(obstacle, BackendMissingError) for obstacle in obstacles)
             kind = BackendMissingError if missing else EngineMismatchError
-            raise kind(_joined(dict.fromkeys(str(obstacle) for obstacle in obstacles)))
+            option = next((obstacle.option for obstacle in obstacles if obstacle is not None), None)
+            raise kind(_joined(dict.fromkeys(str(obstacle) for obstacle in obstacles)), option=option)
         chosen[component] = fitting[0]
     return chosen
 
 
-def newest_runnable() -> Bundle:
-    """The newest bundle that has a name and whose engines this machine can run.
+def newest_runnable(device: int | None = None) -> Bundle:
+    """The newest bundle that has a name and whose engines this machine, or its GPU ``device``, can run.
 
     Raises:
         BundleError, EngineMismatchError, BackendMissingError: there is none; the reason why the newest cannot run.
@@ -50,7 +79,7 @@ def newest_runnable() -> Bundle:
     for path in bundles():
         try:
             bundle = open_bundle(path)
-            choose_engines(bundle)
+            choose_engines(bundle, device)
         except QieError as problem:
             refused = refused or problem
         else:
@@ -72,7 +101,7 @@ def refusal(engine: EngineRecord, machine: Machine | None = None) -> str | None:
     return None if obstacle is None else str(obstacle)
 
 
-def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
+def _obstacle(engine: EngineRecord, machine: Machine | None, device: int | None = None) -> QieError | None:
     """The first reason why ``machine`` cannot run ``engine``: backend, GPU, package, driver or version."""
     target = f"{engine.component} is built for {engine.backend}/{engine.compute_capability}"
     backend = BACKENDS.get(engine.backend)
@@ -83,7 +112,7 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
     on_gpu = engine.compute_capability != "cpu"
     if on_gpu:
         machine = machine or this_machine()
-        if obstacle := _gpu_obstacle(target, engine, machine):
+        if obstacle := _gpu_obstacle(target, engine, machine, device):
             return obstacle
     if not available(engine.backend):
         return BackendMissingError(f"{target}, which is not installed here; run `{backend.install}`")
@@ -94,18 +123,14 @@ def _obstacle(engine: EngineRecord, machine: Machine | None) -> QieError | None:
     return _version_obstacle(target, engine, machine)
 
 
-def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
+def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine, device: int | None) -> QieError | None:
+    misfit = gpu_misfit(machine, engine.compute_capability, device)
+    if misfit is None:
+        return None
     if not machine.gpus:
-        return EngineMismatchError(
-            f"{target}, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for this "
-            "machine with the recipe cpu"
-        )
-    if all(gpu.compute_capability != engine.compute_capability for gpu in machine.gpus):
-        names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
-        return EngineMismatchError(
-            f"{target}, and this machine has {names}; build for that GPU with a recipe of `qie recipes`"
-        )
-    return None
+        found, _, fix = misfit.partition("; ")
+        return EngineMismatchError(f"{target}, and {found}; {fix}, or build for this machine with the recipe cpu")
+    return EngineMismatchError(f"{target}, and {misfit}", option=None if device is None else "device")
 
 
 def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
@@ -119,8 +144,9 @@ def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None
     if served is not None and needed > served:
         older = f"'cuda-python<{served + 1}' {packages[served]}" if served in packages else ""
         fix = f"update the driver, or run `pip install {older}`" if older else "update the driver"
+        driver = "the driver" if machine.driver is None else f"driver {machine.driver}"
         return EngineMismatchError(
-            f"{target}, whose packages here need a driver for CUDA {needed}, and driver {machine.gpus[0].driver} "
+            f"{target}, whose packages here need a driver for CUDA {needed}, and {driver} "
             f"serves CUDA {machine.cuda}; {fix}"
         )
     try:

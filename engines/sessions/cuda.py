@@ -1,12 +1,11 @@
 """The part of CUDA's runtime API that the sessions use: every call is checked, every failure has CUDA's name.
 
 A call of ``cuda.bindings.runtime`` (cuda-python, imported at the first call) returns an error code and its results;
-the functions here check the code and return the results. Addresses are integers, sizes are bytes. Everything but
-``gpus`` works on the GPU that ``use`` chose in this thread.
+the functions here check the code and return the results. Addresses are integers, sizes are bytes. Everything
+works on the GPU that ``use`` chose in this thread.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from qie.engines.errors import EngineError, EngineMismatchError, QieError
 
 __all__ = [
-    "CudaGpu",
     "CudaGraph",
     "Event",
     "Stream",
@@ -25,40 +23,13 @@ __all__ = [
     "copy_to_device",
     "copy_to_host",
     "free",
-    "gpus",
     "memory",
     "use",
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CudaGpu:
-    """A GPU that this process may use, by its CUDA index; CUDA_VISIBLE_DEVICES hides and orders them.
-
-    ``machine.Gpu`` is a GPU of the machine, as the driver reports it.
-    """
-
-    index: int
-    name: str
-    compute_capability: str
-
-
-def gpus() -> tuple[CudaGpu, ...]:
-    """The GPUs that this process may use, at least one.
-
-    Raises:
-        EngineMismatchError: there is none, or the driver is too old for the installed cuda-python.
-    """
-    count = _call("cudaGetDeviceCount", kind=EngineMismatchError)
-    properties = [_call("cudaGetDeviceProperties", index, kind=EngineMismatchError) for index in range(count)]
-    return tuple(
-        CudaGpu(index=index, name=gpu.name.decode(), compute_capability=f"{gpu.major}.{gpu.minor}")
-        for index, gpu in enumerate(properties)
-    )
-
-
 def use(index: int) -> None:
-    """Choose the GPU of this thread by its index.
+    """Choose the GPU of this thread by its index (``qie.engines.gpus.Gpu``).
 
     Raises:
         EngineMismatchError: it cannot be used.
@@ -234,8 +205,5 @@ def _forget() -> None:
 
 def _sentence(name: str, problem: str) -> str:
     if problem in ("cudaErrorNoDevice", "cudaErrorInsufficientDriver"):
-        return (
-            f"CUDA finds no usable GPU ({problem} from {name}); check that `nvidia-smi` lists one and what "
-            "`qie doctor` reports on its driver"
-        )
+        return f"CUDA finds no usable GPU ({problem} from {name}); check what `qie doctor` reports on GPUs and driver"
     return f"the GPU failed ({problem} from {name}); try again, and check `nvidia-smi` if it fails again"

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from qie.engines.bundle.manifest import Specialization
-from qie.engines.errors import EngineError, EngineMismatchError, QieError
+from qie.engines.errors import EngineError, QieError
+from qie.engines.machine import choose_gpu, this_machine
 from qie.engines.sessions import cuda
 
 __all__ = ["RUNS_AHEAD", "Block", "Device", "DeviceOptions", "DeviceTensor"]
@@ -83,14 +84,21 @@ class Device:
             takes leaves them.
     """
 
-    def __init__(self, compute_capability: str, options: DeviceOptions | None = None) -> None:
-        """Open the first GPU of ``compute_capability``.
+    def __init__(
+        self, compute_capability: str, options: DeviceOptions | None = None, *, device: int | None = None
+    ) -> None:
+        """Open a GPU of ``compute_capability``.
+
+        Args:
+            compute_capability: of the engines.
+            options: how sessions use it.
+            device: CUDA index of the GPU; None for the first that fits.
 
         Raises:
             EngineMismatchError: there is no such GPU.
         """
         self._closed = True
-        self.gpu = _gpu(compute_capability)
+        self.gpu = choose_gpu(this_machine(), compute_capability, device)
         self.options = options or DeviceOptions()
         cuda.use(self.gpu.index)
         self.stream = cuda.Stream()
@@ -217,15 +225,3 @@ class Device:
             self.synchronize()
         while self._released:
             cuda.free(self._released.pop())
-
-
-def _gpu(compute_capability: str) -> cuda.CudaGpu:
-    gpus = cuda.gpus()
-    for gpu in gpus:
-        if gpu.compute_capability == compute_capability:
-            return gpu
-    names = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or "none"
-    raise EngineMismatchError(
-        f"the engines are built for compute capability {compute_capability}, the GPUs that CUDA offers are {names}; "
-        "build for one of them with a recipe of `qie recipes`, or check CUDA_VISIBLE_DEVICES"
-    )

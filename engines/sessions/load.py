@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qie.engines.backends import BACKENDS, available
 from qie.engines.bundle.manifest import EngineRecord, Specialization
 from qie.engines.errors import BackendMissingError
+from qie.engines.machine import choose_gpu, this_machine
 from qie.engines.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -20,16 +21,22 @@ __all__ = ["SESSIONS", "load", "open_device"]
 def open_device(
     engines: Iterable[EngineRecord],
     *,
+    device: int | None = None,
     cuda_graphs: bool | None = None,
     specialization: Specialization = "none",
     unloads: bool = False,
 ) -> Device | None:
     """The device that the sessions of ``engines`` share on a GPU; None where none of them needs one.
 
-    ``cuda_graphs``, ``specialization`` and ``unloads`` are those of ``DeviceOptions``.
+    Args:
+        engines: of one bundle.
+        device: CUDA index of the GPU; None for the first that fits.
+        cuda_graphs: see ``DeviceOptions``, as for the next two.
+        specialization: see ``DeviceOptions``.
+        unloads: see ``DeviceOptions``.
 
     Raises:
-        EngineMismatchError: CUDA offers no GPU of the engines' compute capability.
+        EngineMismatchError: CUDA offers no GPU of the engines' compute capability, or ``device`` is another one.
     """
     sharing = [engine for engine in engines if BACKENDS[engine.backend].shares_device]
     if not sharing:
@@ -42,14 +49,21 @@ def open_device(
         unloads=unloads,
         arena_bytes=max(engine.activation_bytes or 0 for engine in sharing),
     )
-    return Device(sharing[0].compute_capability, options)
+    return Device(sharing[0].compute_capability, options, device=device)
 
 
-def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Session:
-    """Load ``engine`` of the bundle ``folder`` with its backend, on the ``device`` of ``open_device``.
+def load(folder: Path, engine: EngineRecord, device: Device | None = None, index: int | None = None) -> Session:
+    """Load ``engine`` of the bundle ``folder`` with its backend.
+
+    Args:
+        folder: of the bundle.
+        engine: of the bundle.
+        device: of ``open_device``.
+        index: CUDA index of the GPU, for a backend that shares no device; None for the first that fits.
 
     Raises:
         BackendMissingError: the backend's package is not installed.
+        EngineMismatchError: there is no such GPU.
         BundleError: the backend cannot load the engine.
         EngineError: the GPU is out of memory.
     """
@@ -59,25 +73,28 @@ def load(folder: Path, engine: EngineRecord, device: Device | None = None) -> Se
             f"{engine.component} is built for {engine.backend}, which is not installed here; "
             f"run `{backend.install if backend else 'pip install --upgrade qie'}`"
         )
-    return SESSIONS[engine.backend](folder, engine, device)
+    return SESSIONS[engine.backend](folder, engine, device, index)
 
 
-def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
+def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None, index: int | None) -> Session:
     from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(folder, engine)
+    if engine.compute_capability == "cpu":
+        return OnnxRuntimeSession(folder, engine)
+    gpu = choose_gpu(this_machine(), engine.compute_capability, index)
+    return OnnxRuntimeSession(folder, engine, device=gpu.index)
 
 
-def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None) -> Session:
+def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None, index: int | None) -> Session:
     from qie.engines.sessions.tensorrt.session import TensorRtSession
 
     assert device is not None
     return TensorRtSession(folder, engine, device)
 
 
-SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None], Session]] = {
+SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None, int | None], Session]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt,
     "tensorrt": _tensorrt,
 }
-"""Backend to what makes its session, from the bundle's folder, the engine and the shared device."""
+"""Backend to what makes its session, from the arguments of ``load``."""

@@ -34,8 +34,14 @@ class OnnxRuntimeSession:
 
     rebinds = True  # another binding is another address
 
-    def __init__(self, folder: Path, engine: EngineRecord, *, threads: int = 0) -> None:
-        """Load ``engine`` of the bundle ``folder``; ``threads`` 0 means one per core.
+    def __init__(self, folder: Path, engine: EngineRecord, *, threads: int = 0, device: int = 0) -> None:
+        """Load ``engine`` of the bundle ``folder``.
+
+        Args:
+            folder: of the bundle.
+            engine: of the bundle.
+            threads: on the CPU; 0 for one per core.
+            device: index of the GPU, in the order of CUDA, for an engine that is built for one.
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
@@ -44,6 +50,7 @@ class OnnxRuntimeSession:
         self._engine = engine
         self._outputs = {spec.name: spec for spec in engine.outputs}
         self._device = "cpu" if engine.compute_capability == "cpu" else "cuda"
+        self._index = device if self._device == "cuda" else 0
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -56,7 +63,7 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine)
+        providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine, device)
         try:
             self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)
         except Exception as problem:
@@ -72,12 +79,13 @@ class OnnxRuntimeSession:
 
     def upload(self, array: NDArray[Any]) -> Tensor:
         """A tensor over the memory of ``array`` where that is the host's and contiguous, else a copy."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, self._index)
 
     def empty(self, name: str, sizes: Mapping[str, int]) -> Tensor:
         """A tensor for the output ``name`` where ``sizes`` gives the free dims."""
         spec = self._outputs[name]
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape(sizes)), DTYPES[spec.dtype], self._device, 0)
+        shape, dtype = list(spec.shape(sizes)), DTYPES[spec.dtype]
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._index)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy within the memory of the CPU or GPU."""
@@ -126,8 +134,8 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(cpu, ort.OrtArenaCfg(arena))
 
 
-def _gpu_providers(engine: EngineRecord) -> list[Provider]:
-    """The providers of onnxruntime-gpu for ``engine``, in order of preference.
+def _gpu_providers(engine: EngineRecord, device: int) -> list[Provider]:
+    """The providers of onnxruntime-gpu for ``engine`` on the GPU ``device``, in order of preference.
 
     TensorRT is used where it is installed and the engine has profiles: without them it would compile again for every
     size. Compiled engines are cached in ``qie_home()``.
@@ -135,7 +143,7 @@ def _gpu_providers(engine: EngineRecord) -> list[Provider]:
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
-    providers: list[Provider] = [("CUDAExecutionProvider", {"device_id": "0"})]
+    providers: list[Provider] = [("CUDAExecutionProvider", {"device_id": str(device)})]
     if engine.profiles and find_spec("tensorrt") is not None:
         folder = qie_home() / "cache" / "onnxruntime" / engine.key[:32]
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,5 +155,5 @@ def _gpu_providers(engine: EngineRecord) -> list[Provider]:
         }
         cached = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
         bf16 = {"trt_bf16_enable": "1"} if engine.precision == "bfloat16" else {}
-        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": "0", **ranges, **cached, **bf16}))
+        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": str(device), **ranges, **cached, **bf16}))
     return providers

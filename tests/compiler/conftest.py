@@ -9,7 +9,8 @@ import pytest
 
 from qie.compiler.backends.tensorrt import builder as tensorrt
 from qie.engines.backends import BACKENDS
-from qie.engines.machine import Gpu, Machine
+from qie.engines.gpus import Gpu
+from qie.engines.machine import Machine
 from tests.support.small_graphs import Worker
 
 
@@ -41,7 +42,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(*capabilities: str) -> None:
         pretended = tuple(
-            Gpu(name=f"GPU {c}", compute_capability=c, memory_gib=80.0, driver="600") for c in capabilities
+            Gpu(index=index, name=f"GPU {c}", compute_capability=c, memory_gib=80.0)
+            for index, c in enumerate(capabilities)
         )
         machine = Machine(system="Linux", cpu="CPU", cores=2, memory_gib=24.0, gpus=pretended)
         monkeypatch.setattr(tensorrt, "this_machine", lambda: machine)

@@ -1,29 +1,21 @@
-"""What this machine is, and what is made of what a driver says."""
+"""What this machine is, and which of its GPUs is used."""
 
 import os
 import platform
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 import qie
-from qie.engines.machine import this_machine, version_of
+from qie.engines import gpus
+from qie.engines.errors import EngineMismatchError
+from qie.engines.gpus import NO_GPU, Gpu
+from qie.engines.machine import Machine, choose_gpu, this_machine, version_of
+from tests.support.libcuda import Libcuda, StandIn
 
-Driver = Callable[[str], None]
-
-
-@pytest.fixture
-def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Puts an nvidia-smi that is this script, and no other program, where programs are looked for."""
-
-    def install(script: str) -> None:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return install
+L40S = Gpu(index=0, name="NVIDIA L40S", compute_capability="8.9", memory_gib=44.3)
+A100 = Gpu(index=1, name="NVIDIA A100", compute_capability="8.0", memory_gib=79.3)
+SECOND = replace(L40S, index=2)
 
 
 def test_this_machine() -> None:
@@ -35,23 +27,44 @@ def test_this_machine() -> None:
     assert machine.cpu
 
 
-def test_without_a_driver(driver: Driver) -> None:
-    assert this_machine().gpus == ()
+def test_its_gpus_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    driver = Libcuda([StandIn(name="NVIDIA L40S", capability="8.9"), StandIn(name="NVIDIA A100", capability="8.0")])
+    monkeypatch.setattr(gpus, "libcuda", lambda: driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    machine = this_machine()
+    assert [(gpu.index, gpu.name) for gpu in machine.gpus] == [(0, "NVIDIA A100")]
+    assert (machine.cuda, machine.no_gpu) == ("12.8", None)
 
 
-def test_gpus(driver: Driver) -> None:
-    driver('echo "NVIDIA L40S, 8.9, 46068, 570.86.15"; echo "NVIDIA GB10, 12.1, [N/A], 580.95.05"')
-    found = [(gpu.name, gpu.compute_capability, gpu.memory_gib, gpu.driver) for gpu in this_machine().gpus]
-    assert found == [("NVIDIA L40S", "8.9", 45.0, "570.86.15"), ("NVIDIA GB10", "12.1", None, "580.95.05")]
+def machine(*found: Gpu) -> Machine:
+    return Machine(system="test", cpu="test", cores=1, memory_gib=1.0, gpus=found)
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["exit 9", "echo 'No devices were found'", "echo 'NVIDIA-SMI has failed'; exit 1", "true", "echo 'a, b'"],
+    ("capability", "device", "expected"),
+    [("8.9", None, L40S), ("8.0", None, A100), ("8.9", 2, SECOND), ("8.0", 1, A100), ("8.9", 0, L40S)],
 )
-def test_a_driver_that_does_not_work(driver: Driver, script: str) -> None:
-    driver(script)
-    assert this_machine().gpus == ()
+def test_the_gpu_that_is_used(capability: str, device: int | None, expected: Gpu) -> None:
+    assert choose_gpu(machine(L40S, A100, SECOND), capability, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "problem"),
+    [
+        ((L40S, A100, SECOND), 1, "GPU 1 is NVIDIA A100 (8.0); choose GPU 0 or GPU 2"),
+        ((A100,), 1, "GPU 1 is NVIDIA A100 (8.0); build for that GPU with a recipe of `qie recipes`"),
+        ((L40S, A100), 3, "there is no GPU 3, where GPU 0 is NVIDIA L40S, GPU 1 is NVIDIA A100; choose one of these"),
+        ((A100, A100), None, "this machine has NVIDIA A100 (8.0); build for that GPU with a recipe of `qie recipes`"),
+        ((), None, NO_GPU),
+        ((), 0, NO_GPU),
+    ],
+)
+def test_a_gpu_that_cannot_be_used(found: tuple[Gpu, ...], device: int | None, problem: str) -> None:
+    with pytest.raises(EngineMismatchError) as refused:
+        choose_gpu(machine(*found), "8.9", device)
+    assert str(refused.value) == f"the engines are built for compute capability 8.9, and {problem}"
+    assert refused.value.option == (None if device is None else "device")
 
 
 def test_versions() -> None:

@@ -49,7 +49,7 @@ class AbacusBuilder:
     def version(self) -> str:
         return "1.0"
 
-    def unavailable(self, recipe: Recipe) -> str | None:
+    def unavailable(self, recipe: Recipe, device: int | None = None) -> str | None:
         return None
 
     def build(
@@ -59,6 +59,7 @@ class AbacusBuilder:
         *,
         key: str,
         recipe: Recipe,
+        device: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> EngineRecord:
         path = folder / f"{graph.component}.abacus"
@@ -95,8 +96,9 @@ class AbacusSession(OnnxRuntimeSession):
         self.loaded.append(engine.component)
 
 
-def abacus_session(folder: Path, engine: EngineRecord, device: object) -> Session:
+def abacus_session(folder: Path, engine: EngineRecord, device: object, index: int | None) -> Session:
     assert device is None
+    assert index is None
     return AbacusSession(folder, engine)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qie.engines import machine
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.sessions.choose import choose_engines
 from tests.support import gpu_bundles
@@ -33,7 +32,6 @@ def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: 
 
 patch = pytest.MonkeyPatch()
 GPU.install(patch, *BACKENDS)
-patch.setattr(machine, "this_machine", GPU.machine)
 patch.setattr(gpu_bundles, "build_for_gpu", build_for_gpu)
 narrow = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24), "text_hidden_size": 512}
 narrow_text = {"text_heads": 4, "text_intermediate_size": 1024, "text_layers": 2}

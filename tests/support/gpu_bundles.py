@@ -56,9 +56,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
-    """Build the bundle of ``checkpoint`` for this GPU and ``backend``; skip the test where that is impossible."""
-    gpu = this_machine().gpus[0]
-    memory = gpu.memory_gib or this_machine().memory_gib
+    """Build the bundle of ``checkpoint`` for GPU 0 and ``backend``; skip the test where that is impossible.
+
+    Builders and sessions take the first GPU that fits, which is GPU 0, and CUDA begins with it in every thread.
+    """
+    machine = this_machine()
+    gpu = machine.gpus[0]
+    memory = gpu.memory_gib or machine.memory_gib
     recipe = RECIPE.format(
         capability=gpu.compute_capability,
         memory=memory,

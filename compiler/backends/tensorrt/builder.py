@@ -31,7 +31,8 @@ from qie.engines.backends import BACKENDS, Backend
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord, QuantizationRecord, file_record
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home
-from qie.engines.machine import GIB, this_machine
+from qie.engines.gpus import Gpu, visible_alone
+from qie.engines.machine import GIB, choose_gpu, gpu_misfit, this_machine
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["TensorRT"]
@@ -71,8 +72,8 @@ class TensorRT:
         """The version of the installed module."""
         return str(import_module(self.facts.build_module).__version__)
 
-    def unavailable(self, recipe: Recipe) -> str | None:
-        """Why this machine cannot build for the recipe's GPU, a semicolon, and the fix; None where it can."""
+    def unavailable(self, recipe: Recipe, device: int | None = None) -> str | None:
+        """Why this machine, or its GPU ``device``, cannot build for the recipe's GPU, a semicolon, and the fix."""
         install = self.facts.build_install
         if find_spec(self.facts.build_module) is None:
             return f"{self.backend} is not installed; run `{install}`"
@@ -82,13 +83,16 @@ class TensorRT:
             return f"{self.backend} is installed but does not load ({problem}); run `{install}`"
         capability = recipe.compute_capability
         if self.facts.builds_on_gpu:
-            capabilities = [gpu.compute_capability for gpu in this_machine().gpus]
-            if capability in capabilities:
+            machine = this_machine()
+            misfit = gpu_misfit(machine, str(capability), device)
+            if misfit is None:
                 return None
-            gpus = f"its GPUs have {', '.join(capabilities)}" if capabilities else "it has no GPU"
+            found, _, fix = misfit.partition("; ")
+            if machine.gpus and device is None:
+                fix = "build on a machine with such a GPU"
             return (
-                f"{self.backend} builds only for the local GPU, and this machine has none with compute capability "
-                f"{capability} ({gpus}); build on a machine with such a GPU"
+                f"{self.backend} builds only for a local GPU, the recipe is for compute capability {capability}, and "
+                f"{found}; {fix}"
             )
         if capability is None or not hasattr(trt.ComputeCapability, _sm_name(capability)):
             return (
@@ -104,15 +108,18 @@ class TensorRT:
         *,
         key: str,
         recipe: Recipe,
+        device: int | None = None,
         progress: StageProgress = no_progress,
     ) -> EngineRecord:
         """Compile ``graph`` into an engine (``Builder.build``), whose profiles are read back from TensorRT.
 
         Raises:
+            EngineMismatchError: it takes the GPU, and there is none any more.
             RecipeError: the recipe's GPU lacks a data type of the graph; the compiler does not start.
             BuildError: TensorRT rejects the graph or builds no engine, or memory or disk space ran out.
         """
         start = time.perf_counter()
+        gpu = self._gpu(recipe, device)
         check_datatypes(onnx.load(folder / graph.path, load_external_data=False), graph.component, recipe)
         stem = f"{graph.component}.{self.backend}-{recipe.compute_capability}"
         engine = folder / f"{stem}.engine"
@@ -126,9 +133,9 @@ class TensorRT:
             "workspace_bytes": int(recipe.limits.build_workspace_gib * GIB),
             "compute_capability": recipe.compute_capability,
             "weight_streaming": weights_bytes > STREAMED_SHARE * recipe.memory_gib * GIB,
-            "timing_cache": str(self._timing_cache(recipe)) if self.facts.builds_on_gpu else None,
+            "timing_cache": None if gpu is None else str(self._timing_cache(gpu)),
         }
-        result = self._compile(job, graph, recipe, progress)
+        result = self._compile(job, graph, recipe, gpu, progress)
         structure = folder / f"{stem}.json"
         program = write_structure(result["layers"], engine, structure)
         _check_quantized(result["layers"], graph)
@@ -155,24 +162,20 @@ class TensorRT:
             structure=file_record(folder, structure.name),
         )
 
-    def _timing_cache(self, recipe: Recipe) -> Path:
+    def _gpu(self, recipe: Recipe, device: int | None) -> Gpu | None:
+        """The GPU that engines are built on; None where building needs none."""
+        return choose_gpu(this_machine(), str(recipe.compute_capability), device) if self.facts.builds_on_gpu else None
+
+    def _timing_cache(self, gpu: Gpu) -> Path:
         """The file of TensorRT's timings, which hold for one GPU model and one version of TensorRT."""
-        gpu = this_machine().gpus[_gpu_index(recipe)]
         path = qie_home() / "timing" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.name.lower())}-{self.version()}.cache"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _environment(self, recipe: Recipe) -> dict[str, str]:
-        """The worker's environment: without CUDA_VISIBLE_DEVICES, it sees the first GPU that the recipe is for."""
-        selected = {}
-        if self.facts.builds_on_gpu and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            selected = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(_gpu_index(recipe))}
-        return {**os.environ, **selected}
-
     def _compile(
-        self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, progress: StageProgress
+        self, job: Mapping[str, Any], graph: GraphRecord, recipe: Recipe, gpu: Gpu | None, progress: StageProgress
     ) -> Mapping[str, Any]:
-        """Run the worker; returns its message "done" (``worker.compile_engine``).
+        """Run the worker, which sees ``gpu`` alone; returns its message "done" (``worker.compile_engine``).
 
         Raises:
             BuildError: see ``build``.
@@ -185,7 +188,7 @@ class TensorRT:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env=self._environment(recipe),
+                env=os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_alone(gpu)},
             ) as process:
                 try:
                     last = _listen(process, job, progress)
@@ -273,11 +276,6 @@ def _with_fused(record: QuantizationRecord | None, program: Program | None) -> Q
 
 def _ending(code: int) -> str:
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-
-
-def _gpu_index(recipe: Recipe) -> int:
-    """Index of the first GPU that the recipe is for, in the order of ``nvidia-smi`` (PCI bus)."""
-    return [gpu.compute_capability for gpu in this_machine().gpus].index(str(recipe.compute_capability))
 
 
 def _sm_name(compute_capability: str) -> str:

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
+from qie.compiler.backends import BUILDERS
 from qie.compiler.packing import build as packing
 from qie.compiler.packing.finish import finish_bundle
+from qie.compiler.recipe.schema import Recipe
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS
@@ -112,6 +115,37 @@ def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess
     done = json.loads(qie("build", "--finish", path, "--json").stdout)
     assert (done["bundle"], done["unfinished"]) == (str(path), [])
     assert qie("build", "--finish", path).returncode == 2  # nothing is left
+
+
+def test_the_gpu_to_build_on_reaches_the_builder(
+    left_from_a100: Bundle, checkpoint: Path, qie: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``--finish`` and by a build; what no builder can use is an error that names the option."""
+    seen: list[tuple[str, int | None]] = []
+
+    class Watched:
+        def unavailable(self, recipe: Recipe, device: int | None = None) -> str | None:
+            seen.append(("unavailable", device))
+            return None if device == 1 else f"GPU {device} is another one; choose GPU 1"
+
+        def version(self) -> str:
+            return "1"
+
+        def build(self, *words: Any, device: int | None = None, **more: Any) -> Any:
+            seen.append(("build", device))
+            raise BuildError("stopped; go on")
+
+    monkeypatch.setitem(BUILDERS, "tensorrt", Watched())
+    path = left_from_a100.path
+    refused = qie("build", "--finish", path, "--device", "0")
+    assert refused.stderr.endswith("cannot be built here: GPU 0 is another one; choose GPU 1 (--device)\n")
+    assert "stopped" in qie("build", "--finish", path, "--device", "1").stderr
+    assert [call for call in seen if call != ("unavailable", 1)] == [("unavailable", 0), ("build", 1)]
+    seen.clear()
+    (path.parent / "mine.toml").write_text('extends = "a100"\n[shapes]\nmin_side = 32\n')
+    done = qie("build", checkpoint, "--gpu", path.parent / "mine.toml", "--out", path.parent / "built", "--device", "1")
+    assert "stopped" in done.stderr
+    assert set(seen) == {("unavailable", 1), ("build", 1)}
 
 
 def test_the_build_says_what_is_yet_to_be_built(

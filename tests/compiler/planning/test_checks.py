@@ -92,7 +92,7 @@ def test_a_component_with_a_backend_lacks_no_builder(plan: Plan) -> None:
 def test_the_reason_names_every_backend(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A builder's message becomes part of a sentence, so its semicolon becomes a comma."""
     for name, reason in (("tensorrt", "no GPU; add one"), ("tensorrt-rtx", "not installed; install it")):
-        monkeypatch.setitem(BUILDERS, name, SimpleNamespace(unavailable=lambda recipe, reason=reason: reason))
+        monkeypatch.setitem(BUILDERS, name, SimpleNamespace(unavailable=lambda recipe, device, reason=reason: reason))
     assert missing_builder(unbuildable(plan, "tensorrt", "tensorrt-rtx"), "transformer") == (
         "the recipe mine builds transformer for tensorrt or tensorrt-rtx: "
         "no GPU, add one, and not installed, install it"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support.command_line import RUN, Qie, opened, pixels
+from tests.support.fake_gpu import Gpu
 
 
 def test_stdout_is_the_path_alone(qie: Qie, workplace: Path, bundle: Path) -> None:
@@ -25,6 +27,29 @@ def test_stdout_is_the_path_alone(qie: Qie, workplace: Path, bundle: Path) -> No
     assert lines[1].startswith("tiny (tiny-cpu), 160x96, 20 steps, guidance 4 away from ' ', ")
     assert lines[2:] == ["seed 7: "]
     assert "%" not in done.stderr and "\x1b" not in done.stderr
+
+
+def test_run_on_a_gpu_that_was_chosen(
+    qie: Qie,
+    workplace: Path,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Callable[..., str],
+) -> None:
+    gpu = Gpu(count=2)
+    gpu.install(monkeypatch, "tensorrt")
+    folder = gpu.retarget(bundle, tmp_path / "gpu", "tensorrt")
+    for device in (0, 1):
+        done = qie("run", "photo.png", "x", "--bundle", folder, *RUN, "--device", str(device))
+        assert (done.returncode, gpu.device) == (0, device), done.stderr
+    assert refusal(qie("run", "photo.png", "x", "--bundle", folder, *RUN, "--device", "5")) == (
+        "vision is built for tensorrt/8.9, and there is no GPU 5, where GPU 0 is Fake L40S, GPU 1 is Fake L40S; choose "
+        "one of these (--device)"
+    )
+    assert "are for the CPU, and GPU 0 was chosen; choose none" in refusal(
+        qie("run", "photo.png", "x", "--bundle", bundle, *RUN, "--device", "0")
+    )
 
 
 def test_run_as_json(qie: Qie, workplace: Path, bundle: Path) -> None:

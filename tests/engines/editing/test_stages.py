@@ -14,7 +14,7 @@ from qie.engines.editing import stages as stages_module
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
-from qie.engines.errors import BundleError, EngineError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.vision import vision_inputs
@@ -99,6 +99,21 @@ def test_an_editor_is_closed_with_the_last_reference_to_it(
     assert gpu.in_use == 0
 
 
+def test_an_editor_runs_on_the_gpu_that_was_chosen(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(count=2)
+    gpu.install(monkeypatch, "tensorrt")
+    folder = gpu.retarget(bundle, tmp_path / "gpu", "tensorrt")
+    for chosen, expected in ((None, 0), (1, 1)):
+        with Editor(folder, device=chosen) as editor:
+            editor.edit(REQUEST)
+            assert editor.stages.device is not None
+            assert editor.stages.device.gpu.index == gpu.device == expected
+    with pytest.raises(EngineMismatchError, match="there is no GPU 2"):
+        Editor(folder, device=2)
+
+
 def test_a_failure_of_one_engine_does_not_keep_the_others(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every session is closed, then the failure is raised."""
     closed: list[str] = []
@@ -112,7 +127,7 @@ def test_a_failure_of_one_engine_does_not_keep_the_others(bundle: Path, monkeypa
             if self.component == "vision":
                 raise EngineError("the GPU failed; try again")
 
-    monkeypatch.setattr(stages_module, "load", lambda folder, engine, device: Session(engine.component))
+    monkeypatch.setattr(stages_module, "load", lambda folder, engine, *_: Session(engine.component))
     stages = Stages(open_bundle(bundle))
     for component in COMPONENTS:
         with stages.session(component):

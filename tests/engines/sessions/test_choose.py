@@ -19,19 +19,22 @@ from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.editing.editor import Editor
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
-from qie.engines.machine import Gpu, Machine
+from qie.engines.gpus import NO_GPU, Gpu
+from qie.engines.machine import Machine
 from qie.engines.sessions import choose as module
 from qie.engines.sessions.choose import choose_engines, newest_runnable, refusal
 from tests.support.damage import change_manifest
 
-L40S = Gpu(name="NVIDIA L40S", compute_capability="8.9", memory_gib=45.0, driver="570.86.15")
-A100 = Gpu(name="NVIDIA A100 80GB", compute_capability="8.0", memory_gib=80.0, driver="570.86.15")
+L40S = Gpu(index=0, name="NVIDIA L40S", compute_capability="8.9", memory_gib=44.3)
+A100 = Gpu(index=1, name="NVIDIA A100 80GB", compute_capability="8.0", memory_gib=79.3)
 INSTALLED = {"cuda-bindings": "12.9.1", "tensorrt-rtx-cu12": "1.7.1.116", "tensorrt-cu12": "10.13.3.9"}
 VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "10.13.3.9"}
 
 
 def machine(*gpus: Gpu, cuda: str | None = "12.8") -> Machine:
-    return Machine(system="test", cpu="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=cuda)
+    return Machine(
+        system="test", cpu="test", cores=1, memory_gib=1.0, gpus=gpus, cuda=cuda, driver="570.86.15", no_gpu=NO_GPU
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +85,8 @@ def test_the_processor_needs_no_look_at_the_machine(opened: Bundle, monkeypatch:
 @pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt", "onnxruntime"])
 def test_no_gpu(opened: Bundle, backend: str) -> None:
     assert refusal(engine(opened, backend), machine()) == (
-        f"vision is built for {backend}/8.9, and this machine has no NVIDIA GPU that `nvidia-smi` lists; build for "
-        "this machine with the recipe cpu"
+        f"vision is built for {backend}/8.9, and CUDA finds no GPU here; use a machine with an NVIDIA GPU, or build "
+        "for this machine with the recipe cpu"
     )
 
 
@@ -196,6 +199,57 @@ def test_a_bundle_for_several_machines(
     assert list(chosen) == list(COMPONENTS)
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"), [(None, "tensorrt-rtx"), (0, "tensorrt-rtx"), (1, "tensorrt"), (2, "tensorrt-rtx")]
+)
+def test_a_gpu_that_was_chosen(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, device: int | None, backend: str
+) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: machine(L40S, A100, replace(L40S, index=2)))
+    chosen = choose_engines(with_engines(opened, RTX, TENSORRT, {}), device)
+    assert {e.backend for e in chosen.values()} == {backend}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "problem"),
+    [
+        (RTX, 1, "vision is built for tensorrt-rtx/8.9, and GPU 1 is NVIDIA A100 80GB (8.0); choose GPU 0"),
+        (
+            RTX,
+            3,
+            "vision is built for tensorrt-rtx/8.9, and there is no GPU 3, where GPU 0 is NVIDIA L40S, GPU 1 is NVIDIA "
+            "A100 80GB; choose one of these",
+        ),
+        (
+            {},
+            0,
+            "the engines of BUNDLE that run here are for the CPU, and GPU 0 was chosen; choose none, or build for that "
+            "GPU with a recipe of `qie recipes`",
+        ),
+    ],
+)
+def test_a_gpu_that_runs_none_of_the_engines(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], device: int, problem: str
+) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: machine(L40S, A100))
+    with pytest.raises(EngineMismatchError) as refused:
+        choose_engines(with_engines(opened, kind), device)
+    assert str(refused.value) == problem.replace("BUNDLE", str(opened.path))
+    assert refused.value.option == "device"
+
+
+def test_all_engines_are_for_one_gpu(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vision has an engine for each of two GPUs, the other components for one of them, or some for either."""
+    monkeypatch.setattr(module, "this_machine", lambda: machine(L40S, A100))
+    vision, *others = opened.manifest.engines
+    engines = [replace(vision, **RTX), replace(vision, **TENSORRT), *(replace(e, **TENSORRT) for e in others)]
+    several = replace(opened, manifest=replace(opened.manifest, engines=tuple(engines)))
+    assert {e.compute_capability for e in choose_engines(several).values()} == {"8.0"}
+    apart = replace(opened, manifest=replace(opened.manifest, engines=(engines[0], *engines[2:])))
+    with pytest.raises(EngineMismatchError, match=r"compute capability 8\.9 and 8\.0, and an edit uses one GPU; build"):
+        choose_engines(apart)
+
+
 def test_every_reason_is_given(opened: Bundle) -> None:
     old = RTX | {"backend_version": "1.0"}
     with pytest.raises(EngineMismatchError) as problem:
@@ -260,14 +314,15 @@ def test_run_is_refused_before_anything_is_loaded(
 def test_doctor_shows_bundles_gpu_and_driver(qie: Qie, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "this_machine", lambda: machine(L40S))
     text = qie("doctor").stdout
-    assert "NVIDIA L40S, compute capability 8.9, 45 GiB, driver 570.86.15 (CUDA 12.8)" in text
+    assert re.search(r"^GPU 0 +NVIDIA L40S, compute capability 8\.9, 44\.3 GiB$", text, re.MULTILINE)
+    assert re.search(r"^driver +570\.86\.15 \(CUDA 12\.8\)$", text, re.MULTILINE)
     assert re.search(rf"^{named} +no\n +vision is built for tensorrt/8.0, and this machine has", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("of", "gpus", "cuda", "missing", "fix"),
     [
-        ("tensorrt-rtx", (), "12.8", ("an NVIDIA GPU",), "use a machine whose `nvidia-smi` lists a GPU"),
+        ("tensorrt-rtx", (), "12.8", ("an NVIDIA GPU",), "use a machine with an NVIDIA GPU"),
         ("tensorrt-rtx", (L40S,), "11.8", ("a driver for CUDA 12",), "update the driver, which serves CUDA 11.8"),
         ("tensorrt-rtx", (L40S,), "12.8", (), None),
         ("tensorrt", (L40S,), "12.8", (), None),

@@ -33,25 +33,27 @@ def calls(gpu: Gpu, *names: str) -> list[str]:
 # Calls
 
 
-def test_gpus(plain_gpu: Gpu) -> None:
-    plain_gpu.count = 2
-    assert [(gpu.index, gpu.name, gpu.compute_capability) for gpu in cuda.gpus()] == [
-        (0, "Fake L40S", "8.9"),
-        (1, "Fake L40S", "8.9"),
-    ]
-
-
 def test_no_gpu(plain_gpu: Gpu) -> None:
     plain_gpu.count = 0
     with pytest.raises(
-        EngineMismatchError, match="CUDA finds no usable GPU .cudaErrorNoDevice from cudaGetDeviceCount.*doctor"
+        EngineMismatchError, match=r"capability 8\.9, and CUDA finds no GPU here .CUDA_ERROR_NO_DEVICE from cuInit"
     ):
         Device("8.9")
 
 
 def test_another_gpu(plain_gpu: Gpu) -> None:
-    with pytest.raises(EngineMismatchError, match=r"capability 8\.0, the GPUs that CUDA offers are Fake L40S \(8\.9\)"):
+    with pytest.raises(EngineMismatchError, match=r"capability 8\.0, and this machine has Fake L40S \(8\.9\)"):
         Device("8.0")
+
+
+def test_a_chosen_gpu(plain_gpu: Gpu) -> None:
+    plain_gpu.count = 2
+    for chosen, expected in ((None, 0), (0, 0), (1, 1)):
+        device = Device("8.9", device=chosen)
+        assert device.gpu.index == plain_gpu.device == expected
+        device.close()
+    with pytest.raises(EngineMismatchError, match="there is no GPU 2, where GPU 0 is Fake L40S, GPU 1 is Fake L40S"):
+        Device("8.9", device=2)
 
 
 def test_a_gpu_that_cannot_be_used(plain_gpu: Gpu) -> None:

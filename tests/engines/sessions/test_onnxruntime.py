@@ -11,11 +11,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from qie.engines import gpus
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import EngineRecord, ProfileRecord, TensorSpec
 from qie.engines.errors import BundleError, EngineError, EngineMismatchError
 from qie.engines.sessions import onnxruntime as module
+from qie.engines.sessions.load import load
 from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
+from tests.support.libcuda import Libcuda, StandIn
 
 SIZES = {"batch": 1, "height": 32, "width": 48, "rows": 2, "columns": 3}
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3), np.uint8)
@@ -153,6 +156,19 @@ def test_the_provider_of_cuda(monkeypatch: pytest.MonkeyPatch, record: EngineRec
     onnxruntime = asked(monkeypatch, CUDA)
     OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
     assert onnxruntime.providers == [(CUDA, {"device_id": "0"})]
+    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"), device=2)
+    assert onnxruntime.providers == [(CUDA, {"device_id": "2"})]
+
+
+@pytest.mark.parametrize(("index", "expected"), [(None, "1"), (1, "1"), (2, "2")])
+def test_the_gpu_is_the_one_that_fits_or_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, record: EngineRecord, index: int | None, expected: str
+) -> None:
+    driver = Libcuda([StandIn(name=f"GPU {c}", capability=c) for c in ("8.0", "8.9", "8.9")])
+    monkeypatch.setattr(gpus, "libcuda", lambda: driver)
+    onnxruntime = asked(monkeypatch, CUDA)
+    load(Path(), replace(record, compute_capability="8.9"), None, index)
+    assert onnxruntime.providers == [(CUDA, {"device_id": expected})]
 
 
 @pytest.mark.parametrize(("profiles", "installed"), [((), True), ((PROFILE,), False)])
@@ -202,7 +218,7 @@ def test_this_onnxruntime_has_no_gpu(bundle: Path, record: EngineRecord) -> None
 def test_tensors_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
     """Uploads, empty tensors and copies name the GPU; a copy does not pass through the host."""
     asked(monkeypatch, CUDA)
-    session = OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
+    session = OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"), device=1)
     calls: list[tuple[Any, ...]] = []
 
     class Value:
@@ -222,4 +238,4 @@ def test_tensors_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch, record: EngineR
     monkeypatch.setattr(ort, "OrtValue", Value)
     source, target = session.upload(IMAGE), session.empty("latents", SIZES)
     session.copy(source, target)
-    assert calls == [("upload", "cuda", 0), ("empty", [1, 2, 3, 64], np.float32, "cuda", 0), ("copy", source)]
+    assert calls == [("upload", "cuda", 1), ("empty", [1, 2, 3, 64], np.float32, "cuda", 1), ("copy", source)]

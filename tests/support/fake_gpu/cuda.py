@@ -4,7 +4,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,6 @@ def runtime(gpu: Device) -> ModuleType:
         cudaStreamCaptureMode=Enum("cudaStreamCaptureMode", ["cudaStreamCaptureModeThreadLocal"]),
     )  # fmt: skip
     kinds = module.cudaMemcpyKind  # type: ignore[attr-defined]
-
-    @call
-    def cudaGetDeviceCount() -> Any:
-        return (OK, gpu.count) if gpu.count else (Code.cudaErrorNoDevice, None)
-
-    @call
-    def cudaGetDeviceProperties(device: int) -> Any:
-        major, minor = gpu.capability.split(".")
-        return OK, SimpleNamespace(name=b"Fake L40S", major=int(major), minor=int(minor))
 
     @call
     def cudaSetDevice(device: int) -> Any:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from qie.engines import backends, machine
+from qie.engines import backends, gpus
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.files import sha256_of
-from qie.engines.sessions import choose
 from tests.support.fake_gpu.cuda import runtime
 from tests.support.fake_gpu.device import Device
 from tests.support.fake_gpu.tensorrt import tensorrt
+from tests.support.libcuda import Libcuda, StandIn
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 SHAPES = {"layers": (1, 64)}
@@ -32,19 +32,19 @@ def batches(component: str) -> tuple[int, int]:
 class Gpu(Device):
     """One fake GPU."""
 
-    def machine(self) -> machine.Machine:
-        """A machine with this GPU."""
-        gpu = machine.Gpu(name="Fake L40S", compute_capability=self.capability, memory_gib=16.0, driver=self.driver)
-        return machine.Machine(
-            system="test", cpu="test", cores=1, memory_gib=1.0, gpus=(gpu,) * self.count, cuda=self.cuda
-        )
+    def libcuda(self) -> Libcuda:
+        """The driver's library for this GPU."""
+        visible = [StandIn(name="Fake L40S", capability=self.capability, bytes=self.memory_bytes)] * self.count
+        major, minor = self.cuda.split(".")
+        return Libcuda(visible, cuda=int(major) * 1000 + int(minor) * 10)
 
     def install(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         """Put this GPU and the modules of the backends ``names`` in the place of the real ones."""
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime(self))
         for backend in names:
             monkeypatch.setitem(sys.modules, MODULES[backend], tensorrt(self, MODULES[backend], backend))
-        monkeypatch.setattr(choose, "this_machine", self.machine)
+        monkeypatch.setattr(gpus, "libcuda", self.libcuda)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         installed = {"cuda.bindings", "onnxruntime", *(MODULES[b] for b in names)}
         monkeypatch.setattr(backends, "installed", installed.__contains__)
 

@@ -15,9 +15,12 @@ from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Recipe
+from qie.engines import gpus as gpus_module
 from qie.engines.bundle.manifest import COMPONENTS, FileRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
+from qie.engines.gpus import NO_GPU, find_driver
 from tests.support.bundles import planned
+from tests.support.libcuda import Libcuda, StandIn
 from tests.support.small_graphs import SHAPES, Worker, linear, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
@@ -62,11 +65,16 @@ def test_a_builder_says_why_it_cannot_build(gpus: Callable[..., None], set_facts
     assert tensorrt.unavailable(a100) == "tensorrt is not installed; run `pip install x`"
     set_facts("tensorrt", build_module="tensorrt_rtx")
     gpus()
-    assert re.search(r"none with compute capability 8\.0 \(it has no GPU\); build on", str(tensorrt.unavailable(a100)))
+    needs = "tensorrt builds only for a local GPU, the recipe is for compute capability 8.0, and "
+    assert tensorrt.unavailable(a100) == f"{needs}{NO_GPU}"
     gpus("8.9", "8.6")
-    assert re.search(r"its GPUs have 8\.9, 8\.6", str(tensorrt.unavailable(a100)))
+    found = "this machine has GPU 8.9 (8.9), GPU 8.6 (8.6); build on a machine with such a GPU"
+    assert tensorrt.unavailable(a100) == f"{needs}{found}"
     gpus("8.9", "8.0")
     assert tensorrt.unavailable(a100) is None
+    assert tensorrt.unavailable(a100, 1) is None
+    assert tensorrt.unavailable(a100, 0) == f"{needs}GPU 0 is GPU 8.9 (8.9); choose GPU 1"
+    assert RTX.unavailable(a100, 7) is None  # it builds on none
 
 
 @needs_rtx
@@ -96,20 +104,63 @@ def test_without_the_package_nothing_is_built(checkpoint: Path, tmp_path: Path, 
         check_buildable(plan)
 
 
-def test_the_timing_cache_is_that_of_the_gpu(
-    gpus: Callable[..., None], set_facts: Callable[..., None], tmp_path: Path, qie_home: Path, worker: Worker
+GPUS = [
+    StandIn(name=f"GPU {capability}", capability=capability, pci=f"0000:0{9 - index}:00.0", uuid=f"GPU-{index}")
+    for index, capability in enumerate(["9.0", "8.9", "8.0", "8.0"])
+]
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "device", "expected"),
+    [
+        (None, None, None, 2),
+        (None, None, 3, 3),
+        (None, "PCI_BUS_ID", None, 3),
+        ("1,2,3", None, None, 2),
+        ("3,2", None, None, 3),
+        ("3,2", None, 1, 2),
+        ("2", "PCI_BUS_ID", None, None),
+        ("GPU-1,3,GPU-2", None, None, 3),
+        ("GPU-1,3,GPU-2", None, 2, 2),
+    ],
+)
+def test_the_worker_sees_the_gpu_that_was_chosen_and_no_other(
+    set_facts: Callable[..., None],
+    tmp_path: Path,
+    qie_home: Path,
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    order: str | None,
+    device: int | None,
+    expected: int | None,
 ) -> None:
-    """And the worker sees only the GPU of the recipe."""
-    gpus("8.9", "8.0")
+    """Whatever the environment hides and however it orders; the timing cache is that of the GPU."""
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    driver = Libcuda(GPUS)
+    monkeypatch.setattr(gpus_module, "libcuda", lambda: driver)
     seen = tmp_path / "seen"
     worker(
         f"job = json.load(sys.stdin); Path({str(seen)!r}).write_text(json.dumps([job['timing_cache'], "
-        "os.environ.get('CUDA_VISIBLE_DEVICES')])); tell(failed=['stopped'])"
+        "os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('CUDA_DEVICE_ORDER')])); tell(failed=['stopped'])"
     )
     set_facts("tensorrt", build_module="onnx")  # any package with a version: the worker is scripted
+    builder, graph = BUILDERS["tensorrt"], record(tmp_path, linear(), **SHAPES)
+    if expected is None:
+        assert "this machine has GPU 8.9 (8.9)" in str(builder.unavailable(small("a100"), device))
+        return
+    assert builder.unavailable(small("a100"), device) is None
     with pytest.raises(BuildError, match="stopped"):
-        BUILDERS["tensorrt"].build(record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=small("a100"))
-    assert json.loads(seen.read_text()) == [str(qie_home / "timing" / f"gpu-8-0-{onnx.__version__}.cache"), "1"]
+        builder.build(graph, tmp_path, key="k", recipe=small("a100"), device=device)
+    cache, visible_there, order_there = json.loads(seen.read_text())
+    assert cache == str(qie_home / "timing" / f"gpu-8-0-{onnx.__version__}.cache")
+    assert order_there == order
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible_there)
+    driver = Libcuda(GPUS)
+    assert [gpu.pci for gpu in find_driver().gpus] == [GPUS[expected].pci]
 
 
 def test_weights_that_exceed_gpu_memory_may_be_streamed(tmp_path: Path, worker: Worker) -> None:
