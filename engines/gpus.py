@@ -16,8 +16,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-__all__ = ["NO_GPU", "Driver", "Gpu", "find_driver", "libcuda", "visible_alone"]
+__all__ = ["NO_GPU", "Driver", "Gpu", "find_driver", "libcuda"]
 
 LIBRARY = "libcuda.so.1"
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -43,6 +44,7 @@ class Gpu:
         name: of the product, and of the instance.
         compute_capability: such as "8.9".
         memory_gib: None where it shares the memory of the CPU.
+        uuid: by which CUDA_VISIBLE_DEVICES names it in any process and any order, "GPU-..." or "MIG-...".
         pci: address on the PCI bus, "domain:bus:device.function" in hexadecimal; None where unknown.
     """
 
@@ -50,6 +52,7 @@ class Gpu:
     name: str
     compute_capability: str
     memory_gib: float | None
+    uuid: str = ""
     pci: str | None = None
 
 
@@ -107,16 +110,6 @@ def find_driver() -> Driver:
     return Driver(cuda=cuda, version=version, no_gpu=no_gpu)
 
 
-def visible_alone(gpu: Gpu) -> str:
-    """The CUDA_VISIBLE_DEVICES with which a new process has ``gpu`` as its only one.
-
-    Where the variable is set, it is the entry of ``gpu`` there, since an index counts what is visible in this process.
-    Otherwise it is the index itself: CUDA_DEVICE_ORDER is the same in both processes.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return str(gpu.index) if visible is None else visible.split(",")[gpu.index].strip()
-
-
 def _gpus(library: Any) -> tuple[Gpu, ...]:
     """The GPUs by their index, at least one."""
     _call(library, "cuInit", ctypes.c_uint(0))
@@ -129,18 +122,22 @@ def _gpus(library: Any) -> tuple[Gpu, ...]:
 
 def _gpu(library: Any, index: int) -> Gpu:
     handle, size = ctypes.c_int(), ctypes.c_size_t()
-    name, pci = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
+    text, pci, octets = (ctypes.create_string_buffer(length) for length in (256, 32, 16))
     _call(library, "cuDeviceGet", ctypes.byref(handle), ctypes.c_int(index))
-    _call(library, "cuDeviceGetName", name, ctypes.c_int(len(name)), handle)
+    _call(library, "cuDeviceGetName", text, ctypes.c_int(len(text)), handle)
+    _call(library, "cuDeviceGetUuid_v2", octets, handle)
     _call(library, "cuDeviceTotalMem_v2", ctypes.byref(size), handle)
     with contextlib.suppress(_CudaError):  # an integrated GPU may have no address
         _call(library, "cuDeviceGetPCIBusId", pci, ctypes.c_int(len(pci)), handle)
     major, minor = (_attribute(library, what, handle) for what in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR))
+    name = text.value.decode(errors="replace")
     return Gpu(
         index=index,
-        name=name.value.decode(errors="replace"),
+        name=name,
         compute_capability=f"{major}.{minor}",
         memory_gib=None if _attribute(library, INTEGRATED, handle) else round(size.value / GIB, 1),
+        # of an instance the call returns the instance's own, and its name is such as "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+        uuid=f"{'MIG' if ' MIG ' in name else 'GPU'}-{UUID(bytes=octets.raw)}",
         pci=pci.value.decode(errors="replace") or None,
     )
 

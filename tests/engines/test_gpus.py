@@ -12,11 +12,15 @@ import pytest
 
 from qie.engines import gpus as module
 from qie.engines.gpus import Driver, find_driver
-from tests.support.libcuda import Libcuda, StandIn, compile_library
+from tests.support.libcuda import NAMES, Libcuda, StandIn, compile_library, made_up_uuid
 
-L40S = StandIn(name="NVIDIA L40S", capability="8.9", bytes=47_576_711_168, pci="0000:65:00.0", uuid="GPU-a")
-A100 = StandIn(name="NVIDIA A100-SXM4-80GB", capability="8.0", bytes=85_094_105_088, pci="0000:01:00.0", uuid="GPU-b")
-SLICE = StandIn(name="NVIDIA A100-SXM4-40GB MIG 1g.5gb", capability="8.0", bytes=5_100_273_664, uuid="MIG-c")
+L40S = StandIn(name="NVIDIA L40S", capability="8.9", bytes=47_576_711_168, pci="0000:65:00.0", uuid=made_up_uuid(1))
+A100 = StandIn(
+    name="NVIDIA A100-SXM4-80GB", capability="8.0", bytes=85_094_105_088, pci="0000:01:00.0", uuid=made_up_uuid(2)
+)
+SLICE = StandIn(
+    name="NVIDIA A100-SXM4-40GB MIG 1g.5gb", capability="8.0", bytes=5_100_273_664, uuid=made_up_uuid(3, "MIG")
+)
 GB10 = StandIn(name="NVIDIA GB10", capability="12.1", bytes=128 << 30, integrated=1, pci="000F:01:00.0")
 
 Install = Callable[..., None]
@@ -75,15 +79,16 @@ def test_gpus(install: Install) -> None:
     [
         ("1", [A100]),
         ("2,0", [SLICE, L40S]),
-        ("MIG-c", [SLICE]),
-        ("GPU-b,GPU-a", [A100, L40S]),
+        (SLICE.uuid, [SLICE]),
+        (f"{A100.uuid},{L40S.uuid}", [A100, L40S]),
         ("0,9,1", [L40S]),
         (None, [L40S, A100, SLICE]),
     ],
 )
 def test_the_environment_hides_and_orders_them(install: Install, visible: str | None, expected: list[StandIn]) -> None:
     install(L40S, A100, SLICE, visible=visible)
-    assert names(find_driver()) == [(index, gpu.name) for index, gpu in enumerate(expected)]
+    found = [(gpu.index, gpu.name, gpu.uuid) for gpu in find_driver().gpus]
+    assert found == [(index, gpu.name, gpu.uuid) for index, gpu in enumerate(expected)]
 
 
 def test_the_order_may_be_that_of_the_bus(install: Install) -> None:
@@ -191,3 +196,17 @@ def test_the_stand_ins_refuse_what_a_driver_refuses(library: Path | None) -> Non
     assert python.cuInit(ctypes.c_uint(0)) == 0
     assert python.cuDeviceGet(ctypes.byref(value), ctypes.c_int(1)) == 101
     assert python.cuDeviceGetAttribute(ctypes.byref(value), ctypes.c_int(10**6), zero) == 1
+
+
+def test_codes_and_attributes_are_those_of_cuda_h() -> None:
+    cuda = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+    code, attribute = cuda.CUresult, cuda.CUdevice_attribute
+    assert code.CUDA_ERROR_NOT_INITIALIZED == module.NOT_INITIALIZED
+    assert code.CUDA_ERROR_NO_DEVICE == module.NO_DEVICE
+    assert code.CUDA_ERROR_INVALID_DEVICE == module.INVALID_DEVICE
+    assert code.CUDA_ERROR_SYSTEM_DRIVER_MISMATCH == module.DRIVER_MISMATCH
+    assert attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == module.COMPUTE_CAPABILITY_MAJOR
+    assert attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == module.COMPUTE_CAPABILITY_MINOR
+    assert attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED == module.INTEGRATED
+    for number, name in NAMES.items():
+        assert code(number).name == name.decode()

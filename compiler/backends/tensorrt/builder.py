@@ -31,7 +31,7 @@ from qie.engines.backends import BACKENDS, Backend
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord, QuantizationRecord, file_record
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home
-from qie.engines.gpus import Gpu, visible_alone
+from qie.engines.gpus import Gpu
 from qie.engines.machine import GIB, choose_gpu, gpu_misfit, this_machine
 from qie.engines.progress import StageProgress, no_progress
 
@@ -188,7 +188,7 @@ class TensorRT:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env=os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_alone(gpu)},
+                env=os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid},
             ) as process:
                 try:
                     last = _listen(process, job, progress)

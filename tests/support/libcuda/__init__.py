@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-__all__ = ["Libcuda", "StandIn", "compile_library"]
+__all__ = ["NAMES", "Libcuda", "StandIn", "compile_library", "made_up_uuid"]
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 NAMES = {
@@ -33,13 +34,18 @@ class StandIn:
     bytes: int = 48 << 30
     integrated: int = 0
     pci: str = "0000:01:00.0"
-    uuid: str = "GPU-0"
+    uuid: str = "GPU-00000000-0000-4000-8000-000000000000"
 
     @property
     def row(self) -> str:
         """As ``STANDIN_GPUS`` has it."""
         major, minor = self.capability.split(".")
         return f"{self.name}|{major}|{minor}|{self.bytes}|{self.integrated}|{self.pci}|{self.uuid}"
+
+
+def made_up_uuid(number: int, kind: str = "GPU") -> str:
+    """The UUID of a GPU, or of an instance of one with the kind "MIG"."""
+    return f"{kind}-{UUID(int=number << 64 | 0xF00D)}"
 
 
 def compile_library(folder: Path) -> Path | None:
@@ -96,6 +102,12 @@ class Libcuda:
         if length.value < 13:
             return 1
         return self._write(device, address, length, lambda gpu: gpu.pci)
+
+    def cuDeviceGetUuid_v2(self, octets: Any, device: Any) -> int:
+        if code := self._check(device):
+            return code
+        octets.raw = UUID(self._visible[device.value].uuid[4:]).bytes
+        return 0
 
     def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:
         return self._set(device, size, lambda gpu: gpu.bytes)

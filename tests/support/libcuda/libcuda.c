@@ -10,7 +10,9 @@
  * - CUDA_VISIBLE_DEVICES is read by cuInit. Entries are numbers in CUDA's order, or UUIDs; an invalid one hides those after it; where
  *   none is left, cuInit returns CUDA_ERROR_NO_DEVICE. CUDA_DEVICE_ORDER=PCI_BUS_ID numbers by PCI address (CUDA
  *   programming guide, CUDA environment variables).
- * - After a fork, a child whose parent had called cuInit gets CUDA_ERROR_NOT_INITIALIZED from everything.
+ * - cuDeviceGetUuid_v2 returns the 16 octets of a GPU's UUID, or of its instance's in MIG mode (CUDA driver API reference).
+ * - After a fork, a child whose parent had called cuInit gets CUDA_ERROR_NOT_INITIALIZED from
+ *   everything, cuInit too (seen on H100 in triton-lang/triton#10443).
  * - Ordinals and attributes outside their ranges are CUDA_ERROR_INVALID_DEVICE and CUDA_ERROR_INVALID_VALUE, and so is a
  *   buffer that is too short for an address.
  */
@@ -117,6 +119,17 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     else if (attribute == 76) *value = visible[device].minor;
     else if (attribute == 18) *value = visible[device].integrated;
     else return INVALID_VALUE;
+    return SUCCESS;
+}
+
+int cuDeviceGetUuid_v2(unsigned char *octets, int device) {
+    int code = check(device);
+    if (code) return code;
+    const char *digit = visible[device].uuid + 4;
+    for (int i = 0; i < 16; i++, digit += 2) {
+        if (*digit == '-') digit++;
+        sscanf(digit, "%2hhx", &octets[i]);
+    }
     return SUCCESS;
 }
 

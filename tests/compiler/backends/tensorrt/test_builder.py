@@ -20,7 +20,7 @@ from qie.engines.bundle.manifest import COMPONENTS, FileRecord, ProfileRecord
 from qie.engines.errors import BackendMissingError, BuildError, QieError
 from qie.engines.gpus import NO_GPU, find_driver
 from tests.support.bundles import planned
-from tests.support.libcuda import Libcuda, StandIn
+from tests.support.libcuda import Libcuda, StandIn, made_up_uuid
 from tests.support.small_graphs import SHAPES, Worker, linear, needs_rtx, record, small
 
 RTX = BUILDERS["tensorrt-rtx"]
@@ -105,7 +105,7 @@ def test_without_the_package_nothing_is_built(checkpoint: Path, tmp_path: Path, 
 
 
 GPUS = [
-    StandIn(name=f"GPU {capability}", capability=capability, pci=f"0000:0{9 - index}:00.0", uuid=f"GPU-{index}")
+    StandIn(name=f"GPU {capability}", capability=capability, pci=f"0000:0{9 - index}:00.0", uuid=made_up_uuid(index))
     for index, capability in enumerate(["9.0", "8.9", "8.0", "8.0"])
 ]
 
@@ -120,8 +120,8 @@ GPUS = [
         ("3,2", None, None, 3),
         ("3,2", None, 1, 2),
         ("2", "PCI_BUS_ID", None, None),
-        ("GPU-1,3,GPU-2", None, None, 3),
-        ("GPU-1,3,GPU-2", None, 2, 2),
+        (f"{made_up_uuid(1)},3,{made_up_uuid(2)}", None, None, 3),
+        (f"{made_up_uuid(1)},3,{made_up_uuid(2)}", None, 2, 2),
     ],
 )
 def test_the_worker_sees_the_gpu_that_was_chosen_and_no_other(
