@@ -78,7 +78,8 @@ def test_the_engine_has_the_shapes_of_the_recipe(built: Built) -> None:
 def test_attention_is_one_kernel_a_block(built: Built) -> None:
     for engine in built.bundle.manifest.engines:
         content = structure(built.bundle, engine)
-        assert content["attention"] == {"layers": ATTENTION[engine.component], "fused": ATTENTION[engine.component]}
+        count = ATTENTION[engine.component]
+        assert content["attention"] == {"layers": count, "fused": count, "types": ["bf16"] if count else []}
         fused = [layers for name, layers in content["kernels"] if "mha" in name]
         assert all(len(layers) == 1 and "Attention" in layers[0] for layers in fused)
 
@@ -156,8 +157,9 @@ def test_inspect_shows_it(built: Built, qie: Qie) -> None:
         ends = " +".join(" x ".join(map(str, dims)) for dims in (first.min, first.opt, first.max))
         assert re.search(rf"^{engine.component} +{first.input} +{ends}$", shown, re.MULTILINE), shown
         layers, count = len(structure(built.bundle, engine)["layers"]), ATTENTION[engine.component]
+        fused = f"{count} in bf16" if count else "0"
         assert re.search(
-            rf"^{engine.component} +{layers} +\d+ +{count} +{count} +[\d.]+ [KM]iB +0$", shown, re.MULTILINE
+            rf"^{engine.component} +{layers} +\d+ +{count} +{fused} +[\d.]+ [KM]iB +0$", shown, re.MULTILINE
         )
     unfinished = re.findall(r"^(\w+) +tensorrt +bfloat16 +[\d.]+ k +[\d.]+ kB$", shown, re.MULTILINE)
     assert unfinished == (list(COMPONENTS) if built.capability == "8.0" else [])
