@@ -19,6 +19,7 @@ from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord
 from qie.engines.terminal import human_bytes, human_memory, human_seconds
 from tests.support.bundles import planned
+from tests.support.engine_bytes import io_dims
 from tests.support.small_graphs import small
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -73,6 +74,32 @@ def test_the_engine_has_the_shapes_of_the_recipe(built: Built) -> None:
     for engine, part in zip(built.bundle.manifest.engines, built.plan.components, strict=True):
         assert engine.profiles == profiles(part.graph, built.plan.recipe, built.plan.model)
         assert engine.profiles
+
+
+def test_a_dim_is_constant_where_the_profile_has_one_size(built: Built) -> None:
+    """What a session compares with the manifest: a symbol, or the size of a profile with min == max, like the batch."""
+    fixed = 0
+    for engine in built.bundle.manifest.engines:
+        content = (built.bundle.path / engine.path).read_bytes()
+        specs = {spec.name: spec.dims for spec in engine.inputs}
+        ranges = {
+            dim: (low, high)
+            for profile in engine.profiles
+            for dim, low, high in zip(specs[profile.input], profile.min, profile.max, strict=True)
+        }
+        symbols: dict[int | str, int] = {}
+        for spec in (*engine.inputs, *engine.outputs):
+            dims = io_dims(content, spec.name)
+            assert len(dims) == len(spec.dims)
+            for dim, found in zip(spec.dims, dims, strict=True):
+                low, high = (dim, dim) if isinstance(dim, int) else ranges.get(dim, (0, 1))
+                assert found == low if low == high else found < 0, (engine.component, spec.name)
+                if low == high:
+                    fixed += isinstance(dim, str)
+                elif dim in ranges:
+                    assert symbols.setdefault(dim, found) == found
+        assert len(set(symbols.values())) == len(symbols)
+    assert fixed == 8  # batches of the language model and of the VAE
 
 
 def test_attention_is_one_kernel_a_block(built: Built) -> None:
