@@ -43,6 +43,8 @@ class Backend:
         host_factor: host memory of the building process in bytes per byte of weights; None where a build holds one
             tensor at a time.
         adds_workspace: the recipe's build workspace comes on top of the activations when an engine runs.
+        fp8_attention: the lowest compute capability for which its attention kernels compute in FP8; None where there is
+            none.
     """
 
     modules: tuple[str, ...]
@@ -61,6 +63,7 @@ class Backend:
     compiles: bool = True
     host_factor: float | None = None
     adds_workspace: bool = False
+    fp8_attention: str | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -95,6 +98,7 @@ BACKENDS: dict[str, Backend] = {
         builds_on_gpu=True,
         host_factor=2.1,
         adds_workspace=True,
+        fp8_attention="9.0",
     ),
 }
 """The backends of this qie.
@@ -105,6 +109,10 @@ streamed, 0.68 GB took 1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was
 much as TensorRT for RTX when that does not stream. The mapped weights come on top, as pages that the system may take
 back. ``adds_workspace`` is false for TensorRT for RTX, because its workspace holds the activations (1.7.1 reports both
 as one figure at any limit).
+
+``fp8_attention``: engines that tensorrt-rtx 1.7.1 compiled for 8.9 and 12.0 with FP8 around attention dequantize
+queries, keys and values again and contain a bfloat16 kernel. TensorRT was not compiled: its release notes (10.6) limit
+FP8 attention on Ada to heads of 64 channels, fewer than the model has, and name Hopper without that limit.
 """
 
 

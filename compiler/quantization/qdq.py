@@ -5,6 +5,10 @@ bfloat16. A quantized input passes through a QuantizeLinear and a DequantizeLine
 calibration. This is explicit quantization as ONNX defines it: TensorRT fuses the pairs into 8-bit kernels, onnxruntime
 executes them as they are.
 
+Where a scheme quantizes inputs and has a scale per output channel, the DequantizeLinear of the weight has the scale 1
+and the graph multiplies the product by the scales of the channels. The result is the same, but TensorRT writes products
+in float32 if the DequantizeLinear of the weight has scales per channel, and in the dtype of the graph if it has one.
+
 No function here changes the graph that it is given.
 """
 
@@ -28,6 +32,11 @@ from qie.compiler.weights.weight import DType, Weight
 from qie.engines.errors import RecipeError
 
 Array = NDArray[np.float32]
+
+FLOAT = ir.DataType.FLOAT
+
+UNIT_SCALE = "unit_scale"
+"""Name of the constant 1 in a quantized graph."""
 
 __all__ = ["Quantized", "insert_qdq", "quantize_by_recipe", "quantize_linears"]
 
@@ -132,8 +141,9 @@ def insert_qdq(
     graph = replace(graph, model=graph.model.clone())
     weights: dict[str, tuple[Weight, ...]] = {weight.name: (weight,) for weight in graph.weights}
     writer = _Writer(graph)
-    for node, x, parameter in list(linear_nodes(graph)):
-        name = str(parameter.name).removesuffix(".weight")
+    for node, _, parameter in list(linear_nodes(graph)):
+        name, x = str(parameter.name).removesuffix(".weight"), node.inputs[0]
+        assert x is not None
         if name in divisors:
             x = writer.divide(node, name, x, divisors[name])
         if name in names:
@@ -141,7 +151,11 @@ def insert_qdq(
                 x = writer.fake_quantize(node, name, x, scheme.inputs, amax[name])
             stored = _quantized_weight(weights[str(parameter.name)][0], scheme.weights, graph.dtype)
             weights[stored[0].name] = stored
-            node.replace_input_with(1, writer.dequantize(node, *stored))
+            values, scales = map(writer.parameter, stored)
+            if scheme.scales_products:
+                writer.scale_product(node, f"{name}.bias", scales)
+                scales = writer.one()
+            node.replace_input_with(1, writer.dequantize(node, values, scales, scheme.weights))
         node.replace_input_with(0, x)
     return replace(graph, weights=tuple(weight for stored in weights.values() for weight in stored))
 
@@ -197,7 +211,7 @@ class _Writer:
         scale = quantizer.scale_from_amax(amax)
         key = ("fake_quantize", x.name, quantizer, scale.tobytes())
         if key not in self.inserted:
-            constant = self.constant(f"{name}.input_scale", scale, ir.DataType.FLOAT)
+            constant = self.constant(f"{name}.input_scale", scale, FLOAT)
             quantized_dtype = DTYPES[quantizer.dtype]
             quantized = self.node(
                 node, "QuantizeLinear", [x, constant], quantized_dtype, {"output_dtype": int(quantized_dtype)}
@@ -207,21 +221,55 @@ class _Writer:
             )
         return self.inserted[key]
 
-    def dequantize(self, node: ir.Node, values: Weight, scales: Weight) -> ir.Value:
-        """The weight of which ``values`` and ``scales`` are stored."""
-        quantizer = values.quantizer
-        assert quantizer is not None
-        parameters = []
-        for weight in (values, scales):
-            value = ir.Value(name=weight.name, type=ir.TensorType(DTYPES[weight.dtype]), shape=ir.Shape(weight.shape))
-            self.graph.initializers[weight.name] = value
-            parameters.append(value)
+    def parameter(self, weight: Weight) -> ir.Value:
+        """The initializer that ``weight`` is stored in."""
+        value = ir.Value(name=weight.name, type=ir.TensorType(DTYPES[weight.dtype]), shape=ir.Shape(weight.shape))
+        self.graph.initializers[weight.name] = value
+        return value
+
+    def one(self) -> ir.Value:
+        """The scale 1."""
+        if UNIT_SCALE not in self.graph.initializers:
+            self.constant(UNIT_SCALE, 1, FLOAT)
+        return self.graph.initializers[UNIT_SCALE]
+
+    def dequantize(self, node: ir.Node, values: ir.Value, scales: ir.Value, quantizer: Quantizer) -> ir.Value:
+        """``values`` times ``scales``, which are one for all of them or as ``quantizer`` says."""
         attributes = {"output_dtype": int(self.dtype)}
-        if quantizer.per != "tensor":
+        if len(scales.shape or ()):
             attributes["axis"] = 1 if quantizer.per == "channel" else 0
         if quantizer.per == "group":
             attributes["block_size"] = quantizer.group_size
-        return self.node(node, "DequantizeLinear", parameters, self.dtype, attributes)
+        return self.node(node, "DequantizeLinear", [values, scales], self.dtype, attributes)
+
+    def scale_product(self, product: ir.Node, bias: str, scales: ir.Value) -> None:
+        """Multiply the output of ``product`` by ``scales`` [out], and add ``bias`` where the graph does, in float32.
+
+        Args:
+            product: a MatMul by a weight.
+            bias: name of the parameter that an Add behind ``product`` may add to it.
+            scales: float32.
+        """
+        exact = product.outputs[0]
+        readers = tuple(exact.uses())
+        result = self.node(product, "Mul", [self.cast(product, exact, FLOAT), scales], FLOAT, behind=True)
+        if bias in self.graph.initializers:
+            ((add, index),) = readers
+            summand = add.inputs[1 - index]
+            assert summand is not None
+            assert summand.name == bias
+            readers = tuple(add.outputs[0].uses())
+            add.replace_input_with(index, result)
+            add.replace_input_with(1 - index, self.cast(add, summand, FLOAT, behind=False))
+            result = add.outputs[0]
+            result.type = ir.TensorType(FLOAT)
+        result = self.cast(product, result, self.dtype)
+        for reader, index in readers:
+            reader.replace_input_with(index, result)
+
+    def cast(self, scope: ir.Node, x: ir.Value, dtype: ir.DataType, *, behind: bool = True) -> ir.Value:
+        """``x`` in ``dtype``, which is float32 or that of the graph; ``x`` itself in a graph of float32."""
+        return x if self.dtype == FLOAT else self.node(scope, "Cast", [x], dtype, {"to": int(dtype)}, behind=behind)
 
     def constant(self, name: str, values: Any, dtype: ir.DataType) -> ir.Value:
         """A constant tensor of the graph."""
@@ -232,18 +280,28 @@ class _Writer:
 
     def node(
         self,
-        before: ir.Node,
+        scope: ir.Node,
         op_type: str,
         inputs: Sequence[ir.Value],
         dtype: ir.DataType,
         attributes: Mapping[str, int] | None = None,
+        *,
+        behind: bool = False,
     ) -> ir.Value:
-        """The output, of ``dtype``, of a new node that is inserted in front of ``before`` and into its scope."""
+        """The output, of ``dtype``, of a new node in the scope of ``scope``.
+
+        The node is inserted in front of ``scope``, or right ``behind`` the node that computes its first input.
+        """
         self.count += 1
-        name = f"{before.name}.{op_type}_{self.count}"
+        name = f"{scope.name}.{op_type}_{self.count}"
         node = ir.node(op_type, inputs=inputs, attributes=attributes, num_outputs=1, name=name)
-        node.metadata_props.update(before.metadata_props)
-        self.graph.insert_before(before, node)
+        node.metadata_props.update(scope.metadata_props)
+        if behind:
+            producer = inputs[0].producer()
+            assert producer is not None
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(scope, node)
         output = node.outputs[0]
         output.name, output.type, output.shape = f"{name}.output", ir.TensorType(dtype), inputs[0].shape
         return output

@@ -23,6 +23,13 @@ class Scheme:
     inputs: Quantizer | None = None
     smoothed: tuple[Component, ...] = ()
 
+    @property
+    def scales_products(self) -> bool:
+        """Whether a graph multiplies products by the scales of the weights, rather than the weights
+        (``quantization.qdq``): scales of channels, in products of 8-bit operands. Without quantized inputs the scaled
+        weights are what a product reads, so that nothing is gained (docs/tensorrt.md)."""
+        return self.inputs is not None and self.weights.per == "channel"
+
 
 SCHEMES: dict[SchemeName, Scheme] = {
     "fp8": Scheme(

@@ -4,7 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qie.compiler.recipe.quantizable import QUANTIZABLE
-from qie.compiler.recipe.schema import FP8_CAPABILITY, REFERENCES_MAX, Range, Recipe, supports_fp8
+from qie.compiler.recipe.schema import (
+    FP8_CAPABILITY,
+    REFERENCES_MAX,
+    Range,
+    Recipe,
+    supports_fp8,
+    supports_fp8_attention,
+)
 from qie.compiler.recipe.toml import inline
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import COMPONENTS
@@ -47,6 +54,11 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.attention", f'is "{section.attention}", but {name} cannot be quantized; use "none"'
         if section.attention == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.attention", f'{no_fp8}; use "none"'
+        elif section.attention == "fp8" and capability is not None:
+            slow = [backend for backend in recipe.backends_of(name) if not supports_fp8_attention(backend, capability)]
+            if slow:
+                problem = f"whose attention kernels for {gpu} do not compute in FP8"
+                yield f"{key}.attention", f'is "fp8", and backends has {slow[0]}, {problem}; use "none"'
         if section.scheme == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
         if not recipe.backends_of(name):

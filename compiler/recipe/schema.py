@@ -35,6 +35,7 @@ __all__ = [
     "SchemeName",
     "Shapes",
     "supports_fp8",
+    "supports_fp8_attention",
     "to_toml",
 ]
 
@@ -63,7 +64,8 @@ class ComponentRecipe:
         precision: type of weights and activations.
         scheme: quantization scheme of the linears.
         exclude: fnmatch patterns of linears that stay in ``precision``.
-        attention: precision of attention's two products; "none" leaves them in ``precision``.
+        attention: precision of attention's two products; "none" leaves them in ``precision``. On a GPU, "fp8" needs
+            backends whose attention kernels compute in FP8.
     """
 
     precision: Precision = "bfloat16"
@@ -247,6 +249,12 @@ def to_toml(recipe: Recipe) -> str:
 def supports_fp8(compute_capability: str) -> bool:
     """Whether a GPU of that compute capability has FP8 tensor cores."""
     return _version(compute_capability) >= _version(FP8_CAPABILITY)
+
+
+def supports_fp8_attention(backend: BackendName, compute_capability: str) -> bool:
+    """Whether kernels of ``backend`` compute attention in FP8 on a GPU of that compute capability."""
+    first = BACKENDS[backend].fp8_attention
+    return first is not None and _version(compute_capability) >= _version(first)
 
 
 def _version(compute_capability: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ class Structure:
         attention: of them that compute attention.
         kernels: compiled kernels; None where the backend does not report them, as for the rest.
         fused: kernels that compute attention without a score tensor.
+        fused_types: types in which they compute, as in their source (``bf16``); empty where the engine lacks it.
         largest_buffer_bytes: size of the largest GPU buffer.
         allocations: tensors that every run allocates.
     """
@@ -31,6 +32,7 @@ class Structure:
     attention: _Number
     kernels: _Number | None
     fused: _Number | None
+    fused_types: tuple[str, ...]
     largest_buffer_bytes: _Number | None
     allocations: _Number | None
 
@@ -51,6 +53,7 @@ def read_structure(bundle: Bundle, engine: EngineRecord) -> Structure:
             "attention": data["attention"]["layers"],
             "kernels": None if kernels is None else len(kernels),
             "fused": data["attention"]["fused"],
+            "fused_types": data["attention"].get("types", []),
             "largest_buffer_bytes": data["largest_buffer_bytes"],
             "allocations": data["allocations"],
         }

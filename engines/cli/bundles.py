@@ -214,5 +214,7 @@ def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
 
     found = read_structure(bundle, engine)
     buffer = None if found.largest_buffer_bytes is None else human_memory(found.largest_buffer_bytes)
-    counts = [found.layers, found.kernels, found.attention, found.fused, buffer, found.allocations]
+    types = f" in {', '.join(found.fused_types)}" if found.fused and found.fused_types else ""
+    fused = None if found.fused is None else f"{found.fused}{types}"
+    counts = [found.layers, found.kernels, found.attention, fused, buffer, found.allocations]
     return [engine.component, *("-" if count is None else str(count) for count in counts)]

@@ -144,8 +144,8 @@ def test_json_that_is_none(copied: Path, text: str) -> None:
 
 @pytest.mark.parametrize("value", EXTREMES[:12], ids=range(12))
 def test_a_hostile_description_of_an_engine(copied: Path, value: Any) -> None:
-    whole = {"layers": [1], "kernels": [], "attention": {"layers": 1, "fused": 1}, "largest_buffer_bytes": 5,
-             "allocations": 0}  # fmt: skip
+    whole = {"layers": [1], "kernels": [], "attention": {"layers": 1, "fused": 1, "types": ["bf16"]},
+             "largest_buffer_bytes": 5, "allocations": 0}  # fmt: skip
     data = json.loads((copied / "manifest.json").read_text())
     for place in leaves(whole):
         (copied / "s.json").write_text(json.dumps(changed(whole, place, value)))

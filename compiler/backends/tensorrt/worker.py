@@ -103,7 +103,7 @@ def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> A
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a recipe means full precision
     if job["weight_streaming"] and hasattr(trt.BuilderFlag, "WEIGHT_STREAMING"):
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # CUDA graphs need runs that allocate nothing
+    elif hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # CUDA graphs need it; excluded by weight streaming
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # small shapes use less of the arena
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)

@@ -61,7 +61,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 def test_dry_run_for_a_gpu_that_is_not_here(qie: Qie, workplace: Path, checkpoint: Path) -> None:
     fp8 = '[components.transformer]\nscheme = "fp8"\nexclude = []\nattention = "fp8"\n'
-    Path("small.toml").write_text(f'extends = "l40s"\n[shapes]\nmin_side = 32\n{fp8}')
+    Path("small.toml").write_text(f'extends = "h100"\n[shapes]\nmin_side = 32\n{fp8}')
     plan = json.loads(qie("build", checkpoint, "--gpu", "small.toml", "--dry-run", "--json").stdout)
     transformer = next(part for part in plan["components"] if part["component"] == "transformer")
     assert [transformer[key] for key in ("precision", "scheme", "attention")] == ["bfloat16", "fp8", "fp8"]

@@ -14,7 +14,7 @@ from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantization.blockwise import Segment, Values, run
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.quantization.linears import excluded, linear_inputs, linears
+from qie.compiler.quantization.linears import excluded, linear_inputs, linear_nodes, linears
 from qie.compiler.quantization.qdq import insert_qdq, quantize_by_recipe, quantize_linears
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader, smoothing_groups
@@ -92,12 +92,15 @@ def test_onnxruntime_computes_what_the_quantizers_say(
     graph = GRAPHS[component](tiny_checkpoint.model, "float32")
     names = linears(graph)
     before = linear_inputs(graph)
-    made = {name: next(iter(node.outputs)).name for node in graph.model.graph for name in names
-            if node.op_type == "MatMul" and node.inputs[1].name == f"{name}.weight"}  # fmt: skip
+    products = {name: node for node, _, weight in linear_nodes(graph) for name in names
+                if weight.name == f"{name}.weight"}  # fmt: skip
     values = inputs(graph)
     known = calibration(GRAPHS[component](tiny_checkpoint.model, "float32"), readers, values)
     language = tiny_checkpoint.model.language
     graph = quantize_linears(graph, scheme, names, known, language).graph
+    scaled = {str(node.inputs[1].name): node for node in graph.model.graph if node.op_type == "Mul"}
+    made = {n: scaled.get(f"{n}.weight.scale", node).outputs[0].name for n, node in products.items()}
+    assert len(scaled.keys() & {f"{n}.weight.scale" for n in names}) == len(names) * SCHEMES[scheme].scales_products
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def observe(piece: Segment, sample: int, here: Values) -> None:

@@ -47,6 +47,30 @@ def test_fp8_needs_the_hardware(tmp_path: Path, capability: str, allowed: bool) 
         assert f"needs compute capability 8.9 or later, not Test GPU ({capability}); use" in message
 
 
+@pytest.mark.parametrize(
+    ("capability", "backends", "refused"),
+    [
+        ("8.0", ["tensorrt"], "needs compute capability 8.9 or later"),
+        (
+            "8.9",
+            ["tensorrt"],
+            "backends has tensorrt, whose attention kernels for Test GPU (8.9) do not",
+        ),
+        ("8.9", ["tensorrt-rtx"], "backends has tensorrt-rtx, whose attention kernels"),
+        ("9.0", ["tensorrt"], None),
+        ("9.0", ["tensorrt", "onnxruntime"], "backends has onnxruntime, whose"),
+        ("12.0", ["tensorrt", "tensorrt-rtx"], 'kernels for Test GPU (12.0) do not compute in FP8; use "none"'),
+    ],
+)
+def test_fp8_attention_needs_kernels(tmp_path: Path, capability: str, backends: list[str], refused: str | None) -> None:
+    text = GPU.replace("8.9", capability).replace('["tensorrt"]', str(backends))
+    text += "[components.language]\nattention = 'fp8'"
+    if refused is None:
+        assert load_recipe(write(tmp_path, text)).components.language.attention == "fp8"
+    else:
+        assert refused in refusal(tmp_path, text)
+
+
 def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
     """FP8 it has: onnxruntime computes what comes out of the codes, which is how a scheme is judged without a GPU."""
     load_recipe(write(tmp_path, 'extends = "cpu"\n[components.language]\nscheme = "fp8"'))

@@ -177,3 +177,15 @@ def test_weights_that_exceed_gpu_memory_may_be_streamed(tmp_path: Path, worker: 
                 recipe=replace(small("l40s"), memory_gib=24),
             )
         assert json.loads(seen.read_text())["weight_streaming"] is expected
+
+
+@needs_rtx
+def test_an_engine_that_streams_weights_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT refuses to combine weight streaming with memory that the caller allocates."""
+    engines = []
+    for share in (0.75, -1.0):  # of memory, so that no weights are too many
+        monkeypatch.setattr("qie.compiler.backends.tensorrt.builder.STREAMED_SHARE", share)
+        engine = RTX.build(record(tmp_path, linear(), **SHAPES), tmp_path, key="k", recipe=small("l40s"))
+        engines.append((tmp_path / engine.path).read_bytes())
+    plain, streaming = map(len, engines)
+    assert streaming > plain

@@ -19,6 +19,7 @@ from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord
 from qie.engines.terminal import human_bytes, human_memory, human_seconds
 from tests.support.bundles import planned
+from tests.support.engine_bytes import io_dims
 from tests.support.small_graphs import small
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -75,10 +76,37 @@ def test_the_engine_has_the_shapes_of_the_recipe(built: Built) -> None:
         assert engine.profiles
 
 
+def test_a_dim_is_constant_where_the_profile_has_one_size(built: Built) -> None:
+    """What a session compares with the manifest: a symbol, or the size of a profile with min == max, like the batch."""
+    fixed = 0
+    for engine in built.bundle.manifest.engines:
+        content = (built.bundle.path / engine.path).read_bytes()
+        specs = {spec.name: spec.dims for spec in engine.inputs}
+        ranges = {
+            dim: (low, high)
+            for profile in engine.profiles
+            for dim, low, high in zip(specs[profile.input], profile.min, profile.max, strict=True)
+        }
+        symbols: dict[int | str, int] = {}
+        for spec in (*engine.inputs, *engine.outputs):
+            dims = io_dims(content, spec.name)
+            assert len(dims) == len(spec.dims)
+            for dim, found in zip(spec.dims, dims, strict=True):
+                low, high = (dim, dim) if isinstance(dim, int) else ranges.get(dim, (0, 1))
+                assert found == low if low == high else found < 0, (engine.component, spec.name)
+                if low == high:
+                    fixed += isinstance(dim, str)
+                elif dim in ranges:
+                    assert symbols.setdefault(dim, found) == found
+        assert len(set(symbols.values())) == len(symbols)
+    assert fixed == 8  # batches of the language model and of the VAE
+
+
 def test_attention_is_one_kernel_a_block(built: Built) -> None:
     for engine in built.bundle.manifest.engines:
         content = structure(built.bundle, engine)
-        assert content["attention"] == {"layers": ATTENTION[engine.component], "fused": ATTENTION[engine.component]}
+        count = ATTENTION[engine.component]
+        assert content["attention"] == {"layers": count, "fused": count, "types": ["bf16"] if count else []}
         fused = [layers for name, layers in content["kernels"] if "mha" in name]
         assert all(len(layers) == 1 and "Attention" in layers[0] for layers in fused)
 
@@ -156,8 +184,9 @@ def test_inspect_shows_it(built: Built, qie: Qie) -> None:
         ends = " +".join(" x ".join(map(str, dims)) for dims in (first.min, first.opt, first.max))
         assert re.search(rf"^{engine.component} +{first.input} +{ends}$", shown, re.MULTILINE), shown
         layers, count = len(structure(built.bundle, engine)["layers"]), ATTENTION[engine.component]
+        fused = f"{count} in bf16" if count else "0"
         assert re.search(
-            rf"^{engine.component} +{layers} +\d+ +{count} +{count} +[\d.]+ [KM]iB +0$", shown, re.MULTILINE
+            rf"^{engine.component} +{layers} +\d+ +{count} +{fused} +[\d.]+ [KM]iB +0$", shown, re.MULTILINE
         )
     unfinished = re.findall(r"^(\w+) +tensorrt +bfloat16 +[\d.]+ k +[\d.]+ kB$", shown, re.MULTILINE)
     assert unfinished == (list(COMPONENTS) if built.capability == "8.0" else [])

@@ -16,12 +16,15 @@ from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.graphs.components import write_graph_of
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.planning.profiles import profiles
+from qie.compiler.quantization.linears import linear_inputs, linears
+from qie.compiler.quantization.qdq import insert_qdq
+from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import Weight
-from qie.engines.bundle.manifest import FileRecord, GraphRecord
+from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -56,8 +59,11 @@ class RandomReader:
 
 
 @pytest.fixture(scope="module")
-def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[GraphRecord, Path]]:
-    """A component of the published 2511 with the layers of LAYERS; the transformer has 24 heads of 128."""
+def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[GraphRecord, Path]]:
+    """A component of the published 2511 with the layers of LAYERS; the transformer has 24 heads of 128.
+
+    With a scheme, all its linears are quantized.
+    """
     architecture = replace(
         ARCHITECTURES["qwen-image-edit-2511"],
         num_layers=LAYERS["transformer"],
@@ -70,9 +76,13 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     checkpoint = open_checkpoint(str(write_checkpoint(folder / "c", architecture, weights=False)), weights=False)
     recipe = load_recipe("l40s")
 
-    def make(component: Any) -> tuple[GraphRecord, Path]:
-        graph = write_graph_of(component, checkpoint.model, recipe)
+    def make(component: Any, scheme: Any = None) -> tuple[GraphRecord, Path]:
+        graph, record = write_graph_of(component, checkpoint.model, recipe), None
         reader = RandomReader(graph.weights)
+        if scheme is not None:
+            names, total = linears(graph), len(linear_inputs(graph))
+            graph = insert_qdq(graph, SCHEMES[scheme], names, dict.fromkeys(names, 4.0), {})
+            record = QuantizationRecord(scheme=scheme, quantized=len(names), linears=total)
         written = write_weights(
             graph.weights, {weight.subfolder: reader for weight in graph.weights}, folder / "weights"
         )
@@ -88,6 +98,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
             outputs=graph.outputs,
             parameters=graph.parameters(),
             profiles=profiles(graph, recipe, checkpoint.model),
+            quantization=record,
         )
         return graph_record, folder
 
@@ -96,7 +107,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("component", LAYERS)
-def test_attention_at_full_width(full_width: Callable[[str], tuple[GraphRecord, Path]], component: str) -> None:
+def test_attention_at_full_width(full_width: Callable[..., tuple[GraphRecord, Path]], component: str) -> None:
     graph, folder = full_width(component)
     tokens = {"transformer": "rotary_cos", "vision": "patches", "language": "input_ids"}[component]
     heads = {"transformer": 24, "vision": 16, "language": 28}[component]
@@ -108,7 +119,7 @@ def test_attention_at_full_width(full_width: Callable[[str], tuple[GraphRecord, 
         engine = RTX.build(graph, folder, key="k", recipe=load_recipe(name))
         assert engine.structure is not None
         structure = json.loads((folder / engine.structure.path).read_text())
-        assert structure["attention"] == {"layers": LAYERS[component], "fused": LAYERS[component]}
+        assert structure["attention"] == {"layers": LAYERS[component], "fused": LAYERS[component], "types": ["bf16"]}
         assert structure["allocations"] == 0
         assert structure["largest_buffer_bytes"] < scores
         if component != "vision":  # whose scores are smaller than its feed-forward activations
@@ -119,9 +130,30 @@ def test_attention_at_full_width(full_width: Callable[[str], tuple[GraphRecord, 
         (folder / engine.path).unlink()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "gpu"), [("fp8", "l40s"), ("int8-smooth", "a100-int8")])
+def test_quantized_products_are_bfloat16(
+    full_width: Callable[..., tuple[GraphRecord, Path]], scheme: str, gpu: str
+) -> None:
+    """The largest tensor is the feed-forward's, 12,288 channels of the image stream in bfloat16."""
+    graph, folder = full_width("transformer", scheme)
+    tokens = {p.input: p.max for p in graph.profiles}
+    batch, noise, _ = tokens["latents"]
+    image = batch * (noise + tokens["reference"][1])
+    engine = RTX.build(graph, folder, key="k", recipe=load_recipe(gpu))
+    assert engine.structure is not None
+    assert engine.quantization is not None
+    assert engine.quantization.fused == engine.quantization.quantized
+    structure = json.loads((folder / engine.structure.path).read_text())
+    assert structure["products"].keys() == {"bf16"}
+    assert structure["largest_buffer_bytes"] == image * 12288 * 2
+    assert len(structure["kernels"]) <= 65
+    (folder / engine.path).unlink()
+
+
 @pytest.mark.parametrize("component", ["vae_encoder", "vae_decoder"])
 def test_the_vae_stores_the_scores_of_one_row(
-    full_width: Callable[[str], tuple[GraphRecord, Path]], component: str
+    full_width: Callable[..., tuple[GraphRecord, Path]], component: str
 ) -> None:
     """At the published width, for the largest image of the recipe; the scores of all rows take 2.9 GB."""
     graph, folder = full_width(component)

@@ -117,6 +117,7 @@ def test_engines_store_quantized_weights(
     assert len(constants) == record.quantized
     assert dtype not in plain.structure["layer_dtypes"]
     assert quantized.structure["attention"] == plain.structure["attention"]
+    assert quantized.structure["products"].keys() == {"bf16"}
 
 
 def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) 
     engine = RTX.build(graph_record, tmp_path, key="k", recipe=recipe)
     assert engine.structure is not None
     structure = json.loads((tmp_path / engine.structure.path).read_text())
-    assert structure["attention"] == {"layers": 2, "fused": 2}
+    assert structure["attention"] == {"layers": 2, "fused": 2, "types": ["bf16"]}  # which is why recipes refuse it
     assert structure["layer_dtypes"]["FP8"] >= 6
 
 

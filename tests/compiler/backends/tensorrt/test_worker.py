@@ -19,7 +19,9 @@ class StandIn:
         self.NetworkDefinitionCreationFlag = SimpleNamespace()
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
         self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
-        self.BuilderFlag = SimpleNamespace(TF32="tf32", WEIGHT_STREAMING="streaming")
+        self.BuilderFlag = SimpleNamespace(
+            TF32="tf32", WEIGHT_STREAMING="streaming", REQUIRE_USER_ALLOCATION="user allocation"
+        )
         self.PreviewFeature = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="resize")
         self.ILogger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal"})
         self.IProgressMonitor = type("IProgressMonitor", (), {})
@@ -73,6 +75,10 @@ class StandIn:
         for error in self.errors:
             logger.log(self.ILogger.ERROR, error)  # type: ignore[attr-defined]
         logger.log("info", "Total Activation Memory: 12345 bytes")
+        flags = ("streaming", "user allocation")
+        if all(("set", flag) in self.calls for flag in flags):  # as TensorRT for RTX 1.7.1 does
+            logger.log("error", "kREQUIRE_USER_ALLOCATION is not compatible with kWEIGHT_STREAMING")
+            return None
         return self.plan
 
 
@@ -115,6 +121,7 @@ def test_the_job_decides_the_options_of_the_compiler(job: dict[str, Any]) -> Non
     stand_in = StandIn()
     messages_of(stand_in, {**job, "weight_streaming": False})
     assert ("set", "streaming") not in stand_in.calls
+    assert ("set", "user allocation") in stand_in.calls
 
 
 def test_the_timing_cache_grows(job: dict[str, Any]) -> None:
