@@ -5,7 +5,7 @@ GPU, is skipped with its reason. With ``--require-gpu`` a run in which no test p
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from tests.support.gpu_bundles import WIDE, Recorder, Run, build_for_gpu, edit_r
 from tests.support.images import smooth_image
 
 BACKENDS = ["tensorrt-rtx", "tensorrt", "onnxruntime"]
-NOTHING_RAN = "no test ran on a GPU: "
 MEASURED = pytest.StashKey[list[str]]()
 
 
@@ -32,25 +31,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = []
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if nothing_ran(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the last line of the report
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--require-gpu", default=False) and not reporter.stats.get("passed"):
+        reason = "every backend was skipped or failed, see above" if this_machine().gpus else "qie sees none here"
+        reporter.write_line(f"no test ran on a GPU: {reason}; `qie doctor` lists what is missing", red=True)
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.stash[MEASURED]:
         terminalreporter.section("measured")
         terminalreporter.write("\n".join([*config.stash[MEASURED], ""]))
-    if nothing_ran(config):
-        gpus = this_machine().gpus
-        reason = "every backend was skipped or failed, see above" if gpus else "this machine has none that qie sees"
-        terminalreporter.write_line(f"{NOTHING_RAN}{reason}; `qie doctor` lists what is missing", red=True)
-
-
-def nothing_ran(config: pytest.Config) -> bool:
-    """Whether tests on a GPU were required and none passed."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    return config.getoption("--require-gpu", default=False) and not reporter.stats.get("passed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
