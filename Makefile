@@ -10,7 +10,7 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
-.PHONY: demo test test-soak test-gpu pocket check format clean
+.PHONY: demo test test-soak test-gpu pocket check format clean FORCE
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
@@ -23,8 +23,8 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says.
 	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
-test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, on this machine's; TensorRT takes part where it is installed.
-	$(BIN)/python -m pytest tests/gpu
+test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the packages for this machine's GPU and driver.
+	$(BIN)/python -m pytest tests/gpu --require-gpu
 
 pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where it was stopped.
 	$(BIN)/python -m pocket.training.vae $(DEMO)/pocket/vae
@@ -47,7 +47,7 @@ clean:                                 ## Remove everything that the commands ab
 	rm -rf $(VENV) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("qie needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("qie needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
@@ -55,11 +55,19 @@ $(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	@touch $@
 
 # torch comes first and by its exact version, so that a CPU build is taken wherever one is offered.
-$(VENV)/dev.stamp: $(VENV)/compile.stamp
+$(VENV)/dev.stamp: $(VENV)/compile.stamp .ci/constraints-cuda.txt
 	$(PIP) install torch==2.13.0
-	$(PIP) install $(CONSTRAINTS) --editable '.[dev,reference]'
+	$(PIP) install $(CONSTRAINTS) --constraint .ci/constraints-cuda.txt --editable '.[dev,reference]'
+	@rm -f $(VENV)/gpu.stamp
 	@touch $@
 
-$(VENV)/gpu.stamp: $(VENV)/dev.stamp
-	$(PIP) install $(CONSTRAINTS) --editable '.[rtx]'
+# Neither torch nor any tool but pytest. The driver decides on the version of CUDA, the GPU on the backend.
+$(VENV)/gpu.stamp: $(VENV)/gpu.txt pyproject.toml .ci/constraints.txt
+	$(PIP) install $(CONSTRAINTS) --requirement $<
 	@touch $@
+
+$(VENV)/gpu.txt: $(VENV)/bin/python FORCE
+	@$(BIN)/python tests/gpu/requirements.py > $@.new
+	@cmp -s $@.new $@ || mv $@.new $@
+
+FORCE:

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 
 import qie
-from qie.engines.backends import BACKENDS, cuda_lacking, installed
+from qie.engines.backends import BACKENDS, built_for_cuda, cuda_lacking, installed
 from qie.engines.bundle.bundle import bundles, open_bundle
 from qie.engines.errors import QieError
 from qie.engines.files import existing, qie_home
@@ -46,12 +46,14 @@ class _Need:
         packages: modules, or distributions where the name has a hyphen.
         fix: command that installs them.
         gpu_backend: the backend whose engines it runs on a GPU; None for another capability.
+        gpu_package: the package that must have taken the place of the backend's own; None where there is no such one.
     """
 
     name: str
     packages: tuple[str, ...]
     fix: str
     gpu_backend: str | None = None
+    gpu_package: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +124,7 @@ def _needs() -> list[_Need]:
             packages=(backend.gpu_package,),
             fix=backend.gpu_install,
             gpu_backend=name,
+            gpu_package=backend.gpu_package,
         )
         for name, backend in BACKENDS.items()
         if backend.gpu_package is not None and backend.gpu_install is not None
@@ -147,6 +150,8 @@ def _needs() -> list[_Need]:
 def _capability(need: _Need, machine: Machine) -> Capability:
     present = [package for package in need.packages if _present(package)]
     missing, fix = tuple(package for package in need.packages if package not in present), need.fix
+    if not missing and need.gpu_package is not None and built_for_cuda() is None:
+        missing = (f"{need.gpu_package}, whose files those of the package for CPUs have replaced",)
     if not missing and need.gpu_backend is not None:
         missing, fix = _missing_of_gpu(need.gpu_backend, machine)
     return Capability(

@@ -1,8 +1,10 @@
 """Backends: who executes the engines, and every fact of each, one row per backend."""
 
+import runpy
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import BackendMissingError
@@ -12,6 +14,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "available",
+    "built_for_cuda",
     "cuda_lacking",
     "cuda_needed",
     "distribution",
@@ -33,7 +36,8 @@ class Backend:
         on_cpu: executes engines built for a CPU.
         on_gpu: executes engines built for a GPU.
         gpu_package: package that takes the place of the executing one on a GPU; None where that is the same.
-        gpu_install: command that installs ``gpu_package``.
+        gpu_install: commands that install ``gpu_package``, whatever is installed before them.
+        quantized_bfloat16: executes quantized graphs on a GPU that compute in bfloat16.
         shares_device: its sessions share one stream and one arena on a GPU.
         version_locked: an engine runs only with the version that built it.
         build_module: Python module that builds engines.
@@ -55,6 +59,7 @@ class Backend:
     on_gpu: bool = True
     gpu_package: str | None = None
     gpu_install: str | None = None
+    quantized_bfloat16: bool = True
     shares_device: bool = False
     version_locked: bool = False
     build_module: str
@@ -72,7 +77,9 @@ BACKENDS: dict[str, Backend] = {
         install="pip install qie",
         on_cpu=True,
         gpu_package="onnxruntime-gpu",
-        gpu_install="pip uninstall --yes onnxruntime && pip install 'qie[cuda]'",
+        gpu_install="pip install 'qie[cuda]' && pip uninstall --yes onnxruntime "
+        "&& pip install --force-reinstall --no-deps onnxruntime-gpu",
+        quantized_bfloat16=False,
         build_module="onnxruntime",
         build_install="pip install 'qie[compile]'",
         compiles=False,
@@ -113,6 +120,12 @@ as one figure at any limit).
 ``fp8_attention``: engines that tensorrt-rtx 1.7.1 compiled for 8.9 and 12.0 with FP8 around attention dequantize
 queries, keys and values again and contain a bfloat16 kernel. TensorRT was not compiled: its release notes (10.6) limit
 FP8 attention on Ada to heads of 64 channels, fewer than the model has, and name Hopper without that limit.
+
+``gpu_install`` of onnxruntime: both packages write the module onnxruntime, and qie depends on the one for CPUs, which
+pip therefore puts over the other. It is taken away, with the files that they share, and the other is written again.
+
+``quantized_bfloat16``: QuantizeLinear and DequantizeLinear of onnxruntime's CUDA provider take float32 and float16
+(docs/OperatorKernels.md there).
 """
 
 
@@ -140,10 +153,27 @@ def serves_gpu() -> bool:
     return "CUDAExecutionProvider" in import_module("onnxruntime").get_available_providers()
 
 
+def built_for_cuda() -> str | None:
+    """The version of CUDA that the installed onnxruntime is built with; None for one that uses only the CPU.
+
+    It is read from the file in which the package states it; nothing is imported.
+    """
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    stated = Path(spec.origin).with_name("capi") / "build_and_package_info.py"
+    return runpy.run_path(str(stated)).get("cuda_version") if stated.is_file() else None
+
+
 def cuda_needed(backend: str) -> int:
     """The major version of CUDA that the driver must serve for the installed packages of ``backend``; 0 if none."""
-    majors = [major for major, package in BACKENDS[backend].distributions if version_of(package)]
-    return max([*majors, int((version_of("cuda-bindings") or "0").partition(".")[0])])
+    facts = BACKENDS[backend]
+    versions = [str(major) for major, package in facts.distributions if version_of(package)]
+    if "cuda.bindings" in facts.modules:
+        versions.append(version_of("cuda-bindings") or "0")
+    if facts.gpu_package is not None:
+        versions.append(built_for_cuda() or "0")
+    return max((int(version.partition(".")[0]) for version in versions), default=0)
 
 
 def cuda_lacking(backend: str, served: str | None) -> int | None:
@@ -167,8 +197,9 @@ def distribution(backend: str) -> str:
 
 
 def installed(module: str) -> bool:
-    """Whether ``module`` can be found; it is not imported."""
+    """Whether ``module`` can be found; it is not imported. A folder that a removal left behind is no module."""
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
     except ModuleNotFoundError:  # its parent package
         return False
+    return spec is not None and spec.origin is not None

@@ -2,14 +2,18 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
 
 from qie.compiler.recipe.schema import Recipe
+from qie.engines.backends import serves_gpu
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.errors import BuildError, first_line
+from qie.engines.machine import choose_gpu, gpu_misfit, this_machine
 from qie.engines.progress import StageProgress, no_progress
+from qie.engines.sessions.onnxruntime import preload_cuda
 
 __all__ = ["build", "unavailable", "version"]
 
@@ -35,15 +39,19 @@ def build(
 ) -> EngineRecord:
     """Load ``graph``, whose files are those of the engine, once (``Builder.build``).
 
-    A graph for a GPU is not loaded where onnxruntime has no CUDA: its CPU kernels do not support bfloat16.
+    A graph for a GPU is loaded only where onnxruntime can use such a GPU: its CPU kernels do not support bfloat16.
 
     Raises:
         BuildError: onnxruntime does not load the graph.
     """
     start = time.perf_counter()
-    provider = "CPUExecutionProvider" if recipe.compute_capability is None else "CUDAExecutionProvider"
-    if provider in ort.get_available_providers():
-        _load(folder / graph.path, provider)
+    machine, capability = this_machine(), recipe.compute_capability
+    if capability is None:
+        _load(folder / graph.path, "CPUExecutionProvider", {})
+    elif serves_gpu() and gpu_misfit(machine, capability, device) is None:
+        preload_cuda()
+        index = choose_gpu(machine, capability, device).index
+        _load(folder / graph.path, "CUDAExecutionProvider", {"device_id": str(index)})
     return EngineRecord(
         component=graph.component,
         backend="onnxruntime",
@@ -63,12 +71,12 @@ def build(
     )
 
 
-def _load(path: Path, provider: str) -> None:
+def _load(path: Path, provider: str, provider_options: Mapping[str, str]) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of the weights
     try:
-        ort.InferenceSession(str(path), options, providers=[provider])
+        ort.InferenceSession(str(path), options, providers=[(provider, provider_options)], enable_fallback=0)
     except Exception as problem:
         raise BuildError(
             f"onnxruntime {version()} does not load {path.name} ({first_line(problem)}); set the precision of the "

@@ -218,18 +218,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles rows and columns by nearest-neighbor interpolation, then a convolution to half the channels."""
+    """Doubles rows and columns by nearest-neighbor interpolation, then a convolution to half the channels.
+
+    It repeats values, in float32, which changes none: onnxruntime has no kernel for bfloat16. TensorRT for RTX compiles
+    casts and interpolation into one kernel.
+    """
 
     def __init__(self, width: int, dtype: DType) -> None:
         super().__init__("upsamplers.0")
+        self.dtype: DType = dtype
         self.conv = Conv(width, width // 2, 3, dtype=dtype, name="resample.1")
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         scales = constant(op, np.array([1, 1, 2, 2], dtype=np.float32))
+        wide = cast(op, x, self.dtype, "float32")
         doubled = op.Resize(
-            x, None, scales, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
+            wide, None, scales, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
         )
-        return self.conv(op, doubled)
+        return self.conv(op, cast(op, doubled, "float32", self.dtype))
 
 
 class Conv(nn.Module):

@@ -61,9 +61,17 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"{key}.attention", f'is "fp8", and backends has {slow[0]}, {problem}; use "none"'
         if section.scheme == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
-        if not recipe.backends_of(name):
-            able = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
-            yield "backends", f"lists no backend that runs {name}; add one of {able}"
+        able = [backend for backend in recipe.backends if name in BACKENDS[backend].components]
+        if not able:
+            known = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
+            yield "backends", f"lists no backend that runs {name}; add one of {known}"
+        elif not recipe.backends_of(name):
+            which = "scheme" if section.scheme != "none" else "attention"
+            yield (
+                f"{key}.{which}",
+                f'is "{getattr(section, which)}" in bfloat16, for which {" and ".join(able)} has no kernels on a GPU; '
+                'use "none" or precision "float32", or add another backend',
+            )
 
 
 def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -211,7 +211,14 @@ class Recipe:
 
     def backends_of(self, component: Component) -> tuple[BackendName, ...]:
         """The backends that can run a component, in order of preference; never empty in a checked recipe."""
-        return tuple(b for b in self.backends if component in BACKENDS[b].components)
+        section = self.components[component]
+        quantized = section.scheme != "none" or section.attention != "none"
+        needs_kernels = quantized and section.precision == "bfloat16" and self.compute_capability is not None
+        return tuple(
+            b
+            for b in self.backends
+            if component in BACKENDS[b].components and (BACKENDS[b].quantized_bfloat16 or not needs_kernels)
+        )
 
     def buckets(self, area: int) -> tuple[Size, ...]:
         """The distinct sizes of the aspect ratios at ``area`` square pixels, in the recipe's order."""

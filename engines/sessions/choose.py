@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from qie.engines.backends import BACKENDS, available, cuda_needed, distribution, serves_gpu, version
+from qie.engines.backends import BACKENDS, available, cuda_lacking, distribution, serves_gpu, version
 from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
@@ -120,7 +120,9 @@ def _obstacle(engine: EngineRecord, machine: Machine | None, device: int | None 
         return BackendMissingError(
             f"{target}, and the {engine.backend} that is installed here uses only the CPU; run `{backend.gpu_install}`"
         )
-    return _version_obstacle(target, engine, machine)
+    if machine is None or not on_gpu:
+        return None
+    return _driver_obstacle(target, engine, machine) or _version_obstacle(target, engine)
 
 
 def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine, device: int | None) -> QieError | None:
@@ -133,22 +135,28 @@ def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine, device: i
     return EngineMismatchError(f"{target}, and {misfit}", option=None if device is None else "device")
 
 
-def _version_obstacle(target: str, engine: EngineRecord, machine: Machine | None) -> QieError | None:
-    """Why the driver or the installed version of a version-locked backend cannot run ``engine``."""
+def _driver_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
+    """Why the driver cannot run the installed packages of the backend of ``engine``."""
     backend = BACKENDS[engine.backend]
-    if not backend.version_locked or machine is None:
+    needed = cuda_lacking(engine.backend, machine.cuda)
+    if needed is None or machine.cuda is None:
         return None
-    packages = dict(backend.distributions)
-    needed = cuda_needed(engine.backend)
-    served = None if machine.cuda is None else int(machine.cuda.partition(".")[0])
-    if served is not None and needed > served:
-        older = f"'cuda-python<{served + 1}' {packages[served]}" if served in packages else ""
-        fix = f"update the driver, or run `pip install {older}`" if older else "update the driver"
-        driver = "the driver" if machine.driver is None else f"driver {machine.driver}"
-        return EngineMismatchError(
-            f"{target}, whose packages here need a driver for CUDA {needed}, and {driver} "
-            f"serves CUDA {machine.cuda}; {fix}"
-        )
+    packages, served = dict(backend.distributions), int(machine.cuda.partition(".")[0])
+    fix = "update the driver"
+    if served in packages:
+        fix += f", or run `pip install 'cuda-python<{served + 1}' {packages[served]}`"
+    elif backend.gpu_package is not None:
+        fix += f", or install an {backend.gpu_package} that is built for CUDA {served}"
+    driver = "the driver" if machine.driver is None else f"driver {machine.driver}"
+    return EngineMismatchError(
+        f"{target}, whose packages here need a driver for CUDA {needed}, and {driver} serves CUDA {machine.cuda}; {fix}"
+    )
+
+
+def _version_obstacle(target: str, engine: EngineRecord) -> QieError | None:
+    """Why the installed version of a version-locked backend cannot run ``engine``."""
+    if not BACKENDS[engine.backend].version_locked:
+        return None
     try:
         installed = version(engine.backend)
     except BackendMissingError as problem:

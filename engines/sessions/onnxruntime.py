@@ -1,10 +1,12 @@
 """Engines that onnxruntime executes: ONNX graphs with their weights beside them, on a CPU or a GPU."""
 
 import contextlib
+import ctypes
 import io
+import re
 from collections.abc import Mapping
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from qie.engines.errors import BundleError, EngineError, EngineMismatchError, fi
 from qie.engines.files import qie_home
 from qie.engines.sessions.session import Tensor
 
-__all__ = ["OnnxRuntimeSession"]
+__all__ = ["OnnxRuntimeSession", "preload_cuda"]
 
 DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
 
 Provider = tuple[str, dict[str, str]]
+
+LIBRARIES = re.compile(rb"libnv(?:infer|onnxparser)\.so\.\d+")
+"""Names of the libraries of TensorRT in a library that is linked to them."""
 
 
 class OnnxRuntimeSession:
@@ -64,8 +69,10 @@ class OnnxRuntimeSession:
         # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine, device)
-        try:
-            self._session = ort.InferenceSession(str(folder / engine.path), options, providers=providers)
+        try:  # without the fallback of the Python package, which prints to stdout
+            self._session = ort.InferenceSession(
+                str(folder / engine.path), options, providers=providers, enable_fallback=0
+            )
         except Exception as problem:
             raise BundleError(
                 f"onnxruntime {ort.__version__} cannot load {folder / engine.path} ({first_line(problem)}); "
@@ -137,14 +144,14 @@ def _share_arena() -> None:
 def _gpu_providers(engine: EngineRecord, device: int) -> list[Provider]:
     """The providers of onnxruntime-gpu for ``engine`` on the GPU ``device``, in order of preference.
 
-    TensorRT is used where it is installed and the engine has profiles: without them it would compile again for every
-    size. Compiled engines are cached in ``qie_home()``.
+    TensorRT is used where the engine has profiles, without which it would compile again for every size, and where the
+    version that onnxruntime is linked to is installed. Compiled engines are cached in ``qie_home()``. cuDNN chooses
+    convolutions by its heuristic: to measure all of them takes time and memory at every new size.
     """
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            ort.preload_dlls()
-    providers: list[Provider] = [("CUDAExecutionProvider", {"device_id": str(device)})]
-    if engine.profiles and find_spec("tensorrt") is not None:
+    preload_cuda()
+    index = {"device_id": str(device)}
+    providers: list[Provider] = [("CUDAExecutionProvider", index | {"cudnn_conv_algo_search": "HEURISTIC"})]
+    if engine.profiles and _tensorrt_loads():
         folder = qie_home() / "cache" / "onnxruntime" / engine.key[:32]
         folder.mkdir(parents=True, exist_ok=True)
         ranges = {
@@ -155,5 +162,27 @@ def _gpu_providers(engine: EngineRecord, device: int) -> list[Provider]:
         }
         cached = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
         bf16 = {"trt_bf16_enable": "1"} if engine.precision == "bfloat16" else {}
-        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": str(device), **ranges, **cached, **bf16}))
+        providers.insert(0, ("TensorrtExecutionProvider", index | ranges | cached | bf16))
     return providers
+
+
+def preload_cuda() -> None:
+    """Load the libraries of CUDA and cuDNN that are installed as packages, for onnxruntime to find them."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
+
+
+def _tensorrt_loads() -> bool:
+    """Whether the libraries of TensorRT load to which onnxruntime's provider is linked."""
+    provider = Path(ort.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
+    if not provider.is_file():
+        return False
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        import_module("tensorrt")  # loads the libraries of its package, which the system does not find by their names
+    try:
+        for name in set(LIBRARIES.findall(provider.read_bytes())):
+            ctypes.CDLL(name.decode())
+    except OSError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import qie
 from qie.compiler import doctor as module
 from qie.compiler.doctor import Capability, Report, examine
+from qie.engines import backends
+from qie.engines.gpus import Gpu
 from qie.engines.machine import this_machine
 from tests.support.damage import change_manifest
 
@@ -61,6 +64,32 @@ def test_a_module_of_another_distribution_counts(monkeypatch: pytest.MonkeyPatch
     run = capabilities(examine())[RUN]
     assert run.ready
     assert run.requirements == ("onnxruntime",)
+
+
+REPLACED = "onnxruntime-gpu, whose files those of the package for CPUs have replaced"
+
+
+@pytest.mark.parametrize(
+    ("built", "missing", "fix"),
+    [
+        ("13.0", "a driver for CUDA 13", "update the driver, which serves CUDA 12.8"),
+        ("12.8", None, None),
+        (None, REPLACED, backends.BACKENDS["onnxruntime"].gpu_install),
+    ],
+)
+def test_onnxruntime_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, missing: str | None, fix: str | None
+) -> None:
+    gpu = Gpu(index=0, name="NVIDIA L40S", compute_capability="8.9", memory_gib=45.0)
+    monkeypatch.setattr(module, "this_machine", lambda: replace(machine, gpus=(gpu,), cuda="12.8"))
+    monkeypatch.setattr(module, "version_of", {"onnxruntime-gpu": "1.31.1"}.get)
+    for place in (module, backends):
+        monkeypatch.setattr(place, "built_for_cuda", lambda: built)
+    machine = this_machine()
+    found = capabilities(examine())["run engines of onnxruntime on a GPU"]
+    assert found.requirements == ("onnxruntime-gpu 1.31.1",)
+    assert (found.ready, found.fix) == (missing is None, fix)
+    assert found.missing == (() if missing is None else (missing,))
 
 
 def test_bundles(bundle: Path, qie_home: Path) -> None:

@@ -1,9 +1,11 @@
 """Fixtures of the tests on a GPU: a bundle of a small checkpoint for each backend, and reference runs on the CPU.
 
 Without a GPU every test in this folder is deselected. A backend that is not installed, or that cannot build for this
-GPU, is skipped with its reason.
+GPU, is skipped with its reason. With ``--require-gpu`` a run in which no test passed is a failure.
 """
 
+import os
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,33 @@ from tests.support.gpu_bundles import WIDE, Recorder, Run, build_for_gpu, edit_r
 from tests.support.images import smooth_image
 
 BACKENDS = ["tensorrt-rtx", "tensorrt", "onnxruntime"]
+MEASURED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail where no test ran on a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = []
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the last line of the report
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--require-gpu", default=False) and not reporter.stats.get("passed"):
+        reason = "every backend was skipped or failed, see above" if this_machine().gpus else "qie sees none here"
+        reporter.write_line(f"no test ran on a GPU: {reason}; `qie doctor` lists what is missing", red=True)
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[MEASURED]:
+        terminalreporter.section("measured")
+        terminalreporter.write("\n".join([*config.stash[MEASURED], ""]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,6 +56,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not this_machine().gpus:
         config.hook.pytest_deselected(items=mine)
         items[:] = [item for item in items if item not in mine]
+
+
+@pytest.fixture(autouse=True)
+def qie_home() -> Path:
+    """One home for all tests in this folder: kernels that TensorRT for RTX compiled are kept in its cache."""
+    return Path(os.environ["QIE_HOME"])
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keep a line for the end of the report: numbers whose bounds no GPU has confirmed yet."""
+    return lambda line: request.config.stash[MEASURED].append(f"{request.node.name}: {line}")
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

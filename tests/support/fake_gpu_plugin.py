@@ -3,6 +3,7 @@
 PYTHONPATH=. pytest -p tests.support.fake_gpu_plugin tests/gpu
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.support.fake_gpu import Gpu
 GPU = Gpu()
 BACKENDS = ("tensorrt-rtx", "tensorrt")
 BUILT: dict[Path, Path] = {}
+HOMES: set[str] = set()
 
 
 def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
@@ -28,6 +30,14 @@ def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: 
     bundle = open_bundle(str(GPU.retarget(BUILT[checkpoint], destination, backend, residency=residency)))
     choose_engines(bundle)
     return bundle
+
+
+def pytest_runtest_call() -> None:
+    HOMES.add(os.environ["QIE_HOME"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"homes of the tests: {len(HOMES)}")
 
 
 patch = pytest.MonkeyPatch()

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qie.compiler.backends import BUILDERS
+from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.engines.backends import BACKENDS, serves_gpu
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.request import Request
-from qie.engines.errors import BackendMissingError
 from qie.engines.machine import this_machine
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.session import Session
@@ -56,26 +58,39 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
-    """Build the bundle of ``checkpoint`` for GPU 0 and ``backend``; skip the test where that is impossible.
+    """Build the bundle of ``checkpoint`` for GPU 0 and ``backend``, and check that it can run here.
 
-    Builders and sessions take the first GPU that fits, which is GPU 0, and CUDA begins with it in every thread.
+    Builders and sessions take the first GPU that fits, which is GPU 0, and CUDA begins with it in every thread. The
+    test is skipped where this machine cannot build for the backend, with the reason; any other problem fails it.
     """
+    recipe = recipe_for(backend, residency)
+    if reason := unavailable(backend, recipe):
+        pytest.skip(reason)
+    bundle = build(checkpoint, destination, recipe)
+    choose_engines(bundle)
+    return bundle
+
+
+def recipe_for(backend: str, residency: str) -> str:
+    """The recipe for GPU 0, as TOML."""
     machine = this_machine()
     gpu = machine.gpus[0]
     memory = gpu.memory_gib or machine.memory_gib
-    recipe = RECIPE.format(
+    return RECIPE.format(
         capability=gpu.compute_capability,
         memory=memory,
         backend=backend,
         residency=residency,
         workspace=min(4.0, memory / 2),
     )
-    try:
-        bundle = build(checkpoint, destination, recipe)
-        choose_engines(bundle)
-    except BackendMissingError as problem:
-        pytest.skip(str(problem))
-    return bundle
+
+
+def unavailable(backend: str, recipe: str) -> str | None:
+    """Why this machine cannot build for ``backend``, or has the package for a CPU; None where it can."""
+    facts = BACKENDS[backend]
+    if facts.gpu_package is not None and not serves_gpu():
+        return f"the {backend} that is installed here uses only the CPU; run `{facts.gpu_install}`"
+    return BUILDERS[backend].unavailable(parse_recipe(recipe, Path("mine.toml")))
 
 
 def edit_request(**changes: Any) -> Request:

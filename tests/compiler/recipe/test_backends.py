@@ -57,3 +57,36 @@ def test_backends_of_a_component_keep_their_order(tmp_path: Path) -> None:
     assert recipe.backends_of("language") == ("reader", "tensorrt", "seer")
     assert recipe.backends_of("vision") == ("tensorrt", "seer")
     assert recipe.backends_of("transformer") == ("tensorrt",)
+
+
+QUANTIZED = """
+[components.transformer]
+scheme = "{}"
+precision = "{}"
+"""
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8-smooth", "w8a16", "w4a16"])
+def test_onnxruntime_runs_no_quantized_bfloat16_on_a_gpu(tmp_path: Path, scheme: str) -> None:
+    text = GPU + QUANTIZED.format(scheme, "bfloat16")
+    (tmp_path / "mine.toml").write_text(text.replace("tensorrt", "onnxruntime"))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(tmp_path / "mine.toml"))
+    assert str(caught.value) == (
+        f'components.transformer.scheme in {tmp_path / "mine.toml"} is "{scheme}" in bfloat16, for which onnxruntime '
+        'has no kernels on a GPU; use "none" or precision "float32", or add another backend'
+    )
+
+
+def test_quantized_bfloat16_goes_to_another_backend(tmp_path: Path) -> None:
+    text = GPU.replace('"tensorrt"', '"onnxruntime", "tensorrt"') + QUANTIZED.format("fp8", "bfloat16")
+    (tmp_path / "mine.toml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "mine.toml"))
+    assert recipe.backends_of("transformer") == ("tensorrt",)
+    assert recipe.backends_of("vision") == ("onnxruntime", "tensorrt")
+
+
+def test_quantized_float32_runs_anywhere(tmp_path: Path) -> None:
+    text = GPU.replace("tensorrt", "onnxruntime") + QUANTIZED.format("fp8", "float32")
+    (tmp_path / "mine.toml").write_text(text)
+    assert load_recipe(str(tmp_path / "mine.toml")).backends_of("transformer") == ("onnxruntime",)

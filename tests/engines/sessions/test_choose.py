@@ -121,7 +121,8 @@ def test_an_onnxruntime_without_a_gpu(opened: Bundle, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "serves_gpu", lambda: False)
     assert refusal(engine(opened, "onnxruntime"), machine(L40S)) == (
         "vision is built for onnxruntime/8.9, and the onnxruntime that is installed here uses only the CPU; run "
-        "`pip uninstall --yes onnxruntime && pip install 'qie[cuda]'`"
+        "`pip install 'qie[cuda]' && pip uninstall --yes onnxruntime "
+        "&& pip install --force-reinstall --no-deps onnxruntime-gpu`"
     )
     assert refusal(engine(opened, "onnxruntime", "cpu"), machine(L40S)) is None
 
@@ -135,6 +136,17 @@ def test_a_driver_that_is_too_old_for_what_is_installed(opened: Bundle, monkeypa
     assert refusal(engine(opened), machine(L40S, cuda="13.1")) is None
     assert refusal(engine(opened), machine(L40S, cuda=None)) is None  # the session finds out
     assert refusal(engine(opened, "onnxruntime"), machine(L40S)) is None
+
+
+def test_a_driver_that_is_too_old_for_onnxruntime(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "built_for_cuda", lambda: "13.0")
+    assert refusal(engine(opened, "onnxruntime"), machine(L40S)) == (
+        "vision is built for onnxruntime/8.9, whose packages here need a driver for CUDA 13, and driver 570.86.15 "
+        "serves CUDA 12.8; update the driver, or install an onnxruntime-gpu that is built for CUDA 12"
+    )
+    assert refusal(engine(opened, "onnxruntime"), machine(L40S, cuda="13.0")) is None
+    assert refusal(engine(opened, "onnxruntime", "cpu"), machine(L40S)) is None
+    assert refusal(engine(opened), machine(L40S)) is None  # TensorRT has packages of its own
 
 
 def test_a_driver_for_which_there_are_no_packages(opened: Bundle) -> None:
@@ -341,6 +353,7 @@ def test_doctor_on_backends(
     monkeypatch.setattr(doctor, "this_machine", lambda: machine(*gpus, cuda=cuda))
     monkeypatch.setattr(doctor, "installed", lambda name: True)
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "built_for_cuda", lambda: "12.8")
     (capability,) = [c for c in doctor.examine().capabilities if c.name == f"run engines of {of}"]
     assert (capability.missing, capability.fix, capability.ready) == (missing, fix, not missing)
 

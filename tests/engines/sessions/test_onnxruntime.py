@@ -118,10 +118,11 @@ def test_close(bundle: Path, record: EngineRecord, monkeypatch: pytest.MonkeyPat
     assert graph() is None
 
 
-def test_a_file_that_is_no_graph(tmp_path: Path, record: EngineRecord) -> None:
+def test_a_file_that_is_no_graph(tmp_path: Path, record: EngineRecord, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / record.path).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="cannot load .*; build the bundle again with `qie build`"):
         OnnxRuntimeSession(tmp_path, record)
+    assert capsys.readouterr().out == ""
 
 
 # On a GPU
@@ -134,7 +135,10 @@ class Asked:
         self.got = got
         self.providers: list[tuple[str, dict[str, str]]] = []
 
-    def __call__(self, path: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> "Asked":
+    def __call__(
+        self, path: str, options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int
+    ) -> "Asked":
+        assert not enable_fallback  # which prints to stdout and goes on without the first provider
         self.providers = providers
         return self
 
@@ -142,22 +146,43 @@ class Asked:
         return list(self.got)
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, *got: str, tensorrt: bool = False) -> Asked:
+def asked(monkeypatch: pytest.MonkeyPatch, *got: str) -> Asked:
     asked = Asked((*got, "CPUExecutionProvider"))
     monkeypatch.setattr(ort, "InferenceSession", asked)
-    monkeypatch.setattr(module, "find_spec", lambda name: object() if tensorrt and name == "tensorrt" else None)
     return asked
+
+
+def link(monkeypatch: pytest.MonkeyPatch, folder: Path, *, needs: int, installed: int | None) -> list[str]:
+    """Put an onnxruntime that is linked to one major version of TensorRT beside an installed one; names that load."""
+    (folder / "capi").mkdir()
+    names = [f"libnvinfer.so.{needs}", f"libnvonnxparser.so.{needs}"]
+    (folder / "capi" / "libonnxruntime_providers_tensorrt.so").write_bytes("\0".join(["\x7fELF", *names]).encode())
+    monkeypatch.setattr(ort, "__file__", str(folder / "__init__.py"))
+    loaded: list[str] = []
+
+    def open_library(name: str) -> None:
+        if not name.endswith(f".so.{installed}"):
+            raise OSError(f"{name}: cannot open shared object file")
+        loaded.append(name)
+
+    def import_tensorrt(name: str) -> None:
+        assert name == "tensorrt"
+        if installed is None:
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(module.ctypes, "CDLL", open_library)
+    monkeypatch.setattr(module, "import_module", import_tensorrt)
+    return loaded
 
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-def test_the_provider_of_cuda(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+@pytest.mark.parametrize("device", [0, 2])
+def test_the_provider_of_cuda(monkeypatch: pytest.MonkeyPatch, record: EngineRecord, device: int) -> None:
     onnxruntime = asked(monkeypatch, CUDA)
-    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"))
-    assert onnxruntime.providers == [(CUDA, {"device_id": "0"})]
-    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"), device=2)
-    assert onnxruntime.providers == [(CUDA, {"device_id": "2"})]
+    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9"), device=device)
+    assert onnxruntime.providers == [(CUDA, {"device_id": str(device), "cudnn_conv_algo_search": "HEURISTIC"})]
 
 
 @pytest.mark.parametrize(("index", "expected"), [(None, "1"), (1, "1"), (2, "2")])
@@ -168,28 +193,46 @@ def test_the_gpu_is_the_one_that_fits_or_was_chosen(
     monkeypatch.setattr(gpus, "libcuda", lambda: driver)
     onnxruntime = asked(monkeypatch, CUDA)
     load(Path(), replace(record, compute_capability="8.9"), None, index)
-    assert onnxruntime.providers == [(CUDA, {"device_id": expected})]
+    assert [options["device_id"] for _, options in onnxruntime.providers] == [expected]
 
 
-@pytest.mark.parametrize(("profiles", "installed"), [((), True), ((PROFILE,), False)])
-def test_the_provider_of_tensorrt_needs_profiles_and_tensorrt(
-    monkeypatch: pytest.MonkeyPatch, record: EngineRecord, profiles: tuple[ProfileRecord, ...], installed: bool
+@pytest.mark.parametrize(
+    ("profiles", "installed"), [((), 10), ((PROFILE,), None), ((PROFILE,), 11)], ids=["shapes", "absent", "later"]
+)
+def test_the_provider_of_tensorrt_needs_profiles_and_the_tensorrt_that_it_is_linked_to(
+    monkeypatch: pytest.MonkeyPatch,
+    record: EngineRecord,
+    tmp_path: Path,
+    profiles: tuple[ProfileRecord, ...],
+    installed: int | None,
 ) -> None:
-    onnxruntime = asked(monkeypatch, CUDA, tensorrt=installed)
+    onnxruntime = asked(monkeypatch, CUDA)
+    link(monkeypatch, tmp_path, needs=10, installed=installed)
     OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9", profiles=profiles))
     assert [name for name, _ in onnxruntime.providers] == [CUDA]
 
 
-def test_the_provider_of_tensorrt(monkeypatch: pytest.MonkeyPatch, record: EngineRecord, qie_home: Path) -> None:
-    onnxruntime = asked(monkeypatch, TENSORRT, CUDA, tensorrt=True)
+def test_an_onnxruntime_without_a_provider_of_tensorrt(monkeypatch: pytest.MonkeyPatch, record: EngineRecord) -> None:
+    onnxruntime = asked(monkeypatch, CUDA)
+    monkeypatch.setattr(module, "import_module", lambda name: pytest.fail("TensorRT was imported"))
+    OnnxRuntimeSession(Path(), replace(record, compute_capability="8.9", profiles=(PROFILE,)))
+    assert [name for name, _ in onnxruntime.providers] == [CUDA]
+
+
+def test_the_provider_of_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, record: EngineRecord, tmp_path: Path, qie_home: Path
+) -> None:
+    onnxruntime = asked(monkeypatch, TENSORRT, CUDA)
+    loaded = link(monkeypatch, tmp_path, needs=10, installed=10)
     changed = replace(record, compute_capability="8.9", profiles=(PROFILE,), precision="bfloat16")
-    OnnxRuntimeSession(Path(), changed)
+    OnnxRuntimeSession(Path(), changed, device=1)
+    assert sorted(loaded) == ["libnvinfer.so.10", "libnvonnxparser.so.10"]
     (first, options), (second, _) = onnxruntime.providers
     assert (first, second) == (TENSORRT, CUDA)
     folder = qie_home / "cache" / "onnxruntime" / record.key[:32]
     assert folder.is_dir()
     assert options == {
-        "device_id": "0",
+        "device_id": "1",
         "trt_profile_min_shapes": "image:1x32x32x3",
         "trt_profile_opt_shapes": "image:1x64x64x3",
         "trt_profile_max_shapes": "image:1x96x128x3",
