@@ -15,6 +15,7 @@ from qie.compiler.cli.doctor import doctor
 from qie.compiler.cli.export import export
 from qie.compiler.cli.plan import plan
 from qie.compiler.cli.recipes import recipes_app
+from qie.compiler.cli.selftest import selftest
 from qie.engines.cli.bundles import inspect, list_bundles, rm
 from qie.engines.cli.clean import clean
 from qie.engines.cli.options import examples
@@ -27,7 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
     "Bundles": ("list", "inspect", "rm", "clean"),
-    "This machine": ("doctor",),
+    "This machine": ("doctor", "selftest"),
 }
 """The commands as `qie --help` groups them."""
 
@@ -102,3 +103,4 @@ _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)
 app.command(epilog=examples("qie clean", "qie clean --yes"))(clean)
 app.command(epilog=examples("qie doctor", "qie doctor --json"))(doctor)
+app.command(epilog=examples("qie selftest", "qie selftest --device 1 --json"))(selftest)

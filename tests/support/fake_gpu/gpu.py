@@ -20,7 +20,7 @@ from tests.support.fake_gpu.tensorrt import tensorrt
 from tests.support.libcuda import Libcuda, StandIn
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-SHAPES = {"layers": (1, 64)}
+SHAPES = {"layers": (1, 64), "rows": (1, 64), "columns": (1, 64), "height": (16, 1024), "width": (16, 1024)}
 """Range of a free dim by its name; others are 1 to 4096, but for the batch (``batches``)."""
 
 

@@ -1,0 +1,157 @@
+"""What the checks of one backend share: the pocket model's bundles for GPU and CPU, a request, recorded runs."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qie.compiler.packing.build import build
+from qie.compiler.planning.resolve import plan_build
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import Component, EngineRecord
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Edit, Request
+from qie.engines.editing.stages import Stages
+from qie.engines.sessions.session import Session
+
+__all__ = ["STEPS", "Case", "Run", "build_pocket", "recipe_text"]
+
+STEPS = 6
+
+RECIPE = """\
+schema = 2
+gpu = "{gpu}"
+compute_capability = "{capability}"
+memory_gib = {memory:.2f}
+backends = ["{backend}"]
+noise = "float32"
+
+[limits]
+build_workspace_gib = {workspace:.2f}
+"""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def recipe_text(backend: str, *, gpu: str, capability: str, memory_gib: float) -> str:
+    """A recipe in bfloat16 for one backend and the GPU at hand, whose memory is given in GiB."""
+    name = "".join(c for c in gpu if " " <= c <= "~" and c not in '"\\')
+    return RECIPE.format(
+        gpu=name, capability=capability, memory=memory_gib, backend=backend, workspace=min(4.0, memory_gib / 2)
+    )
+
+
+def build_pocket(recipe: str | Path, destination: Path) -> Bundle:
+    """Build the pocket model's bundle into the folder ``destination``.
+
+    Raises:
+        QieError: it cannot be built.
+    """
+    return build(plan_build("pocket", gpu=recipe, out=destination))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The inputs and outputs of one run of an engine on the CPU."""
+
+    component: Component
+    inputs: Arrays
+    outputs: Arrays
+
+
+@dataclass(kw_only=True)
+class Case:
+    """What the checks of one backend work on.
+
+    Attributes:
+        backend: that executes.
+        on_gpu: the bundle for the GPU.
+        on_cpu: the bundle for the CPU, in float32.
+        device: CUDA index of the GPU; None for the first that fits.
+        seconds: of what a check timed, by name, for its report.
+    """
+
+    backend: str
+    on_gpu: Bundle
+    on_cpu: Bundle
+    device: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def expected(self) -> tuple[Edit, list[Run]]:
+        """The edit on the CPU, and every run of its engines."""
+        runs: list[Run] = []
+        with Editor(self.on_cpu) as editor:
+            editor.stages = _RecordingStages(self.on_cpu, runs)
+            edit = editor.edit(request())
+            editor.stages.close()
+        return edit, runs
+
+    @contextmanager
+    def editor(self, **options: Any) -> Iterator[Editor]:
+        """An editor on the GPU, closed afterwards."""
+        with Editor(self.on_gpu, device=self.device, **options) as editor:
+            yield editor
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time the block, in seconds."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def record(self, component: Component) -> EngineRecord:
+        """The engine of ``component`` for the GPU."""
+        return next(e for e in self.on_gpu.manifest.engines if e.component == component)
+
+
+def request(instruction: str = "tint it purple", **changes: Any) -> Request:
+    """An edit of a made-up image with guidance, so that both passes run."""
+    base: dict[str, Any] = {"seeds": [3], "steps": STEPS, "guidance": 4.0}
+    return Request(images=[_image()], instructions=[instruction], **(base | changes))
+
+
+def _image() -> Image.Image:
+    """Smooth waves of colour, 160 x 112 pixels."""
+    y, x = np.mgrid[0:112, 0:160].astype(np.float32)
+    channels = [127.5 + 100 * np.sin(x / 23 + c) * np.cos(y / 17 - c) for c in range(3)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+class _RecordingStages(Stages):
+    """Stages that append every run to ``runs``."""
+
+    def __init__(self, bundle: Bundle, runs: list[Run]) -> None:
+        super().__init__(bundle)
+        self._runs = runs
+
+    @contextmanager
+    def session(self, component: Component) -> Iterator[Session]:
+        """The session of ``component``, recorded."""
+        with super().session(component) as session:
+            recorded: Any = _Recorder(session, component, self._runs)
+            yield recorded
+
+
+class _Recorder:
+    """A session that appends each of its runs to ``runs``."""
+
+    def __init__(self, session: Session, component: Component, runs: list[Run]) -> None:
+        self._session, self._component, self._runs = session, component, runs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Run, and keep copies of what went in and came out."""
+        before = {name: np.array(self._session.download(tensor)) for name, tensor in inputs.items()}
+        self._session.run(inputs, outputs)
+        after = {name: np.array(self._session.download(tensor)) for name, tensor in outputs.items()}
+        self._runs.append(Run(component=self._component, inputs=before, outputs=after))

@@ -1,0 +1,120 @@
+"""Run the self-test: build the pocket model for the GPU at hand with every backend, and check what it does."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import qie
+from qie.compiler.backends import BUILDERS
+from qie.compiler.recipe.load import load_recipe
+from qie.compiler.selftest.case import Case, build_pocket, recipe_text
+from qie.compiler.selftest.checks import CHECKS, Checked
+from qie.compiler.selftest.report import Check, Failed, Report, Result
+from qie.engines.backends import BACKENDS, available
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.errors import BackendMissingError, EngineMismatchError, QieError
+from qie.engines.gpus import Gpu
+from qie.engines.machine import this_machine, version_of
+from qie.engines.progress import Progress, no_progress
+from qie.engines.sessions.choose import choose_engines
+
+__all__ = ["TESTED", "run"]
+
+TESTED = ("tensorrt-rtx", "tensorrt")
+"""Backends whose engines share a GPU as the self-test checks it."""
+
+
+def run(
+    folder: Path,
+    *,
+    device: int | None = None,
+    backends: Sequence[str] = TESTED,
+    checks: Mapping[str, Checked] = CHECKS,
+    progress: Progress = no_progress,
+) -> Report:
+    """Test one GPU.
+
+    A backend that is not installed, or that does not serve the GPU, is skipped with its reason; a check that does not
+    find what it should fails, and the others run all the same.
+
+    Args:
+        folder: empty folder for the bundles.
+        device: CUDA index of the GPU; None is the first.
+        backends: names out of ``TESTED``.
+        checks: what is checked.
+        progress: called with (backend, checks done, checks in all).
+
+    Raises:
+        EngineMismatchError: there is no such GPU.
+        QieError: the pocket model cannot be built for the CPU.
+    """
+    machine = this_machine()
+    gpu = _gpu(machine.gpus, device)
+    on_cpu = build_pocket("cpu", folder / "cpu")
+    found: list[Check] = []
+    for backend in backends:
+        start = time.perf_counter()
+        try:
+            on_gpu = _build(backend, gpu, folder, memory_gib=gpu.memory_gib or machine.memory_gib)
+        except BackendMissingError as problem:
+            found.append(_check(backend, "build", "skipped", str(problem), start))
+        except QieError as problem:
+            found.append(_check(backend, "build", "failed", str(problem), start))
+        else:
+            engines = len(on_gpu.manifest.engines)
+            found.append(_check(backend, "build", "passed", f"{engines} engines of pocket in bfloat16", start))
+            case = Case(backend=backend, on_gpu=on_gpu, on_cpu=on_cpu, device=gpu.index)
+            found += _run_checks(case, checks, progress)
+    return Report(qie=qie.__version__, machine=machine, gpu=gpu.name, packages=tuple(_packages()), checks=tuple(found))
+
+
+def _gpu(gpus: Sequence[Gpu], device: int | None) -> Gpu:
+    if not gpus:
+        raise EngineMismatchError("this machine has no GPU that CUDA offers; see `qie doctor`")
+    fitting = [gpu for gpu in gpus if device in (None, gpu.index)]
+    if not fitting:
+        offered = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
+        raise EngineMismatchError(f"CUDA offers no GPU {device}; choose one of {offered}", option="device")
+    return fitting[0]
+
+
+def _build(backend: str, gpu: Gpu, folder: Path, *, memory_gib: float) -> Bundle:
+    recipe = folder / f"{backend}.toml"
+    text = recipe_text(backend, gpu=gpu.name, capability=gpu.compute_capability, memory_gib=memory_gib)
+    recipe.write_text(text, encoding="utf-8")
+    reason = BUILDERS[backend].unavailable(load_recipe(str(recipe)))
+    if reason is None and not available(backend):
+        reason = f"{backend} cannot execute here; run `{BACKENDS[backend].install}`"
+    if reason is not None:
+        raise BackendMissingError(reason)
+    bundle = build_pocket(recipe, folder / backend)
+    choose_engines(bundle)
+    return bundle
+
+
+def _run_checks(case: Case, checks: Mapping[str, Checked], progress: Progress) -> Iterator[Check]:
+    for number, (name, check) in enumerate(checks.items()):
+        progress(case.backend, number, len(checks))
+        start = time.perf_counter()
+        try:
+            found = check(case)
+        except Failed as problem:
+            yield _check(case.backend, name, "failed", str(problem), start)
+        except Exception as problem:  # of whatever kind: the person with the GPU reports it, and the rest runs
+            yield _check(case.backend, name, "failed", f"{type(problem).__name__}: {problem}", start)
+        else:
+            yield _check(case.backend, name, "passed", found, start)
+    progress(case.backend, len(checks), len(checks))
+
+
+def _check(backend: str, name: str, result: Result, found: str, start: float) -> Check:
+    seconds = round(time.perf_counter() - start, 3)
+    return Check(backend=backend, name=name, result=result, found=found, seconds=seconds)
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
+    for name in [*names, "cuda-bindings", "onnxruntime", "numpy"]:
+        version = version_of(name)
+        if version is not None:
+            yield name, version
