@@ -21,7 +21,7 @@ from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.stages import Stages
 from qie.engines.sessions.session import Session
 
-__all__ = ["STEPS", "Case", "Run", "build_pocket", "recipe_text"]
+__all__ = ["STEPS", "Case", "Run", "build_pocket", "recipe_text", "request"]
 
 STEPS = 6
 

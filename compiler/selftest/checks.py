@@ -20,7 +20,7 @@ from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
 from qie.engines.terminal import human_bytes
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "Checked"]
 
 RELATIVE_L2 = 0.03
 """Largest relative L2 distance of an engine in bfloat16 from float32, on the tensors of an edit."""

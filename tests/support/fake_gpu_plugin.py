@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 patch = pytest.MonkeyPatch()
+patch.setattr(gpu_bundles, "PROLOGUE", "import tests.support.fake_gpu_plugin\n")
 GPU.install(patch, *BACKENDS)
 patch.setattr(gpu_bundles, "build_for_gpu", build_for_gpu)
 narrow = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24), "text_hidden_size": 512}

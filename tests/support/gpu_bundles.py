@@ -24,6 +24,9 @@ from tests.support.images import smooth_image
 
 STEPS = 6
 
+PROLOGUE = ""
+"""What a process of a test runs first: on the fake GPU, what installs it."""
+
 WIDE = replace(
     ARCHITECTURES["tiny"],
     num_attention_heads=24,

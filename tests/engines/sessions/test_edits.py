@@ -199,6 +199,7 @@ def test_what_the_images_say_is_uploaded_once_for_all_prompts(folder: Path, gpu:
         editor.edit(request(instructions=instructions, guidance=1.0))
         return gpu.log.count(("queue", "copy to device"))
 
+    uploads("make it red")  # the schedule, which stays
     ids, places_of_images, positions, latents_to_decode = 1, 1, 1, 1
     more = ids + places_of_images + positions + latents_to_decode
     assert uploads("make it red", "make it blue") - uploads("make it red") == more
