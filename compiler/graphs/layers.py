@@ -10,10 +10,25 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from qie.compiler.graphs.graph import DTYPES, Parameter
+from qie.compiler.graphs.graph import DTYPES, Parameter, constant
 from qie.compiler.weights.weight import DType, Layout
 
-__all__ = ["Linear", "RMSNorm", "attention", "cast", "loop", "rotate", "silu", "split"]
+__all__ = [
+    "INT64_MAX",
+    "HeadNorm",
+    "Linear",
+    "RMSNorm",
+    "attention",
+    "cast",
+    "loop",
+    "norm_and_rotate",
+    "rotate",
+    "silu",
+    "split",
+]
+
+INT64_MAX = 2**63 - 1
+"""The ``ends`` of a Slice that runs to the end of its axis."""
 
 
 class Linear(nn.Module):
@@ -51,6 +66,55 @@ class RMSNorm(nn.Module):
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+
+
+class HeadNorm(nn.Module):
+    """The weight [K] of an RMSNorm over the width of a head, which ``norm_and_rotate`` applies."""
+
+    def __init__(self, width: int, *, dtype: DType) -> None:
+        super().__init__()
+        self.weight = Parameter([width], dtype)
+
+    def forward(self, op: Any) -> ir.Value:
+        return self.weight
+
+
+def norm_and_rotate(
+    op: Any,
+    x_BSD: ir.Value,
+    weight: ir.Value,
+    cos_SE: ir.Value,
+    sin_SE: ir.Value,
+    *,
+    heads: int,
+    width: int,
+    dtype: DType,
+    eps: float,
+) -> ir.Value:
+    """RMSNorm over each head, then rotary embedding of adjacent pairs, both in float32; ``weight`` is [K] or [S, 1, K].
+
+    With RMSNormalization and RotaryEmbedding, TensorRT writes and reads x once more, and with a cast of x in front of
+    the split into pairs it stores x in float32 (docs/tensorrt.md).
+    """
+    x_BSHK = op.Reshape(x_BSD, [0, 0, heads, -1])
+    squares_BSHK = op.Pow(cast(op, x_BSHK, dtype, "float32"), constant(op, 2.0))
+    mean_BSH1 = op.ReduceMean(squares_BSHK, [-1], keepdims=1)
+    inverse_BSH1 = op.Reciprocal(op.Sqrt(op.Add(mean_BSH1, constant(op, eps))))
+
+    def normalized(first: int) -> ir.Value:
+        """Every second channel of a head, [B, S, H, E]."""
+        x_BSHE, weight_E = (op.Slice(value, [first], [INT64_MAX], [-1], [2]) for value in (x_BSHK, weight))
+        x_BSHE = op.Mul(cast(op, x_BSHE, dtype, "float32"), inverse_BSH1)
+        return op.Mul(x_BSHE, cast(op, weight_E, dtype, "float32"))
+
+    real_BSHE, imaginary_BSHE = normalized(0), normalized(1)
+    cos_S1E, sin_S1E = op.Unsqueeze(cos_SE, [1]), op.Unsqueeze(sin_SE, [1])
+    rotated = (
+        op.Sub(op.Mul(real_BSHE, cos_S1E), op.Mul(imaginary_BSHE, sin_S1E)),
+        op.Add(op.Mul(real_BSHE, sin_S1E), op.Mul(imaginary_BSHE, cos_S1E)),
+    )
+    pairs_BSHE2 = op.Concat(*(op.Unsqueeze(half, [-1]) for half in rotated), axis=-1)
+    return cast(op, op.Reshape(pairs_BSHE2, [0, 0, width]), "float32", dtype)
 
 
 def attention(

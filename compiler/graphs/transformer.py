@@ -23,7 +23,7 @@ from onnxscript import nn
 
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.graphs.graph import Graph, constant
-from qie.compiler.graphs.layers import Linear, RMSNorm, attention, cast, rotate, split
+from qie.compiler.graphs.layers import INT64_MAX, HeadNorm, Linear, RMSNorm, attention, cast, norm_and_rotate, split
 from qie.compiler.weights.weight import DType
 from qie.engines.bundle.manifest import TensorSpec
 from qie.engines.bundle.modulation_rows import HALVES, KINDS, streams
@@ -32,9 +32,6 @@ __all__ = ["transformer"]
 
 EPS = 1e-6
 """Epsilon of every norm (transformer_qwenimage.py, QwenImageTransformerBlock)."""
-
-INT64_MAX = 2**63 - 1
-"""The ``ends`` of a Slice that runs to the end of its axis."""
 
 
 class Modulation(NamedTuple):
@@ -117,7 +114,6 @@ class Transformer(nn.Module):
     ) -> Sequence[ir.Value]:
         config, dtype = self.config, self.dtype
         tokens = Tokens(op, latents_BNC, prompt_embeds_BLJ, reference_BRC)
-        rotary_BSE = tuple(op.Expand(op.Unsqueeze(t, [0]), tokens.batch_11) for t in (cos_SE, sin_SE))
         if dtype != "bfloat16":
             modulation_KM = cast(op, modulation_KM, "float32", dtype)
             modulation_out_2D = cast(op, modulation_out_2D, "float32", dtype)
@@ -126,7 +122,7 @@ class Transformer(nn.Module):
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
             last = i == config.layers - 1
-            image_BTD, text_BLD = block(op, image_BTD, text_BLD, modulation_KM, rotary_BSE, tokens, last=last)
+            image_BTD, text_BLD = block(op, image_BTD, text_BLD, modulation_KM, (cos_SE, sin_SE), tokens, last=last)
         noise_BND = image_BTD  # the last block keeps nothing else
         gain_D, shift_D = split(op, modulation_out_2D, 2, axis=0)
         noise_BND = modulated_norm(op, noise_BND, shift_D, gain_D)
@@ -135,22 +131,25 @@ class Transformer(nn.Module):
 
 
 class Tokens:
-    """The number of tokens of each kind, and the mask that separates noise from references; computed once.
+    """The number of tokens of each kind, and the masks that separate them; computed once.
 
     Attributes:
         noise, text: int64 [1], number of tokens.
-        batch_11: int64 [3], the shape [B, 1, 1].
         is_noise_T1: bool [T, 1], true for the noise tokens of the image stream.
+        is_text_S11: bool [S, 1, 1], true for the text tokens of both streams together.
     """
 
     def __init__(self, op: Any, latents_BNC: ir.Value, prompt_BLJ: ir.Value, reference_BRC: ir.Value) -> None:
         self.noise = op.Shape(latents_BNC, start=1, end=2)
         self.text = op.Shape(prompt_BLJ, start=1, end=2)
         reference = op.Shape(reference_BRC, start=1, end=2)
-        self.batch_11 = op.Concat(op.Shape(latents_BNC, start=0, end=1), [1, 1], axis=0)
-        image = op.Squeeze(op.Add(self.noise, reference))
-        index_T1 = op.Unsqueeze(op.Range(constant(op, 0, "int64"), image, constant(op, 1, "int64")), [1])
-        self.is_noise_T1 = op.Less(index_T1, self.noise)
+        image = op.Add(self.noise, reference)
+        self.is_noise_T1 = op.Less(op.Unsqueeze(self._indices(op, image), [1]), self.noise)
+        self.is_text_S11 = op.Less(op.Unsqueeze(self._indices(op, op.Add(self.text, image)), [1, 2]), self.text)
+
+    def _indices(self, op: Any, count_1: ir.Value) -> ir.Value:
+        """0 .. ``count_1`` - 1, int64."""
+        return op.Range(constant(op, 0, "int64"), op.Squeeze(count_1), constant(op, 1, "int64"))
 
     def of_noise(self, op: Any, x_BTD: ir.Value) -> ir.Value:
         """The noise tokens of the image stream, [B, N, D]."""
@@ -179,7 +178,7 @@ class Block(nn.Module):
         image_BTD: ir.Value,
         text_BLD: ir.Value,
         modulation_KM: ir.Value,
-        rotary_BSE: tuple[ir.Value, ir.Value],
+        rotary_SE: Sequence[ir.Value],
         tokens: Tokens,
         *,
         last: bool,
@@ -189,7 +188,7 @@ class Block(nn.Module):
         noise, reference, text = self.modulations(op, modulation_M)
         image_in_BTD = self.image_norm(op, image_BTD, noise.attention, reference.attention, tokens)
         text_in_BLD = modulated_norm(op, text_BLD, text.attention.shift, text.attention.gain)
-        attended = self.attn(op, image_in_BTD, text_in_BLD, rotary_BSE, tokens, last=last)
+        attended = self.attn(op, image_in_BTD, text_in_BLD, rotary_SE, tokens, last=last)
         if last:
             noise_out_BND, _ = attended
             noise_BND = op.Add(tokens.of_noise(op, image_BTD), op.Mul(noise.attention.gate, noise_out_BND))
@@ -252,10 +251,10 @@ class JointAttention(nn.Module):
         self.add_q_proj = Linear(d, d, dtype=dtype)
         self.add_k_proj = Linear(d, d, dtype=dtype)
         self.add_v_proj = Linear(d, d, dtype=dtype)
-        self.norm_q = RMSNorm(k, dtype=dtype, eps=EPS)
-        self.norm_k = RMSNorm(k, dtype=dtype, eps=EPS)
-        self.norm_added_q = RMSNorm(k, dtype=dtype, eps=EPS)
-        self.norm_added_k = RMSNorm(k, dtype=dtype, eps=EPS)
+        self.norm_q = HeadNorm(k, dtype=dtype)
+        self.norm_k = HeadNorm(k, dtype=dtype)
+        self.norm_added_q = HeadNorm(k, dtype=dtype)
+        self.norm_added_k = HeadNorm(k, dtype=dtype)
         self.to_out = Linear(d, d, dtype=dtype, name="to_out.0")
         self.to_add_out = Linear(d, d, dtype=dtype)
 
@@ -264,43 +263,40 @@ class JointAttention(nn.Module):
         op: Any,
         image_BTD: ir.Value,
         text_BLD: ir.Value,
-        rotary_BSE: tuple[ir.Value, ir.Value],
+        rotary_SE: Sequence[ir.Value],
         tokens: Tokens,
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
         """The branch outputs of image and text; in the last block of noise tokens [B, N, D] only, and ``text_BLD``."""
-        key_BSD = op.Concat(
-            self.head_norm(op, self.add_k_proj(op, text_BLD), self.norm_added_k),
-            self.head_norm(op, self.to_k(op, image_BTD), self.norm_k),
-            axis=1,
-        )
+        key_BSD = op.Concat(self.add_k_proj(op, text_BLD), self.to_k(op, image_BTD), axis=1)
         value_BSD = op.Concat(self.add_v_proj(op, text_BLD), self.to_v(op, image_BTD), axis=1)
+        key_BSD = self.rotate(op, key_BSD, self.of_tokens(op, tokens, self.norm_added_k, self.norm_k), rotary_SE)
         if last:
-            query = self.head_norm(op, self.to_q(op, tokens.of_noise(op, image_BTD)), self.norm_q)
             end = op.Add(tokens.text, tokens.noise)
-            query_rotary = tuple(op.Slice(t, tokens.text, end, [1]) for t in rotary_BSE)
+            query_rotary = tuple(op.Slice(t, tokens.text, end, [0]) for t in rotary_SE)
+            query = self.to_q(op, tokens.of_noise(op, image_BTD))
+            query = self.rotate(op, query, self.norm_q(op), query_rotary)
         else:
-            query = op.Concat(
-                self.head_norm(op, self.add_q_proj(op, text_BLD), self.norm_added_q),
-                self.head_norm(op, self.to_q(op, image_BTD), self.norm_q),
-                axis=1,
-            )
-            query_rotary = rotary_BSE
-        heads, dtype = self.config.heads, self.dtype
-        query = rotate(op, query, *query_rotary, heads=heads, dtype=dtype, interleaved=True)
-        key_BSD = rotate(op, key_BSD, *rotary_BSE, heads=heads, dtype=dtype, interleaved=True)
-        joint_out = attention(op, query, key_BSD, value_BSD, heads=heads)
+            query = op.Concat(self.add_q_proj(op, text_BLD), self.to_q(op, image_BTD), axis=1)
+            query = self.rotate(op, query, self.of_tokens(op, tokens, self.norm_added_q, self.norm_q), rotary_SE)
+        joint_out = attention(op, query, key_BSD, value_BSD, heads=self.config.heads)
         if last:
             return self.to_out(op, joint_out), text_BLD
         text_out_BLD = op.Slice(joint_out, [0], tokens.text, [1])
         image_out_BTD = op.Slice(joint_out, tokens.text, [INT64_MAX], [1])
         return self.to_out(op, image_out_BTD), self.to_add_out(op, text_out_BLD)
 
-    def head_norm(self, op: Any, x_BSD: ir.Value, norm: RMSNorm) -> ir.Value:
-        """``norm`` over each head's width."""
-        by_head = op.Reshape(x_BSD, [0, 0, self.config.heads, self.config.head_dim])
-        return op.Reshape(norm(op, by_head), [0, 0, self.config.width])
+    def of_tokens(self, op: Any, tokens: Tokens, text: HeadNorm, image: HeadNorm) -> ir.Value:
+        """The weight of the norm of each token, [S, 1, K]."""
+        return op.Where(tokens.is_text_S11, text(op), image(op))
+
+    def rotate(self, op: Any, x_BSD: ir.Value, weight: ir.Value, rotary_SE: Sequence[ir.Value]) -> ir.Value:
+        """Queries or keys, normalized over each head's width and rotated."""
+        config = self.config
+        return norm_and_rotate(
+            op, x_BSD, weight, *rotary_SE, heads=config.heads, width=config.width, dtype=self.dtype, eps=EPS
+        )
 
 
 class FeedForward(nn.Module):

@@ -13,7 +13,7 @@ from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.quantization.linears import linear_inputs, linears
-from qie.compiler.quantization.qdq import insert_qdq
+from qie.compiler.quantization.qdq import insert_qdq, quantize_by_recipe
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
@@ -27,7 +27,6 @@ from qie.engines.bundle.manifest import (
     file_record,
 )
 from qie.engines.errors import BuildError, RecipeError
-from tests.support.bundles import planned
 from tests.support.small_graphs import needs_rtx, small
 
 RTX = BUILDERS["tensorrt-rtx"]
@@ -120,26 +119,25 @@ def test_engines_store_quantized_weights(
     assert quantized.structure["products"].keys() == {"bf16"}
 
 
-def test_attention_in_fp8_is_still_one_kernel(checkpoint: Path, tmp_path: Path) -> None:
-    """As the recipe plans it; counting nodes needs no calibration."""
-    recipe = small("l40s")
+def test_attention_in_fp8_is_one_kernel_in_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
+    """Which is why recipes refuse it; counting nodes needs no calibration."""
+    recipe, opened = small("l40s"), open_checkpoint(str(checkpoint))
     section = replace(recipe.components.transformer, attention="fp8")
-    recipe = replace(recipe, components=replace(recipe.components, transformer=section))
-    plan = planned(checkpoint, tmp_path / "bundle", recipe)
-    (part,) = (part for part in plan.components if part.component == "transformer")
-    opened = open_checkpoint(str(checkpoint))
-    written = write_weights(part.graph.weights, {"transformer": opened.reader("transformer")}, tmp_path / "w")
-    write_graph(part.graph, tmp_path / "g.onnx", "w", written.places)
+    graph = quantize_by_recipe(
+        GRAPHS["transformer"](opened.model, "bfloat16"), section, None, opened.model.language
+    ).graph
+    written = write_weights(graph.weights, {"transformer": opened.reader("transformer")}, tmp_path / "w")
+    write_graph(graph, tmp_path / "g.onnx", "w", written.places)
     graph_record = GraphRecord(
         component="transformer", backend="tensorrt-rtx", precision="bfloat16", key="k", path="g.onnx",
         files=tuple(FileRecord(path=n, bytes=1, sha256="0" * 64) for n in ("g.onnx", "w")),
-        inputs=part.graph.inputs, outputs=part.graph.outputs, parameters=1,
-        profiles=profiles(part.graph, recipe, opened.model),
+        inputs=graph.inputs, outputs=graph.outputs, parameters=1,
+        profiles=profiles(graph, recipe, opened.model),
     )  # fmt: skip
     engine = RTX.build(graph_record, tmp_path, key="k", recipe=recipe)
     assert engine.structure is not None
     structure = json.loads((tmp_path / engine.structure.path).read_text())
-    assert structure["attention"] == {"layers": 2, "fused": 2, "types": ["bf16"]}  # which is why recipes refuse it
+    assert structure["attention"] == {"layers": 2, "fused": 2, "types": ["bf16"]}
     assert structure["layer_dtypes"]["FP8"] >= 6
 
 
