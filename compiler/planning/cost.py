@@ -4,12 +4,8 @@
 - Memory traffic: what those nodes read and write. Everything between them can be fused into one of them.
 - Activation memory: intermediate tensors in the order of the nodes, each alive from the node that writes it to the last
   one that reads it, without inputs, outputs and weights. An Attention node is one kernel without a score tensor;
-  attention written as MatMul, Softmax, MatMul has a score tensor, which counts.
-
-An engine compiler fuses and reorders, so its own figure differs. tensorrt-rtx 1.7.1, compiling for 8.9 with fixed
-shapes in bfloat16, reported 0.7 to 1.4 times this peak for the published VAE (256 x 256 to 1536 x 1536 pixels, batch 1
-to 4) and 1.2 to 1.5 times for two blocks of the published transformer (512 x 512 and 1024 x 1024 pixels, one reference,
-batch 1 to 4).
+  attention written as MatMul, Softmax, MatMul has a score tensor, which counts. What an engine compiler reserves is
+  counted otherwise (``qie.compiler.planning.buffers``), because it fuses nodes and does not know the sizes.
 """
 
 import math
@@ -18,23 +14,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import add
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import onnx
-import onnx_ir as ir
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from qie.compiler.graphs.graph import Graph
+from qie.compiler.planning.buffers import reserved_bytes
+from qie.compiler.planning.shapes import Tensor, at_sizes, body_of, tensors_of
 
 __all__ = ["Cost", "Kind", "Work", "cost"]
 
 Kind = Literal["gemm", "convolution", "attention"]
-
-_VIEWS = ("DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-"""Nodes that make no tensor: whoever reads their output reads their first input, in the type in which it is stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +49,8 @@ class Cost:
     Attributes:
         work: operations by kind and dtype, each pair once.
         moved_bytes: memory traffic of the products.
-        activation_bytes: peak size of the intermediate tensors, and of the scores that the largest attention makes.
+        activation_bytes: peak size of the intermediate tensors, and of the scores that the largest attention makes;
+            what the compiler reserves, where the graph is compiled.
         io_bytes: size of inputs and outputs.
         scores_bytes: of ``activation_bytes``, what are scores; 0 where attention makes none.
     """
@@ -75,39 +66,24 @@ class Cost:
         return sum(w.flops for w in self.work if kind in (None, w.kind))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tensor:
-    """A tensor of the graph.
-
-    Attributes:
-        shape: its dims.
-        dtype: in which it is stored.
-        storage: name of the tensor whose memory this one uses, its own unless it is a view.
-    """
-
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-    storage: str
-
-    @property
-    def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * self.dtype.bitwidth / 8)
-
-
-def cost(graph: Graph, sizes: Mapping[str, int], *, scores: bool | None = None) -> Cost:
+def cost(graph: Graph, sizes: Mapping[str, int], *, scores: bool | None = None, compiled: bool = False) -> Cost:
     """The cost of one run of ``graph``; ``sizes`` gives every free dimension of its inputs.
 
     ``scores`` says whether attention makes them, as onnxruntime's kernel for CPUs does; None is for a float32 graph.
+    ``compiled`` says that an engine compiler decides about memory, for an engine with these sizes at most; its
+    attention makes no scores.
 
     Causal and masked attention count as if every query saw every key; a kernel that skips the masked part does less.
     """
-    model = _settled(_sized(graph, sizes))
+    model = at_sizes(graph, sizes)
     weights = {t.name for t in model.graph.initializer}
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
-    tensors = _tensors(model.graph, {})
+    tensors = tensors_of(model.graph, {})
     flops, moved, peak = _run(model.graph, tensors, weights=weights, held=weights | ends)
     made = graph.dtype == "float32" if scores is None else scores
+    made = made and not compiled
     largest = max((_scores(node, tensors) for node in model.graph.node), default=0) if made else 0
+    peak = reserved_bytes(model.graph) if compiled else peak
     return Cost(
         work=tuple(Work(kind=kind, dtype=dtype, flops=count) for (kind, dtype), count in flops.items()),
         moved_bytes=moved,
@@ -117,7 +93,7 @@ def cost(graph: Graph, sizes: Mapping[str, int], *, scores: bool | None = None) 
     )
 
 
-def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
+def _scores(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> int:
     """Bytes of an attention's scores, float32 [batch, heads, queries, keys], and of a mask and its sum with them."""
     if node.op_type != "Attention":
         return 0
@@ -128,7 +104,7 @@ def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
 
 
 def _run(
-    graph: onnx.GraphProto, tensors: Mapping[str, _Tensor], *, weights: Collection[str], held: Collection[str]
+    graph: onnx.GraphProto, tensors: Mapping[str, Tensor], *, weights: Collection[str], held: Collection[str]
 ) -> tuple[dict[tuple[Kind, str], int], int, int]:
     """Operations, bytes moved and the most bytes of tensors alive in one run; tensors in ``held`` are the caller's.
 
@@ -139,8 +115,8 @@ def _run(
     inside = [0] * len(graph.node)
     for place, node in enumerate(graph.node):
         if node.op_type == "Loop":
-            body, times = _body(node), tensors[node.output[0]].shape[0]
-            within = {**tensors, **_tensors(body, tensors)}
+            body, times = body_of(node), tensors[node.output[0]].shape[0]
+            within = {**tensors, **tensors_of(body, tensors)}
             outer = {value.name for value in (*body.input, *body.output)} | tensors.keys()
             counts, bytes_per_turn, inside[place] = _run(body, within, weights=weights, held=outer)
             for what, count in counts.items():
@@ -156,7 +132,7 @@ def _run(
 
 
 def _operations(
-    node: onnx.NodeProto, tensors: Mapping[str, _Tensor], weights: Collection[str]
+    node: onnx.NodeProto, tensors: Mapping[str, Tensor], weights: Collection[str]
 ) -> tuple[Kind, int] | None:
     """Kind and number of a node's operations; None for a node that is neglected.
 
@@ -179,7 +155,7 @@ def _operations(
     return None
 
 
-def _alive(nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, _Tensor], *, held: Collection[str]) -> list[int]:
+def _alive(nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, Tensor], *, held: Collection[str]) -> list[int]:
     """The bytes of tensors alive at every node, but for those in ``held``."""
     born: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -198,110 +174,5 @@ def _touched(node: onnx.NodeProto) -> Iterator[str]:
     """The tensors that a node reads and makes, and those around it that its body reads."""
     yield from filter(None, (*node.input, *node.output))
     if node.op_type == "Loop":
-        for inner in _body(node).node:
+        for inner in body_of(node).node:
             yield from filter(None, inner.input)
-
-
-def _body(loop: onnx.NodeProto) -> onnx.GraphProto:
-    (body,) = (a.g for a in loop.attribute if a.name == "body")
-    return body
-
-
-def _tensors(graph: onnx.GraphProto, around: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-    """Every tensor of a graph whose shapes are all known; a loop's body views tensors ``around`` it."""
-    tensors = {
-        name: _Tensor(shape=shape, dtype=dtype, storage=name) for name, (shape, dtype) in _known_types(graph).items()
-    }
-    for node in graph.node:
-        if node.op_type in _VIEWS:
-            source = tensors.get(node.input[0]) or around[node.input[0]]
-            view = tensors[node.output[0]]
-            tensors[node.output[0]] = _Tensor(shape=view.shape, dtype=source.dtype, storage=source.storage)
-    return tensors
-
-
-# Concrete shapes
-
-
-def _sized(graph: Graph, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """The graph with ``sizes`` in the place of its inputs' free dimensions, its outputs' shapes removed."""
-    model = graph.proto("", None)
-    for value, spec in zip(model.graph.input, graph.inputs, strict=True):
-        for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape(sizes), strict=True):
-            dim.dim_value = size
-    for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return model
-
-
-def _settled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` with the shape of every tensor.
-
-    ONNX's shape inference does not look into tensors that are computed from shapes, so these become constants, nor at
-    how often a loop turns, so this is told; and it starts again.
-    """
-    while True:
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        types = _known_types(model.graph)
-        unknown = [node for node in model.graph.node if any(name and name not in types for name in node.output)]
-        if not unknown:
-            return model
-        folded, stacked = _fold_shapes(model, types), _stacked(model, unknown)
-        assert folded or stacked, f"no shape for {', '.join(sorted({n.op_type for n in unknown}))}"
-        del model.graph.value_info[:]
-        model.graph.value_info.extend(stacked)
-
-
-def _stacked(model: onnx.ModelProto, unknown: Sequence[onnx.NodeProto]) -> list[onnx.ValueInfoProto]:
-    """What loops give back (``qie.compiler.graphs.layers.loop``), as far as turns and results are known."""
-    values = {t.name: t for t in model.graph.initializer}
-    loops = []
-    for node in unknown:
-        if node.op_type == "Loop" and node.input[0] in values:
-            body = _body(node)
-            result = _known_types(body).get(body.output[-1].name)
-            if result is not None:
-                shape = [int(numpy_helper.to_array(values[node.input[0]])), *result[0]]
-                loops.append(helper.make_tensor_value_info(node.output[0], int(result[1]), shape))
-    return loops
-
-
-def _known_types(graph: onnx.GraphProto) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
-    """Shape and dtype of every tensor whose dimensions are all numbers."""
-    types = {t.name: (tuple(t.dims), ir.DataType(t.data_type)) for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            types[value.name] = tuple(dim.dim_value for dim in kind.shape.dim), ir.DataType(kind.elem_type)
-    return types
-
-
-def _fold_shapes(model: onnx.ModelProto, types: Mapping[str, tuple[tuple[int, ...], ir.DataType]]) -> bool:
-    """Turn the nodes that only shapes and constants decide into constants; False where there are none."""
-    graph = model.graph
-    values: dict[str, NDArray[Any]] = {
-        t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
-    }
-    remaining = []
-    for node in graph.node:
-        inputs = {name: values[name] for name in node.input if name in values}
-        if node.op_type == "Shape" and node.input[0] in types:
-            inputs = {node.input[0]: np.broadcast_to(np.False_, types[node.input[0]][0])}
-        if node.op_type == "Loop" or len(inputs) < len(set(filter(None, node.input))):
-            remaining.append(node)
-            continue
-        for name, value in zip(node.output, _evaluate(model, node, inputs), strict=True):
-            values[name] = value
-            graph.initializer.append(numpy_helper.from_array(value, name))
-    folded = len(remaining) < len(graph.node)
-    del graph.node[:]
-    graph.node.extend(remaining)
-    return folded
-
-
-def _evaluate(model: onnx.ModelProto, node: onnx.NodeProto, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """The outputs of one node of ``model``."""
-    ends = [[helper.make_empty_tensor_value_info(name) for name in names] for names in (inputs, node.output)]
-    graph = helper.make_graph([node], "node", inputs=ends[0], outputs=ends[1])
-    alone = helper.make_model(graph, opset_imports=model.opset_import)
-    return [np.asarray(value) for value in ReferenceEvaluator(alone).run(None, dict(inputs))]

@@ -1,7 +1,7 @@
 """What the build of a plan needs and what an edit costs, from the configs alone.
 
-Everything is counted from the graphs (``qie.compiler.planning.cost``): time for one edit, memory for the largest edit
-that the recipe allows. Times are roofline bounds from the GPU's datasheet, not measurements.
+Everything is counted from the graphs (``qie.compiler.planning.cost``): time for one edit, memory for the largest sizes
+that the engines take. Times are roofline bounds from the GPU's datasheet, not measurements.
 """
 
 import math
@@ -12,6 +12,7 @@ from qie.compiler.graphs.graph import DTYPES, Graph
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan, PlannedComponent
+from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import BackendName
 from qie.engines.backends import BACKENDS
@@ -55,8 +56,9 @@ class ComponentEstimate:
         backend: what runs it.
         disk_bytes: the engine in the bundle, and its graph where that stays.
         weights_bytes: GPU memory.
-        largest_activation_bytes: GPU memory in the largest edit that the recipe allows.
-        largest_io_bytes: GPU memory of inputs and outputs in that edit, those of all steps.
+        largest_activation_bytes: GPU memory that the compiler reserves for the largest sizes; on a CPU, memory in the
+            largest edit that the recipe allows.
+        largest_io_bytes: GPU memory of inputs and outputs of these sizes, those of all steps.
         workspace_bytes: GPU memory that the compiler's tactics may add; 0 for TensorRT-RTX, whose workspace is the
             activations (1.7.1 reports one figure for both, whatever the limit).
         host_bytes: host memory while building.
@@ -144,7 +146,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
         RequestError: the images of ``work`` are too narrow.
     """
     work = workload(plan) if work is None else work
-    sizes, largest = sizes_of(plan, work), largest_sizes(plan)
+    sizes, largest = sizes_of(plan, work), _largest(plan)
     steps = max(work.steps, *(schedule.steps for schedule in plan.model.schedules(plan.recipe)))
     runs: Mapping[Component, int] = {
         "vision": 1,
@@ -163,6 +165,16 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
             for planned in plan.components
         ),
     )
+
+
+def _largest(plan: Plan) -> dict[Component, dict[str, int]]:
+    """The sizes that decide about memory: on a CPU those of the largest edit, otherwise the largest of the profiles.
+
+    An engine is compiled for the largest size of every dim, such as an image that is as wide and as high as allowed.
+    """
+    if plan.recipe.compute_capability is None:
+        return largest_sizes(plan)
+    return {p.component: largest_dims(p.component, plan.recipe, plan.model) for p in plan.components}
 
 
 def check_fit(plan: Plan) -> None:
@@ -230,7 +242,8 @@ def _estimate(
     builds = [backend for backend in (planned.finish, planned.backend) if backend is not None]
     backend = builds[0] if builds else plan.recipe.backends_of(planned.component)[0]
     on_cpu = plan.recipe.compute_capability is None
-    once, at_largest = (cost(planned.graph, each, scores=on_cpu) for each in (sizes, largest))
+    once = cost(planned.graph, sizes, scores=on_cpu)
+    at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu)
     activation, io = at_largest.activation_bytes, at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph)
     if on_cpu:
         activation += (CPU_COPIES - 1) * (activation - at_largest.scores_bytes) + CPU_RUN

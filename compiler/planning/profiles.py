@@ -11,13 +11,13 @@ from dataclasses import replace
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.recipe.schema import Range, Recipe
-from qie.engines.bundle.manifest import ProfileRecord
+from qie.engines.bundle.manifest import Component, ProfileRecord
 from qie.engines.bundle.specs import SIDE_MULTIPLE, ShapeLimits, Size, VisionSpec
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 from qie.engines.inputs.sizes import BUCKET_MULTIPLE, calculate_dimensions
 from qie.engines.inputs.vision import smart_resize
 
-__all__ = ["INSTRUCTION_TOKENS", "patch_count", "profiles"]
+__all__ = ["INSTRUCTION_TOKENS", "largest_dims", "patch_count", "profiles"]
 
 INSTRUCTION_TOKENS = 60
 """Text tokens of the instruction in the edit that engines are tuned for."""
@@ -25,9 +25,7 @@ INSTRUCTION_TOKENS = 60
 
 def profiles(graph: Graph, recipe: Recipe, model: Model) -> tuple[ProfileRecord, ...]:
     """The profile of every input of ``graph`` that has a free dim, in the order of the inputs."""
-    spans = _spans(recipe, model)
-    if graph.component != "transformer":  # prompts, references and results go one by one
-        spans["batch"] = Range(min=1, opt=1, max=1)
+    spans = _spans(graph.component, recipe, model)
 
     def shape(dims: Sequence[int | str], end: Callable[[Range], int]) -> tuple[int, ...]:
         return tuple(end(spans[d]) if isinstance(d, str) else d for d in dims)
@@ -44,8 +42,13 @@ def profiles(graph: Graph, recipe: Recipe, model: Model) -> tuple[ProfileRecord,
     )
 
 
-def _spans(recipe: Recipe, model: Model) -> dict[str, Range]:
-    """The range of every free dim of every graph; dims that depend on several images grow with their number."""
+def largest_dims(component: Component, recipe: Recipe, model: Model) -> dict[str, int]:
+    """The largest size of every free dim in the profiles of ``component``; no edit has all of them at once."""
+    return {dim: span.max for dim, span in _spans(component, recipe, model).items()}
+
+
+def _spans(component: Component, recipe: Recipe, model: Model) -> dict[str, Range]:
+    """The range of every free dim of a component's graph; dims that depend on several images grow with their number."""
     shapes, areas, limits = recipe.shapes, model.areas, model.limits(recipe)
     references = _each(shapes.references, lambda count: min(count, model.references_max))
     condition = _sizes(areas.condition_area or areas.vae_area, limits, areas.vae_area)
@@ -63,7 +66,7 @@ def _spans(recipe: Recipe, model: Model) -> dict[str, Range]:
     height = Range(min=limits.min_side, opt=tuned.height, max=limits.max_side)
     width = Range(min=limits.min_side, opt=tuned.width, max=limits.max_side)
     return {
-        "batch": shapes.batch,
+        "batch": shapes.batch if component == "transformer" else Range(min=1, opt=1, max=1),  # others go one by one
         "patches": patches,
         "image_tokens": image_tokens,
         "text_tokens": text_tokens,

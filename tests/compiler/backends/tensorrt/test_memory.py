@@ -1,0 +1,41 @@
+"""The memory that a plan counts against what TensorRT for RTX reserves, at the published width."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qie.compiler.backends import BUILDERS
+from qie.compiler.checkpoint.model import Model
+from qie.compiler.planning.cost import cost
+from qie.compiler.planning.profiles import largest_dims
+from qie.compiler.recipe.load import load_recipe
+from qie.engines.bundle.manifest import COMPONENTS
+from tests.support.full_width import full_width_graph, full_width_model, write_full_width
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The transformer's last block is unlike the others; the vision tower has windows in all blocks but the last."""
+    return full_width_model(tmp_path_factory.mktemp("full") / "c", transformer=2, language=1, vision=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["l40s", "a100"])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_plan_counts_what_the_compiler_reserves(model: Model, component: Any, gpu: str, tmp_path: Path) -> None:
+    """Within 10 %, with the recipe's profiles.
+
+    Where the recipe quantizes, all linears are quantized, also those of the first and last blocks.
+    """
+    recipe = load_recipe(gpu)
+    scheme = recipe.components[component].scheme
+    graph, record = full_width_graph(component, model, recipe, None if scheme == "none" else scheme)
+    written = write_full_width(graph, record, model, recipe, tmp_path)
+    engine = BUILDERS["tensorrt-rtx"].build(written, tmp_path, key="k", recipe=recipe)
+    for name in (engine.path, "weights"):
+        (tmp_path / name).unlink()
+    planned = cost(graph, largest_dims(component, recipe, model), compiled=True).activation_bytes
+    assert planned == pytest.approx(engine.activation_bytes, rel=0.1)
