@@ -13,6 +13,7 @@ Kernels:
   a kernel behind a later product. A Where is computed again wherever it is read, unless a product reads it as above.
 - A norm that a Concat reads is a kernel of its own. RMSNormalization writes its result, LayerNormalization the centered
   input in float32.
+- A ReduceMean ends a kernel, which also writes the Slices of the tensor whose mean square it is.
 - Attention's output has the heads before the tokens; if a product reads it, a copy puts the tokens first. A bool mask
   is copied in the dtype of the operands, by a kernel that may run as early as behind the attention before.
 - The operands of an attention are computed at the same time, on several streams: what they are computed from stays
@@ -108,11 +109,19 @@ class _Kernels:
                 self._levels[name] = self._level(node) + (node.op_type in KERNELS)
             if node.op_type == "MatMul" and self._storages(node.input)[1] in self._weights:
                 self._together[self._storages(node.input)[0]].append(node)
+        self._reduced = {self._squared(node) for node in nodes if node.op_type == "ReduceMean"}
         for node in self._ordered(nodes):
             self._add(node)
 
     def _storages(self, names: Iterable[str]) -> list[str]:
         return [self._tensors[name].storage for name in names if name]
+
+    def _squared(self, node: onnx.NodeProto) -> str:
+        """What ``node``, a ReduceMean, takes the mean square of."""
+        name = self._storages(node.input)[0]
+        while name in self._makers and self._makers[name].op_type in ("Pow", "Cast"):
+            name = self._storages(self._makers[name].input)[0]
+        return name
 
     def _level(self, node: onnx.NodeProto) -> int:
         return max((self._levels.get(name, 0) for name in self._storages(node.input)), default=0)
@@ -233,7 +242,10 @@ class _Kernels:
         )
         stacked = any(reader.op_type == "Concat" for reader in readers)
         behind = any(reader.op_type in KERNELS or self._level(reader) > self._levels[name] for reader in readers)
-        if stacked and node.op_type == "LayerNormalization":
+        sliced = node.op_type == "Slice" and self._storages(node.input)[0] in self._reduced
+        if node.op_type == "ReduceMean" or sliced:
+            self._write(name, needs)
+        elif stacked and node.op_type == "LayerNormalization":
             self._write(name, needs, size=4 * self._tensors[name].bytes * 8 // self._tensors[name].dtype.bitwidth)
         elif name in self._outputs or (stacked and node.op_type == "RMSNormalization") or (behind and not again):
             self._write(name, needs)
