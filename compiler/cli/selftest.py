@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qie.engines.cli.options import JsonOption, print_json
-from qie.engines.terminal import Bars, human_seconds, say, table
+from qie.engines.terminal import Bars, human_seconds, say, table, wrap
 
 if TYPE_CHECKING:
     from qie.compiler.selftest.report import Report
@@ -61,6 +61,8 @@ def _print(report: "Report") -> None:
     say()
     say(table(rows, header=["backend", "check", "result", "time"], notes=found))
     say()
+    for warning in report.warnings:
+        say(wrap(f"TensorRT: {warning}"))
     say(f"{report.count('passed')} passed, {report.count('failed')} failed, {report.count('skipped')} skipped")
     if not report.count("passed"):
         say("nothing was tested: no backend serves this GPU here", err=True)

@@ -43,6 +43,7 @@ class Report:
         gpu: name of the GPU that was tested.
         packages: (package, version) of every package of a backend that is installed.
         checks: in the order in which they ran.
+        warnings: the latest that TensorRT logged, without repetition.
     """
 
     qie: str
@@ -50,6 +51,7 @@ class Report:
     gpu: str
     packages: tuple[tuple[str, str], ...]
     checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
 
     def count(self, result: Result) -> int:
         """Number of checks with ``result``."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import qie
@@ -17,6 +18,7 @@ from qie.engines.gpus import Gpu
 from qie.engines.machine import this_machine, version_of
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
+from qie.engines.sessions.tensorrt.messages import messages_of
 
 __all__ = ["TESTED", "run"]
 
@@ -65,7 +67,14 @@ def run(
             found.append(_check(backend, "build", "passed", f"{engines} engines of pocket in bfloat16", start))
             case = Case(backend=backend, on_gpu=on_gpu, on_cpu=on_cpu, device=gpu.index)
             found += _run_checks(case, checks, progress)
-    return Report(qie=qie.__version__, machine=machine, gpu=gpu.name, packages=tuple(_packages()), checks=tuple(found))
+    return Report(
+        qie=qie.__version__,
+        machine=machine,
+        gpu=gpu.name,
+        packages=tuple(_packages()),
+        checks=tuple(found),
+        warnings=tuple(dict.fromkeys(_warnings(found))),
+    )
 
 
 def _gpu(gpus: Sequence[Gpu], device: int | None) -> Gpu:
@@ -110,6 +119,12 @@ def _run_checks(case: Case, checks: Mapping[str, Checked], progress: Progress) -
 def _check(backend: str, name: str, result: Result, found: str, start: float) -> Check:
     seconds = round(time.perf_counter() - start, 3)
     return Check(backend=backend, name=name, result=result, found=found, seconds=seconds)
+
+
+def _warnings(checks: Sequence[Check]) -> Iterator[str]:
+    """What TensorRT warned of while the checks ran."""
+    for backend in dict.fromkeys(check.backend for check in checks if check.result != "skipped"):
+        yield from messages_of(import_module(BACKENDS[backend].modules[0])).warnings
 
 
 def _packages() -> Iterator[tuple[str, str]]:

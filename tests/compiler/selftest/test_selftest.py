@@ -55,6 +55,7 @@ def test_every_check_passes(gpu: Gpu, tmp_path: Path, backend: str) -> None:
     if checks is CHECKS:
         assert "image input uint8 1x-1x-1x3" in found["engine vae_encoder"]
     assert report.gpu == "Fake L40S"
+    assert report.warnings == ()
     assert gpu.crashes == []
     assert gpu.blocks == {}
 
@@ -88,6 +89,13 @@ def test_a_graph_that_writes_to_the_arena_of_before_is_found(
     monkeypatch.setattr(Contexts, "_move", attach)
     checks = {"moved arena": CHECKS["moved arena"]}
     assert results(module.run(tmp_path, backends=["tensorrt-rtx"], checks=checks))["moved arena"] == "failed"
+
+
+def test_what_tensorrt_warns_of_is_in_the_report(gpu: Gpu, tmp_path: Path) -> None:
+    gpu.capturable = False
+    checks = {"CUDA graphs": CHECKS["CUDA graphs"]}
+    report = module.run(tmp_path, backends=["tensorrt-rtx"], checks=checks)
+    assert report.warnings == ("The graph is not graph capturable. Falling back",)
 
 
 def test_the_command(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
