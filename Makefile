@@ -64,6 +64,7 @@ $(VENV)/dev.stamp: $(VENV)/compile.stamp .ci/constraints-cuda.txt
 # Neither torch nor any tool but pytest. The driver decides on the version of CUDA, the GPU on the backend.
 $(VENV)/gpu.stamp: $(VENV)/gpu.txt pyproject.toml .ci/constraints.txt
 	$(PIP) install $(CONSTRAINTS) --requirement $<
+	@rm -f $(VENV)/dev.stamp
 	@touch $@
 
 $(VENV)/gpu.txt: $(VENV)/bin/python FORCE

@@ -27,7 +27,7 @@ GIB = 2**30
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, INTEGRATED = 75, 76, 18
 """``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR``, ``..._MINOR`` and ``CU_DEVICE_ATTRIBUTE_INTEGRATED``."""
 
-NOT_INITIALIZED, NO_DEVICE, INVALID_DEVICE, DRIVER_MISMATCH = 3, 100, 101, 803
+NOT_INITIALIZED, TOO_OLD, NO_DEVICE, INVALID_DEVICE, DRIVER_MISMATCH = 3, 35, 100, 101, 803
 """``CUDA_ERROR_NOT_INITIALIZED``, which a forked process gets after its parent used CUDA, ``CUDA_ERROR_NO_DEVICE``,
 ``CUDA_ERROR_INVALID_DEVICE`` and ``CUDA_ERROR_SYSTEM_DRIVER_MISMATCH``."""
 
@@ -150,7 +150,11 @@ def _attribute(library: Any, attribute: int, handle: ctypes.c_int) -> int:
 
 def _call(library: Any, name: str, *arguments: Any) -> None:
     """Call a function of libcuda, which returns a code."""
-    code = getattr(library, name)(*arguments)
+    try:
+        function = getattr(library, name)
+    except AttributeError:
+        raise _CudaError(TOO_OLD, f"the driver lacks {name}") from None
+    code = function(*arguments)
     if code:
         text = ctypes.c_char_p()
         known = library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text)) == 0 and text.value
@@ -169,6 +173,8 @@ def _hint(code: int) -> str:
         return (
             f"), and CUDA_VISIBLE_DEVICES is {visible!r}; unset CUDA_VISIBLE_DEVICES, or set it to GPUs of this machine"
         )
+    if code == TOO_OLD:
+        return "); update the driver"
     if code == DRIVER_MISMATCH:
         return f"), since {LIBRARY} is of another version than the driver; restart the machine, or install both again"
     return "); use a machine with an NVIDIA GPU, or check its driver with `nvidia-smi`"

@@ -45,10 +45,10 @@ def build(
         BuildError: onnxruntime does not load the graph.
     """
     start = time.perf_counter()
-    machine, capability = this_machine(), recipe.compute_capability
+    capability = recipe.compute_capability
     if capability is None:
         _load(folder / graph.path, "CPUExecutionProvider", {})
-    elif serves_gpu() and gpu_misfit(machine, capability, device) is None:
+    elif serves_gpu() and gpu_misfit(machine := this_machine(), capability, device) is None:
         preload_cuda()
         index = choose_gpu(machine, capability, device).index
         _load(folder / graph.path, "CUDAExecutionProvider", {"device_id": str(index)})

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.cli.options import DeviceOption, JsonOption, print_json
 from qie.engines.terminal import Bars, human_seconds, say, table, wrap
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ __all__ = ["selftest"]
 
 
 def selftest(
-    device: Annotated[int | None, typer.Option(help="GPU, by its CUDA index.", show_default="the first", min=0)] = None,
+    device: DeviceOption = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="Backend to test, tensorrt-rtx or tensorrt; repeatable.")
     ] = None,
@@ -52,7 +52,7 @@ def _print(report: "Report") -> None:
         ["qie", report.qie],
         ["GPU", report.gpu],
         ["machine", f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB, {machine.system}"],
-        ["driver", f"CUDA {machine.cuda}" if machine.cuda else "none"],
+        ["driver", " ".join(filter(None, [machine.driver, f"(CUDA {machine.cuda})" if machine.cuda else None])) or "-"],
         ["packages", ", ".join(f"{name} {version}" for name, version in report.packages)],
     ]
     rows = [[c.backend, c.name, c.result, human_seconds(c.seconds)] for c in report.checks]

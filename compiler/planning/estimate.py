@@ -109,8 +109,9 @@ class Estimate:
     def gpu_bytes(self) -> int:
         """Peak memory of the device, on a CPU that of the whole process.
 
-        All weights and the largest working set, or with sequential residency the largest engine. On a CPU the engines
-        share an arena, in which the blocks of one do not always serve another: the three largest working sets count.
+        All weights and the largest working set; with sequential residency the largest engine with its inputs and
+        outputs, and the largest activations, whose memory all engines share and keep. On a CPU the engines share an
+        arena, in which the blocks of one do not always serve another: the three largest working sets count.
         """
         if self.plan.recipe.compute_capability is None:
             weights = [c.weights_bytes for c in self.components]
@@ -119,7 +120,8 @@ class Estimate:
             images = IMAGE_BYTES * self.plan.model.limits(self.plan.recipe).references_max
             return CPU_BASE + images + (sum if resident else max)(weights) + sum(working[-3:])
         if self.plan.recipe.residency == "sequential":
-            return max(c.weights_bytes + c.working_bytes for c in self.components)
+            engines = [c.weights_bytes + c.working_bytes - c.largest_activation_bytes for c in self.components]
+            return max(engines) + max(c.largest_activation_bytes for c in self.components)
         return sum(c.weights_bytes for c in self.components) + max(c.working_bytes for c in self.components)
 
     @property
@@ -243,7 +245,7 @@ def _estimate(
     backend = builds[0] if builds else plan.recipe.backends_of(planned.component)[0]
     on_cpu = plan.recipe.compute_capability is None
     once = cost(planned.graph, sizes, scores=on_cpu)
-    at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu)
+    at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu and BACKENDS[backend].compiles)
     activation, io = at_largest.activation_bytes, at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph)
     if on_cpu:
         activation += (CPU_COPIES - 1) * (activation - at_largest.scores_bytes) + CPU_RUN

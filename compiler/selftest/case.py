@@ -48,13 +48,13 @@ def recipe_text(backend: str, *, gpu: str, capability: str, memory_gib: float) -
     )
 
 
-def build_pocket(recipe: str | Path, destination: Path) -> Bundle:
-    """Build the pocket model's bundle into the folder ``destination``.
+def build_pocket(recipe: str | Path, destination: Path, *, device: int | None = None) -> Bundle:
+    """Build the pocket model's bundle into the folder ``destination``, where that takes a GPU on ``device``.
 
     Raises:
         QieError: it cannot be built.
     """
-    return build(plan_build("pocket", gpu=recipe, out=destination))
+    return build(plan_build("pocket", gpu=recipe, out=destination, device=device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

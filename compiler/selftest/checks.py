@@ -1,7 +1,7 @@
 """The checks of a self-test: each takes a case and returns what it found, or raises ``Failed``."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -62,7 +62,7 @@ def _engine(component: Component, case: Case) -> str:
     record = case.record(component)
     with _session(component, case) as (session, _):
         accepted = ", ".join(f"{name} {found}" for name, found in session.contract.items())
-        distance = max(_distance(session, run) for run in case.expected[1] if run.component == component)
+        distance = _largest([_distance(session, run) for run in case.expected[1] if run.component == component])
         found = (
             f"loaded in {case.seconds['load']:.2f} s, {human_bytes(sum(f.bytes for f in record.files))} of files, "
             f"activations {human_bytes(session.activation_bytes)}, recorded {_recorded(record.activation_bytes)}, "
@@ -83,11 +83,12 @@ def _distance(session: TensorRtSession, run: Run) -> float:
     """The largest relative L2 distance of the outputs of ``run`` on the GPU from those on the CPU."""
     inputs, outputs = _uploaded(session, run)
     session.run(inputs, outputs)
-    return max(
-        relative_l2(np.asarray(session.download(tensor)), run.outputs[name])
-        for name, tensor in outputs.items()
-        if np.any(run.outputs[name])
-    )
+    return _largest([relative_l2(np.asarray(session.download(outputs[name])), run.outputs[name]) for name in outputs])
+
+
+def _largest(distances: Sequence[float]) -> float:
+    """The largest of ``distances``; not a number where one is none, which ``max`` may pass over."""
+    return float(np.max(distances))
 
 
 def _uploaded(session: TensorRtSession, run: Run) -> tuple[dict[str, DeviceTensor], dict[str, DeviceTensor]]:
@@ -164,11 +165,21 @@ def _cuda_graphs(case: Case) -> str:
             editor.edit(request())
             with case.timed(str(graphs)):
                 edits[graphs] = editor.edit(request())
+            if graphs:
+                with editor.stages.session("transformer") as session:
+                    assert isinstance(session, TensorRtSession)
+                    _check_captured(session)
     return _same(
         edits[True],
         edits[False],
         f"the same bytes with CUDA graphs, {case.seconds['True']:.2f} s against {case.seconds['False']:.2f} s without",
     )
+
+
+def _check_captured(session: TensorRtSession) -> None:
+    """Check that runs were captured as CUDA graphs: without any, equal bytes would prove nothing."""
+    if not session.captured:
+        raise Failed("nothing was captured as a CUDA graph, see the warnings of TensorRT")
 
 
 def _moved_arena(case: Case) -> str:
@@ -183,6 +194,8 @@ def _moved_arena(case: Case) -> str:
                 device.reserve(before.size + 1)
                 moved = "moved" if device.arena.address != before.address else "grew at the same address"
             session.run(inputs, outputs)
+            if turn == 2:
+                _check_captured(session)
             results.append(np.array(session.download(outputs["velocity"])))
         inputs.clear()
         outputs.clear()

@@ -15,7 +15,7 @@ from qie.engines.backends import BACKENDS, available
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.errors import BackendMissingError, EngineMismatchError, QieError
 from qie.engines.gpus import Gpu
-from qie.engines.machine import this_machine, version_of
+from qie.engines.machine import Machine, this_machine, version_of
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.tensorrt.messages import messages_of
@@ -51,7 +51,7 @@ def run(
         QieError: the pocket model cannot be built for the CPU.
     """
     machine = this_machine()
-    gpu = _gpu(machine.gpus, device)
+    gpu = _gpu(machine, device)
     on_cpu = build_pocket("cpu", folder / "cpu")
     found: list[Check] = []
     for backend in backends:
@@ -77,13 +77,13 @@ def run(
     )
 
 
-def _gpu(gpus: Sequence[Gpu], device: int | None) -> Gpu:
-    if not gpus:
-        raise EngineMismatchError("this machine has no GPU that CUDA offers; see `qie doctor`")
-    fitting = [gpu for gpu in gpus if device in (None, gpu.index)]
+def _gpu(machine: Machine, device: int | None) -> Gpu:
+    if not machine.gpus:
+        raise EngineMismatchError(str(machine.no_gpu))
+    fitting = [gpu for gpu in machine.gpus if device in (None, gpu.index)]
     if not fitting:
-        offered = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
-        raise EngineMismatchError(f"CUDA offers no GPU {device}; choose one of {offered}", option="device")
+        offered = ", ".join(f"GPU {gpu.index} is {gpu.name}" for gpu in machine.gpus)
+        raise EngineMismatchError(f"there is no GPU {device}, where {offered}; choose one of these", option="device")
     return fitting[0]
 
 
@@ -91,13 +91,13 @@ def _build(backend: str, gpu: Gpu, folder: Path, *, memory_gib: float) -> Bundle
     recipe = folder / f"{backend}.toml"
     text = recipe_text(backend, gpu=gpu.name, capability=gpu.compute_capability, memory_gib=memory_gib)
     recipe.write_text(text, encoding="utf-8")
-    reason = BUILDERS[backend].unavailable(load_recipe(str(recipe)))
+    reason = BUILDERS[backend].unavailable(load_recipe(str(recipe)), gpu.index)
     if reason is None and not available(backend):
         reason = f"{backend} cannot execute here; run `{BACKENDS[backend].install}`"
     if reason is not None:
         raise BackendMissingError(reason)
-    bundle = build_pocket(recipe, folder / backend)
-    choose_engines(bundle)
+    bundle = build_pocket(recipe, folder / backend, device=gpu.index)
+    choose_engines(bundle, gpu.index)
     return bundle
 
 
@@ -129,7 +129,7 @@ def _warnings(checks: Sequence[Check]) -> Iterator[str]:
 
 def _packages() -> Iterator[tuple[str, str]]:
     names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
-    for name in [*names, "cuda-bindings", "onnxruntime", "numpy"]:
+    for name in [*names, "cuda-bindings", "onnxruntime", "onnxruntime-gpu", "numpy"]:
         version = version_of(name)
         if version is not None:
             yield name, version

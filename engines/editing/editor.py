@@ -5,7 +5,7 @@ NumPy, Pillow and the backend are imported with the first editor, not with this 
 
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -125,7 +125,8 @@ class Editor:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        with suppress(QieError) if kind is not None else nullcontext():  # the first problem is the one to tell
+            self.close()
 
 
 def _close_quietly(stages: "Stages") -> None:

@@ -37,8 +37,8 @@ class Stages:
     """The engines of a bundle, loaded when first needed, and the GPU that they share.
 
     With residency "resident" an engine stays loaded; with "sequential" its weights leave when its stage is done. On a
-    GPU, the file of the next engine is read ahead while one runs. Every stage takes ``progress``, which is called with
-    (runs done, runs in all).
+    GPU with TensorRT, the file of the next engine is read ahead while one runs. Every stage takes ``progress``, which
+    is called with (runs done, runs in all).
     """
 
     def __init__(
@@ -94,13 +94,18 @@ class Stages:
 
     @property
     def loads_cheaply(self) -> bool:
-        """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the host's memory."""
-        return self.residency == "resident" or self._device is None
+        """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the memory of a CPU."""
+        on_cpu = all(engine.compute_capability == "cpu" for engine in self.engines.values())
+        return self.residency == "resident" or on_cpu
 
     def schedule(self, sigmas: Float32) -> "UploadedSchedule | None":
-        """The schedule ``sigmas`` [S + 1] as the edit before left it on the GPU; None where it did not."""
-        kept = self._schedule
-        return kept[1] if kept is not None and kept[0] == sigmas.tobytes() else None
+        """The schedule ``sigmas`` [S + 1] as the edit before left it on the GPU; None where it left another or none.
+
+        Another one is dropped, so that there are never two.
+        """
+        if self._schedule is not None and self._schedule[0] != sigmas.tobytes():
+            self._schedule = None
+        return None if self._schedule is None else self._schedule[1]
 
     def keep_schedule(self, sigmas: Float32, schedule: "UploadedSchedule") -> None:
         """Keep ``schedule`` for the next edit, where the transformer stays on a GPU until then."""
@@ -188,9 +193,9 @@ class Stages:
         if component not in self._sessions:
             self._load(component)
         self._unloaded.discard(component)
-        if loads:
-            self._read_next(component)
         try:
+            if loads:
+                self._read_next(component)
             yield self._sessions[component]
         finally:
             released = loads and self.residency == "sequential"
@@ -226,7 +231,7 @@ class Stages:
                 self._sessions.pop(component).close()
 
     def _read_next(self, component: Component) -> None:
-        """Read the file of the engine that an edit needs after ``component`` ahead; on a CPU it stays mapped."""
+        """Read the file of the engine that an edit needs after ``component`` ahead, where a GPU takes engines whole."""
         following = COMPONENTS[COMPONENTS.index(component) + 1 :]
         if self._device is not None and following and following[0] not in self.loaded:
             path = self.engines[following[0]].path

@@ -141,17 +141,21 @@ def capture(stream: Stream, enqueue: Callable[[], bool]) -> CudaGraph | None:
     """
     mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     _call("cudaStreamBeginCapture", stream.handle, mode)
-    done = False
+    done, captured = False, None
     try:
         done = enqueue()
     finally:
         results, problem = _attempt("cudaStreamEndCapture", stream.handle)
-    if problem is not None:
-        _forget()
+        if problem is not None:
+            _forget()
+        elif done:
+            (captured,) = results
+        else:
+            _call("cudaGraphDestroy", *results)
+    if captured is None:
         return None
-    (captured,) = results
     try:
-        return CudaGraph(captured) if done else None
+        return CudaGraph(captured)
     except EngineError:
         _forget()
         return None

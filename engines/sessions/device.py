@@ -4,7 +4,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,16 +100,19 @@ class Device:
         self._closed = True
         self.gpu = choose_gpu(this_machine(), compute_capability, device)
         self.options = options or DeviceOptions()
-        cuda.use(self.gpu.index)
-        self.stream = cuda.Stream()
-        self._closed = False
-        self.arena = Block(0, 0)
-        self.weights_to_come = 0
-        self._arena_bytes = self.options.arena_bytes
+        self._marks: deque[cuda.Event] = deque()
+        self._allocated: set[int] = set()
         self._released: list[int] = []
         self._read: list[NDArray[Any]] = []
         self._working = False
-        self._marks = deque(cuda.Event() for _ in range(RUNS_AHEAD))
+        self.arena = Block(0, 0)
+        cuda.use(self.gpu.index)
+        self.stream = cuda.Stream()
+        self._closed = False
+        self.weights_to_come = 0
+        self._arena_bytes = self.options.arena_bytes
+        while len(self._marks) < RUNS_AHEAD:
+            self._marks.append(cuda.Event())
 
     def upload(self, array: NDArray[Any]) -> DeviceTensor:
         """A tensor with the content of ``array``, which must not change before the next ``synchronize``."""
@@ -126,6 +129,7 @@ class Device:
         self._free_released()
         kind = np.dtype(dtype)
         address = cuda.allocate(max(1, math.prod(shape) * kind.itemsize))
+        self._allocated.add(address)
         return DeviceTensor(self, address, shape, kind)
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
@@ -198,22 +202,30 @@ class Device:
         cuda.use(self.gpu.index)
 
     def release(self, address: int) -> None:
-        """Mark the memory at ``address`` as free once all work so far is done."""
-        self._released.append(address)
+        """Mark the memory at ``address`` as free once all work so far is done; a closed device has freed it."""
+        if not self._closed:
+            self._released.append(address)
 
     def close(self) -> None:
-        """Free everything. Sessions must be closed before, and tensors not used again. Closing twice is allowed."""
+        """Free everything, tensors that are still held among it: the frames of an exception hold some.
+
+        Sessions must be closed before, and tensors not used again. Closing twice is allowed.
+
+        Raises:
+            EngineError: some of the work failed; everything is freed all the same.
+        """
         if self._closed:
             return
         self._closed = True
-        self.use()
-        self.synchronize()
-        self._free_released()
-        if self.arena.size:
-            cuda.free(self.arena.address)
-        for mark in self._marks:
-            mark.close()
-        self.stream.close()
+        self._released.clear()
+        with ExitStack() as stack:  # last in, first out; no failure skips what is left
+            stack.callback(self.stream.close)
+            for mark in self._marks:
+                stack.callback(mark.close)
+            for address in self._allocated | ({self.arena.address} if self.arena.size else set()):
+                stack.callback(cuda.free, address)
+            stack.callback(self.synchronize)
+            self.use()
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # then the driver frees everything
@@ -224,4 +236,6 @@ class Device:
         if self._released and self._working:
             self.synchronize()
         while self._released:
-            cuda.free(self._released.pop())
+            address = self._released.pop()
+            self._allocated.discard(address)
+            cuda.free(address)

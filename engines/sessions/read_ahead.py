@@ -5,6 +5,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from qie.engines.machine import memory_bytes
+
 __all__ = ["read_ahead"]
 
 PIECE = 1 << 26
@@ -29,7 +31,11 @@ def read_ahead(path: Path) -> threading.Thread | None:
         os.close(descriptor)
         return None
     thread = threading.Thread(target=_read, args=(descriptor, size), name="qie-read-ahead", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads
+        os.close(descriptor)
+        return None
     return thread
 
 
@@ -41,9 +47,9 @@ def _read(descriptor: int, size: int) -> None:
 
 
 def _available_bytes() -> int | None:
-    """Memory that the system can give without swapping, cached files included (``MemAvailable``)."""
+    """Memory that this process may use without swapping, cached files included (``MemAvailable``, or its limit)."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, memory_bytes())
     return None

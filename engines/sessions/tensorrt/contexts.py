@@ -13,7 +13,7 @@ Variables are named for the class of TensorRT that they hold, see ``tests/engine
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,6 +48,13 @@ class BoundContext:
     runs: int = 0
     cuda_graph: cuda.CudaGraph | None = None
 
+    def close(self) -> None:
+        """Release context and CUDA graph, of which no run may be in flight."""
+        graph, self.cuda_graph = self.cuda_graph, None
+        self.context, self.bindings = None, ()
+        if graph is not None:
+            graph.close()
+
 
 class Contexts:
     """The execution contexts of one engine, at most as many as take turns, each bound to a set of tensors."""
@@ -68,6 +75,12 @@ class Contexts:
         self._captured_by_tensorrt = self._configure(captures=looped and not streams)
         by_session = looped and not streams and device.options.cuda_graphs is not False
         self._captures = by_session and not hasattr(self._config, "cuda_graph_strategy")
+
+    @property
+    def captured(self) -> bool:
+        """Whether runs are captured, here or behind TensorRT's API; there, a warning tells where they are not."""
+        refused = any("not graph capturable" in text for text in self._messages.warnings)
+        return self.cuda_graphs > 0 or (self._captured_by_tensorrt and not refused)
 
     @property
     def cuda_graphs(self) -> int:
@@ -95,17 +108,18 @@ class Contexts:
 
     def close(self) -> None:
         """Save the kernels, then release contexts and CUDA graphs. No run may be in flight."""
-        try:
-            if self._kernels is not None:
-                self._kernels.save()
-        finally:
+        with ExitStack() as stack:  # last in, first out; no failure skips what is left
+            stack.callback(self._forget)
             for bound in self._contexts:
-                self._drop_graph(bound)
-                bound.context, bound.bindings = None, ()
-            self._contexts.clear()
-            self._config = None
-            self._kernels = None
-            self._engine = None
+                stack.callback(bound.close)
+            if self._kernels is not None:
+                stack.callback(self._kernels.save)
+
+    def _forget(self) -> None:
+        self._contexts.clear()
+        self._config = None
+        self._kernels = None
+        self._engine = None
 
     # Configuration
 
@@ -116,6 +130,7 @@ class Contexts:
         outputs, not by that of the arena, so it does so only on request. Returns whether it does.
         """
         trt, engine, options = self._trt, self._engine, self._device.options
+        self._messages.errors.clear()
         if not hasattr(engine, "create_runtime_config"):
             return False
         config = self._config = engine.create_runtime_config()
@@ -160,6 +175,7 @@ class Contexts:
         bound.bindings = ()  # a context that is bound only in part must not be found by ``run``
         self._contexts.append(bound)
         context, record = bound.context, self._record
+        self._messages.errors.clear()  # of what was allowed to fail
         shapes = {name: shape for name, _, shape in bindings}
         profile = self._profile(shapes)
         if profile != bound.profile:
@@ -267,7 +283,8 @@ class Contexts:
     @contextmanager
     def _refused(self, reason: str) -> Iterator[None]:
         """Turn what the bindings raise into an EngineError: RuntimeError of a call that failed, TypeError of None,
-        ValueError of dims without a rank."""
+        ValueError of dims without a rank.
+        """
         try:
             yield
         except (RuntimeError, TypeError, ValueError) as problem:
@@ -278,10 +295,11 @@ class Contexts:
             raise self._failed(f"{name} cannot be set to {value}")
 
     def _failed(self, reason: str) -> EngineError:
+        """An error with what TensorRT logged; a smaller edit helps where memory is short, as in most failed runs."""
         errors = self._messages.take()
         return EngineError(
             f"{self._trt.__name__} cannot run {self._record.component}, {reason}{f' ({errors})' if errors else ''}; "
-            "use a smaller size or fewer images",
+            "use a smaller size or fewer images, or see `qie selftest`",
             option="size",
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qie.engines.bundle.manifest import EngineRecord
-from qie.engines.errors import BundleError, EngineError, EngineMismatchError, QieError
+from qie.engines.errors import BundleError, EngineError, EngineMismatchError, QieError, first_line
 from qie.engines.machine import GIB
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Device
@@ -144,11 +144,12 @@ class LoadedEngine:
         streamable = int(engine.streamable_weights_size)
         if streamable <= 0:
             return False
-        device.expect(int(engine.device_memory_size_v2))
         free, _ = cuda.memory()
-        taken = device.arena_to_come + device.weights_to_come + _largest_io(self._record) + STREAMING_MARGIN
-        budget = min(streamable, max(free - taken, 0))
-        engine.weight_streaming_budget_v2 = budget
+        for _ in range(2):  # streaming takes memory for runs itself (weight_streaming_scratch_memory_size)
+            device.expect(int(engine.device_memory_size_v2))
+            taken = device.arena_to_come + device.weights_to_come + _largest_io(self._record) + STREAMING_MARGIN
+            budget = min(streamable, max(free - taken, 0))
+            engine.weight_streaming_budget_v2 = budget
         actual = int(engine.weight_streaming_budget_v2)
         if actual > budget:
             raise EngineError(
@@ -164,8 +165,13 @@ class LoadedEngine:
 
 
 def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as problem:  # absent, empty
+        raise BundleError(
+            f"{path} cannot be read ({first_line(problem)}); build the bundle again with `qie build`"
+        ) from problem
     _read_ahead(content)
     return content
 

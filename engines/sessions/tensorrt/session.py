@@ -112,6 +112,11 @@ class TensorRtSession:
         return int(self._loaded.engine.device_memory_size_v2)
 
     @property
+    def captured(self) -> bool:
+        """Whether runs are captured as CUDA graphs, as far as TensorRT tells: it warns where it does not capture."""
+        return self._contexts.captured
+
+    @property
     def cuda_graphs(self) -> int:
         """Captured CUDA graphs; 0 where TensorRT captures them itself."""
         return self._contexts.cuda_graphs

@@ -1,5 +1,6 @@
 """Whole edits on a fake GPU: the same bytes as on the CPU, and the order of work."""
 
+import gc
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +291,56 @@ def test_an_interrupt_in_the_loop_leaves_an_editor_that_works(folder: Path, gpu:
     with pytest.raises(KeyboardInterrupt):
         editor.edit(request(), progress=interrupt)
     assert same(editor.edit(request()), on_cpu.edit(request()))
+
+
+@pytest.mark.parametrize("residency", ["resident", "sequential"])
+def test_an_exception_leaves_nothing_on_the_gpu(folder: Path, gpu: Gpu, residency: Residency) -> None:
+    """Its frames hold tensors when the editor is closed."""
+
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "denoise" and done == 2:
+            raise ValueError("of the caller")
+
+    kept = []
+    for _ in range(3):
+        with (
+            pytest.raises(ValueError, match="of the caller") as problem,
+            editor_of(folder, residency=residency) as editor,
+        ):
+            editor.edit(request(), progress=fail)
+        kept.append(problem)
+    gc.collect()
+    assert gpu.blocks == {}
+    assert gpu.crashes == []
+
+
+def test_the_first_problem_is_the_one_that_is_told(folder: Path, gpu: Gpu) -> None:
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "denoise" and done == 2:
+            gpu.broken = Code.cudaErrorIllegalAddress
+            raise ValueError("of the caller")
+
+    with pytest.raises(ValueError, match="of the caller"), editor_of(folder) as editor:
+        editor.edit(request(), progress=fail)
+    gc.collect()
+    assert gpu.crashes == []
+
+
+@pytest.mark.parametrize("graphs", [None, True])
+def test_a_gpu_that_fails_leaves_no_context(folder: Path, gpu: Gpu, graphs: bool | None) -> None:
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "denoise" and done == 3:
+            gpu.broken = Code.cudaErrorIllegalAddress
+
+    editor = editor_of(folder, cuda_graphs=graphs)
+    with pytest.raises(EngineError, match="cudaErrorIllegalAddress"):
+        editor.edit(request(), progress=fail)
+    with pytest.raises(EngineError, match="cudaErrorIllegalAddress"):
+        editor.close()
+    gc.collect()
+    assert [reference() for reference in gpu.contexts if reference() is not None] == []
+    assert [reference() for reference in gpu.engines if reference() is not None] == []
+    assert gpu.crashes == []
 
 
 def test_a_closed_editor_loads_again(folder: Path, gpu: Gpu, on_cpu: Editor) -> None:

@@ -44,6 +44,16 @@ def test_an_engine_of_another_version_or_gpu(folder: Path, device: Device, key: 
         TensorRtSession(folder, record, device)
 
 
+def test_a_file_that_was_emptied_or_deleted(folder: Path, device: Device) -> None:
+    record = record_of(folder, "vision")
+    (folder / "vision.engine").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"vision.engine cannot be read \(cannot mmap an empty file\); build"):
+        TensorRtSession(folder, record, device)
+    (folder / "vision.engine").unlink()
+    with pytest.raises(BundleError, match=r"vision.engine cannot be read \(.*No such file.*\); build the bundle again"):
+        TensorRtSession(folder, record, device)
+
+
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])
 def test_a_driver_that_is_too_old_for_the_engine(folder: Path, device: Device, gpu: Gpu) -> None:
     gpu.old_driver = True
