@@ -168,6 +168,8 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         FileExistsError: ``path`` exists when the block is done, and ``overwrite`` is false.
     """
     if overwrite and path.is_symlink():
+        if is_link_loop(path):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         path = path.resolve()
     for leftover, _, _ in leftovers_of(path.parent, path.name):
         _remove_unlocked(leftover)

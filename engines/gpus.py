@@ -117,7 +117,15 @@ def _gpus(library: Any) -> tuple[Gpu, ...]:
     _call(library, "cuDeviceGetCount", ctypes.byref(count))
     if not count.value:
         raise _CudaError(NO_DEVICE, "0 from cuDeviceGetCount")
-    return tuple(_gpu(library, index) for index in range(count.value))
+    found, last = [], _CudaError(NO_DEVICE, "0 from cuDeviceGetCount")
+    for index in range(count.value):
+        try:
+            found.append(_gpu(library, index))
+        except _CudaError as problem:  # one that fails hides no other
+            last = problem
+    if not found:
+        raise last
+    return tuple(found)
 
 
 def _gpu(library: Any, index: int) -> Gpu:
@@ -157,7 +165,8 @@ def _call(library: Any, name: str, *arguments: Any) -> None:
     code = function(*arguments)
     if code:
         text = ctypes.c_char_p()
-        known = library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text)) == 0 and text.value
+        named = hasattr(library, "cuGetErrorName")
+        known = named and library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text)) == 0 and text.value
         raise _CudaError(code, f"{known.decode() if known else f'error {code}'} from {name}")
 
 
@@ -183,7 +192,7 @@ def _hint(code: int) -> str:
 def _cuda_version(library: Any) -> str | None:
     """The latest CUDA that the driver serves; this call works before ``cuInit`` and without a GPU."""
     version = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(version)):
+    if not hasattr(library, "cuDriverGetVersion") or library.cuDriverGetVersion(ctypes.byref(version)):
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 

@@ -74,7 +74,7 @@ class Editor:
             self.bundle, device=device, residency=residency, cuda_graphs=cuda_graphs, specialization=specialization
         )
         self.tokenizer = open_tokenizer(self.bundle)
-        self._lock, self._edits = threading.RLock(), False
+        self._lock, self._edits, self._closes = threading.RLock(), False, False
         weakref.finalize(self, _close_quietly, self.stages)  # also at interpreter exit
 
     def edit(
@@ -110,14 +110,19 @@ class Editor:
                 )
             finally:
                 self._edits = False
+                if self._closes:
+                    self.close()
 
     def close(self) -> None:
-        """Release all engines and the GPU once a running edit of another thread has ended.
+        """Release all engines and the GPU once a running edit has ended.
 
-        The next edit would load them again. Closing twice is allowed.
+        An edit of another thread is waited for; one of this thread, as in a signal handler, closes when it ends. The
+        next edit would load the engines again. Closing twice is allowed.
         """
         with self._lock:
-            self.stages.close()
+            self._closes = self._edits
+            if not self._edits:
+                self.stages.close()
 
     def __enter__(self) -> "Editor":
         return self

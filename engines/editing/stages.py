@@ -5,7 +5,7 @@ model, H W pixels, h w = H / 16, W / 16 latent tokens, C = 64 latent channels of
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency, Specialization
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.errors import RequestError
+from qie.engines.errors import BundleError, RequestError
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.vision import VisionInputs
@@ -215,9 +215,15 @@ class Stages:
         if device is not None and self.residency == "resident":
             others = [self.engines[c] for c in COMPONENTS if c != component and c not in self._sessions]
             device.weights_to_come = sum(file.bytes for other in others for file in other.files)
-        self._sessions[component] = self.bundle.folder.read(
-            lambda folder: load(folder, engine, device, index), discard=lambda session: session.close()
-        )
+        try:
+            self._sessions[component] = self.bundle.folder.read(
+                lambda folder: load(folder, engine, device, index), discard=lambda session: session.close()
+            )
+        except OSError as problem:
+            raise BundleError(
+                f"the bundle {self.bundle.path} cannot be read any more ({problem.strerror or problem}); build it "
+                "again with `qie build`"
+            ) from problem
 
     def _release(self, component: Component) -> None:
         """Unload the weights, or close the session where they cannot be unloaded alone."""
@@ -235,7 +241,8 @@ class Stages:
         following = COMPONENTS[COMPONENTS.index(component) + 1 :]
         if self._device is not None and following and following[0] not in self.loaded:
             path = self.engines[following[0]].path
-            self.bundle.folder.read(lambda folder: read_ahead(folder / path))
+            with suppress(OSError):  # whoever loads it tells what is wrong
+                self.bundle.folder.read(lambda folder: read_ahead(folder / path))
 
     def close(self) -> None:
         """Release all engines and the GPU; the next stage would load them again. Closing twice is allowed."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qie.engines.errors import EngineError, EngineMismatchError, QieError
+from qie.engines.errors import EngineError, EngineMismatchError, QieError, first_line
 
 __all__ = [
     "CudaGraph",
@@ -197,7 +197,10 @@ def _call(name: str, *arguments: Any, kind: type[QieError] = EngineError) -> Any
 
 def _attempt(name: str, *arguments: Any) -> tuple[list[Any], str | None]:
     """The results of a call, and the name of its error."""
-    code, *results = getattr(_runtime(), name)(*arguments)
+    try:
+        code, *results = getattr(_runtime(), name)(*arguments)
+    except RuntimeError as failure:  # of the bindings: a library that does not load, a function that it lacks
+        return [], first_line(failure)
     problem = None if code == _runtime().cudaError_t.cudaSuccess else str(code.name)
     return results, problem
 

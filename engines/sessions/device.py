@@ -198,7 +198,13 @@ class Device:
         self._read.clear()
 
     def use(self) -> None:
-        """Make this GPU the calling thread's."""
+        """Make this GPU the calling thread's.
+
+        Raises:
+            EngineError: it was closed.
+        """
+        if self._closed:
+            raise EngineError("the GPU was closed while it was in use; do not close an editor within its own edit")
         cuda.use(self.gpu.index)
 
     def release(self, address: int) -> None:
@@ -225,7 +231,7 @@ class Device:
             for address in self._allocated | ({self.arena.address} if self.arena.size else set()):
                 stack.callback(cuda.free, address)
             stack.callback(self.synchronize)
-            self.use()
+            cuda.use(self.gpu.index)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # then the driver frees everything
@@ -236,6 +242,5 @@ class Device:
         if self._released and self._working:
             self.synchronize()
         while self._released:
-            address = self._released.pop()
-            self._allocated.discard(address)
-            cuda.free(address)
+            cuda.free(self._released[-1])
+            self._allocated.discard(self._released.pop())

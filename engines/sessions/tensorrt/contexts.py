@@ -12,8 +12,8 @@ Variables are named for the class of TensorRT that they hold, see ``tests/engine
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Block, Device
 from qie.engines.sessions.tensorrt.contract import Shape, profile_ranges, shape_text, within
 from qie.engines.sessions.tensorrt.kernel_cache import KernelCache, cache_path
+from qie.engines.sessions.tensorrt.messages import raising
 
 __all__ = ["Bindings", "Contexts"]
 
@@ -72,7 +73,8 @@ class Contexts:
         self._shapes_run: set[tuple[Shape, ...]] = set()
         self._config: Any = None
         self._kernels: KernelCache | None = None
-        self._captured_by_tensorrt = self._configure(captures=looped and not streams)
+        with self._refused("contexts cannot be configured"):
+            self._captured_by_tensorrt = self._configure(captures=looped and not streams)
         by_session = looped and not streams and device.options.cuda_graphs is not False
         self._captures = by_session and not hasattr(self._config, "cuda_graph_strategy")
 
@@ -134,6 +136,8 @@ class Contexts:
         if not hasattr(engine, "create_runtime_config"):
             return False
         config = self._config = engine.create_runtime_config()
+        if config is None:
+            raise self._failed("contexts cannot be configured")
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         by_tensorrt = hasattr(config, "cuda_graph_strategy") and captures and options.cuda_graphs is True
         if hasattr(config, "cuda_graph_strategy"):
@@ -146,8 +150,7 @@ class Contexts:
             ]
         if hasattr(config, "create_runtime_cache"):
             path = cache_path(self._record.backend, self._record.key, self._device.gpu.name)
-            self._kernels = KernelCache(config.create_runtime_cache(), path)
-            self._kernels.load(config)
+            self._kernels = KernelCache.open(config, path)
         return by_tensorrt
 
     def _new_context(self) -> Any:
@@ -198,7 +201,8 @@ class Contexts:
             passed = f"{spec.name} is {shape_text(shapes[spec.name])}, expected {shape_text(shape)}"
             assert shape == shapes[spec.name], f"{record.component}: {passed}"
         for name, address, _ in bindings:
-            self._expect(context.set_tensor_address(name, address), name, "its address")
+            with self._refused(f"{name} cannot be set to its address"):
+                self._expect(context.set_tensor_address(name, address), name, "its address")
         self._attach_arena(bound)
         bound.bindings = bindings
         return bound
@@ -222,8 +226,11 @@ class Contexts:
     def _attach_arena(self, bound: BoundContext) -> None:
         """Attach the arena, grown to what the context's shapes need, or to the engine's maximum where unknown."""
         context, engine = bound.context, self._engine
-        arena = self._device.reserve(context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2)
-        context.set_device_memory(arena.address, arena.size)
+        with self._refused("its memory is unknown"):
+            size = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
+        arena = self._device.reserve(size)
+        with self._refused("the arena cannot be set"):
+            context.set_device_memory(arena.address, arena.size)
         bound.arena = arena
 
     def _drop_graph(self, bound: BoundContext) -> None:
@@ -280,15 +287,9 @@ class Contexts:
 
     # Failures
 
-    @contextmanager
-    def _refused(self, reason: str) -> Iterator[None]:
-        """Turn what the bindings raise into an EngineError: RuntimeError of a call that failed, TypeError of None,
-        ValueError of dims without a rank.
-        """
-        try:
-            yield
-        except (RuntimeError, TypeError, ValueError) as problem:
-            raise self._failed(f"{reason}: {problem}") from problem
+    def _refused(self, reason: str) -> AbstractContextManager[None]:
+        """Turn what the bindings raise in the block into an error with ``reason``."""
+        return raising(lambda problem: self._failed(f"{reason}: {problem}"))
 
     def _expect(self, taken: bool, name: str, value: object) -> None:
         if not taken:

@@ -13,6 +13,7 @@ from qie.engines.machine import GIB
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Device
 from qie.engines.sessions.tensorrt.contract import NUMPY_DTYPES
+from qie.engines.sessions.tensorrt.messages import raising
 
 __all__ = ["LoadedEngine"]
 
@@ -52,17 +53,14 @@ class LoadedEngine:
             EngineError: the GPU is out of memory.
         """
         self._trt, self._messages, self._record, self._path, self._device = trt, messages, record, path, device
-        self._runtime = trt.Runtime(messages)
-        self._content: mmap.mmap | None = _map(path)
+        self._runtime: Any = None
         self.engine: Any = None
+        self._content: mmap.mmap | None = _map(path)
         try:
-            self._check_validity()
-            deferred = device.options.unloads and hasattr(self._runtime, "defer_weights_loading")
-            self.engine = self._deserialize(deferred=deferred)
-            if deferred and (self.engine.streamable_weights_size or not self.engine.load_weights(self._content)):
-                self.engine, deferred = None, False
-                self.engine = self._deserialize(deferred=False)
-            self.streams = self._set_streaming_budget()
+            with raising(self.error):
+                self._runtime = trt.Runtime(messages)
+                deferred = self._load()
+                self.streams = self._set_streaming_budget()
         except BaseException:
             self.close()
             raise
@@ -70,6 +68,16 @@ class LoadedEngine:
         if not deferred:
             self._content.close()
             self._content = None
+
+    def _load(self) -> bool:
+        """Load the engine; whether its weights were loaded apart from it."""
+        self._check_validity()
+        deferred = self._device.options.unloads and hasattr(self._runtime, "defer_weights_loading")
+        self.engine = self._deserialize(deferred=deferred)
+        if deferred and (self.engine.streamable_weights_size or not self.engine.load_weights(self._content)):
+            self.engine, deferred = None, False
+            self.engine = self._deserialize(deferred=False)
+        return deferred
 
     def load_weights(self) -> None:
         """Bring back weights that were unloaded; contexts stay valid.
@@ -81,12 +89,15 @@ class LoadedEngine:
             return
         assert self._content is not None
         _read_ahead(self._content)
-        if not self.engine.load_weights(self._content):
-            raise self._load_error(self._messages.take())
+        with raising(self.error):
+            loaded = self.engine.load_weights(self._content)
+        if not loaded:
+            raise self.error(self._messages.take())
 
     def unload_weights(self) -> bool:
         """Give the memory of the weights back; False where TensorRT cannot. No run may be in flight."""
-        return self._deferred and bool(self.engine.unload_weights())
+        with raising(self.error):
+            return self._deferred and bool(self.engine.unload_weights())
 
     def close(self) -> None:
         """Release engine and file; contexts and configs of the engine must be gone."""
@@ -119,15 +130,18 @@ class LoadedEngine:
             runtime.defer_weights_loading = False
         engine = runtime.deserialize_cuda_engine(self._content)
         if engine is None:
-            raise self._load_error(self._messages.take())
+            raise self.error(self._messages.take())
         return engine
 
-    def _load_error(self, errors: str) -> QieError:
+    def error(self, errors: str) -> QieError:
+        """The error of an engine that does not load, for what TensorRT logged or raised."""
         if "memory" in errors.lower():
             free, total = cuda.memory()
+            size = next(file.bytes for file in self._record.files if file.path == self._record.path)
+            fix = "" if self._device.options.unloads else 'with residency = "sequential", or '
             return EngineError(
-                f"{self._record.component} has {self._path.stat().st_size:,} bytes, the GPU {free:,} of {total:,} "
-                f'bytes free ({errors}); build with residency = "sequential", or for a larger GPU'
+                f"{self._record.component} has {size:,} bytes, the GPU {free:,} of {total:,} bytes free ({errors}); "
+                f"build {fix}for a larger GPU"
             )
         return BundleError(
             f"{self._name} cannot load {self._path} ({errors or 'no reason given'}); build the bundle again with "

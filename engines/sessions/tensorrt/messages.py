@@ -2,12 +2,29 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-__all__ = ["messages_of"]
+from qie.engines.errors import QieError, first_line
+
+__all__ = ["messages_of", "raising"]
 
 LOGGER = logging.getLogger("qie.tensorrt")
+
+
+@contextmanager
+def raising(error: Callable[[str], QieError]) -> Iterator[None]:
+    """Raise ``error`` of what TensorRT's bindings raise in the block.
+
+    They raise RuntimeError for a call that fails, TypeError for None where they take or make an object, and ValueError
+    for dims without a rank (pyCore.cpp).
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise error(first_line(problem)) from problem
 
 
 @cache

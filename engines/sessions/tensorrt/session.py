@@ -21,7 +21,7 @@ from qie.engines.sessions.device import Device, DeviceTensor
 from qie.engines.sessions.tensorrt.contexts import Contexts
 from qie.engines.sessions.tensorrt.contract import NUMPY_DTYPES, check_contract, matches, shape_text
 from qie.engines.sessions.tensorrt.loading import LoadedEngine
-from qie.engines.sessions.tensorrt.messages import messages_of
+from qie.engines.sessions.tensorrt.messages import messages_of, raising
 
 __all__ = ["TensorRtSession"]
 
@@ -54,8 +54,9 @@ class TensorRtSession:
             self._loaded = LoadedEngine(trt, messages, record, path, device)
             stack.callback(self._loaded.close)
             engine = self._loaded.engine
-            self.contract = check_contract(trt, engine, record, path)
-            device.expect(int(engine.device_memory_size_v2))
+            with raising(self._loaded.error):
+                self.contract = check_contract(trt, engine, record, path)
+                device.expect(int(engine.device_memory_size_v2))
             self._contexts = Contexts(trt, messages, engine, record, device, streams=self._loaded.streams)
             stack.pop_all()
         self._closing = weakref.finalize(self, _close_quietly, device, self._contexts, self._loaded)

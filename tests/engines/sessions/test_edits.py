@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from qie.engines.editing import stages as stages_module
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
-from qie.engines.errors import EngineError
+from qie.engines.errors import BundleError, EngineError
 from qie.engines.inputs.bfloat16 import round_to_bfloat16
 from qie.engines.inputs.modulation import Tables
 from qie.engines.inputs.schedule import sigmas
@@ -341,6 +342,31 @@ def test_a_gpu_that_fails_leaves_no_context(folder: Path, gpu: Gpu, graphs: bool
     assert [reference() for reference in gpu.contexts if reference() is not None] == []
     assert [reference() for reference in gpu.engines if reference() is not None] == []
     assert gpu.crashes == []
+
+
+@pytest.mark.parametrize("stage", ["vision", "language", "encode", "denoise", "decode"])
+def test_an_editor_that_is_closed_in_its_own_edit_closes_when_that_ends(
+    folder: Path, gpu: Gpu, on_cpu: Editor, stage: str
+) -> None:
+    """As a handler of a signal would."""
+    editor = editor_of(folder)
+    edit = editor.edit(request(), progress=lambda what, *_: editor.close() if what == stage else None)
+    assert same(edit, on_cpu.edit(request()))
+    assert gpu.blocks == {}
+    assert editor.stages.loaded == ()
+    assert same(editor.edit(request()), edit)
+    editor.close()
+
+
+def test_a_bundle_that_is_deleted_while_it_is_open(folder: Path, gpu: Gpu, on_cpu: Editor) -> None:
+    editor = editor_of(folder)
+    editor.edit(request())
+    shutil.rmtree(folder)
+    assert same(editor.edit(request()), on_cpu.edit(request())), "everything that it needs is loaded"
+    editor.close()
+    with pytest.raises(BundleError, match=r"the bundle .* cannot be read any more .*; build it again with `qie build`"):
+        editor.edit(request())
+    editor.close()
 
 
 def test_a_closed_editor_loads_again(folder: Path, gpu: Gpu, on_cpu: Editor) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qie.engines.sessions.device import Device, DeviceOptions
-from tests.support.fake_gpu import Gpu
+from tests.support.fake_gpu import Gpu, RtxRuntimeConfig, RuntimeCache
 from tests.support.tensorrt_sessions import (
     TRANSFORMER,
     Loop,
@@ -84,6 +85,58 @@ def test_a_cache_that_cannot_be_written_is_no_failure(
     (qie_home / "cache").write_text("a file where a folder should be")
     loop.run()
     assert loop.results()
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("owner", "name", "problem"),
+    [
+        (RuntimeCache, "serialize", RuntimeError("of the library")),
+        (RuntimeCache, "deserialize", RuntimeError("of the library")),
+        (RtxRuntimeConfig, "create_runtime_cache", RuntimeError("of the library")),
+        (RtxRuntimeConfig, "create_runtime_cache", None),
+    ],
+)
+def test_a_cache_that_fails_costs_time_and_no_edit(
+    folder: Path, device: Device, owner: Any, name: str, problem: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        if problem is not None:
+            raise problem
+
+    Loop(folder, device).close()
+    monkeypatch.setattr(owner, name, fail)
+    loop = Loop(folder, device)
+    loop.run()
+    assert loop.results()
+    loop.close()
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_without_a_home_or_with_a_link_that_leads_nowhere_kernels_are_not_kept(
+    folder: Path, device: Device, qie_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Loop(folder, device)
+    first.run()
+    first.close()
+    (file,) = (qie_home / "cache" / "tensorrt-rtx").iterdir()
+    file.unlink()
+    file.symlink_to(file.name)
+    loop = Loop(folder, device)
+    loop.run()
+    assert loop.results()
+    loop.close()
+    for name in ("QIE_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    loop = Loop(folder, device)
+    loop.run()
+    assert loop.results()
+    loop.close()
+
+
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])

@@ -1,7 +1,9 @@
 """Engines and runs that TensorRT, the GPU or the manifest do not allow."""
 
+import gc
 import re
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ import numpy as np
 import pytest
 
 from qie.engines.errors import BundleError, EngineError, EngineMismatchError, QieError, RequestError
-from qie.engines.sessions.device import Device
+from qie.engines.sessions.device import Device, DeviceOptions
 from qie.engines.sessions.tensorrt.session import TensorRtSession
-from tests.support.fake_gpu import Code, Context, Engine, Gpu, RtxEngine
+from tests.support.fake_gpu import Code, Context, Engine, Gpu, RtxEngine, RtxRuntime
 from tests.support.tensorrt_sessions import (
     Loop,
     change_file,
@@ -158,6 +160,40 @@ def test_what_the_bindings_raise_is_an_error_of_the_engine(loop: Loop, monkeypat
             loop.run()
     loop.run()
     assert loop.results()
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("of the library")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deserialize_cuda_engine", "get_engine_validity", "get_tensor_dtype", "create_runtime_config", "load_weights"],
+)
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_what_the_bindings_raise_while_loading_is_an_error_too(
+    folder: Path, gpu: Gpu, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(gpu.capability, DeviceOptions(unloads=True))
+    for kind in (RtxRuntime, RtxEngine, Engine):
+        if hasattr(kind, name):
+            monkeypatch.setattr(kind, name, fail)
+    with pytest.raises((BundleError, EngineError), match="of the library"):
+        session_of(folder, "vision", device)
+    device.close()
+    gc.collect()
+    assert (gpu.blocks, gpu.in_use, gpu.crashes) == ({}, 0, [])
+
+
+def test_a_runtime_that_cannot_be_made(
+    folder: Path, device: Device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(import_module(backend.replace("-", "_")), "Runtime", none)
+    with pytest.raises(BundleError, match="factory function returned nullptr"):
+        session_of(folder, "vision", device)
 
 
 def test_inputs_that_contradict_each_other(loop: Loop, device: Device) -> None:
