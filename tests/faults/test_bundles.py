@@ -40,7 +40,7 @@ BAD_BUNDLES: dict[str, tuple[Break, str]] = {
     "another backend": (lambda b: retarget(b, backend="abacus", compute_capability="8.9"),
         "vision is built for abacus/8.9, which .*; build for this machine with the recipe cpu"),
     "another capability": (lambda b: retarget(b, compute_capability="1.0"),
-        "vision is built for onnxruntime/1.0, and this .*; build for "),
+        "vision is built for onnxruntime/1.0, and .*; .*build for this machine with the recipe cpu"),
 }  # fmt: skip
 
 

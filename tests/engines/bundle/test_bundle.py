@@ -159,8 +159,8 @@ def test_no_engine_fits(bundle: Path) -> None:
     reasons, fixes = str(problem.value).split("; ")
     first, second = reasons.split(", and vision ")
     assert first == "vision is built for abacus/8.9, which this qie cannot execute"
-    assert second.startswith("is built for onnxruntime/1.0, and this ")
-    assert fixes.startswith("build for this machine with the recipe cpu")
+    assert second.startswith("is built for onnxruntime/1.0, and ")
+    assert "build for this machine with the recipe cpu" in fixes
 
 
 def test_one_component_that_does_not_fit_is_enough(bundle: Path) -> None:
