@@ -163,6 +163,11 @@ def remove_leftover(folder: Path) -> bool:
     """Delete a folder that nobody holds, its lock last; whether it is gone."""
     try:
         lock, descriptor = _open_lock(folder)
+        if descriptor is None:
+            with suppress(OSError):
+                folder.rmdir()  # empty: whoever has just made it makes another
+                return True
+            lock, descriptor = _open_lock(folder)
     except FileNotFoundError:
         return True
     except OSError:

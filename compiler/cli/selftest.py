@@ -16,7 +16,7 @@ __all__ = ["selftest"]
 def selftest(
     device: DeviceOption = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend to test, tensorrt-rtx or tensorrt; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Backend to test, tensorrt-rtx or tensorrt; repeatable.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -140,6 +140,27 @@ def test_what_somebody_writes_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mine"]
 
 
+def test_a_folder_whose_lock_comes_between_two_looks_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread has made the folder and not yet its lock when this one looks for leftovers."""
+    name, looks = "_open_lock", []
+    inner = getattr(module, name)
+
+    def look(folder: Path) -> Any:
+        looks.append(folder)
+        return ("", None) if len(looks) == 1 else inner(folder)
+
+    with module.replacing_folder(tmp_path / "mine") as folder:
+        (folder / "weights").write_text("of the other thread")
+        monkeypatch.setattr(module, name, look)
+        assert not module.remove_leftover(folder)
+        monkeypatch.setattr(module, name, inner)
+        assert (folder / "weights").read_text() == "of the other thread"
+    assert looks == [folder, folder]
+    empty = temporary_name(tmp_path / "mine")
+    empty.mkdir()
+    assert module.remove_leftover(empty)
+
+
 def test_a_file_system_without_locks_keeps_what_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(95, "not supported")
