@@ -175,7 +175,7 @@ class RtxEngine(Engine):
     def unload_weights(self) -> bool:
         if not self._deferred or not self.weights_loaded:
             return False
-        if any(stream.queue for stream in self.gpu.streams.values()):
+        if any((c := each()) is not None and c.engine is self and c.in_flight[0] for each in self.gpu.contexts):
             self.gpu.misuse("weights are unloaded while work is in flight")
         self.native.hold(0)
         self.weights_loaded = False
