@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 
 import qie
-from qie.engines.backends import BACKENDS, built_for_cuda, cuda_lacking, installed
+from qie.engines.backends import BACKENDS, built_for_cuda, cuda_fix, cuda_lacking, installed
 from qie.engines.bundle.bundle import bundles, open_bundle
 from qie.engines.errors import QieError
 from qie.engines.files import existing, qie_home
@@ -169,7 +169,8 @@ def _missing_of_gpu(backend: str, machine: Machine) -> tuple[tuple[str, ...], st
         return ("an NVIDIA GPU",), str(machine.no_gpu).partition("; ")[2]
     lacking = cuda_lacking(backend, machine.cuda)
     if lacking is not None:
-        return (f"a driver for CUDA {lacking}",), f"update the driver, which serves CUDA {machine.cuda}"
+        fix = cuda_fix(backend, str(machine.cuda))
+        return (f"a driver for CUDA {lacking}, where this one serves CUDA {machine.cuda}",), fix
     return (), ""
 
 

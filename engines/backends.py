@@ -15,6 +15,7 @@ __all__ = [
     "Backend",
     "available",
     "built_for_cuda",
+    "cuda_fix",
     "cuda_lacking",
     "cuda_needed",
     "distribution",
@@ -188,6 +189,17 @@ def cuda_lacking(backend: str, served: str | None) -> int | None:
     """
     needed = cuda_needed(backend)
     return needed if served is not None and needed > int(served.partition(".")[0]) else None
+
+
+def cuda_fix(backend: str, served: str) -> str:
+    """How to make the packages of ``backend`` run with a driver that serves CUDA up to ``served``, such as "12.8"."""
+    facts, major = BACKENDS[backend], int(served.partition(".")[0])
+    packages = dict(facts.distributions)
+    if major in packages:
+        return f"update the driver, or run `pip install 'cuda-python<{major + 1}' {packages[major]}`"
+    if facts.gpu_package is not None:
+        return f"update the driver, or install an {facts.gpu_package} that is built for CUDA {major}"
+    return "update the driver"
 
 
 def distribution(backend: str) -> str:

@@ -29,7 +29,10 @@ def selftest(
     import tempfile
     from pathlib import Path
 
-    from qie.compiler.selftest.run import TESTED, run
+    from qie.compiler.planning.resolve import compile_packages
+
+    with compile_packages():
+        from qie.compiler.selftest.run import TESTED, run
     from qie.engines.errors import RequestError
     from qie.engines.records import to_plain
 
@@ -64,5 +67,5 @@ def _print(report: "Report") -> None:
     for warning in report.warnings:
         say(wrap(f"TensorRT: {warning}"))
     say(f"{report.count('passed')} passed, {report.count('failed')} failed, {report.count('skipped')} skipped")
-    if not report.count("passed"):
+    if report.count("skipped") == len(report.checks):
         say("nothing was tested: no backend serves this GPU here", err=True)

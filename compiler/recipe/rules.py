@@ -78,6 +78,8 @@ def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for backend in recipe.backends:
         if recipe.compute_capability is None and not BACKENDS[backend].on_cpu:
             yield "backends", f"has {backend}, which needs a GPU; set compute_capability or use onnxruntime"
+    if recipe.specialization != "none" and "tensorrt-rtx" not in recipe.backends:
+        yield "specialization", f'is "{recipe.specialization}", for which backends needs tensorrt-rtx; use "none"'
     if recipe.limits.build_workspace_gib > recipe.memory_gib:
         yield "limits.build_workspace_gib", f"is more than memory_gib ({recipe.memory_gib:g}); lower it"
 

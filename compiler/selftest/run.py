@@ -11,7 +11,7 @@ from qie.compiler.recipe.load import load_recipe
 from qie.compiler.selftest.case import Case, build_pocket, recipe_text
 from qie.compiler.selftest.checks import CHECKS, Checked
 from qie.compiler.selftest.report import Check, Failed, Report, Result
-from qie.engines.backends import BACKENDS, available
+from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.errors import BackendMissingError, EngineMismatchError, QieError
 from qie.engines.gpus import Gpu
@@ -96,6 +96,13 @@ def _build(backend: str, gpu: Gpu, folder: Path, *, memory_gib: float) -> Bundle
         reason = f"{backend} cannot execute here; run `{BACKENDS[backend].install}`"
     if reason is not None:
         raise BackendMissingError(reason)
+    served = this_machine().cuda
+    lacking = cuda_lacking(backend, served)
+    if lacking is not None and served is not None:
+        raise EngineMismatchError(
+            f"the packages of {backend} need a driver for CUDA {lacking}, and this one serves CUDA {served}; "
+            f"{cuda_fix(backend, served)}"
+        )
     bundle = build_pocket(recipe, folder / backend, device=gpu.index)
     choose_engines(bundle, gpu.index)
     return bundle

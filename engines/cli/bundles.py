@@ -154,7 +154,8 @@ def _facts(bundle: "Bundle") -> str:
         ["limits", f"sides from {limits.min_side} to {limits.max_side} pixels, at most {limits.max_area:,} pixels, "
                    f"{limits.references_max} input images, {limits.batch_max} results in a run"],
         ["defaults", f"{defaults.steps} steps, guidance {defaults.guidance:g}, {defaults.noise} noise, "
-                     f"{defaults.residency} engines"],
+                     f"{defaults.residency} engines"
+                     + (f", {defaults.specialization} specialization" if defaults.specialization != "none" else "")],
         ["schedules", f"{len(manifest.schedules)} precomputed"],
     ]  # fmt: skip
     return table(rows)

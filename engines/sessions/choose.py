@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from qie.engines.backends import BACKENDS, available, cuda_lacking, distribution, serves_gpu, version
+from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking, distribution, serves_gpu, version
 from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
@@ -137,16 +137,10 @@ def _gpu_obstacle(target: str, engine: EngineRecord, machine: Machine, device: i
 
 def _driver_obstacle(target: str, engine: EngineRecord, machine: Machine) -> QieError | None:
     """Why the driver cannot run the installed packages of the backend of ``engine``."""
-    backend = BACKENDS[engine.backend]
     needed = cuda_lacking(engine.backend, machine.cuda)
     if needed is None or machine.cuda is None:
         return None
-    packages, served = dict(backend.distributions), int(machine.cuda.partition(".")[0])
-    fix = "update the driver"
-    if served in packages:
-        fix += f", or run `pip install 'cuda-python<{served + 1}' {packages[served]}`"
-    elif backend.gpu_package is not None:
-        fix += f", or install an {backend.gpu_package} that is built for CUDA {served}"
+    fix = cuda_fix(engine.backend, machine.cuda)
     driver = "the driver" if machine.driver is None else f"driver {machine.driver}"
     return EngineMismatchError(
         f"{target}, whose packages here need a driver for CUDA {needed}, and {driver} serves CUDA {machine.cuda}; {fix}"

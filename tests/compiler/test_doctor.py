@@ -72,7 +72,11 @@ REPLACED = "onnxruntime-gpu, whose files those of the package for CPUs have repl
 @pytest.mark.parametrize(
     ("built", "missing", "fix"),
     [
-        ("13.0", "a driver for CUDA 13", "update the driver, which serves CUDA 12.8"),
+        (
+            "13.0",
+            "a driver for CUDA 13, where this one serves CUDA 12.8",
+            "update the driver, or install an onnxruntime-gpu that is built for CUDA 12",
+        ),
         ("12.8", None, None),
         (None, REPLACED, backends.BACKENDS["onnxruntime"].gpu_install),
     ],

@@ -80,3 +80,9 @@ def test_a_cpu_has_no_bfloat16_and_no_tensorrt(tmp_path: Path) -> None:
     assert "backends in FILE has tensorrt, which needs a GPU" in refusal(
         tmp_path, 'extends = "cpu"\nbackends = ["onnxruntime", "tensorrt"]'
     )
+
+
+def test_kernels_for_every_shape_are_tensorrts_for_rtx(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GPU + "specialization = 'none'")).specialization == "none"
+    message = refusal(tmp_path, GPU + "specialization = 'eager'")
+    assert "specialization in" in message and 'for which backends needs tensorrt-rtx; use "none"' in message

@@ -13,6 +13,7 @@ from qie.compiler.selftest import run as module
 from qie.compiler.selftest.case import recipe_text
 from qie.compiler.selftest.checks import CHECKS
 from qie.compiler.selftest.report import Report
+from qie.engines import backends
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.errors import EngineMismatchError
 from qie.engines.sessions.tensorrt.contexts import Contexts
@@ -154,3 +155,15 @@ def test_a_backend_that_cannot_be_tested() -> None:
 def test_a_name_that_would_break_a_recipe() -> None:
     text = recipe_text("tensorrt", gpu='NVIDIA "X"\\\n™', capability="8.9", memory_gib=44.5)
     assert 'gpu = "NVIDIA X"' in text
+
+
+def test_a_driver_that_is_too_old_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(cuda="12.8").install(monkeypatch)
+    monkeypatch.setattr(backends, "installed", lambda module: True)
+    monkeypatch.setattr(module, "build_pocket", lambda recipe, folder, **_: recipe)
+    monkeypatch.setattr(backends, "version_of", {"cuda-bindings": "13.4.4"}.get)
+    done = runner.invoke(app, ["selftest", "--backend", "tensorrt-rtx"])
+    assert done.exit_code == 1, done.exception
+    text = " ".join(done.output.split())
+    assert "need a driver for CUDA 13, and this one serves CUDA 12.8; update the driver, or run `pip install" in text
+    assert "nothing was tested" not in text

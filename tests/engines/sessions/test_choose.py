@@ -335,7 +335,13 @@ def test_doctor_shows_bundles_gpu_and_driver(qie: Qie, named: str, monkeypatch: 
     ("of", "gpus", "cuda", "missing", "fix"),
     [
         ("tensorrt-rtx", (), "12.8", ("an NVIDIA GPU",), "use a machine with an NVIDIA GPU"),
-        ("tensorrt-rtx", (L40S,), "11.8", ("a driver for CUDA 12",), "update the driver, which serves CUDA 11.8"),
+        (
+            "tensorrt-rtx",
+            (L40S,),
+            "11.8",
+            ("a driver for CUDA 12, where this one serves CUDA 11.8",),
+            "update the driver",
+        ),
         ("tensorrt-rtx", (L40S,), "12.8", (), None),
         ("tensorrt", (L40S,), "12.8", (), None),
         ("onnxruntime on a GPU", (L40S,), "12.8", (), None),
