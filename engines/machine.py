@@ -11,7 +11,7 @@ from pathlib import Path
 from qie.engines.errors import EngineMismatchError
 from qie.engines.gpus import NO_GPU, Gpu, find_driver
 
-__all__ = ["GIB", "Machine", "choose_gpu", "gpu_misfit", "memory_bytes", "this_machine", "version_of"]
+__all__ = ["GIB", "Machine", "absent_gpu", "choose_gpu", "gpu_misfit", "memory_bytes", "this_machine", "version_of"]
 
 GIB = 2**30
 """Bytes of a GiB."""
@@ -79,18 +79,26 @@ def gpu_misfit(machine: Machine, compute_capability: str, device: int | None = N
     """Why ``choose_gpu`` finds no GPU, a semicolon, and the fix; None where it finds one."""
     if any(_fits(gpu, compute_capability, device) for gpu in machine.gpus):
         return None
-    if not machine.gpus:
-        return machine.no_gpu
+    absent = absent_gpu(machine, device)
+    if absent is not None:
+        return absent
     if device is None:
         names = ", ".join(dict.fromkeys(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus))
         return f"this machine has {names}; build for that GPU with a recipe of `qie recipes`"
-    chosen = next((gpu for gpu in machine.gpus if gpu.index == device), None)
-    if chosen is None:
-        listed = ", ".join(f"GPU {gpu.index} is {gpu.name}" for gpu in machine.gpus)
-        return f"there is no GPU {device}, where {listed}; choose one of these"
+    chosen = next(gpu for gpu in machine.gpus if gpu.index == device)
     fitting = [f"GPU {gpu.index}" for gpu in machine.gpus if gpu.compute_capability == compute_capability]
     fix = f"choose {' or '.join(fitting)}" if fitting else "build for that GPU with a recipe of `qie recipes`"
     return f"GPU {device} is {chosen.name} ({chosen.compute_capability}); {fix}"
+
+
+def absent_gpu(machine: Machine, device: int | None) -> str | None:
+    """Why there is no GPU with the CUDA index ``device``, or none at all, and the fix; None where there is."""
+    if not machine.gpus:
+        return machine.no_gpu
+    if any(device in (None, gpu.index) for gpu in machine.gpus):
+        return None
+    listed = ", ".join(f"GPU {gpu.index} is {gpu.name}" for gpu in machine.gpus)
+    return f"there is no GPU {device}, where {listed}; choose one of these"
 
 
 def _fits(gpu: Gpu, compute_capability: str, device: int | None) -> bool:

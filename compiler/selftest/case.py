@@ -1,7 +1,7 @@
 """What the checks of one backend share: the pocket model's bundles for GPU and CPU, a request, recorded runs."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.packing.build import build
 from qie.compiler.planning.resolve import plan_build
+from qie.compiler.selftest.recording import RecordingStages, Run
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
+from qie.engines.editing.conditioning import open_tokenizer
+from qie.engines.editing.edit import edit
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
-from qie.engines.editing.stages import Stages
-from qie.engines.sessions.session import Session
+from qie.engines.progress import no_progress
 
-__all__ = ["STEPS", "Case", "Run", "build_pocket", "recipe_text", "request"]
+__all__ = ["STEPS", "Case", "build_pocket", "recipe_text", "request"]
 
 STEPS = 6
 
@@ -36,8 +37,6 @@ noise = "float32"
 [limits]
 build_workspace_gib = {workspace:.2f}
 """
-
-Arrays = dict[str, NDArray[Any]]
 
 
 def recipe_text(backend: str, *, gpu: str, capability: str, memory_gib: float) -> str:
@@ -55,15 +54,6 @@ def build_pocket(recipe: str | Path, destination: Path, *, device: int | None = 
         QieError: it cannot be built.
     """
     return build(plan_build("pocket", gpu=recipe, out=destination, device=device))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """The inputs and outputs of one run of an engine on the CPU."""
-
-    component: Component
-    inputs: Arrays
-    outputs: Arrays
 
 
 @dataclass(kw_only=True)
@@ -88,11 +78,11 @@ class Case:
     def expected(self) -> tuple[Edit, list[Run]]:
         """The edit on the CPU, and every run of its engines."""
         runs: list[Run] = []
-        with Editor(self.on_cpu) as editor:
-            editor.stages = _RecordingStages(self.on_cpu, runs)
-            edit = editor.edit(request())
-            editor.stages.close()
-        return edit, runs
+        stages = RecordingStages(self.on_cpu, runs)
+        try:
+            return edit(stages, open_tokenizer(self.on_cpu), request(), progress=no_progress), runs
+        finally:
+            stages.close()
 
     @contextmanager
     def editor(self, **options: Any) -> Iterator[Editor]:
@@ -123,35 +113,3 @@ def _image() -> Image.Image:
     y, x = np.mgrid[0:112, 0:160].astype(np.float32)
     channels = [127.5 + 100 * np.sin(x / 23 + c) * np.cos(y / 17 - c) for c in range(3)]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
-
-
-class _RecordingStages(Stages):
-    """Stages that append every run to ``runs``."""
-
-    def __init__(self, bundle: Bundle, runs: list[Run]) -> None:
-        super().__init__(bundle)
-        self._runs = runs
-
-    @contextmanager
-    def session(self, component: Component) -> Iterator[Session]:
-        """The session of ``component``, recorded."""
-        with super().session(component) as session:
-            recorded: Any = _Recorder(session, component, self._runs)
-            yield recorded
-
-
-class _Recorder:
-    """A session that appends each of its runs to ``runs``."""
-
-    def __init__(self, session: Session, component: Component, runs: list[Run]) -> None:
-        self._session, self._component, self._runs = session, component, runs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Run, and keep copies of what went in and came out."""
-        before = {name: np.array(self._session.download(tensor)) for name, tensor in inputs.items()}
-        self._session.run(inputs, outputs)
-        after = {name: np.array(self._session.download(tensor)) for name, tensor in outputs.items()}
-        self._runs.append(Run(component=self._component, inputs=before, outputs=after))

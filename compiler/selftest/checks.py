@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qie.compiler.selftest.case import Case, Run, request
+from qie.compiler.selftest.case import Case, request
+from qie.compiler.selftest.recording import Run
 from qie.compiler.selftest.report import Failed
 from qie.compiler.validation.metrics import psnr_db, relative_l2
 from qie.engines.bundle.manifest import COMPONENTS, Component

@@ -15,7 +15,7 @@ from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.errors import BackendMissingError, EngineMismatchError, QieError
 from qie.engines.gpus import Gpu
-from qie.engines.machine import Machine, this_machine, version_of
+from qie.engines.machine import Machine, absent_gpu, this_machine, version_of
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.tensorrt.messages import messages_of
@@ -78,13 +78,10 @@ def run(
 
 
 def _gpu(machine: Machine, device: int | None) -> Gpu:
-    if not machine.gpus:
-        raise EngineMismatchError(str(machine.no_gpu))
-    fitting = [gpu for gpu in machine.gpus if device in (None, gpu.index)]
-    if not fitting:
-        offered = ", ".join(f"GPU {gpu.index} is {gpu.name}" for gpu in machine.gpus)
-        raise EngineMismatchError(f"there is no GPU {device}, where {offered}; choose one of these", option="device")
-    return fitting[0]
+    absent = absent_gpu(machine, device)
+    if absent is not None:
+        raise EngineMismatchError(absent, option=None if device is None else "device")
+    return next(gpu for gpu in machine.gpus if device in (None, gpu.index))
 
 
 def _build(backend: str, gpu: Gpu, folder: Path, *, memory_gib: float) -> Bundle:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qie.compiler.selftest.recording import RecordingStages, Run
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.editing import stages as stages_module
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
-from qie.engines.sessions.load import load as load_session
-from tests.support.gpu_bundles import WIDE, Recorder, Run, build_for_gpu, edit_request
+from tests.support.gpu_bundles import WIDE, build_for_gpu, edit_request
 from tests.support.images import smooth_image
 
 BACKENDS = ["tensorrt-rtx", "tensorrt", "onnxruntime"]
@@ -92,10 +91,10 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs_on_cpu(bundle: Path) -> list[Run]:
     """Every run of an edit of two images with a batch of two results, in float32 on the CPU."""
     runs: list[Run] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages_module, "load", lambda f, e, *more: Recorder(load_session(f, e, *more), e, runs))
-        request = edit_request(images=[smooth_image(150, 90), smooth_image(60, 80, 1)], seeds=[3, 4], steps=2)
-        Editor(open_bundle(str(bundle))).edit(request)
+    opened = open_bundle(str(bundle))
+    editor = Editor(opened)
+    editor.stages = RecordingStages(opened, runs)
+    editor.edit(edit_request(images=[smooth_image(150, 90), smooth_image(60, 80, 1)], seeds=[3, 4], steps=2))
     return runs
 
 

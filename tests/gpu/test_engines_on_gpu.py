@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from qie.compiler.selftest.recording import Run
 from qie.compiler.validation.metrics import relative_l2
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component
@@ -13,7 +14,6 @@ from qie.engines.errors import RequestError
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.session import Session
 from qie.engines.sessions.tensorrt.session import TensorRtSession
-from tests.support.gpu_bundles import Run
 
 BOUND = 0.03
 """Relative L2 distance of an engine in bfloat16 from float32; the recipes' gate for the published model is 0.02."""

@@ -1,9 +1,6 @@
 """Processes on the GPU: how one ends that closed nothing, and the kernels that one leaves for the next."""
 
-import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,23 +11,14 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor
 from tests.support import gpu_bundles
 from tests.support.gpu_bundles import edit_request
-from tests.support.repository import ROOT
+from tests.support.python import run_python
 
 SCRIPT = """
 import os, signal, sys
 import numpy as np
 from qie.engines.editing.editor import Editor
-from tests.support.gpu_bundles import edit_request
+from tests.support.gpu_bundles import edit_request, fail, stop
 editor = Editor(sys.argv[1], residency=sys.argv[2])
-
-def stop(action):
-    def progress(stage, done, total):
-        if stage == "denoise" and done == 2:
-            action()
-    return progress
-
-def fail():
-    raise RuntimeError("of the caller")
 """
 
 ENDS = {
@@ -45,14 +33,8 @@ ENDS = {
 
 def run(bundle: Bundle, script: str, residency: str = "resident", result: Path | None = None) -> tuple[int, str]:
     """Exit code and stderr of a process that edits with ``bundle`` and does not close its editor."""
-    done = subprocess.run(
-        [sys.executable, "-c", gpu_bundles.PROLOGUE + SCRIPT + script, str(bundle.path), residency, str(result)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = gpu_bundles.PROLOGUE + SCRIPT + script
+    done = run_python(program, str(bundle.path), residency, str(result))
     return done.returncode, done.stderr
 
 

@@ -1,24 +1,21 @@
-"""What the tests on a GPU share: bundles for the GPU of this machine, requests, and recorded runs of engines."""
+"""What the tests on a GPU share: bundles for the GPU of this machine, requests, and progress that stops an edit."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.backends import BACKENDS, serves_gpu
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.request import Request
 from qie.engines.machine import this_machine
+from qie.engines.progress import Progress
 from qie.engines.sessions.choose import choose_engines
-from qie.engines.sessions.session import Session
 from tests.support.bundles import build
 from tests.support.images import smooth_image
 
@@ -56,8 +53,6 @@ min_side = 32
 [limits]
 build_workspace_gib = {workspace}
 """
-
-Arrays = dict[str, NDArray[Any]]
 
 
 def build_for_gpu(checkpoint: Path, destination: Path, backend: str, residency: str = "resident") -> Bundle:
@@ -107,26 +102,15 @@ def edit_request(**changes: Any) -> Request:
     return Request(**(base | changes))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """The inputs and outputs of one run of an engine on the CPU."""
+def stop(action: Callable[[], object]) -> Progress:
+    """Progress that calls ``action`` in the middle of the denoising loop."""
 
-    component: Component
-    inputs: Arrays
-    outputs: Arrays
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "denoise" and done == 2:
+            action()
+
+    return progress
 
 
-class Recorder:
-    """A session that appends each of its runs to ``runs``."""
-
-    def __init__(self, session: Session, record: EngineRecord, runs: list[Run]) -> None:
-        self._session, self._component, self._runs = session, record.component, runs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        before = {name: np.array(self._session.download(tensor)) for name, tensor in inputs.items()}
-        self._session.run(inputs, outputs)
-        after = {name: np.array(self._session.download(tensor)) for name, tensor in outputs.items()}
-        self._runs.append(Run(component=self._component, inputs=before, outputs=after))
+def fail() -> None:
+    raise RuntimeError("of the caller")

@@ -3,36 +3,24 @@
 The fake aborts the process where the library would (``Device.crash``), so each case runs in a process of its own.
 """
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_gpu import Gpu
-from tests.support.repository import ROOT
+from tests.support.python import run_python
 
 PROLOGUE = """
 import os, signal, sys
 import pytest
 from tests.support.fake_gpu import Gpu
-from tests.support.gpu_bundles import edit_request
+from tests.support.gpu_bundles import edit_request, fail, stop
 gpu = Gpu(aborts=True)
 gpu.install(pytest.MonkeyPatch(), {backend!r})
 from qie.engines.editing.editor import Editor
 from qie.engines.sessions.load import load, open_device
 editor = Editor({folder!r}, residency={residency!r}, cuda_graphs=True)
-
-def stop(action):
-    def progress(stage, done, total):
-        if stage == "denoise" and done == 2:
-            action()
-    return progress
-
-def fail():
-    raise RuntimeError("of the caller")
 """
 
 CASES = {
@@ -109,18 +97,7 @@ def test_a_process_ends_as_it_should(folders: dict[str, Path], tmp_path: Path, c
     script, code = CASES[case]
     backend = "tensorrt" if case == "dropped" and residency == "sequential" else "tensorrt-rtx"
     prologue = PROLOGUE.format(backend=backend, folder=str(folders[backend]), residency=residency)
-    done = subprocess.run(
-        [sys.executable, "-c", prologue + script],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "QIE_HOME": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(prologue + script, QIE_HOME=str(tmp_path))
     assert "crash:" not in done.stderr, done.stderr
     assert done.returncode == code, done.stderr
 
@@ -136,13 +113,6 @@ context = session._contexts._new_context()
 session.close()
 """
     prologue = PROLOGUE.format(backend="tensorrt-rtx", folder=str(folders["tensorrt-rtx"]), residency="resident")
-    done = subprocess.run(
-        [sys.executable, "-c", prologue + script],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(prologue + script, QIE_HOME=str(tmp_path))
     assert done.returncode == -signal.SIGABRT, done.stderr
     assert "a runtime cache is destroyed before the contexts that were made with it" in done.stderr
