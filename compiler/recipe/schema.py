@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from qie.compiler.recipe.gates import Gates
 from qie.compiler.recipe.quantizable import SchemeName
 from qie.compiler.recipe.toml import Matching, OneOf, Within, write
 from qie.engines.backends import BACKENDS
@@ -174,6 +175,7 @@ class Recipe:
         components: settings of each component.
         shapes: sizes that the engines take.
         limits: limits of the build.
+        gates: bounds of ``qie validate``.
         schedules: schedules whose tables are computed at build time; the first is the default of an edit.
     """
 
@@ -189,6 +191,7 @@ class Recipe:
     components: Components = field(default_factory=Components)
     shapes: Shapes = field(default_factory=Shapes)
     limits: Limits = field(default_factory=Limits)
+    gates: Gates = field(default_factory=Gates)
     schedules: tuple[Schedule, ...] = (
         Schedule(steps=40, guidance=4.0),
         Schedule(steps=8, guidance=1.0),

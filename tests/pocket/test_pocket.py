@@ -13,10 +13,10 @@ from PIL import Image
 from pocket.data.images import HELD_OUT, center_crop
 from pocket.judge import Case, Score, cases, pair_cases, score
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
+from qie.compiler.metrics.error import psnr_db
 from qie.compiler.quantization.calibration import read_calibration
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import ComponentRecipe, SchemeName
-from qie.compiler.validation.metrics import psnr_db
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request

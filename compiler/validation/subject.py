@@ -1,0 +1,103 @@
+"""What a validation works on: a bundle, its recipe, a golden file, and the engines that this machine runs for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qie.compiler.recipe.schema import Recipe
+from qie.compiler.validation.golden.file import Golden, GoldenCase
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.editing.conditioning import open_tokenizer
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
+from qie.engines.editing.stages import Stages
+from qie.engines.progress import StageProgress, no_progress
+
+__all__ = ["Executed", "Subject", "request_of"]
+
+
+@dataclass(kw_only=True)
+class Executed:
+    """The engines that run for a bundle, loaded when first needed.
+
+    Attributes:
+        bundle: whose engines these are: the bundle itself, or its graphs built again for onnxruntime.
+        on: for reports, such as ``onnxruntime 1.32.0, CPU``.
+        rebuilt: whether these are the bundle's graphs and not its engines.
+        device: CUDA index of the GPU; None for the first that fits, and on a CPU.
+        stages: the engines as functions.
+        tokenizer: of the bundle.
+    """
+
+    bundle: Bundle
+    on: str
+    rebuilt: bool
+    device: int | None
+    stages: Stages
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, bundle: Bundle, *, on: str, rebuilt: bool, device: int | None, engines: Any = None) -> "Executed":
+        """The engines of ``bundle``; see ``Stages``."""
+        stages = Stages(bundle, engines, device=device)
+        tokenizer = open_tokenizer(bundle)
+        return cls(bundle=bundle, on=on, rebuilt=rebuilt, device=device, stages=stages, tokenizer=tokenizer)
+
+    @contextmanager
+    def editor(self, **options: Any) -> Iterator[Editor]:
+        """An editor of its own with ``options`` of ``Editor``, closed afterwards."""
+        with Editor(self.bundle, device=self.device, **options) as editor:
+            yield editor
+
+    def close(self) -> None:
+        """Release the engines."""
+        self.stages.close()
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A bundle and what it is compared with.
+
+    Attributes:
+        bundle: that is validated.
+        recipe: of its manifest, with the gates.
+        golden: None without a golden file.
+        no_golden: why there is none, a semicolon, and what to do.
+        executed: what runs on this machine; None where nothing does.
+        not_executed: why nothing runs, a semicolon, and what to do.
+        progress: called with (units done, units in all) of the running check.
+    """
+
+    bundle: Bundle
+    recipe: Recipe
+    golden: Golden | None = None
+    no_golden: str = ""
+    executed: Executed | None = None
+    not_executed: str = ""
+    progress: StageProgress = field(default=no_progress)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why checks against the golden file cannot run, a semicolon, and what to do; None where they can."""
+        if self.golden is None:
+            return self.no_golden
+        return self.not_executed if self.executed is None else None
+
+
+def request_of(case: GoldenCase, **changes: Any) -> Request:
+    """The edit of a golden case from the reference's own noise."""
+    record = case.record
+    values: dict[str, Any] = {
+        "images": case.images,
+        "instructions": [record.instruction],
+        "seeds": [record.seed],
+        "negative": record.negative,
+        "steps": record.steps,
+        "guidance": record.guidance,
+        "size": (record.width, record.height),
+        "noise": case.noise[None],
+    }
+    return Request(**(values | changes))
