@@ -32,6 +32,8 @@ __all__ = [
     "GoldenCase",
     "GoldenRecord",
     "ModulesRecord",
+    "case_tensor",
+    "module_tensor",
     "open_golden",
     "png",
     "write_golden",
