@@ -20,6 +20,7 @@ __all__ = [
     "cuda_needed",
     "distribution",
     "installed",
+    "package_versions",
     "serves_gpu",
     "version",
 ]
@@ -215,3 +216,12 @@ def installed(module: str) -> bool:
     except ModuleNotFoundError:  # its parent package
         return False
     return spec is not None and spec.origin is not None
+
+
+def package_versions() -> tuple[tuple[str, str], ...]:
+    """(package, version) of every package of a backend that is installed, and of NumPy."""
+    names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
+    versions = (
+        (name, version_of(name)) for name in dict.fromkeys([*names, "cuda-bindings", "onnxruntime-gpu", "numpy"])
+    )
+    return tuple((name, found) for name, found in versions if found is not None)

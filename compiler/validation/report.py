@@ -145,7 +145,8 @@ class Operation:
         relative_l2: distance of the two outputs.
         tolerance: the largest distance allowed.
         tensors: of the checkpoint, that it reads.
-        source: file and line that writes it, such as ``compiler/graphs/layers.py:58``.
+        source: lines that write it, such as ``compiler/graphs/transformer.py:253, compiler/graphs/layers.py:55``.
+        whole_block: whether this is the output of a block, which reads all tensors inside it.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Operation:
     tolerance: float
     tensors: tuple[str, ...]
     source: str
+    whole_block: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

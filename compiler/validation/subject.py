@@ -1,15 +1,16 @@
 """What a validation works on: a bundle, its recipe, a golden file, and the engines that this machine runs for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.golden.file import Golden, GoldenCase
 from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.conditioning import open_tokenizer
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
@@ -17,6 +18,8 @@ from qie.engines.editing.stages import Stages
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["Executed", "Subject", "request_of"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -38,10 +41,23 @@ class Executed:
     device: int | None
     stages: Stages
     tokenizer: Tokenizer
+    _results: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, on: str, rebuilt: bool, device: int | None, engines: Any = None) -> "Executed":
-        """The engines of ``bundle``; see ``Stages``."""
+    def of(
+        cls,
+        bundle: Bundle,
+        engines: Mapping[Component, EngineRecord],
+        *,
+        on: str,
+        rebuilt: bool,
+        device: int | None,
+    ) -> "Executed":
+        """The chosen ``engines`` of ``bundle``; none is loaded.
+
+        Raises:
+            BundleError: the tokenizer is damaged.
+        """
         stages = Stages(bundle, engines, device=device)
         tokenizer = open_tokenizer(bundle)
         return cls(bundle=bundle, on=on, rebuilt=rebuilt, device=device, stages=stages, tokenizer=tokenizer)
@@ -51,6 +67,13 @@ class Executed:
         """An editor of its own with ``options`` of ``Editor``, closed afterwards."""
         with Editor(self.bundle, device=self.device, **options) as editor:
             yield editor
+
+    def once(self, what: str, case: str, compute: Callable[[], Result]) -> Result:
+        """The result of ``compute``, which runs once for each ``what`` and case: checks share it."""
+        if (what, case) not in self._results:
+            self._results[what, case] = compute()
+        result: Result = self._results[what, case]
+        return result
 
     def close(self) -> None:
         """Release the engines."""
@@ -68,6 +91,7 @@ class Subject:
         no_golden: why there is none, a semicolon, and what to do.
         executed: what runs on this machine; None where nothing does.
         not_executed: why nothing runs, a semicolon, and what to do.
+        other_graphs: where graphs run in place of engines, the engines that were not built from these, as sentences.
         progress: called with (units done, units in all) of the running check.
     """
 
@@ -77,6 +101,7 @@ class Subject:
     no_golden: str = ""
     executed: Executed | None = None
     not_executed: str = ""
+    other_graphs: tuple[str, ...] | None = None
     progress: StageProgress = field(default=no_progress)
 
     @property

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.validation.golden.file import GoldenCase
+from qie.compiler.validation.host import grids_of
 from qie.compiler.validation.subject import Executed
-from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.editing.denoise import Denoiser, upload_schedule
 from qie.engines.editing.edit import table_dtype
 from qie.engines.inputs.modulation import modulation_tables
@@ -19,7 +19,7 @@ from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.session import Session
 
-__all__ = ["StepVelocities", "velocities"]
+__all__ = ["StepVelocities", "forced", "velocities"]
 
 Floats = NDArray[np.float32]
 
@@ -41,6 +41,11 @@ class StepVelocities:
     velocity: Floats
     negative_velocity: Floats | None
     latents_next: Floats
+
+
+def forced(executed: Executed, case: GoldenCase) -> list[StepVelocities]:
+    """``velocities``, run once for each case."""
+    return executed.once("velocities", case.record.name, lambda: velocities(executed, case))
 
 
 def velocities(executed: Executed, case: GoldenCase, *, progress: StageProgress = no_progress) -> list[StepVelocities]:
@@ -92,7 +97,6 @@ def _start(executed: Executed, case: GoldenCase, session: Session) -> Denoiser:
         tables = modulation_tables(executed.bundle, schedule_S, dtype=table_dtype(stages.engines["transformer"]))
         schedule = upload_schedule(session, schedule_S, tables)
         stages.keep_schedule(schedule_S, schedule)
-    sides = [(record.height, record.width), *(image_HWC.shape[:2] for image_HWC in case.reference_images)]
     return Denoiser.start(
         session,
         schedule=schedule,
@@ -102,5 +106,5 @@ def _start(executed: Executed, case: GoldenCase, session: Session) -> Denoiser:
         negative_1LD=None if case.negative_embeds is None else case.negative_embeds[None],
         guidance=record.guidance,
         rotary=model.rotary,
-        grids=[(height // SIDE_MULTIPLE, width // SIDE_MULTIPLE) for height, width in sides],
+        grids=grids_of(case),
     )

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.report import Check, Gate, Level, Measurement, Pictures
-from qie.compiler.validation.subject import Subject
+from qie.compiler.validation.subject import Executed, Subject
 
-__all__ = ["NONE_ALLOWED", "CheckSpec", "Finding", "Outcome", "judged"]
+__all__ = ["NONE_ALLOWED", "CheckSpec", "Finding", "Outcome", "counted", "for_cases", "judged"]
 
 NONE_ALLOWED = Gate(key=None, sense="at most", bound=0)
 """The gate of a check that counts what must not be; no recipe changes it."""
@@ -59,6 +61,29 @@ class CheckSpec:
     gate: str | None
     sense: Literal["at most", "at least"]
     run: Callable[[Subject], Iterator[Outcome]]
+
+
+def counted(problems: Sequence[str], fine: str, *, case: str | None = None, on: str = "") -> Finding:
+    """The number of ``problems``, which must be 0, with the first of them or, where there is none, with ``fine``."""
+    if not problems:
+        return Finding(value=0, detail=fine, case=case, on=on)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Finding(value=len(problems), detail=f"{problems[0]}{more}", case=case, on=on)
+
+
+def for_cases(find: Callable[[Executed, GoldenCase], Finding]) -> Callable[[Subject], Iterator[Outcome]]:
+    """A check that calls ``find`` with what runs and each case of the golden file; where it cannot, it is not run."""
+    return partial(_for_cases, find=find)
+
+
+def _for_cases(subject: Subject, *, find: Callable[[Executed, GoldenCase], Finding]) -> Iterator[Outcome]:
+    if subject.golden is None or subject.executed is None:
+        yield Finding(value=None, detail=subject.obstacle or "")
+        return
+    cases = subject.golden.cases
+    for number, case in enumerate(cases):
+        subject.progress(number, len(cases))
+        yield find(subject.executed, case)
 
 
 def judged(spec: CheckSpec, finding: Finding, gate: Gate, seconds: float) -> Check:

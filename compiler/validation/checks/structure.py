@@ -1,0 +1,195 @@
+"""Structure: files, contracts, targets and precision, without running an engine."""
+
+from collections.abc import Iterator
+
+from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.recipe.schema import Recipe
+from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, counted
+from qie.compiler.validation.onnx_file import graph_interface, interface_of, wrong_precision
+from qie.compiler.validation.subject import Subject
+from qie.engines.bundle.bundle import Bundle, check_file
+from qie.engines.bundle.manifest import EngineRecord
+from qie.engines.bundle.structure import Structure, read_structure
+from qie.engines.errors import BundleError
+
+__all__ = ["SPECS"]
+
+
+def files(subject: Subject) -> Iterator[Outcome]:
+    """Every file of the bundle against the digest in its manifest."""
+    bundle, damaged = subject.bundle, []
+    bundle.folder.verified.clear()
+    records = bundle.manifest.files()
+    for number, record in enumerate(records):
+        subject.progress(number, len(records))
+        try:
+            check_file(bundle, record)
+        except BundleError as problem:
+            damaged.append(str(problem))
+    yield counted(damaged, f"{len(records)} files, {bundle.bytes:,} bytes, have the digests of the manifest")
+
+
+def golden(subject: Subject) -> Iterator[Outcome]:
+    """The golden file is of the bundle's model and LoRAs."""
+    if subject.golden is None:
+        yield Finding(value=None, detail=subject.no_golden)
+        return
+    record, model = subject.golden.record, subject.bundle.manifest.model
+    problems = []
+    if record.digest != model.digest:
+        problems.append(
+            f"the golden file was recorded from {record.model} with the digest {record.digest[:12]}, and the bundle is "
+            f"of {model.name} with {model.digest[:12]}; record it again with `qie golden`"
+        )
+    recorded, fused = (
+        [(lora.sha256, lora.weight) for lora in o] for o in (record.loras, subject.bundle.manifest.loras)
+    )
+    if recorded != fused:
+        problems.append("the golden file was recorded with other LoRAs or weights; record it again with `qie golden`")
+    yield counted(problems, f"{len(record.cases)} cases of {record.model}, recorded in {record.dtype}")
+
+
+def contract(subject: Subject) -> Iterator[Outcome]:
+    """Inputs and outputs of every ONNX graph are those that the manifest gives."""
+    problems, graphs = [], 0
+    for engine in subject.bundle.manifest.engines:
+        if not engine.path.endswith(".onnx"):
+            continue
+        graphs += 1
+        found = subject.bundle.folder.read(lambda folder, path=engine.path: graph_interface(folder / path))  # type: ignore[misc]
+        expected = interface_of(engine)
+        names = sorted(found.keys() | expected.keys())
+        problems += [
+            f"{engine.component}: {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in names
+            if found.get(name) != expected.get(name)
+        ]
+    if graphs:
+        yield counted(problems, f"inputs and outputs of {graphs} graphs are those of the manifest")
+
+
+def target(subject: Subject) -> Iterator[Outcome]:
+    """Backend, compute capability and precision of every engine are those of the recipe."""
+    problems = [text for engine in subject.bundle.manifest.engines for text in _other_target(engine, subject.recipe)]
+    missing = [graph.component for graph in subject.bundle.manifest.graphs]
+    found = ", ".join(sorted({f"{e.backend}/{e.compute_capability}" for e in subject.bundle.manifest.engines}))
+    later = f"; {', '.join(missing)} wait for `qie build --finish`" if missing else ""
+    yield counted(problems, f"{found}, as the recipe {subject.bundle.manifest.recipe.name} says{later}")
+
+
+def _other_target(engine: EngineRecord, recipe: Recipe) -> Iterator[str]:
+    capability, section = recipe.compute_capability or "cpu", recipe.components[engine.component]
+    if engine.compute_capability != capability:
+        yield f"{engine.component} is built for {engine.compute_capability}, the recipe is for {capability}"
+    if engine.backend not in recipe.backends_of(engine.component):
+        yield f"{engine.component} is built for {engine.backend}, which the recipe does not list for it"
+    if engine.precision != section.precision:
+        yield f"{engine.component} computes in {engine.precision}, the recipe says {section.precision}"
+    scheme = "none" if engine.quantization is None else engine.quantization.scheme
+    if scheme != section.scheme:
+        yield f"{engine.component} has the scheme {scheme}, the recipe says {section.scheme}"
+
+
+def precision(subject: Subject) -> Iterator[Outcome]:
+    """The dtype of every weight of every ONNX graph, and which linears are quantized, are those of the recipe."""
+    problems, weights = [], 0
+    for engine in subject.bundle.manifest.engines:
+        if engine.path.endswith(".onnx"):
+            count, wrong = wrong_precision(subject.bundle, engine, subject.recipe)
+            weights += count
+            problems += wrong
+    if weights:
+        yield counted(problems, f"{weights} weights have the dtypes of the recipe")
+
+
+def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
+    """The part of the quantized linears that kernels of a compiled engine compute from quantized values."""
+    for engine in subject.bundle.manifest.engines:
+        record = engine.quantization
+        if record is None or engine.structure is None or not _computes_quantized(engine, subject.recipe):
+            continue
+        if record.fused is None:
+            yield Finding(
+                value=None,
+                case=engine.component,
+                detail=f"{engine.backend} does not describe its kernels; look at a profile on the GPU",
+            )
+        else:
+            yield Finding(
+                value=record.fused / max(1, record.quantized),
+                case=engine.component,
+                detail=f"{record.fused} of {record.quantized} quantized linears in 8-bit kernels",
+            )
+
+
+def _computes_quantized(engine: EngineRecord, recipe: Recipe) -> bool:
+    assert engine.quantization is not None
+    return SCHEMES[recipe.components[engine.component].scheme].inputs is not None
+
+
+def fused_attention(subject: Subject) -> Iterator[Outcome]:
+    """The part of the attention layers of a compiled engine that kernels compute without a score tensor."""
+    for engine in subject.bundle.manifest.engines:
+        structure = _structure(subject.bundle, engine)
+        if structure is None or structure.attention == 0:
+            continue
+        if structure.fused is None:
+            yield Finding(
+                value=None,
+                case=engine.component,
+                detail=f"{engine.backend} does not describe its kernels; look at a profile on the GPU",
+            )
+        else:
+            types = f" in {', '.join(structure.fused_types)}" if structure.fused_types else ""
+            yield Finding(
+                value=structure.fused / structure.attention,
+                case=engine.component,
+                detail=f"{structure.fused} of {structure.attention} attention layers fused{types}",
+            )
+
+
+def _structure(bundle: Bundle, engine: EngineRecord) -> Structure | None:
+    return None if engine.structure is None else read_structure(bundle, engine)
+
+
+def graphs(subject: Subject) -> Iterator[Outcome]:
+    """Where graphs are run in place of engines: the engines were built from these graphs."""
+    if subject.other_graphs is not None:
+        count = len(subject.bundle.manifest.engines)
+        yield counted(
+            subject.other_graphs, f"{count} engines were built from the graphs that are run here in their place"
+        )
+
+
+SPECS = (
+    CheckSpec(level="structure", name="files", metric="damaged files", unit="", gate=None, sense="at most", run=files),
+    CheckSpec(
+        level="structure", name="golden file", metric="differences", unit="", gate=None, sense="at most", run=golden
+    ),
+    CheckSpec(
+        level="structure", name="contract", metric="differences", unit="", gate=None, sense="at most", run=contract
+    ),
+    CheckSpec(level="structure", name="target", metric="differences", unit="", gate=None, sense="at most", run=target),
+    CheckSpec(
+        level="structure", name="precision", metric="differences", unit="", gate=None, sense="at most", run=precision
+    ),
+    CheckSpec(level="structure", name="graphs", metric="differences", unit="", gate=None, sense="at most", run=graphs),
+    CheckSpec(
+        level="structure",
+        name="quantized kernels",
+        metric="fraction of the quantized linears",
+        unit="",
+        gate="gates.structure.quantized_kernels",
+        sense="at least",
+        run=quantized_kernels,
+    ),
+    CheckSpec(
+        level="structure",
+        name="fused attention",
+        metric="fraction of the attention layers",
+        unit="",
+        gate="gates.structure.fused_attention",
+        sense="at least",
+        run=fused_attention,
+    ),
+)

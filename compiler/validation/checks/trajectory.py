@@ -1,0 +1,97 @@
+"""Trajectory: every recorded step from the reference's latents, and the blocks of one run."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qie.compiler.metrics.error import relative_l2
+from qie.compiler.validation.bisect import bisectable, bisection
+from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, for_cases
+from qie.compiler.validation.golden.file import GoldenCase
+from qie.compiler.validation.subject import Executed, Subject
+from qie.compiler.validation.teacher_forcing import forced
+
+__all__ = ["SPECS"]
+
+
+def velocity(executed: Executed, case: GoldenCase) -> Finding:
+    """The velocity of every recorded step, of the pass that is further from the reference's."""
+    errors = []
+    for number, step in enumerate(forced(executed, case)):
+        passes = [relative_l2(step.velocity, case.velocity[number])]
+        if step.negative_velocity is not None and case.negative_velocity is not None:
+            passes.append(relative_l2(step.negative_velocity, case.negative_velocity[number]))
+        errors.append(float(np.max(passes)))
+    return _worst(errors, case, executed)
+
+
+def latents(executed: Executed, case: GoldenCase) -> Finding:
+    """The change of the latents in every recorded step: guidance, its rescale and the Euler step."""
+    errors = [
+        relative_l2(step.latents_next - case.latents[number], case.latents_next[number] - case.latents[number])
+        for number, step in enumerate(forced(executed, case))
+    ]
+    return _worst(errors, case, executed)
+
+
+def _worst(errors: Sequence[float], case: GoldenCase, executed: Executed) -> Finding:
+    worst, recorded = int(np.argmax(errors)), case.record.recorded
+    return Finding(
+        value=float(np.max(errors)),
+        case=case.record.name,
+        on=executed.on,
+        detail=f"worst at step {recorded[worst] + 1}, of {len(errors)} recorded",
+        steps=errors,
+    )
+
+
+def blocks(subject: Subject) -> Iterator[Outcome]:
+    """The output of every block of every component that runs as a graph, in one run."""
+    if subject.golden is None or subject.executed is None:
+        yield Finding(value=None, detail=subject.obstacle or "")
+        return
+    components = bisectable(subject.executed, subject.golden)
+    for number, component in enumerate(components):
+        subject.progress(number, len(components))
+        found = bisection(subject, component)
+        inside = [operation for operation in found.operations if operation.whole_block]
+        if not inside:
+            continue
+        errors = [operation.relative_l2 for operation in inside]
+        detail = f"{len(errors)} blocks, worst {inside[int(np.argmax(errors))].name}"
+        if found.first_block is not None:
+            detail = f"{found.first_block} is the first block outside the gate"
+            if found.first_operation is not None:
+                detail += f", {found.first_operation} the first operation"
+        yield Finding(value=float(np.max(errors)), case=component, on=found.on, detail=detail)
+
+
+SPECS = (
+    CheckSpec(
+        level="trajectory",
+        name="velocity",
+        metric="relative L2",
+        unit="",
+        gate="gates.trajectory.velocity",
+        sense="at most",
+        run=for_cases(velocity),
+    ),
+    CheckSpec(
+        level="trajectory",
+        name="latents",
+        metric="relative L2 of the step",
+        unit="",
+        gate="gates.trajectory.latents",
+        sense="at most",
+        run=for_cases(latents),
+    ),
+    CheckSpec(
+        level="trajectory",
+        name="blocks",
+        metric="relative L2",
+        unit="",
+        gate="gates.trajectory.block",
+        sense="at most",
+        run=blocks,
+    ),
+)

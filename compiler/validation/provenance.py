@@ -1,0 +1,70 @@
+"""Where a report comes from: bundle, golden file, machine and packages."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qie.compiler.validation.report import Provenance
+from qie.compiler.validation.subject import Subject
+from qie.engines.backends import package_versions
+from qie.engines.bundle.manifest import MANIFEST, Component, EngineRecord
+from qie.engines.files import sha256_of
+from qie.engines.machine import this_machine
+
+__all__ = ["damaged_provenance", "executed_name", "provenance"]
+
+
+def executed_name(engines: Mapping[Component, EngineRecord]) -> str:
+    """What executes, such as ``onnxruntime 1.32.0 on the CPU``."""
+    found = dict.fromkeys(
+        f"{e.backend} {e.backend_version} on {'the CPU' if e.compute_capability == 'cpu' else 'the GPU'}"
+        for e in engines.values()
+    )
+    return ", ".join(found)
+
+
+def provenance(subject: Subject) -> Provenance:
+    """The provenance of a report on ``subject``."""
+    bundle, golden, executed = subject.bundle, subject.golden, subject.executed
+    manifest = bundle.manifest
+    return Provenance(
+        bundle=str(bundle.path),
+        manifest=bundle.folder.read(lambda folder: sha256_of(folder / MANIFEST)),
+        model=manifest.model.name,
+        checkpoint=manifest.model.digest,
+        loras=tuple(f"{lora.name}:{lora.weight:g}" for lora in manifest.loras),
+        recipe=manifest.recipe.name,
+        recipe_digest=manifest.recipe.sha256,
+        engines=tuple(
+            f"{e.component}: {e.backend} {e.backend_version}, {e.compute_capability}" for e in manifest.engines
+        ),
+        ran=executed.on if executed is not None and executed.rebuilt else None,
+        golden=None if golden is None else str(golden.path),
+        golden_digest=None if golden is None else golden.record.tensors,
+        reference=() if golden is None else golden.record.packages,
+        machine=this_machine(),
+        packages=package_versions(),
+    )
+
+
+def damaged_provenance(path: Path) -> Provenance:
+    """The provenance of a report on the bundle at ``path``, which cannot be opened."""
+    try:
+        manifest = sha256_of(path / MANIFEST)
+    except OSError:
+        manifest = "unknown"
+    return Provenance(
+        bundle=str(path),
+        manifest=manifest,
+        model="unknown",
+        checkpoint="unknown",
+        loras=(),
+        recipe="unknown",
+        recipe_digest="unknown",
+        engines=(),
+        ran=None,
+        golden=None,
+        golden_digest=None,
+        reference=(),
+        machine=this_machine(),
+        packages=package_versions(),
+    )

@@ -1,0 +1,174 @@
+"""The graphs of a bundle, built again from its checkpoint in float32 for onnxruntime on the CPU.
+
+Engines run on their GPU alone. What a machine without it can judge is the graph that they were built from: the same
+layers, the same quantization with the same scales, computed in float32. ``other_graphs`` says of which engines that is
+not known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.backends import BUILDERS
+from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
+from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
+from qie.compiler.planning.keys import engine_key, graph_keys
+from qie.compiler.planning.plan import Plan, make_plan
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.planning.resolve import LoraSource
+from qie.compiler.quantization.calibration import Calibration, read_calibration
+from qie.compiler.recipe.schema import Components, Recipe
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.errors import BackendMissingError, CheckpointError
+from qie.engines.machine import this_machine
+from qie.engines.progress import Progress, no_progress
+
+__all__ = ["Rebuild", "cpu_recipe", "find_model", "other_graphs", "plan_rebuild"]
+
+
+def find_model(bundle: Bundle) -> str | None:
+    """The model of ``bundle`` where it is known without being named: pocket, which comes with qie; else None."""
+    model = bundle.manifest.model
+    if model.name != POCKET.name or model.revision is not None:
+        return None
+    return str(POCKET)
+
+
+def cpu_recipe(recipe: Recipe) -> Recipe:
+    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates."""
+    sections = {name: replace(recipe.components[name], precision="float32") for name in COMPONENTS}
+    return replace(
+        recipe,
+        gpu="CPU",
+        compute_capability=None,
+        memory_gib=max(0.25, this_machine().memory_gib),
+        backends=("onnxruntime",),
+        specialization="none",
+        residency="resident",
+        components=Components(**sections),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuild:
+    """The plans of two builds from the checkpoint of a bundle.
+
+    Attributes:
+        own: of the bundle itself.
+        cpu: of its graphs in float32, for onnxruntime on the CPU.
+    """
+
+    own: Plan
+    cpu: Plan
+
+
+def plan_rebuild(
+    bundle: Bundle,
+    recipe: Recipe,
+    model: str,
+    destination: Path,
+    *,
+    loras: Sequence[LoraSource] = (),
+    progress: Progress = no_progress,
+) -> Rebuild:
+    """Plan the build of the graphs of ``bundle`` from the checkpoint ``model`` into the folder ``destination``.
+
+    Args:
+        bundle: an opened bundle.
+        recipe: of its manifest.
+        model: folder or hub id of its checkpoint.
+        destination: an empty folder.
+        loras: those of the bundle, in their order.
+        progress: called with what is read, bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: the checkpoint or a LoRA is not the bundle's.
+        QieError: see ``make_plan``.
+    """
+    manifest = bundle.manifest
+    checkpoint = open_checkpoint(model, weights=False).with_weights(progress=partial(progress, "download"))
+    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    if digest != manifest.model.digest:
+        raise CheckpointError(
+            f"{model} has the digest {digest[:12]}, and {bundle.name} was built from {manifest.model.name} with "
+            f"{manifest.model.digest[:12]}; name the checkpoint of the bundle",
+            option="model",
+        )
+    opened = _loras(bundle, loras)
+    calibration = _calibration(bundle)
+    own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
+    if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
+        raise CheckpointError(
+            f"the noise schedule of {bundle.name} is not that of {model} with its LoRAs; build the bundle again without "
+            "choosing a schedule",
+            option="model",
+        )
+    cpu = _plan(checkpoint, "cpu", cpu_recipe(recipe), opened, calibration, destination)
+    return Rebuild(own=own, cpu=cpu)
+
+
+def other_graphs(bundle: Bundle, plan: Plan, *, progress: Progress = no_progress) -> list[str]:
+    """The engines of ``bundle`` that were not built from the graphs of ``plan``, as sentences.
+
+    The key of an engine is a digest of its graph, weights, target and tool versions (``qie.compiler.planning.keys``).
+    """
+    checkpoint = plan.checkpoint
+    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    graphs = graph_keys(plan, digest)
+    planned = {p.component: p for p in plan.components}
+    found = []
+    for engine in bundle.manifest.engines:
+        shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
+        try:
+            key = engine_key(graphs[engine.component], engine.backend, plan.recipe, shapes)
+        except (KeyError, BackendMissingError):
+            found.append(f"whether {engine.component} is of this graph is not known: {engine.backend} is not installed")
+            continue
+        if key != engine.key:
+            installed = BUILDERS[engine.backend].version()
+            other = "" if installed == engine.backend_version else f", and {engine.backend} {engine.backend_version}"
+            found.append(
+                f"{engine.component} was built from another graph, or by other versions of qie and its packages{other}"
+            )
+    return found
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    name: str,
+    recipe: Recipe,
+    loras: Sequence[Lora],
+    calibration: Calibration | None,
+    destination: Path,
+) -> Plan:
+    return make_plan(
+        checkpoint,
+        recipe_name=name,
+        recipe=recipe,
+        loras=loras,
+        destination=destination,
+        calibration=calibration,
+        allow_unread=True,
+    )
+
+
+def _loras(bundle: Bundle, sources: Sequence[LoraSource]) -> list[Lora]:
+    recorded = bundle.manifest.loras
+    weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in sources]
+    opened = [open_lora(Path(path), weight) for path, weight in weighted]
+    wanted = [(lora.sha256, lora.weight) for lora in recorded]
+    if [(lora.digest(), lora.weight) for lora in opened] != wanted:
+        names = ", ".join(f"{lora.name}:{lora.weight:g}" for lora in recorded) or "none"
+        raise CheckpointError(
+            f"the LoRAs are not those of {bundle.name}, which has {names}; name these, in this order", option="loras"
+        )
+    return opened
+
+
+def _calibration(bundle: Bundle) -> Calibration | None:
+    record = bundle.manifest.calibration
+    if record is None:
+        return None
+    return bundle.folder.read(lambda folder: read_calibration(folder / record.path))

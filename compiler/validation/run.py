@@ -1,0 +1,270 @@
+"""A validation: choose what runs here, run every check up to a level, and gather the report."""
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import qie
+from qie.compiler.checkpoint.checkpoint import POCKET
+from qie.compiler.packing.build import build
+from qie.compiler.planning.resolve import LoraSource
+from qie.compiler.recipe.gates import flat
+from qie.compiler.recipe.load import parse_recipe
+from qie.compiler.recipe.schema import Recipe
+from qie.compiler.validation.bisect import bisectable, bisection
+from qie.compiler.validation.checks.check import NONE_ALLOWED, CheckSpec, Finding, judged
+from qie.compiler.validation.checks.registry import CHECKS, check_gates
+from qie.compiler.validation.golden.file import GOLDEN_FILE, Golden, open_golden
+from qie.compiler.validation.provenance import damaged_provenance, executed_name, provenance
+from qie.compiler.validation.rebuild import find_model, other_graphs, plan_rebuild
+from qie.compiler.validation.report import (
+    LEVELS,
+    Bisection,
+    Check,
+    Gate,
+    Level,
+    Measurement,
+    Pictures,
+    Report,
+)
+from qie.compiler.validation.subject import Executed, Subject
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.bundle import Bundle, locate, open_bundle
+from qie.engines.bundle.manifest import MANIFEST
+from qie.engines.errors import BundleError, QieError, RecipeError, RequestError, first_line
+from qie.engines.progress import Progress, no_progress
+from qie.engines.sessions.choose import choose_engines
+
+__all__ = ["Options", "validate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What a person may choose.
+
+    Attributes:
+        golden: the golden file; None for the one that comes with the model.
+        backend: that executes; None for the engines where this machine runs them, else onnxruntime.
+        level: the last level to check.
+        model: the bundle's checkpoint, for building its graphs again; None where it is known (pocket).
+        loras: those of the bundle, for the same purpose.
+        device: CUDA index of the GPU; None for the first that fits.
+        required: whether a check that did not run is a failure.
+        bisect: compare every operation of every graph with the golden file.
+    """
+
+    golden: Path | None = None
+    backend: str | None = None
+    level: Level = "edits"
+    model: str | None = None
+    loras: Sequence[LoraSource] = ()
+    device: int | None = None
+    required: bool = False
+    bisect: bool = False
+
+
+def validate(name: str | Path, options: Options, *, progress: Progress = no_progress) -> Report:
+    """Check the bundle ``name`` up to ``options.level``.
+
+    A bundle whose files are damaged, and a check that raises, are failures in the report.
+
+    Args:
+        name: name or folder of a bundle.
+        options: what to check, against what, on what.
+        progress: called with (check, units done, units in all).
+
+    Raises:
+        BundleError: there is no such bundle.
+        GoldenError: the golden file is missing or damaged.
+        RequestError: the bundle cannot be run by ``options.backend``.
+        CheckpointError: ``options.model`` or its LoRAs are not the bundle's.
+    """
+    check_gates(CHECKS)
+    if options.level not in LEVELS:
+        raise RequestError(f"there is no level {options.level!r}; choose one of {', '.join(LEVELS)}", option="level")
+    start, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    if options.backend is not None and options.backend not in BACKENDS:
+        raise RequestError(
+            f"there is no backend {options.backend!r}; choose one of {', '.join(BACKENDS)}", option="backend"
+        )
+    path = locate(name)
+    try:
+        bundle = open_bundle(path)
+        recipe = _recipe(bundle)
+    except BundleError as problem:
+        return _damaged(path, problem, options, created, start)
+    golden, no_golden = _golden(bundle, options)
+    with ExitStack() as stack:
+        subject = Subject(bundle=bundle, recipe=recipe, golden=golden, no_golden=no_golden)
+        if options.level != "structure":
+            _choose(subject, options, stack, progress)
+        checks: list[Check] = []
+        measurements: list[Measurement] = []
+        pictures: list[Pictures] = []
+        for spec in _up_to(options.level):
+            for outcome in _run(spec, subject, progress):
+                match outcome:
+                    case Check():
+                        checks.append(outcome)
+                    case Measurement():
+                        measurements.append(outcome)
+                    case Pictures():
+                        pictures.append(outcome)
+        bisections = list(_bisections(subject, options, checks, progress))
+        return Report(
+            qie=qie.__version__,
+            created=created,
+            level=options.level,
+            required=options.required,
+            provenance=provenance(subject),
+            checks=tuple(checks),
+            measurements=tuple(measurements),
+            pictures=tuple(pictures),
+            bisections=tuple(bisections),
+            seconds=round(time.perf_counter() - start, 3),
+        )
+
+
+def _recipe(bundle: Bundle) -> Recipe:
+    record = bundle.manifest.recipe
+    try:
+        return parse_recipe(record.toml, bundle.path / MANIFEST)
+    except RecipeError as problem:
+        found, _, _ = str(problem).partition(";")
+        raise BundleError(
+            f"the recipe in {bundle.path} cannot be read ({found}); build the bundle again with `qie build`"
+        ) from problem
+
+
+def _up_to(level: Level) -> Iterator[CheckSpec]:
+    wanted = LEVELS[: LEVELS.index(level) + 1]
+    return (spec for spec in CHECKS if spec.level in wanted)
+
+
+def _golden(bundle: Bundle, options: Options) -> tuple[Golden | None, str]:
+    """The golden file, or why there is none."""
+    if options.golden is not None:
+        return open_golden(options.golden), ""
+    if find_model(bundle) is not None:
+        return open_golden(POCKET / GOLDEN_FILE), ""
+    return None, "no golden file was named; record one with `qie golden`, and name it"
+
+
+def _choose(subject: Subject, options: Options, stack: ExitStack, progress: Progress) -> None:
+    """Give ``subject`` what executes for its bundle on this machine, or the reason why nothing does."""
+    bundle = _of_backend(subject.bundle, options.backend)
+    rebuilds = options.backend == "onnxruntime"
+    if bundle is not None:
+        try:
+            engines = choose_engines(bundle, options.device)
+        except QieError as problem:
+            subject.not_executed = str(problem)
+            if options.backend not in (None, "onnxruntime"):
+                return
+            rebuilds = True
+        else:
+            executed = Executed.of(
+                subject.bundle, engines, on=executed_name(engines), rebuilt=False, device=options.device
+            )
+            stack.callback(executed.close)
+            subject.executed = executed
+            return
+    if not rebuilds:
+        raise RequestError(
+            f"{subject.bundle.path} has no engine of {options.backend}; choose a backend that `qie inspect` lists, or "
+            "onnxruntime, which runs the graphs that the engines were built from",
+            option="backend",
+        )
+    _rebuild(subject, options, stack, progress)
+
+
+def _of_backend(bundle: Bundle, backend: str | None) -> Bundle | None:
+    """``bundle`` with the engines of ``backend`` alone; None where it has none."""
+    if backend is None:
+        return bundle
+    engines = tuple(engine for engine in bundle.manifest.engines if engine.backend == backend)
+    return replace(bundle, manifest=replace(bundle.manifest, engines=engines)) if engines else None
+
+
+def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Progress) -> None:
+    """Build the graphs of the bundle again in float32, where its checkpoint is known."""
+    model = options.model or find_model(subject.bundle)
+    if model is None:
+        found, _, _ = (subject.not_executed or "its graphs are not in the bundle").partition(";")
+        subject.not_executed = f"{found}; name the checkpoint of the bundle, whose graphs then run with onnxruntime"
+        return
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qie-validate-")))
+    planned = plan_rebuild(
+        subject.bundle, subject.recipe, model, folder / "graphs", loras=options.loras, progress=progress
+    )
+    subject.other_graphs = tuple(other_graphs(subject.bundle, planned.own, progress=progress))
+    rebuilt = build(planned.cpu, progress=progress)
+    engines = choose_engines(rebuilt)
+    executed = Executed.of(
+        rebuilt, engines, on=f"{executed_name(engines)}, graphs in float32", rebuilt=True, device=None
+    )
+    stack.callback(executed.close)
+    subject.executed, subject.not_executed = executed, ""
+
+
+def _run(spec: CheckSpec, subject: Subject, progress: Progress) -> Iterator[Check | Measurement | Pictures]:
+    """The outcomes of one check; what it raises is a failure, and what it found before stays."""
+    gate = NONE_ALLOWED
+    if spec.gate is not None:
+        gate = Gate(key=spec.gate, sense=spec.sense, bound=flat(subject.recipe.gates)[spec.gate])
+    subject.progress = partial(progress, spec.name)
+    start = time.perf_counter()
+    try:
+        for outcome in spec.run(subject):
+            if isinstance(outcome, Finding):
+                now = time.perf_counter()
+                yield judged(spec, outcome, gate, round(now - start, 3))
+                start = now
+            else:
+                yield outcome
+    except Exception as problem:  # of whatever kind: the report says so, and the other checks run
+        text = str(problem) if isinstance(problem, QieError) else f"{type(problem).__name__}: {first_line(problem)}"
+        finding = Finding(value=math.nan, detail=f"it could not be computed: {text}", on=_on(subject))
+        yield judged(spec, finding, gate, round(time.perf_counter() - start, 3))
+    progress(spec.name, 1, 1)
+
+
+def _on(subject: Subject) -> str:
+    return "" if subject.executed is None else subject.executed.on
+
+
+def _bisections(subject: Subject, options: Options, checks: Sequence[Check], progress: Progress) -> Iterator[Bisection]:
+    """The operations of every component that was asked for, or whose blocks left the gate."""
+    if subject.executed is None or subject.golden is None:
+        return
+    failed = {check.case for check in checks if check.name == "blocks" and check.result == "failed"}
+    for component in bisectable(subject.executed, subject.golden):
+        if options.bisect or component in failed:
+            progress(f"bisect {component}", 0, 1)
+            yield bisection(subject, component)
+            progress(f"bisect {component}", 1, 1)
+
+
+def _damaged(path: Path, problem: BundleError, options: Options, created: str, start: float) -> Report:
+    """The report of a bundle that does not open."""
+    finding = Finding(value=1, detail=str(problem))
+    spec = next(spec for spec in CHECKS if spec.name == "files")
+    seconds = round(time.perf_counter() - start, 3)
+    return Report(
+        qie=qie.__version__,
+        created=created,
+        level=options.level,
+        required=options.required,
+        provenance=damaged_provenance(path),
+        checks=(judged(spec, finding, NONE_ALLOWED, seconds),),
+        measurements=(),
+        pictures=(),
+        bisections=(),
+        seconds=seconds,
+    )
