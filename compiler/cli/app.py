@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from qie.compiler.cli.build import build
 from qie.compiler.cli.calibrate import calibrate
+from qie.compiler.cli.diff import diff
 from qie.compiler.cli.doctor import doctor
 from qie.compiler.cli.export import export
 from qie.compiler.cli.plan import plan
@@ -27,6 +28,7 @@ __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
+    "Validate": ("diff",),
     "Bundles": ("list", "inspect", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
 }
@@ -98,6 +100,9 @@ _needs_arguments(
         'qie run person.jpg jacket.jpg "put the jacket on the person" --seed 7',
     ),
 )(run)
+_needs_arguments(
+    epilog=examples("qie diff pocket-cpu pocket-w8a16", "qie diff before after --golden 2511.safetensors --exit-code"),
+)(diff)
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)
