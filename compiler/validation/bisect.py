@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from qie.compiler.graphs.source import SOURCE
 from qie.compiler.metrics.error import cosine, relative_l2
+from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.golden.file import Golden, ModulesRecord
 from qie.compiler.validation.golden.modules import SCOPES, TEXT, rows_of, sample_places
 from qie.compiler.validation.host import component_feed
-from qie.compiler.validation.onnx_file import read_graph
+from qie.compiler.validation.onnx_file import output_divisors, read_graph
 from qie.compiler.validation.report import Bisection, Operation
 from qie.compiler.validation.subject import Executed, Subject
 from qie.engines.bundle.manifest import COMPONENTS, Component
@@ -64,18 +65,18 @@ def bisection(subject: Subject, component: Component) -> Bisection:
     executed, golden = subject.executed, subject.golden
     assert executed is not None
     assert golden is not None
-    tolerance = subject.recipe.gates.trajectory.block
-    return executed.once("bisection", component, lambda: bisect(executed, golden, component, tolerance=tolerance))
+    return executed.once("bisection", component, lambda: bisect(executed, golden, component, recipe=subject.recipe))
 
 
-def bisect(executed: Executed, golden: Golden, component: Component, *, tolerance: float) -> Bisection:
+def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: Recipe) -> Bisection:
     """Run the graph of ``component`` on the inputs of the first golden case and compare its modules.
 
     Args:
         executed: engines, for which ``bisectable`` gives the component.
         golden: of the same model.
         component: to run.
-        tolerance: largest relative L2 error of a module's output, over the samples in the golden file.
+        recipe: of the bundle. Its gate is the largest relative L2 error of a module's output, over the samples in the
+            golden file; its scheme may divide outputs, which is undone.
 
     Raises:
         EngineError: onnxruntime failed.
@@ -83,8 +84,9 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, toleranc
     """
     case = golden.cases[0]
     record = next(modules for modules in golden.record.modules if modules.component == component)
-    path = executed.stages.engines[component].path
-    model = executed.bundle.folder.read(lambda folder: read_graph(folder / path))
+    engine, tolerance = executed.stages.engines[component], recipe.gates.trajectory.block
+    model = executed.bundle.folder.read(lambda folder: read_graph(folder / engine.path))
+    divisors = output_divisors(executed.bundle, engine, recipe)
     modules = _modules(model.graph)
     wanted = {name: output for name in record.names if (output := _output(modules, name)) is not None}
     feed = component_feed(executed, case, component, step=record.step)
@@ -96,8 +98,9 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, toleranc
             lambda folder, batch=batch: _run(model, folder, [wanted[name] for name in batch], feed)  # type: ignore[misc]
         )
         for name in batch:
-            module = modules[name.removesuffix(TEXT)]
-            operations.append(_compared(name, module, values[wanted[name]], golden, record, tolerance))
+            module, value = modules[name.removesuffix(TEXT)], values[wanted[name]]
+            exact = value * divisors[name] if name in divisors else value
+            operations.append(_compared(name, module, exact, golden, record, tolerance))
     outside = [operation for operation in operations if not operation.relative_l2 <= operation.tolerance]
     return Bisection(
         component=component,

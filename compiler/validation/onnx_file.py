@@ -1,20 +1,23 @@
 """What the file of an ONNX graph says about itself: inputs, outputs and dtypes of weights, without reading weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from qie.compiler.quantization.calibration import read_calibration
+from qie.compiler.quantization.calibration import Calibration, read_calibration
 from qie.compiler.quantization.linears import matching
 from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.quantization.smoothing import divided_outputs, smoothing_groups
 from qie.compiler.recipe.quantizable import QUANTIZABLE
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import EngineRecord, TensorSpec
 
-__all__ = ["graph_interface", "interface_of", "quantized_linears", "read_graph", "wrong_precision"]
+__all__ = ["graph_interface", "interface_of", "output_divisors", "quantized_linears", "read_graph", "wrong_precision"]
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -112,14 +115,36 @@ def _linears(engine: EngineRecord, graph: onnx.GraphProto) -> list[str]:
     return [name for name in names if fnmatch(name, pattern)]
 
 
-def quantized_linears(bundle: Bundle, engine: EngineRecord, recipe: Recipe, linears: list[str]) -> set[str]:
+def quantized_linears(bundle: Bundle, engine: EngineRecord, recipe: Recipe, linears: Sequence[str]) -> set[str]:
     """Those of ``linears`` that the recipe, or the calibration in the bundle, leaves to the scheme."""
-    section, record = recipe.components[engine.component], bundle.manifest.calibration
+    section = recipe.components[engine.component]
     if section.scheme == "none":
         return set()
-    measured = None
-    if record is not None:
-        calibration = bundle.folder.read(lambda folder: read_calibration(folder / record.path))
-        measured = calibration.exclude.get(f"{engine.component}/{section.scheme}")
+    calibration = _calibration(bundle)
+    measured = None if calibration is None else calibration.exclude.get(f"{engine.component}/{section.scheme}")
     excluded = matching(linears, section.exclude) if measured is None else measured
     return set(linears) - set(excluded)
+
+
+def output_divisors(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> dict[str, NDArray[np.float32]]:
+    """The modules of the graph of ``engine`` whose outputs smoothing divides -> divisor of each channel."""
+    section, calibration = recipe.components[engine.component], _calibration(bundle)
+    if section.scheme == "none" or calibration is None or engine.component not in SCHEMES[section.scheme].smoothed:
+        return {}
+    graph = bundle.folder.read(lambda folder: read_graph(folder / engine.path)).graph
+    linears = _linears(engine, graph)
+    scales = calibration.smoothing_scales.get(section.scheme, {})
+    quantized = quantized_linears(bundle, engine, recipe, linears)
+    groups = [
+        group
+        for group in smoothing_groups(engine.component, linears)
+        if group.name in scales and not quantized.isdisjoint(group.consumers)
+    ]
+    return divided_outputs(groups, scales)
+
+
+def _calibration(bundle: Bundle) -> Calibration | None:
+    record = bundle.manifest.calibration
+    if record is None:
+        return None
+    return bundle.folder.read(lambda folder: read_calibration(folder / record.path))
