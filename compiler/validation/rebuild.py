@@ -101,8 +101,8 @@ def plan_rebuild(
     own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
         raise CheckpointError(
-            f"the noise schedule of {bundle.name} is not that of {model} with its LoRAs; build the bundle again without "
-            "choosing a schedule",
+            f"{bundle.name} does not have the noise schedule of {model} with its LoRAs; build it again without choosing "
+            "one",
             option="model",
         )
     cpu = _plan(checkpoint, "cpu", cpu_recipe(recipe), opened, calibration, destination)

@@ -14,6 +14,7 @@ from qie.compiler.validation.subject import Executed
 from qie.compiler.validation.teacher_forcing import StepVelocities, velocities
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.progress import StageProgress, no_progress
+from qie.engines.sessions.choose import choose_engines
 
 __all__ = ["StepDistance", "diff_velocities"]
 
@@ -60,7 +61,8 @@ def diff_velocities(
     """
     runs: list[list[list[StepVelocities]]] = []
     for number, bundle in enumerate((old, new)):
-        with closing(Executed.of(bundle, on="", rebuilt=False, device=device)) as executed:
+        engines = choose_engines(bundle, device)
+        with closing(Executed.of(bundle, engines, on="", rebuilt=False, device=device)) as executed:
             steps = []
             for index, case in enumerate(golden.cases):
                 progress(number * len(golden.cases) + index, 2 * len(golden.cases))
