@@ -101,7 +101,7 @@ def plan_rebuild(
     own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
         raise CheckpointError(
-            f"{bundle.name} has another noise schedule than {model} with its LoRAs, one that was chosen by name; build it "
+            f"{bundle.name} has another noise schedule than {model} with its LoRAs, chosen by name; build it "
             "again without choosing one",
             option="model",
         )
