@@ -113,7 +113,8 @@ def packaged() -> dict[str, bytes]:
     """What must be installed, by its name below the import root's parent."""
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
     recipes += [path for path in (ROOT / "recipes" / "pocket").rglob("*") if path.is_file()]
-    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes]}
+    styles = list((ROOT / "compiler").rglob("*.css"))
+    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes, *styles]}
     return files | {f"qie/{name}": (ROOT / "src" / "qie" / name).read_bytes() for name in ("__init__.py", "py.typed")}
 
 
@@ -128,7 +129,7 @@ def metadata(distributions: Distributions) -> Message:
     return email.message_from_string(dist_info(distributions.wheel, "METADATA"))
 
 
-def test_the_wheel_holds_sources_and_recipes_and_nothing_else(distributions: Distributions) -> None:
+def test_the_wheel_holds_sources_styles_and_recipes_and_nothing_else(distributions: Distributions) -> None:
     held = {name: content for name, content in distributions.wheel.items() if ".dist-info/" not in name}
     assert sorted(held) == sorted(packaged())
     assert held == packaged()

@@ -1,0 +1,169 @@
+"""The parts of the page that show checks: levels at a glance, and a table for each."""
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element
+
+from qie.compiler.validation.report import LEVELS, Check, Level, Report
+from qie.compiler.validation.reports.html.markup import Child, breakable, element, prose
+from qie.compiler.validation.reports.words import by_level, counts, missing, subject, value_words
+
+__all__ = ["checks", "levels", "open_checks", "pill"]
+
+LEVEL_TITLES: dict[Level, str] = {
+    "structure": "Structure",
+    "components": "Components",
+    "trajectory": "Trajectory",
+    "edits": "Edits",
+}
+
+LEVEL_QUESTIONS: dict[Level, str] = {
+    "structure": "What the engines say of themselves: files, shapes, types, fused attention, quantized kernels.",
+    "components": "Each component alone, on the reference's inputs.",
+    "trajectory": "Each denoising step, from the reference's latents.",
+    "edits": "Whole edits, from the reference's noise.",
+}
+
+BAR_WIDTH, BAR_GATE = 120, 80
+"""Width of a bar and the place of its gate in it, in units of the drawing."""
+
+
+def pill(result: str) -> Element:
+    """A result as a word on its color."""
+    return element("span", result, class_=f"pill {result.replace(' ', '-')}")
+
+
+def levels(report: Report) -> Element:
+    """A link for each level with the counts of its results."""
+    groups = by_level(report)
+    return element("ul", [_level_card(level, groups.get(level, ())) for level in LEVELS], class_="levels")
+
+
+def _level_card(level: Level, group: Sequence[Check]) -> Element:
+    if not group:
+        told: Child = element("span", "no checks", class_="muted")
+        return element("li", element("span", LEVEL_TITLES[level], class_="name"), told, class_="none")
+    numbers = counts(group)
+    parts = [element("span", f"{n} {result}", class_=result.replace(" ", "-")) for result, n in numbers.items() if n]
+    shares, start = [], 0.0
+    for result, n in numbers.items():
+        if n:
+            share = 100 * n / len(group)
+            shares.append(element("rect", class_=result.replace(" ", "-"), x=start, y=0, width=share, height=6))
+            start += share
+    bar = element("svg", shares, viewBox="0 0 100 6", preserveAspectRatio="none", aria_hidden="true", class_="share")
+    name = element("a", LEVEL_TITLES[level], href=f"#level-{level}", class_="name")
+    return element("li", name, bar, element("span", parts, class_="counts"))
+
+
+def open_checks(report: Report) -> Element | None:
+    """What failed and what did not run, with the reasons; None where there is no such check."""
+    failed = [check for check in report.checks if check.result == "failed"]
+    groups = missing(report.checks)
+    if not failed and not groups:
+        return None
+    items = [*map(_failure, failed), *(_absence(detail, group) for detail, group in groups.items())]
+    return element(
+        "section",
+        element("h2", "Needs attention"),
+        element("ul", items, class_="reasons"),
+        id="attention",
+    )
+
+
+def _failure(check: Check) -> Element:
+    title = element("p", pill("failed"), " ", element("strong", subject(check)), " ", _where([check]))
+    found = element("p", f"{check.metric} {value_words(check)}, gate {check.gate}")
+    return element("li", title, found, element("p", prose(check.detail), class_="detail"))
+
+
+def _absence(detail: str, group: Sequence[Check]) -> Element:
+    names = element("strong", ", ".join(map(subject, group)))
+    title = element("p", pill("not run"), " ", names, " ", _where(group))
+    return element("li", title, element("p", prose(detail), class_="detail"))
+
+
+def _where(group: Sequence[Check]) -> Element:
+    """The levels of some checks."""
+    names = dict.fromkeys(LEVEL_TITLES[check.level] for check in group)
+    return element("span", ", ".join(names), class_="muted")
+
+
+def checks(report: Report) -> list[Element]:
+    """A section for each level that has checks."""
+    return [_level(level, group) for level, group in by_level(report).items()]
+
+
+def _level(level: Level, group: Sequence[Check]) -> Element:
+    places = {check.on for check in group if check.on}
+    shared = places.pop() if len(places) == 1 else None
+    cells = [element("th", name, scope="col") for name in ("Check", "Case", "Value", "Gate")]
+    cells += [element("th", "Value to gate", scope="col", class_="bar"), element("th", "Result", scope="col")]
+    return element(
+        "section",
+        element("h3", LEVEL_TITLES[level]),
+        element("p", LEVEL_QUESTIONS[level], f" Ran on {shared}." if shared else None, class_="muted"),
+        element(
+            "table",
+            element("thead", element("tr", cells, role="row"), role="rowgroup"),
+            element("tbody", [_row(check, shown=shared is None) for check in group], role="rowgroup"),
+            class_="checks",
+            role="table",
+            aria_label=f"Checks of level {level}",
+        ),
+        id=f"level-{level}",
+    )
+
+
+def _row(check: Check, *, shown: bool) -> Element:
+    notes = [check.metric, f"on {check.on}" if shown and check.on else ""]
+    gate = element("code", breakable(check.gate.key)) if check.gate.key else "of every recipe"
+    return element(
+        "tr",
+        element(
+            "td",
+            element("strong", check.name),
+            element("span", ", ".join(filter(None, notes)), class_="muted metric"),
+            element("p", prose(check.detail), class_="detail") if check.detail else None,
+            role="cell",
+        ),
+        element("td", check.case or element("span", "bundle", class_="muted"), role="cell", data_label="Case"),
+        element("td", value_words(check), role="cell", data_label="Value", class_="number"),
+        element(
+            "td",
+            element("span", str(check.gate)),
+            element("small", gate),
+            role="cell",
+            data_label="Gate",
+            class_="gate",
+        ),
+        element("td", bar(check), role="cell", class_="bar", aria_hidden="true"),
+        element("td", pill(check.result), role="cell", class_="result"),
+        role="row",
+        class_=check.result.replace(" ", "-"),
+    )
+
+
+def bar(check: Check) -> Element | None:
+    """The value as a bar on the range that its gate allows; None where it did not run."""
+    if check.value is None:
+        return None
+    gate = check.gate
+    place = float(BAR_GATE if gate.bound > 0 else 2)
+    if math.isnan(check.value):
+        length = 0.0
+    elif gate.bound > 0:
+        length = min(max(check.value / gate.bound * place, 0.0), float(BAR_WIDTH))
+    else:
+        length = float(BAR_WIDTH) if check.value > gate.bound else place
+    low, high = (0.0, place) if gate.sense == "at most" else (place, float(BAR_WIDTH))
+    return element(
+        "svg",
+        element("rect", class_="track", x=0, y=4, width=BAR_WIDTH, height=8, rx=2),
+        element("rect", class_="allowed", x=low, y=4, width=high - low, height=8, rx=2),
+        element("rect", class_=f"fill {check.result}", x=0, y=6, width=max(length, 1.5), height=4, rx=2),
+        element("line", class_="mark", x1=place, x2=place, y1=1, y2=15),
+        viewBox=f"0 0 {BAR_WIDTH} 16",
+        aria_hidden="true",
+        class_="meter",
+    )

@@ -1,0 +1,124 @@
+"""The words and numbers that all formats share: values with units, counts, and text without control characters."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from qie.compiler.validation.report import LEVELS, Bisection, Check, Level, Operation, Report
+from qie.engines.machine import Machine
+from qie.engines.terminal import human_memory, human_seconds, printable
+
+__all__ = [
+    "by_level",
+    "by_similarity",
+    "clean",
+    "counts",
+    "facts",
+    "machine_words",
+    "missing",
+    "number",
+    "quantity",
+    "subject",
+    "summary",
+    "value_words",
+]
+
+_UNENCODABLE = re.compile("[\ud800-\udfff\ufffe\uffff]")
+"""Surrogates, as in names of files that are not UTF-8, and what XML excludes besides controls (XML 1.0, 2.2)."""
+
+
+def clean(text: str) -> str:
+    """``text`` with escapes in place of controls, marks of direction, and what UTF-8 or XML cannot hold."""
+    return _UNENCODABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", printable(text))
+
+
+def number(value: float) -> str:
+    """A number in four digits; whole ones in full, and ``nan``, ``inf`` or ``-inf`` where it is not finite."""
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit, such as ``31.2 dB``, ``1.5 GiB`` or ``12 ms``."""
+    if unit == "s" and math.isfinite(value) and value >= 0:
+        return human_seconds(value)
+    if unit == "bytes" and math.isfinite(value) and value >= 0:
+        return human_memory(value)
+    return f"{number(value)} {unit}".rstrip()
+
+
+def value_words(check: Check) -> str:
+    """The value of a check with its unit; a dash where it did not run."""
+    return "–" if check.value is None else clean(quantity(check.value, check.unit))
+
+
+def subject(check: Check) -> str:
+    """The check and its case in one line: ``psnr (two images)``."""
+    return clean(check.name if check.case is None else f"{check.name} ({check.case})")
+
+
+def counts(checks: Iterable[Check]) -> dict[str, int]:
+    """The number of checks with each result, in the order passed, failed, not run."""
+    results = [check.result for check in checks]
+    return {result: results.count(result) for result in ("passed", "failed", "not run")}
+
+
+def summary(report: Report) -> str:
+    """The counts and the verdict: ``12 passed, 0 failed, 3 not run: incomplete``."""
+    parts = (f"{count} {result}" for result, count in counts(report.checks).items())
+    return f"{', '.join(parts)}: {report.verdict}"
+
+
+def by_level(report: Report) -> Mapping[Level, tuple[Check, ...]]:
+    """The checks of each level that has any, in the order of the levels."""
+    groups = {level: tuple(check for check in report.checks if check.level == level) for level in LEVELS}
+    return {level: checks for level, checks in groups.items() if checks}
+
+
+def missing(checks: Iterable[Check]) -> dict[str, list[Check]]:
+    """The checks that did not run, by the reason."""
+    groups: dict[str, list[Check]] = {}
+    for check in checks:
+        if check.result == "not run":
+            groups.setdefault(check.detail, []).append(check)
+    return groups
+
+
+def by_similarity(bisection: Bisection) -> list[Operation]:
+    """The operations of a bisection, the least similar first; what is not a number is the least."""
+    return sorted(bisection.operations, key=lambda op: -math.inf if math.isnan(op.similarity) else op.similarity)
+
+
+def machine_words(machine: Machine) -> str:
+    """A machine in one line."""
+    gpus = [f"{gpu.name} ({gpu.compute_capability}, {gpu.memory_gib:g} GiB)" for gpu in machine.gpus]
+    parts = [machine.cpu, f"{machine.cores} cores", f"{machine.memory_gib:g} GiB", *(gpus or ["no GPU"])]
+    driver = [f"driver {machine.driver}"] if machine.driver else []
+    cuda = [f"CUDA {machine.cuda}"] if machine.cuda else []
+    return ", ".join([*parts, *driver, *cuda, machine.system])
+
+
+def facts(report: Report) -> dict[str, tuple[str, ...]]:
+    """What was validated, against what, where and with which packages: lines of text by their name."""
+    origin = report.provenance
+    lines: dict[str, tuple[str, ...]] = {
+        "Bundle": (origin.bundle,),
+        "Manifest, sha256": (origin.manifest,),
+        "Model": (origin.model,),
+        "Checkpoint, digest": (origin.checkpoint,),
+        "LoRAs": origin.loras or ("none",),
+        "Recipe": (origin.recipe,),
+        "Recipe, sha256": (origin.recipe_digest,),
+        "Engines": origin.engines,
+        "Ran": (origin.ran or "the bundle's own engines",),
+        "Golden file": (origin.golden or "none",),
+        "Golden tensors, sha256": (origin.golden_digest,) if origin.golden_digest else (),
+        "Reference": tuple(f"{name} {version}" for name, version in origin.reference),
+        "Machine": (machine_words(origin.machine),),
+        "Packages": tuple(f"{name} {version}" for name, version in origin.packages),
+        "qie": (report.qie,),
+        "Started": (report.created,),
+        "Took": (quantity(report.seconds, "s"),),
+    }
+    return {name: tuple(map(clean, texts)) for name, texts in lines.items() if texts}
