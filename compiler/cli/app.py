@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qie.compiler.cli.bench import bench
 from qie.compiler.cli.build import build
 from qie.compiler.cli.calibrate import calibrate
 from qie.compiler.cli.diff import diff
@@ -30,7 +31,7 @@ __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
-    "Validate": ("validate", "golden", "diff"),
+    "Validate": ("validate", "golden", "diff", "bench"),
     "Bundles": ("list", "inspect", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
 }
@@ -113,6 +114,11 @@ _needs_arguments(
 _needs_arguments(
     epilog=examples("qie diff pocket-cpu pocket-w8a16", "qie diff before after --golden 2511.safetensors --exit-code"),
 )(diff)
+_needs_arguments(
+    epilog=examples(
+        "qie bench pocket-cpu -o before.json", "qie bench pocket-cpu --baseline before.json --tolerance 10%"
+    ),
+)(bench)
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from qie.compiler.cli.options import LoraOption
-from qie.engines.cli.options import BundleArgument, DeviceOption
+from qie.engines.cli.options import BundleArgument, DeviceOption, check_out
 from qie.engines.terminal import Bars, say
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ def validate(
     from qie.compiler.planning.resolve import compile_packages
 
     with compile_packages():
-        from qie.compiler.validation.reports import check_writable, write_report
-        from qie.compiler.validation.reports.text import text
+        from qie.compiler.validation.reports.registry import REPORTS, write_report
         from qie.compiler.validation.run import Options
         from qie.compiler.validation.run import validate as run
 
     files = {"junit": junit, "json": json, "html": html, "markdown": markdown}
     wanted = {kind: path for kind, path in files.items() if path is not None}
-    check_writable(wanted)
+    for kind, path in wanted.items():
+        check_out(path, kind)
     options = Options(
         golden=golden,
         backend=backend,
@@ -86,9 +86,10 @@ def validate(
         report = run(bundle, options, progress=bars)
     for kind, path in wanted.items():
         write_report(report, path, kind)
+    say(REPORTS["text"](report))
     summary = os.environ.get(SUMMARY)
     if summary:
-        write_report(report, Path(summary), "markdown", append=True)
-    say(text(report))
+        with Path(summary).open("a", encoding="utf-8") as file:  # which other commands of the step append to
+            file.write(REPORTS["markdown"](report))
     if report.verdict == "failed":
         raise typer.Exit(1)
