@@ -32,6 +32,8 @@ pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where 
 	$(BIN)/python -m pocket.training.transformer $(DEMO)/pocket
 	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
 	$(BIN)/python -m pocket.calibrate recipes/pocket --evidence docs/pocket-sensitivity.json
+	$(BIN)/python -m pocket.cases recipes/pocket
+	$(BIN)/qie golden pocket -o recipes/pocket/golden.safetensors
 
 check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
 	$(BIN)/ruff check .

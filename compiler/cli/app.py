@@ -13,6 +13,7 @@ from qie.compiler.cli.build import build
 from qie.compiler.cli.calibrate import calibrate
 from qie.compiler.cli.doctor import doctor
 from qie.compiler.cli.export import export
+from qie.compiler.cli.golden import golden
 from qie.compiler.cli.plan import plan
 from qie.compiler.cli.recipes import recipes_app
 from qie.compiler.cli.selftest import selftest
@@ -27,6 +28,7 @@ __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
+    "Validate": ("golden",),
     "Bundles": ("list", "inspect", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
 }
@@ -98,6 +100,11 @@ _needs_arguments(
         'qie run person.jpg jacket.jpg "put the jacket on the person" --seed 7',
     ),
 )(run)
+_needs_arguments(
+    epilog=examples(
+        "qie golden pocket -o pocket.safetensors", "qie golden --cases edits.toml --dtype bfloat16 -o 2511.safetensors"
+    ),
+)(golden)
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)

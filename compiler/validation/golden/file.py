@@ -8,6 +8,7 @@ token, K recorded steps, T steps of the schedule.
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +33,13 @@ __all__ = [
     "GoldenCase",
     "GoldenRecord",
     "ModulesRecord",
+    "case_tensor",
+    "is_golden",
+    "module_tensor",
     "open_golden",
+    "packed",
     "png",
+    "tensors_digest",
     "write_golden",
 ]
 
@@ -88,13 +94,15 @@ class CaseRecord:
 class ModulesRecord:
     """The modules of one component whose outputs were sampled during one run of the first case.
 
-    The samples of a module are the elements of its output, seen as [rows, channels], at ``sample_places``.
+    The samples of a module are the elements of its output, seen as [rows, channels], at ``sample_places`` of its shape
+    (modules.py, which defines the rows of each component). A block of the transformer has its image stream under its
+    name and its text stream under its name and `` (text)``. Modules that the component's graph lacks are left out.
 
     Attributes:
         component: the component.
         step: of the schedule, for the transformer; 0 for the others.
         names: of the modules, as the checkpoint names their tensors, in the order in which they ran.
-        shapes: [rows, channels] of the output of each: all leading axes as rows, of one image of the batch.
+        shapes: [rows, channels] of the output of each.
         blocks: names of those that are a whole block.
     """
 
@@ -171,10 +179,10 @@ class GoldenCase:
         """The input images as resized for the VAE: uint8 [height, width, 3]."""
         return tuple(np.asarray(self._picture(f"reference_image.{k}")) for k in range(self.record.images))
 
-    @property
+    @cached_property
     def patches(self) -> Floats:
-        """[P, 1176], input of the vision tower in the image processor's order."""
-        return self.tensors["patches"]
+        """[P, 1176], input of the vision tower in the image processor's order; compressed in the file."""
+        return unpacked(self.tensors["patches"], int(self.grid_thw.prod(axis=1).sum()))
 
     @property
     def grid_thw(self) -> NDArray[np.int64]:
@@ -280,6 +288,16 @@ def png(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
+def packed(array_PX: Floats) -> NDArray[np.uint8]:
+    """An array that repeats itself, compressed with zlib: uint8 [bytes]."""
+    return np.frombuffer(zlib.compress(array_PX.astype("<f4").tobytes(), 9), np.uint8)
+
+
+def unpacked(compressed: NDArray[np.uint8], rows: int) -> Floats:
+    """The float32 array with ``rows`` rows that ``packed`` compressed."""
+    return np.frombuffer(zlib.decompress(compressed.tobytes()), "<f4").reshape(rows, -1)
+
+
 def tensors_digest(tensors: Arrays) -> str:
     """The sha256 over name, dtype, shape and content of all tensors, in the order of their names."""
     digest = hashlib.sha256()
@@ -311,6 +329,14 @@ def write_golden(record: GoldenRecord, tensors: Arrays, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(save(arrays, metadata=metadata))
+
+
+def is_golden(path: Path) -> bool:
+    """Whether a file says that it is a golden file; it may be damaged."""
+    try:
+        return DESCRIPTION in open_file(path).metadata
+    except CheckpointError:
+        return False
 
 
 def open_golden(path: Path) -> Golden:
