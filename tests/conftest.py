@@ -52,6 +52,12 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the pocket model for the CPU; not to be changed."""
+    return build("pocket", tmp_path_factory.mktemp("pocket") / "pocket-cpu").path
+
+
+@pytest.fixture(scope="session")
 def edit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the first generation, which takes one image; not to be changed."""
     folder = tmp_path_factory.mktemp("edit")

@@ -13,6 +13,7 @@ from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.subject import Executed
 from qie.compiler.validation.teacher_forcing import velocities
 from qie.engines.bundle.bundle import Bundle, open_bundle
+from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.session import Session
 from tests.support.golden_cases import own_case
 
@@ -24,7 +25,7 @@ def opened(bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def executed(opened: Bundle) -> Iterator[Executed]:
-    executed = Executed.of(opened, on="onnxruntime", rebuilt=False, device=None)
+    executed = Executed.of(opened, choose_engines(opened), on="onnxruntime", rebuilt=False, device=None)
     yield executed
     executed.close()
 
