@@ -221,7 +221,6 @@ def installed(module: str) -> bool:
 def package_versions() -> tuple[tuple[str, str], ...]:
     """(package, version) of every package of a backend that is installed, and of NumPy."""
     names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
-    versions = (
-        (name, version_of(name)) for name in dict.fromkeys([*names, "cuda-bindings", "onnxruntime-gpu", "numpy"])
-    )
+    names += ["cuda-bindings", "onnxruntime", "onnxruntime-gpu", "numpy"]
+    versions = ((name, version_of(name)) for name in dict.fromkeys(names))
     return tuple((name, found) for name, found in versions if found is not None)
