@@ -20,7 +20,8 @@ from qie.compiler.graphs.source import SOURCE
 from qie.compiler.metrics.error import cosine, relative_l2
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.golden.file import Golden, ModulesRecord
-from qie.compiler.validation.golden.modules import SCOPES, TEXT, rows_of, sample_places
+from qie.compiler.validation.golden.modules import SCOPES, TEXT, rows_of
+from qie.compiler.validation.golden.places import sample_places
 from qie.compiler.validation.host import component_feed
 from qie.compiler.validation.onnx_file import output_divisors, read_graph
 from qie.compiler.validation.report import Bisection, Operation

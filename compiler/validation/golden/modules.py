@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.validation.golden.file import ModulesRecord
+from qie.compiler.validation.golden.places import SAMPLES, sample_places
+from qie.compiler.validation.golden.records import ModulesRecord
 from qie.compiler.validation.reference import Reference
 from qie.engines.bundle.manifest import Component
 from qie.engines.inputs.prompt import PREFIX_TOKENS
@@ -32,18 +33,11 @@ __all__ = ["SAMPLES", "SCOPES", "TEXT", "ModuleSamples", "graph_modules", "rows_
 
 Floats = NDArray[np.float32]
 
-SAMPLES = 256
-"""Most elements of a module's output that are kept."""
-
 TEXT = " (text)"
 """What follows the name of a transformer block for its text stream; the name alone is its image stream."""
 
 _BLOCK = re.compile(r"\b(?:transformer_blocks|blocks|layers|down_blocks|resnets|attentions)\.\d+$")
 """The names of whole blocks."""
-
-_PLASTIC = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
-"""2^64 / p and 2^64 / p^2 of the plastic number p: steps of the R2 sequence, which covers a square evenly (Roberts,
-"The Unreasonable Effectiveness of Quasirandom Sequences", 2018)."""
 
 SCOPES = "pkg.onnxscript.name_scopes"
 """Where onnxscript keeps the module of a node."""
@@ -87,23 +81,6 @@ class ModuleSamples:
             shapes=tuple(self.shapes.values()),
             blocks=tuple(self.blocks),
         )
-
-
-def sample_places(shape: tuple[int, int], count: int = SAMPLES) -> NDArray[np.int64]:
-    """Where an output of ``shape`` (rows, channels) is sampled: int64 [S, 2], a row and a channel each.
-
-    The places are distinct, ascending and evenly spread over rows and channels. They depend on nothing but the
-    arguments. S is at most ``count``, and less only where places coincide; an output of at most ``count`` elements
-    is sampled everywhere.
-    """
-    rows, channels = shape
-    if rows * channels <= count:
-        return np.indices((rows, channels), np.int64).reshape(2, -1).T.copy()
-    places = {
-        tuple((number * step % 2**64) * size >> 64 for step, size in zip(_PLASTIC, shape, strict=True))
-        for number in range(1, count + 1)
-    }
-    return np.array(sorted(places), np.int64)
 
 
 def graph_modules(model: Model, component: Component) -> frozenset[str]:

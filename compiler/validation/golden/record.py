@@ -21,6 +21,7 @@ from qie.compiler.checkpoint.lora import fused_reader, open_lora, parse_lora
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.metrics.error import relative_l2
 from qie.compiler.validation.golden.cases import Case, find_cases
+from qie.compiler.validation.golden.compress import packed
 from qie.compiler.validation.golden.file import (
     CaseRecord,
     Golden,
@@ -30,7 +31,6 @@ from qie.compiler.validation.golden.file import (
     is_golden,
     module_tensor,
     open_golden,
-    packed,
     png,
     write_golden,
 )
