@@ -36,10 +36,10 @@ def pill(result: str) -> Element:
 def levels(report: Report) -> Element:
     """A link for each level with the counts of its results."""
     groups = by_level(report)
-    return element("ul", [_level_card(level, groups.get(level, ())) for level in LEVELS], class_="levels")
+    return element("ul", [_at_a_glance(level, groups.get(level, ())) for level in LEVELS], class_="levels")
 
 
-def _level_card(level: Level, group: Sequence[Check]) -> Element:
+def _at_a_glance(level: Level, group: Sequence[Check]) -> Element:
     if not group:
         told: Child = element("span", "no checks", class_="muted")
         return element("li", element("span", LEVEL_TITLES[level], class_="name"), told, class_="none")
@@ -78,7 +78,7 @@ def _failure(check: Check) -> Element:
 
 
 def _absence(detail: str, group: Sequence[Check]) -> Element:
-    names = element("strong", ", ".join(map(subject, group)))
+    names = element("span", ", ".join(map(subject, group)))
     title = element("p", pill("not run"), " ", names, " ", _where(group))
     return element("li", title, element("p", prose(detail), class_="detail"))
 
@@ -116,15 +116,16 @@ def _level(level: Level, group: Sequence[Check]) -> Element:
 
 
 def _row(check: Check, *, shown: bool) -> Element:
+    detail = None if check.result == "not run" else check.detail  # the reason is above, once for all
     notes = [check.metric, f"on {check.on}" if shown and check.on else ""]
-    gate = element("code", breakable(check.gate.key)) if check.gate.key else "of every recipe"
+    gate = element("code", breakable(check.gate.key)) if check.gate.key else "fixed"
     return element(
         "tr",
         element(
             "td",
             element("strong", check.name),
             element("span", ", ".join(filter(None, notes)), class_="muted metric"),
-            element("p", prose(check.detail), class_="detail") if check.detail else None,
+            element("p", prose(detail), class_="detail") if detail else None,
             role="cell",
         ),
         element("td", check.case or element("span", "bundle", class_="muted"), role="cell", data_label="Case"),
