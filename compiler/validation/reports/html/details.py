@@ -24,7 +24,7 @@ def steps(report: Report) -> Element | None:
         return None
     legend = element(
         "p",
-        "The dashed line is the gate. A diamond is a step outside it.",
+        "The dashed line is the gate, a diamond a step outside it. Only steps that the golden file holds are shown.",
         class_="muted",
     )
     plots = [_plots(name, group) for (_, name), group in groups.items()]
@@ -42,7 +42,7 @@ def _plots(name: str, group: Sequence[Check]) -> list[Element]:
                 [check.gate.bound] * len(check.steps),
                 title=f"{name}, {check.case or 'bundle'}",
                 unit=f"{check.metric} {check.unit}".rstrip(),
-                along="step",
+                along="recorded step",
                 sense=check.gate.sense,
                 scale=scale,
             ),
