@@ -9,6 +9,9 @@ from qie.compiler.validation.reports.html.plot import HEIGHT, HUGE, WIDTH, axis,
 
 NAN, INF = math.nan, math.inf
 
+ODD = [[], [NAN], [0.0], [-3.0, 5.0], [INF, -INF], [1e-300, 1e300], [-2.0], [7.0], [1e308], [5e-324]]
+"""Values that an axis is easily too small for."""
+
 
 def drawn(values: list[float], bound: float, sense: str = "at most") -> Element:
     scale = axis([*values, bound])
