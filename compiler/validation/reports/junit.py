@@ -51,7 +51,7 @@ def _case(check: Check, report: Report) -> Element:
     detail = clean(check.detail)
     if check.result == "failed":
         message = f"{clean(check.metric)} is {value_words(check)}, gate {check.gate}"
-        lines = [message, detail, clean(f"gate: {check.gate.key or 'of every recipe'}"), clean(f"ran on: {check.on}")]
+        lines = [message, detail, clean(f"gate: {check.gate.key or 'fixed'}"), clean(f"ran on: {check.on}")]
         SubElement(case, "failure", type="gate", message=message).text = "\n".join(lines)
     elif check.result == "not run" and report.required:
         SubElement(case, "failure", type="not run", message=f"required, and not run: {detail}").text = detail

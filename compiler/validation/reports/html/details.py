@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
 from qie.compiler.validation.report import Bisection, Check, Measurement, Operation, Report
-from qie.compiler.validation.reports.html.markup import breakable, element
+from qie.compiler.validation.reports.html.markup import Child, breakable, element
 from qie.compiler.validation.reports.html.plot import WIDE, axis, plot
 from qie.compiler.validation.reports.words import by_similarity, facts, number, quantity
 
@@ -24,7 +24,7 @@ def steps(report: Report) -> Element | None:
         return None
     legend = element(
         "p",
-        "The dashed line is the gate. A diamond is a step outside it.",
+        "The dashed line is the gate, a diamond a step outside it. Only steps that the golden file holds are shown.",
         class_="muted",
     )
     plots = [_plots(name, group) for (_, name), group in groups.items()]
@@ -42,7 +42,7 @@ def _plots(name: str, group: Sequence[Check]) -> list[Element]:
                 [check.gate.bound] * len(check.steps),
                 title=f"{name}, {check.case or 'bundle'}",
                 unit=f"{check.metric} {check.unit}".rstrip(),
-                along="step",
+                along="recorded step",
                 sense=check.gate.sense,
                 scale=scale,
             ),
@@ -96,15 +96,19 @@ def _bisection(bisection: Bisection) -> Element:
 def _first(bisection: Bisection, first: Operation | None) -> Element:
     if bisection.first_block is None and bisection.first_operation is None:
         return element("p", f"All {len(bisection.operations)} operations are within their tolerance.")
-    facts = [("First block outside its tolerance", bisection.first_block or "none")]
-    facts.append(("First operation outside its tolerance", bisection.first_operation or "none"))
+    facts: list[tuple[str, Child]] = [
+        ("First block outside its tolerance", breakable(bisection.first_block or "none")),
+        ("First operation outside its tolerance", breakable(bisection.first_operation or "none")),
+    ]
     if first is not None:
         distance = f"relative L2 {number(first.relative_l2)}, tolerance {number(first.tolerance)}, "
-        facts.append(("Found", f"{distance}similarity {number(first.similarity)}"))
-        facts.append(("Reads", ", ".join(first.tensors) or "no tensor of the checkpoint"))
-        facts.append(("Written by", first.source))
+        facts += [
+            ("Found", f"{distance}similarity {_digits(first.similarity)}"),
+            ("Reads", breakable(", ".join(first.tensors) or "no tensor of the checkpoint")),
+            ("Written by", breakable(first.source)),
+        ]
     return element(
-        "dl", [element("div", element("dt", a), element("dd", breakable(b))) for a, b in facts], class_="first"
+        "dl", [element("div", element("dt", name), element("dd", fact)) for name, fact in facts], class_="first"
     )
 
 

@@ -74,7 +74,7 @@ def _header(report: Report) -> Element:
             element(
                 "p",
                 element("strong", report.verdict.capitalize(), class_=f"verdict {report.verdict}"),
-                element("span", _sentence(report)),
+                element("span", _outcome(report)),
                 class_="judgement",
             ),
             element("dl", [element("div", element("dt", k), element("dd", v)) for k, v in facts], class_="glance"),
@@ -84,7 +84,7 @@ def _header(report: Report) -> Element:
     )
 
 
-def _sentence(report: Report) -> str:
+def _outcome(report: Report) -> str:
     """What the verdict follows from."""
     numbers = counts(report.checks)
     total = f"{numbers['passed']} of {len(report.checks)} checks passed"

@@ -24,6 +24,10 @@ LOG_RATIO = 20
 """Ratio of the largest to the smallest value from which the axis is logarithmic."""
 
 
+HUGE = 1e300
+"""What values count as that are larger, so that their quotients are numbers; what is below its inverse is 0."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
     """The vertical axis.
@@ -42,7 +46,8 @@ class Axis:
     def height(self, value: float) -> float:
         """Where ``value`` is, from 0 at the bottom to 1 at the top; outside the axis it is at the nearer end."""
         if self.logarithmic:
-            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+            low, high = math.log(self.low), math.log(self.high)
+            share = (math.log(max(value, self.low)) - low) / (high - low)
         else:
             share = (value - self.low) / (self.high - self.low)
         return min(max(share, 0.0), 1.0)
@@ -53,8 +58,8 @@ def axis(values: Sequence[float]) -> Axis:
 
     Values that are not finite do not count; a logarithmic axis does not count those that are not positive either.
     """
-    finite = [value for value in values if math.isfinite(value)]
-    positive = [value for value in finite if value > 0]
+    finite = [min(max(value, -HUGE), HUGE) for value in values if math.isfinite(value)]
+    positive = [value for value in finite if value > 1 / HUGE]
     if positive and min(finite) >= 0 and max(positive) / min(positive) > LOG_RATIO:
         first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         every = math.ceil((last - first) / 6)
@@ -65,13 +70,13 @@ def axis(values: Sequence[float]) -> Axis:
             ticks=tuple(10.0**power for power in range(first, last + 1, every)),
         )
     low, high = min([0.0, *finite]), max([0.0, *finite])
-    if low == high:
+    if high - low <= 1 / HUGE:
         high = low + 1.0
     rough = (high - low) * 1.05 / 4
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough)
     first, last = math.floor(low / step), math.ceil(high * 1.05 / step if high > 0 else high / step)
-    ticks = tuple(round(step * k, 12) for k in range(first, last + 1))
+    ticks = tuple(float(f"{step * k:.10g}") for k in range(first, last + 1))
     return Axis(low=step * first, high=step * last, logarithmic=False, ticks=ticks)
 
 

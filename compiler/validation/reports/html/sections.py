@@ -1,6 +1,7 @@
 """The parts of the page that show checks: levels at a glance, and a table for each."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
@@ -18,7 +19,7 @@ LEVEL_TITLES: dict[Level, str] = {
 }
 
 LEVEL_QUESTIONS: dict[Level, str] = {
-    "structure": "What the engines say of themselves: files, shapes, types, fused attention, quantized kernels.",
+    "structure": "What the files of the bundle and the engines say of themselves.",
     "components": "Each component alone, on the reference's inputs.",
     "trajectory": "Each denoising step, from the reference's latents.",
     "edits": "Whole edits, from the reference's noise.",
@@ -36,10 +37,10 @@ def pill(result: str) -> Element:
 def levels(report: Report) -> Element:
     """A link for each level with the counts of its results."""
     groups = by_level(report)
-    return element("ul", [_level_card(level, groups.get(level, ())) for level in LEVELS], class_="levels")
+    return element("ul", [_at_a_glance(level, groups.get(level, ())) for level in LEVELS], class_="levels")
 
 
-def _level_card(level: Level, group: Sequence[Check]) -> Element:
+def _at_a_glance(level: Level, group: Sequence[Check]) -> Element:
     if not group:
         told: Child = element("span", "no checks", class_="muted")
         return element("li", element("span", LEVEL_TITLES[level], class_="name"), told, class_="none")
@@ -78,7 +79,7 @@ def _failure(check: Check) -> Element:
 
 
 def _absence(detail: str, group: Sequence[Check]) -> Element:
-    names = element("strong", ", ".join(map(subject, group)))
+    names = element("span", ", ".join(map(subject, group)))
     title = element("p", pill("not run"), " ", names, " ", _where(group))
     return element("li", title, element("p", prose(detail), class_="detail"))
 
@@ -95,18 +96,19 @@ def checks(report: Report) -> list[Element]:
 
 
 def _level(level: Level, group: Sequence[Check]) -> Element:
-    places = {check.on for check in group if check.on}
-    shared = places.pop() if len(places) == 1 else None
+    places = Counter(check.on for check in group if check.on)
+    usual = places.most_common(1)[0][0] if places else ""
+    told = f" Ran on {usual}{', except where stated' if len(places) > 1 else ''}." if usual else None
     cells = [element("th", name, scope="col") for name in ("Check", "Case", "Value", "Gate")]
     cells += [element("th", "Value to gate", scope="col", class_="bar"), element("th", "Result", scope="col")]
     return element(
         "section",
         element("h3", LEVEL_TITLES[level]),
-        element("p", LEVEL_QUESTIONS[level], f" Ran on {shared}." if shared else None, class_="muted"),
+        element("p", LEVEL_QUESTIONS[level], told, class_="muted"),
         element(
             "table",
             element("thead", element("tr", cells, role="row"), role="rowgroup"),
-            element("tbody", [_row(check, shown=shared is None) for check in group], role="rowgroup"),
+            element("tbody", [_row(check, usual) for check in group], role="rowgroup"),
             class_="checks",
             role="table",
             aria_label=f"Checks of level {level}",
@@ -115,16 +117,17 @@ def _level(level: Level, group: Sequence[Check]) -> Element:
     )
 
 
-def _row(check: Check, *, shown: bool) -> Element:
-    notes = [check.metric, f"on {check.on}" if shown and check.on else ""]
-    gate = element("code", breakable(check.gate.key)) if check.gate.key else "of every recipe"
+def _row(check: Check, usual: str) -> Element:
+    detail = None if check.result == "not run" else check.detail  # the reason is above, once for all
+    notes = [check.metric, f"on {check.on}" if check.on not in ("", usual) else ""]
+    gate = element("code", breakable(check.gate.key)) if check.gate.key else "fixed"
     return element(
         "tr",
         element(
             "td",
             element("strong", check.name),
             element("span", ", ".join(filter(None, notes)), class_="muted metric"),
-            element("p", prose(check.detail), class_="detail") if check.detail else None,
+            element("p", prose(detail), class_="detail") if detail else None,
             role="cell",
         ),
         element("td", check.case or element("span", "bundle", class_="muted"), role="cell", data_label="Case"),
