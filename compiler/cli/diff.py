@@ -1,6 +1,7 @@
 """``qie diff``: what differs between two bundles, section by section."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
-ROWS = 12
+ROWS = 16
 """Most rows that a table prints of a list without an end: layers, kernels, weights."""
+
+KINDS = ("precision", "removed", "added")
+"""The order in which changes of layers are printed."""
 
 DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
@@ -152,6 +156,9 @@ def _engine(engine: "EngineDiff") -> list[str]:
     if engine.old is None or engine.new is None:
         return ["only in the new bundle" if engine.old is None else "only in the old bundle"]
     texts = [_changes(engine.changes)]
+    keys = {change.key for change in engine.changes}
+    if "key" not in keys and any(key.endswith(".engine") for key in keys):
+        texts.append("of one key: the engine compiler wrote other bytes for the same graph, weights and versions")
     if engine.structure is not None:
         texts += [_changes(engine.structure.counts), _layers(engine.structure.layers)]
         texts.append(_counted("kernel", engine.structure.kernels))
@@ -167,17 +174,17 @@ def _counted(what: str, changes: "Sequence[Change]") -> str:
 
 
 def _layers(layers: "Sequence[LayerChange]") -> str:
-    """Layers, those of all blocks in one row."""
-    groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    """Layers by block, type and precision, those of all blocks that differ alike in one row; --json has each."""
+    counts: Counter[tuple[str, ...]] = Counter()
     for layer in layers:
         name, number = _block(layer.name)
-        key = (name, layer.type, layer.old or "-", layer.new or "-")
-        groups.setdefault(key, []).append((number, layer.count))
-    rows = [
-        [name.replace("*", _ranges(number for number, _ in found), 1), *rest, str(sum(count for _, count in found))]
-        for (name, *rest), found in groups.items()
-    ]
-    return _cut(rows, header=["layers", "type", "old precision", "new precision", "number"], right=[4])
+        place = name.partition("*")[0] + "*" if number else "other layers"
+        counts[layer.kind, place, layer.type, layer.old or "-", layer.new or "-", number] += layer.count
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (*key, number), count in sorted(counts.items(), key=lambda item: KINDS.index(item[0][0])):
+        groups.setdefault((*key, str(count)), []).append(number)
+    rows = [[place.replace("*", _ranges(numbers)), *rest] for (_, place, *rest), numbers in groups.items()]
+    return _cut(rows, header=["layers of", "type", "old precision", "new precision", "each"], right=[4])
 
 
 def _weights(weights: "Sequence[WeightChange]") -> str:
@@ -192,7 +199,7 @@ def _weights(weights: "Sequence[WeightChange]") -> str:
         [name.replace("*", _ranges(n for n, _ in found), 1), old, new, str(len(found)), _error(largest[name, old, new])]
         for (name, old, new), found in ordered
     ]
-    return _cut(rows, header=["weight", "old", "new", "number", "largest relative L2"], right=[3, 4])
+    return _cut(rows, header=["weight", "old", "new", "number", "relative L2"], right=[3, 4])
 
 
 def _block(name: str) -> tuple[str, str]:

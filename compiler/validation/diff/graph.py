@@ -36,7 +36,7 @@ class WeightChange:
 
     Attributes:
         name: of the tensor in the checkpoint.
-        old, new: dtype and shape; None where there is no such weight.
+        old, new: dtype and shape, such as ``float32 768x192``; None where there is no such weight.
         relative_l2: of the new values to the old ones, quantized ones times their scales; None where one is absent, the
             shapes differ, or the old ones are all zero.
     """
@@ -101,7 +101,7 @@ class GraphFile:
     def about(self, name: str) -> str | None:
         """Dtype and shape of a weight; None where there is no such weight."""
         tensor = self.weights.get(name)
-        return None if tensor is None else f"{_dtype(tensor)} {list(tensor.dims)}"
+        return None if tensor is None else _told(_dtype(tensor), tensor.dims)
 
     def names(self) -> tuple[str, ...]:
         """Names of the weights without their scales."""
@@ -197,7 +197,7 @@ def diff_modulation(old: Bundle, new: Bundle) -> tuple[WeightChange, ...]:
     records = old.manifest.model.modulation, new.manifest.model.modulation
     if records[0].file.sha256 == records[1].file.sha256:
         return ()
-    shapes = [{t.name: f"{t.dtype} {list(t.shape)}" for t in record.tensors} for record in records]
+    shapes = [{t.name: _told(t.dtype, t.shape) for t in record.tensors} for record in records]
     readers = [_modulation(bundle, record) for bundle, record in zip((old, new), records, strict=True)]
     found = []
     for name in dict.fromkeys((*shapes[0], *shapes[1])):
@@ -247,6 +247,10 @@ def _group_size(node: onnx.NodeProto) -> int:
 
 def _bytes(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _told(dtype: str, dims: Iterable[int]) -> str:
+    return f"{dtype} {'x'.join(map(str, dims))}".rstrip()
 
 
 def _dtype(tensor: TensorProto) -> str:
