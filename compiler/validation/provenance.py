@@ -14,9 +14,9 @@ __all__ = ["damaged_provenance", "executed_name", "provenance"]
 
 
 def executed_name(engines: Mapping[Component, EngineRecord]) -> str:
-    """What executes, such as ``onnxruntime 1.32.0 on the CPU``."""
+    """What executes, such as ``onnxruntime 1.32.0, CPU``."""
     found = dict.fromkeys(
-        f"{e.backend} {e.backend_version} on {'the CPU' if e.compute_capability == 'cpu' else 'the GPU'}"
+        f"{e.backend} {e.backend_version}, {'CPU' if e.compute_capability == 'cpu' else 'GPU'}"
         for e in engines.values()
     )
     return ", ".join(found)

@@ -66,7 +66,7 @@ class Check:
         level: that it belongs to.
         name: what is checked, such as ``transformer``; unique with ``case`` in its level.
         case: of the golden file; None for a check of the bundle.
-        on: what executed, such as ``onnxruntime 1.32.0 on the CPU``; empty where nothing did.
+        on: what executed, such as ``onnxruntime 1.32.0, CPU``; empty where nothing did.
         metric: what the value is, such as ``relative L2``.
         unit: of the value, such as ``dB``; empty for a plain number.
         value: None where the check did not run.
