@@ -74,7 +74,8 @@ class Check:
         result: not run is never passed.
         detail: what was found, or why it was not run and what to do.
         seconds: that it took.
-        steps: values of each denoising step, where there are such.
+        steps: values of each denoising step, or of each edit in a row, where there are such.
+        step_numbers: number of each of ``steps``, from 1; empty where they follow each other from the first.
     """
 
     level: Level
@@ -89,6 +90,7 @@ class Check:
     detail: str
     seconds: float
     steps: tuple[float, ...] = ()
+    step_numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """A value and its gate decide; without a value nothing was run."""
