@@ -13,12 +13,12 @@ from qie.engines.machine import Machine
 __all__ = [
     "LEVELS",
     "Bisection",
+    "CaseImages",
     "Check",
     "Gate",
     "Level",
     "Measurement",
     "Operation",
-    "Pictures",
     "Provenance",
     "Report",
     "Result",
@@ -118,7 +118,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class Pictures:
+class CaseImages:
     """What a person looks at of one case, as PNG files.
 
     Attributes:
@@ -231,7 +231,7 @@ class Report:
         provenance: bundle, golden file, machine.
         checks: in the order in which they ran.
         measurements: figures without a gate.
-        pictures: one for each case whose edit ran.
+        images: one for each case whose edit ran.
         bisections: one for each component that was bisected.
         seconds: of the whole validation.
     """
@@ -243,7 +243,7 @@ class Report:
     provenance: Provenance
     checks: tuple[Check, ...]
     measurements: tuple[Measurement, ...]
-    pictures: tuple[Pictures, ...]
+    images: tuple[CaseImages, ...]
     bisections: tuple[Bisection, ...]
     seconds: float
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal
 
 from qie.compiler.validation.golden.file import GoldenCase
-from qie.compiler.validation.report import Check, Gate, Level, Measurement, Pictures
+from qie.compiler.validation.report import CaseImages, Check, Gate, Level, Measurement
 from qie.compiler.validation.subject import Executed, Subject
 
 __all__ = ["NONE_ALLOWED", "CheckSpec", "Finding", "Outcome", "counted", "for_cases", "judged"]
@@ -38,7 +38,7 @@ class Finding:
     seconds: float | None = None
 
 
-Outcome = Finding | Measurement | Pictures
+Outcome = Finding | Measurement | CaseImages
 """What a check yields: findings that are judged, and what the report shows beside them."""
 
 

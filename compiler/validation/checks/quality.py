@@ -14,7 +14,7 @@ from qie.compiler.metrics.similarity import ssim
 from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome
 from qie.compiler.validation.edits import CaseEdit, edit_of
 from qie.compiler.validation.golden.file import png
-from qie.compiler.validation.report import Measurement, Pictures
+from qie.compiler.validation.report import CaseImages, Measurement
 from qie.compiler.validation.subject import Subject
 from qie.engines.errors import BackendMissingError, QieError, RequestError
 from qie.engines.inputs.image import resize
@@ -67,7 +67,7 @@ def psnr(subject: Subject) -> Iterator[Outcome]:
         edit = edit_of(subject.executed, case)
         if isinstance(edit, QieError):
             continue
-        yield Pictures(
+        yield CaseImages(
             case=case.record.name,
             instruction=case.record.instruction,
             inputs=tuple(png(image).tobytes() for image in case.images),
