@@ -26,8 +26,8 @@ DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64,
 Provider = tuple[str, dict[str, str]]
 
 EXPANDED = ("fp8", "int8-smooth")
-"""Schemes whose weights the CPU expands to float32 when it loads them: it has no kernels for their products, would expand
-them again in every run, and would then add up in an order that depends on the number of threads."""
+"""Schemes whose weights become float32 when the CPU loads them: onnxruntime has no kernels for their products. It would
+convert them again in every run, for products whose order of sums depends on the number of threads."""
 
 LIBRARIES = re.compile(rb"libnv(?:infer|onnxparser)\.so\.\d+")
 """Names of the libraries of TensorRT in a library that is linked to them."""
