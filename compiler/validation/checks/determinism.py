@@ -80,6 +80,12 @@ def threads(executed: Executed, case: GoldenCase) -> Finding:
             detail="the engines run on a GPU, where threads are not chosen; validate a bundle for the CPU",
             on=executed.on,
         )
+    if executed.rebuilt:
+        return Finding(
+            value=None,
+            detail="other engines run here than the bundle's; validate it on the machine that they are built for",
+            on=executed.on,
+        )
     results = []
     for count in THREADS:
         with closing(Stages(executed.bundle, engines, threads=count)) as stages:
