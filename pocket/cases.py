@@ -59,8 +59,8 @@ CASES = (
         photos=("coffee",),
         input=(96, 160),
         result=(96, 160),
-        instruction=Instruction("draw", (("color", "red"), ("shape", "circle"), ("place", "at the bottom right"))),
-        settings={"seed": 2, "steps": 8, "guidance": 2.0, "record": 3},
+        instruction=Instruction("invert"),
+        settings={"seed": 2, "steps": 8, "guidance": 1.5, "record": 3},
     ),
     PocketCase(
         name="two images",

@@ -199,7 +199,7 @@ def _weights(weights: "Sequence[WeightChange]") -> str:
         [name.replace("*", _ranges(n for n, _ in found), 1), old, new, str(len(found)), _error(largest[name, old, new])]
         for (name, old, new), found in ordered
     ]
-    return _cut(rows, header=["weight", "old", "new", "number", "relative L2"], right=[3, 4])
+    return _cut(rows, header=["weight", "old", "new", "count", "L2 error"], right=[3, 4])
 
 
 def _block(name: str) -> tuple[str, str]:

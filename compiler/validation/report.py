@@ -13,12 +13,12 @@ from qie.engines.machine import Machine
 __all__ = [
     "LEVELS",
     "Bisection",
+    "CaseImages",
     "Check",
     "Gate",
     "Level",
     "Measurement",
     "Operation",
-    "Pictures",
     "Provenance",
     "Report",
     "Result",
@@ -74,7 +74,8 @@ class Check:
         result: not run is never passed.
         detail: what was found, or why it was not run and what to do.
         seconds: that it took.
-        steps: values of each denoising step, where there are such.
+        steps: values of each denoising step, or of each edit in a row, where there are such.
+        step_numbers: number of each of ``steps``, from 1; empty where they follow each other from the first.
     """
 
     level: Level
@@ -89,6 +90,7 @@ class Check:
     detail: str
     seconds: float
     steps: tuple[float, ...] = ()
+    step_numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """A value and its gate decide; without a value nothing was run."""
@@ -116,7 +118,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class Pictures:
+class CaseImages:
     """What a person looks at of one case, as PNG files.
 
     Attributes:
@@ -229,7 +231,7 @@ class Report:
         provenance: bundle, golden file, machine.
         checks: in the order in which they ran.
         measurements: figures without a gate.
-        pictures: one for each case whose edit ran.
+        images: one for each case whose edit ran.
         bisections: one for each component that was bisected.
         seconds: of the whole validation.
     """
@@ -241,7 +243,7 @@ class Report:
     provenance: Provenance
     checks: tuple[Check, ...]
     measurements: tuple[Measurement, ...]
-    pictures: tuple[Pictures, ...]
+    images: tuple[CaseImages, ...]
     bisections: tuple[Bisection, ...]
     seconds: float
 

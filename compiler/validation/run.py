@@ -26,11 +26,11 @@ from qie.compiler.validation.rebuild import find_model, other_graphs, plan_rebui
 from qie.compiler.validation.report import (
     LEVELS,
     Bisection,
+    CaseImages,
     Check,
     Gate,
     Level,
     Measurement,
-    Pictures,
     Report,
 )
 from qie.compiler.validation.subject import Executed, Subject
@@ -106,7 +106,7 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
             _choose(subject, options, stack, progress)
         checks: list[Check] = []
         measurements: list[Measurement] = []
-        pictures: list[Pictures] = []
+        images: list[CaseImages] = []
         for spec in _up_to(options.level):
             for outcome in _run(spec, subject, progress):
                 match outcome:
@@ -114,8 +114,8 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
                         checks.append(outcome)
                     case Measurement():
                         measurements.append(outcome)
-                    case Pictures():
-                        pictures.append(outcome)
+                    case CaseImages():
+                        images.append(outcome)
         bisections = list(_bisections(subject, options, checks, progress))
         return Report(
             qie=qie.__version__,
@@ -125,7 +125,7 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
             provenance=provenance(subject),
             checks=tuple(checks),
             measurements=tuple(measurements),
-            pictures=tuple(pictures),
+            images=tuple(images),
             bisections=tuple(bisections),
             seconds=round(time.perf_counter() - start, 3),
         )
@@ -213,7 +213,7 @@ def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Pro
     subject.executed, subject.not_executed = executed, ""
 
 
-def _run(spec: CheckSpec, subject: Subject, progress: Progress) -> Iterator[Check | Measurement | Pictures]:
+def _run(spec: CheckSpec, subject: Subject, progress: Progress) -> Iterator[Check | Measurement | CaseImages]:
     """The outcomes of one check; what it raises is a failure, and what it found before stays."""
     gate = NONE_ALLOWED
     if spec.gate is not None:
@@ -264,7 +264,7 @@ def _damaged(path: Path, problem: BundleError, options: Options, created: str, s
         provenance=damaged_provenance(path),
         checks=(judged(spec, finding, NONE_ALLOWED, seconds),),
         measurements=(),
-        pictures=(),
+        images=(),
         bisections=(),
         seconds=seconds,
     )

@@ -25,6 +25,10 @@ DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64,
 
 Provider = tuple[str, dict[str, str]]
 
+EXPANDED = ("fp8", "int8-smooth")
+"""Schemes whose weights become float32 when the CPU loads them: onnxruntime has no kernels for their products. It would
+convert them again in every run, for products whose order of sums depends on the number of threads."""
+
 LIBRARIES = re.compile(rb"libnv(?:infer|onnxparser)\.so\.\d+")
 """Names of the libraries of TensorRT in a library that is linked to them."""
 
@@ -68,6 +72,8 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if self._device == "cpu" and engine.quantization is not None and engine.quantization.scheme in EXPANDED:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine, device)
         try:  # without the fallback of the Python package, which prints to stdout
             self._session = ort.InferenceSession(

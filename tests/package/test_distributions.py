@@ -136,9 +136,10 @@ def test_the_wheel_holds_sources_styles_and_recipes_and_nothing_else(distributio
 
 
 def test_the_wheel_is_small(distributions: Distributions) -> None:
-    """Weights of the pocket model included, which are 24 MB at the most."""
-    weights = [content for name, content in distributions.wheel.items() if name.endswith(".safetensors")]
-    assert 20e6 < sum(map(len, weights)) < 24e6
+    """The pocket model included: weights of at most 24 MB, and a golden file of at most 2 MB."""
+    tensors = {name: len(content) for name, content in distributions.wheel.items() if name.endswith(".safetensors")}
+    assert tensors.pop("qie/recipes/pocket/golden.safetensors") < 2e6
+    assert 20e6 < sum(tensors.values()) < 24e6
     assert sum(map(len, distributions.wheel.values())) < 32e6
 
 

@@ -98,7 +98,7 @@ def test_diffusers_agrees(plain: Editor) -> None:
 def test_it_is_small_and_complete() -> None:
     opened = open_checkpoint("pocket")
     assert opened.complete
-    assert sum(file.stat().st_size for file in POCKET.rglob("*.safetensors")) < 24e6
+    assert sum(file.stat().st_size for file in POCKET.glob("*/*.safetensors")) < 24e6
     calibration = read_calibration(POCKET / "calibration.npz")
     calibration.check_model(opened.digest())
     assert set(calibration.exclude) == {"transformer/fp8", "transformer/int8-smooth"}

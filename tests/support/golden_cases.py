@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qie.compiler.validation.golden.compress import packed
 from qie.compiler.validation.golden.file import CaseRecord, GoldenCase, GoldenRecord, case_tensor, png, write_golden
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.conditioning import condition
@@ -17,7 +18,9 @@ from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
+from qie.engines.inputs.vision import vision_inputs
 from tests.support.images import smooth_image
 
 __all__ = ["own_case", "write_own_golden"]
@@ -26,7 +29,7 @@ __all__ = ["own_case", "write_own_golden"]
 def own_case(
     bundle: Bundle, *, recorded: Sequence[int] = (0, 1, 2, 3), steps: int = 4, guidance: float = 4.0
 ) -> GoldenCase:
-    """An edit of ``bundle`` as the case of a golden file, with the tensors of its denoising."""
+    """An edit of ``bundle`` as the case of a golden file; patches are in the order of the bundle's windows."""
     images = [smooth_image(150, 90, seed=1)]
     request = Request(images=images, instructions=["make it red"], seeds=[3], steps=steps, guidance=guidance)
     tensors: dict[str, Any] = {}
@@ -62,9 +65,17 @@ def own_case(
         tensors["final_latents"] = denoiser.latents()[0]
         size = settings.size
         (decoded,) = editor.stages.decode([denoiser.latents()[0].reshape(size.height // 16, size.width // 16, -1)])
+        copies = prepare(images[0], bundle.manifest.model.areas, size=settings.reference)
+        vision = vision_inputs([copies.vision], bundle.manifest.model.vision)
+        prompt = encode(editor.tokenizer, ["make it red"], grids=vision.grids, spec=bundle.manifest.model.prompt)
+        tensors["image_embeds"] = editor.stages.vision(vision)
     tensors |= {
         "input.0": png(images[0]),
-        "reference_image.0": png(prepare(images[0], bundle.manifest.model.areas, size=settings.reference).vae),
+        "reference_image.0": png(copies.vae),
+        "patches": packed(vision.patches),
+        "grid_thw": np.array(vision.grids, np.int64),
+        "input_ids": prompt.input_ids[0],
+        "position_ids": prompt.position_ids[:, 0],
         "reference_latents.0": conditioning.reference[0],
         "prompt_embeds": conditioning.prompts[0][0],
         "noise": noise[0],

@@ -8,11 +8,11 @@ import numpy as np
 from qie.compiler.validation.golden.file import png
 from qie.compiler.validation.report import (
     Bisection,
+    CaseImages,
     Check,
     Gate,
     Measurement,
     Operation,
-    Pictures,
     Provenance,
     Report,
 )
@@ -86,11 +86,11 @@ def _checks() -> list[Check]:
     return found
 
 
-def _images(case: str, instruction: str, seed: int, inputs: int, size: tuple[int, int]) -> Pictures:
+def _images(case: str, instruction: str, seed: int, inputs: int, size: tuple[int, int]) -> CaseImages:
     reference = np.asarray(smooth_image(*size, seed + 10, grain=4))
     noise = np.random.default_rng(seed).normal(0, 3, reference.shape)
     edit = (reference + noise).clip(0, 255).astype(np.uint8)
-    return Pictures(
+    return CaseImages(
         case=case,
         instruction=instruction,
         inputs=tuple(png(smooth_image(*size, seed + k)).tobytes() for k in range(inputs)),
@@ -140,7 +140,7 @@ def passed_report() -> Report:
             Measurement(name="peak memory", case=None, value=712 * 2**20, unit="bytes", planned=698 * 2**20),
             Measurement(name="host memory", case=None, value=1.5 * GIB, unit="bytes"),
         ),
-        pictures=images,
+        images=images,
         bisections=(),
         seconds=21.7,
     )
@@ -155,7 +155,7 @@ def incomplete_report(*, required: bool = False) -> Report:
         report,
         required=required,
         checks=checks,
-        pictures=(),
+        images=(),
         measurements=(),
         provenance=replace(report.provenance, machine=machine),
     )
@@ -277,6 +277,6 @@ def hostile_report() -> Report:
             Measurement(name=HOSTILE, case=HOSTILE, value=nan, unit="s", planned=inf),
             Measurement(name="none", case=None, value=0.0, unit="bytes", planned=0.0),
         ),
-        pictures=(replace(report.pictures[0], case=HOSTILE, instruction=HOSTILE), *report.pictures[1:]),
+        images=(replace(report.images[0], case=HOSTILE, instruction=HOSTILE), *report.images[1:]),
         bisections=(odd_bisection, replace(found, operations=(), first_block=None, first_operation=None)),
     )

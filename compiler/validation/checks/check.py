@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal
 
 from qie.compiler.validation.golden.file import GoldenCase
-from qie.compiler.validation.report import Check, Gate, Level, Measurement, Pictures
+from qie.compiler.validation.report import CaseImages, Check, Gate, Level, Measurement
 from qie.compiler.validation.subject import Executed, Subject
 
 __all__ = ["NONE_ALLOWED", "CheckSpec", "Finding", "Outcome", "counted", "for_cases", "judged"]
@@ -25,6 +25,7 @@ class Finding:
         case: of the golden file; None for the bundle.
         on: what executed; empty where nothing did.
         steps: values of each step, where there are such.
+        step_numbers: number of each step, from 1.
         seconds: that it took, where the check measures it itself; None for the time until it was yielded.
     """
 
@@ -33,10 +34,11 @@ class Finding:
     case: str | None = None
     on: str = ""
     steps: Sequence[float] = ()
+    step_numbers: Sequence[int] = ()
     seconds: float | None = None
 
 
-Outcome = Finding | Measurement | Pictures
+Outcome = Finding | Measurement | CaseImages
 """What a check yields: findings that are judged, and what the report shows beside them."""
 
 
@@ -102,4 +104,5 @@ def judged(spec: CheckSpec, finding: Finding, gate: Gate, seconds: float) -> Che
         detail=finding.detail,
         seconds=seconds if finding.seconds is None else finding.seconds,
         steps=tuple(finding.steps),
+        step_numbers=tuple(finding.step_numbers),
     )

@@ -3,13 +3,21 @@
 from collections import Counter
 
 from qie.compiler.recipe.gates import Gates, flat
-from qie.compiler.validation.checks import components, structure, trajectory
+from qie.compiler.validation.checks import components, determinism, drift, memory, quality, structure, trajectory
 from qie.compiler.validation.checks.check import CheckSpec
 from qie.compiler.validation.report import LEVELS
 
 __all__ = ["CHECKS", "check_gates"]
 
-CHECKS: tuple[CheckSpec, ...] = (*structure.SPECS, *components.SPECS, *trajectory.SPECS)
+CHECKS: tuple[CheckSpec, ...] = (
+    *structure.SPECS,
+    *components.SPECS,
+    *trajectory.SPECS,
+    *quality.SPECS,
+    *drift.SPECS,
+    *determinism.SPECS,
+    *memory.SPECS,
+)
 
 
 def check_gates(checks: tuple[CheckSpec, ...]) -> None:

@@ -42,6 +42,7 @@ def _worst(errors: Sequence[float], case: GoldenCase, executed: Executed) -> Fin
         on=executed.on,
         detail=f"worst at step {recorded[worst] + 1}, of {len(errors)} recorded",
         steps=errors,
+        step_numbers=[step + 1 for step in recorded],
     )
 
 

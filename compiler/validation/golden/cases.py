@@ -152,7 +152,7 @@ def shipped_cases(model: Model) -> tuple[Case, ...]:
         table = CaseTable(
             name="two images",
             images=("0", "1"),
-            instruction="give picture 1 the colors of picture 2",
+            instruction="give Picture 1 the colors of Picture 2",
             seed=3,
             steps=4,
             record=4,

@@ -227,7 +227,8 @@ def _check_consistent(reference: Reference, case: GoldenCase, taken: Sequence[Re
     if case.negative_embeds is not None and case.negative_velocity is not None:
         assert relative_l2(passes.velocity(0, case.negative_embeds), case.negative_velocity[0]) < bound, record.name
     rows, columns = record.height // SIDE_MULTIPLE, record.width // SIDE_MULTIPLE
-    assert np.array_equal(reference.decode(case.final_latents, rows, columns), np.asarray(case.edit)), record.name
+    decoded = reference.decode(case.final_latents, rows, columns).astype(np.int16)
+    assert np.abs(decoded - np.asarray(case.edit)).max() <= 1, record.name
 
 
 def _sample(reference: Reference, model: Model, case: GoldenCase, progress: Progress) -> Iterator[ModuleSamples]:

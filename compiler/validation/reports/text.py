@@ -1,5 +1,9 @@
 """The report for a terminal: a table a level, the reasons below it, what was bisected, and one line of verdict."""
 
+import math
+from collections.abc import Iterator
+from itertools import groupby
+
 from qie.compiler.validation.report import Bisection, Check, Report
 from qie.compiler.validation.reports.words import (
     by_level,
@@ -32,10 +36,7 @@ def text(report: Report) -> str:
 
 
 def _level(level: str, checks: tuple[Check, ...]) -> str:
-    rows = [
-        [clean(check.name), clean(check.case or ""), value_words(check), str(check.gate), check.result]
-        for check in checks
-    ]
+    rows = [_row(group) for group in _groups(checks)]
     shown = table(rows, header=[level, "case", "value", "gate", "result"], right=[2])
     reasons = [
         wrap(f"{subject(check)}: {clean(check.metric)}; {clean(check.detail)}".removesuffix("; "), indent=2)
@@ -47,16 +48,36 @@ def _level(level: str, checks: tuple[Check, ...]) -> str:
     return "\n".join([shown, *(["", *reasons] if reasons else [])])
 
 
+def _groups(checks: tuple[Check, ...]) -> Iterator[list[Check]]:
+    """Checks for one line each: the passed cases of one check together, every other check by itself."""
+    for (_, result), group in groupby(checks, key=lambda check: (check.name, check.result)):
+        if result == "passed":
+            yield list(group)
+        else:
+            yield from ([check] for check in group)
+
+
+def _row(group: list[Check]) -> list[str]:
+    """A line of the table; of several checks the value that is nearest to the gate."""
+    at_most = group[0].gate.sense == "at most"
+    worst = (max if at_most else min)(group, key=lambda check: math.nan if check.value is None else check.value)
+    case = worst.case or "" if len(group) == 1 else f"{len(group)} cases, worst {worst.case}"
+    return [clean(worst.name), clean(case), value_words(worst), str(worst.gate), worst.result]
+
+
 def _bisection(bisection: Bisection) -> str:
     name, case, on = clean(bisection.component), clean(bisection.case), clean(bisection.on)
     if bisection.first_operation is None and bisection.first_block is None:
-        finding = f"all {len(bisection.operations)} operations are within their tolerance"
-    else:
-        first = [("block", bisection.first_block), ("operation", bisection.first_operation)]
-        found = [f"the first {kind} outside the tolerance is {clean(where)}" for kind, where in first if where]
-        finding = ", ".join(found)
+        worst = max(bisection.operations, key=lambda op: op.relative_l2, default=None)
+        near = (
+            "" if worst is None else f", the largest relative L2 is {number(worst.relative_l2)} in {clean(worst.name)}"
+        )
+        finding = f"all {len(bisection.operations)} operations are within their tolerance{near}"
+        return wrap(f"bisected {name} with {case} on {on}: {finding}")
+    first = [("block", bisection.first_block), ("operation", bisection.first_operation)]
+    finding = ", ".join(f"the first {kind} outside the tolerance is {clean(where)}" for kind, where in first if where)
     rows = [
-        [number(op.similarity), number(op.relative_l2), number(op.tolerance), clean(op.name), clean(op.source)]
+        [f"{op.similarity:.6f}", number(op.relative_l2), number(op.tolerance), clean(op.name), clean(op.source)]
         for op in by_similarity(bisection)[:HEAD]
     ]
     header = ["similarity", "relative L2", "tolerance", "operation", "source"]

@@ -87,7 +87,13 @@ def missing(checks: Iterable[Check]) -> dict[str, list[Check]]:
 
 def by_similarity(bisection: Bisection) -> list[Operation]:
     """The operations of a bisection, the least similar first; what is not a number is the least."""
-    return sorted(bisection.operations, key=lambda op: -math.inf if math.isnan(op.similarity) else op.similarity)
+
+    def rank(operation: Operation) -> tuple[float, float]:
+        if math.isnan(operation.similarity):
+            return -math.inf, 0.0
+        return round(operation.similarity, 6), -operation.relative_l2
+
+    return sorted(bisection.operations, key=rank)
 
 
 def machine_words(machine: Machine) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qie.compiler.validation.diff import compare
+from qie.compiler.validation.golden.file import GOLDEN_FILE
 from qie.engines.bundle.bundle import open_bundle
 from tests.support.bundles import build
 from tests.support.command_line import Qie, Refusal, assert_says
@@ -19,6 +21,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The pocket model for the CPU, in float32 and in w8a16."""
     folder = tmp_path_factory.mktemp("pair")
     return build("pocket", folder / "plain").path, build("pocket", folder / "quantized", RECIPE).path
+
+
+@pytest.fixture(autouse=True)
+def beside_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of the pocket model's golden file, which is not there."""
+    folder = tmp_path_factory.mktemp("recipes") / "pocket"
+    folder.mkdir()
+    monkeypatch.setattr(compare, "POCKET", folder)
+    return folder / GOLDEN_FILE
 
 
 def test_sections_show_what_differs_alone(qie: Qie, pair: tuple[Path, Path]) -> None:
@@ -71,6 +82,18 @@ def test_velocities_of_each_step(qie: Qie, pair: tuple[Path, Path], tmp_path: Pa
     assert "relative L2 along the trajectory of mine.safetensors" in done.stdout
     same = qie("diff", pair[0], pair[0], "--golden", golden, "--exit-code")
     assert (same.returncode, same.stdout) == (0, "old: plain\nnew: plain\n\nno difference\n")
+
+
+def test_the_golden_file_beside_the_checkpoint_is_found(
+    qie: Qie, pair: tuple[Path, Path], bundle: Path, beside_checkpoint: Path
+) -> None:
+    write_own_golden(open_bundle(pair[0]), beside_checkpoint, recorded=(3,), guidance=1.0)
+    found = json.loads(qie("diff", *pair, "--json").stdout)["velocity"]
+    assert (found["golden"], found["not_run"], [s["step"] for s in found["steps"]]) == (GOLDEN_FILE, None, [3])
+    other = json.loads(qie("diff", bundle, bundle, "--json").stdout)["velocity"]
+    assert (other["golden"], other["steps"]) == (None, [])
+    write_own_golden(open_bundle(bundle), beside_checkpoint, recorded=(3,), guidance=1.0)
+    assert json.loads(qie("diff", *pair, "--json").stdout)["velocity"]["golden"] is None  # of other weights
 
 
 def test_json_has_everything(qie: Qie, pair: tuple[Path, Path]) -> None:

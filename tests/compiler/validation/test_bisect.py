@@ -48,9 +48,7 @@ def weight(folder: Path, model: onnx.ModelProto, name: str) -> np.memmap:
     """A float32 weight, mapped from its file for writing."""
     tensor = next(w for w in model.graph.initializer if w.name == name)
     place = {entry.key: entry.value for entry in tensor.external_data}
-    return np.memmap(
-        folder / place["location"], np.float32, "r+", int(place.get("offset", 0)), tuple(tensor.dims)
-    )
+    return np.memmap(folder / place["location"], np.float32, "r+", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
 @pytest.fixture(scope="module")

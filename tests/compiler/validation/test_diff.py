@@ -75,10 +75,10 @@ def test_two_builds_differ_in_the_figures_of_the_build_alone(checkpoint: Path, t
 def test_a_scheme_changes_recipe_engine_and_graph(built: Built) -> None:
     found = diff_bundles(built("none"), built("w8a16"))
     assert found.differs
-    assert table(found.recipe) == {
-        "components.transformer.scheme": ("none", "w8a16"),
-        "gates.edits.psnr": (28.0, 20.0),
-    }
+    recipe = table(found.recipe)
+    assert recipe.keys() == {"components.transformer.scheme", "gates.edits.psnr"}
+    assert recipe["components.transformer.scheme"] == ("none", "w8a16")
+    assert recipe["gates.edits.psnr"][1] == 20.0
     assert not (found.model or found.loras or found.settings or found.modulation)
     assert [engine.component for engine in found.engines if engine.differs] == ["transformer"]
     changes = table(transformer(found).changes)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from qie.compiler.validation.golden.file import png
-from qie.compiler.validation.report import Pictures
+from qie.compiler.validation.report import CaseImages
 from qie.compiler.validation.reports.html.markup import element
 
 __all__ = ["TIMES", "case_images", "difference"]
@@ -28,7 +28,7 @@ def difference(reference: bytes, edit: bytes) -> bytes | None:
     return png(np.minimum(np.abs(first - second) * TIMES, 255).astype(np.uint8)).tobytes()
 
 
-def case_images(case: Pictures) -> Element:
+def case_images(case: CaseImages) -> Element:
     """The images of one case with its instruction."""
     inputs = [
         _figure(file, "Input" if len(case.inputs) == 1 else f"Input {place}", case.case)

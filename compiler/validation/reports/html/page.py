@@ -107,7 +107,7 @@ def _contents(sections: list[Element]) -> Element:
 
 
 def _images(report: Report) -> Element | None:
-    if not report.pictures:
+    if not report.images:
         return None
-    cases = [case_images(case) for case in report.pictures]
+    cases = [case_images(case) for case in report.images]
     return element("section", element("h2", "Images"), cases, id="images")

@@ -90,6 +90,7 @@ def plot(
     sense: str,
     scale: Axis,
     width: int = WIDTH,
+    numbers: Sequence[int] = (),
 ) -> Element:
     """The curve of ``values`` with a dot at each, those outside ``bounds`` in another color and shape.
 
@@ -98,12 +99,14 @@ def plot(
         bounds: of each value.
         title: for who cannot see it, too.
         unit: what the values are.
-        along: what the horizontal axis counts, from 1.
+        along: what the horizontal axis counts.
         sense: ``at most`` or ``at least``.
         scale: vertical axis.
         width: units of the drawing, which is ``HEIGHT`` high.
+        numbers: of each value on the horizontal axis; none for 1, 2, 3 and so on.
     """
     count = len(values)
+    numbers = numbers or range(1, count + 1)
     across = (width - LEFT - RIGHT) / max(count - 1, 1)
 
     def x(place: float) -> float:
@@ -127,11 +130,11 @@ def plot(
     ]
     shown = sorted({0, count - 1, *(count * k // 4 for k in range(1, 4))} if count > 5 else range(count))
     names = [
-        element("text", str(place + 1), class_="tick", x=x(place), y=HEIGHT - BOTTOM + 16, text_anchor="middle")
+        element("text", str(numbers[place]), class_="tick", x=x(place), y=HEIGHT - BOTTOM + 16, text_anchor="middle")
         for place in shown
     ]
     dots = [
-        _dot(x(place), y(value), f"{along} {place + 1}: {number(value)}", wrong)
+        _dot(x(place), y(value), f"{along} {numbers[place]}: {number(value)}", wrong)
         for place, (value, wrong) in enumerate(zip(values, bad, strict=True))
         if not math.isnan(value) and (count <= MANY or place == first)
     ]

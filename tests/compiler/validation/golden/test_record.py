@@ -113,6 +113,17 @@ def test_a_model_of_one_image_is_recorded(cases_file: Path, tmp_path: Path) -> N
     assert len(golden.cases[0].images) == 1
 
 
+@pytest.mark.parametrize("method", ["encode_image", "prompt_embeds", "decode"])
+def test_tensors_that_are_not_the_edits_are_not_written(
+    method: str, checkpoint: Path, cases_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(Reference, method)
+    monkeypatch.setattr(Reference, method, lambda *given: original(*given)[::-1].copy())
+    with pytest.raises(AssertionError, match="guided"):
+        record_golden(checkpoint, tmp_path / "golden", cases=cases_file)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["photo.png", "none/golden", "."])
 def test_nothing_else_is_replaced(name: str, workplace: Path, checkpoint: Path, cases_file: Path) -> None:
     before = Path("photo.png").read_bytes()

@@ -93,7 +93,7 @@ def test_sections_are_there_where_there_is_something_to_show() -> None:
     assert headings(incomplete_report()) == ["Needs attention", "Checks", "Provenance"]
     assert headings(failed_report(operations=9))[0] == "Needs attention"
     assert "Bisection" in headings(failed_report(operations=9))
-    assert headings(replace(passed_report(), checks=(), pictures=(), measurements=())) == ["Provenance"]
+    assert headings(replace(passed_report(), checks=(), images=(), measurements=())) == ["Provenance"]
 
 
 def test_verdict_and_counts_are_words() -> None:
@@ -136,15 +136,15 @@ def test_the_difference_is_tenfold_and_bounded() -> None:
 
 def test_images_of_different_sizes_have_no_difference() -> None:
     report = passed_report()
-    odd = replace(report.pictures[0], edit=png(noise_image(8, 8)).tobytes())
+    odd = replace(report.images[0], edit=png(noise_image(8, 8)).tobytes())
     assert difference(odd.reference, odd.edit) is None
-    assert "The sizes of the two edits differ." in html(replace(report, pictures=(odd,)))
+    assert "The sizes of the two edits differ." in html(replace(report, images=(odd,)))
 
 
 def test_the_images_on_the_page_are_those_of_the_report() -> None:
     report = passed_report()
     shown = [base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([^\"]+)", html(report))]
-    case = report.pictures[-1]
+    case = report.images[-1]
     assert shown[-5:-1] == [*case.inputs, case.reference, case.edit]
 
 

@@ -45,9 +45,9 @@ def test_verdict_and_counts(report: Report, verdict: str, counts: tuple[int, ...
 
 def test_images_are_their_digests() -> None:
     report = passed_report()
-    first = read(report)["pictures"][0]
-    assert first["inputs"] == [hashlib.sha256(file).hexdigest() for file in report.pictures[0].inputs]
-    assert first["edit"] == hashlib.sha256(report.pictures[0].edit).hexdigest()
+    first = read(report)["images"][0]
+    assert first["inputs"] == [hashlib.sha256(file).hexdigest() for file in report.images[0].inputs]
+    assert first["edit"] == hashlib.sha256(report.images[0].edit).hexdigest()
     assert len(plain(report)) < 20_000
 
 

@@ -1,0 +1,133 @@
+"""Edits: equal requests give equal bytes, whatever ran before, runs beside them, or on how many threads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+
+from PIL import Image
+
+from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome
+from qie.compiler.validation.edits import images_of
+from qie.compiler.validation.golden.file import GoldenCase
+from qie.compiler.validation.subject import Executed, Subject, request_of
+from qie.engines.editing.request import Request
+from qie.engines.editing.stages import Stages
+from qie.engines.errors import RequestError
+
+__all__ = ["SPECS", "THREADS"]
+
+STEPS = 2
+"""Denoising steps: what differs in a step differs in the image, and two pass latents on."""
+
+SEEDS = 3
+"""Results of one request: as a batch where the engines take as many, which leaves a smaller one where they take two."""
+
+THREADS = (1, 2, 3)
+"""Numbers of threads that are compared; with three, work does not divide evenly."""
+
+Images = Sequence[Image.Image]
+
+
+def _first_case(subject: Subject, *, compare: Callable[[Executed, GoldenCase], Finding]) -> Iterator[Outcome]:
+    """``compare`` of the first case of the golden file, with the engines of the bundle themselves."""
+    if subject.golden is None or subject.executed is None:
+        yield Finding(value=None, detail=subject.obstacle or "")
+        return
+    if subject.executed.rebuilt:
+        detail = "graphs run here in place of the engines, whose bytes are meant; run it on the machine of the engines"
+        yield Finding(value=None, detail=detail)
+        return
+    try:
+        yield compare(subject.executed, subject.golden.cases[0])
+    except RequestError as problem:
+        detail = f"the bundle does not take the first case: {problem}"
+        yield Finding(value=None, detail=detail, on=subject.executed.on)
+
+
+def repeats(executed: Executed, case: GoldenCase) -> Finding:
+    """The same seed twice, and once more after an edit of another size."""
+    request = _request(case, [case.record.seed])
+    first, second = images_of(executed, [request, request])
+    differing = ["the same request again"] if not _equal([first], [second]) else []
+    other = _other_size(executed, case)
+    if other is None:
+        tried = "the same request twice; the bundle takes one size alone"
+    else:
+        _, third = images_of(executed, [_request(case, [case.record.seed], size=other), request])
+        tried = f"the same request twice, and after an edit of {other[0]}x{other[1]} pixels"
+        if not _equal([first], [third]):
+            differing.append(f"the same request after an edit of {other[0]}x{other[1]} pixels")
+    return _counted(differing, tried, executed)
+
+
+def batches(executed: Executed, case: GoldenCase) -> Finding:
+    """Several seeds in one request and one by one."""
+    seeds = [case.record.seed + number for number in range(SEEDS)]
+    alone = images_of(executed, [_request(case, [seed]) for seed in seeds])
+    together = images_of(executed, [_request(case, seeds)])
+    pairs = zip(seeds, alone, together, strict=True)
+    differing = [f"seed {seed} alone and among {SEEDS}" for seed, one, other in pairs if not _equal([one], [other])]
+    most = min(SEEDS, executed.bundle.manifest.limits.batch_max)
+    return _counted(differing, f"{SEEDS} seeds in one request, in batches of {most}, and one by one", executed)
+
+
+def threads(executed: Executed, case: GoldenCase) -> Finding:
+    """The same request on one, two and three threads of the CPU."""
+    engines = executed.stages.engines
+    if any(engine.compute_capability != "cpu" for engine in engines.values()):
+        return Finding(
+            value=None,
+            detail="the engines run on a GPU, where threads are not chosen; validate a bundle for the CPU",
+            on=executed.on,
+        )
+    if executed.rebuilt:
+        return Finding(
+            value=None,
+            detail="other engines run here than the bundle's; validate it on the machine that they are built for",
+            on=executed.on,
+        )
+    results = []
+    for count in THREADS:
+        with closing(Stages(executed.bundle, engines, threads=count)) as stages:
+            results.append(images_of(executed, [_request(case, [case.record.seed])], stages=stages))
+    differing = [
+        f"{count} threads and {THREADS[0]}"
+        for count, images in zip(THREADS, results, strict=True)
+        if not _equal(images, results[0])
+    ]
+    return _counted(differing, f"the same request on {', '.join(map(str, THREADS))} threads", executed)
+
+
+def _request(case: GoldenCase, seeds: Sequence[int], *, size: tuple[int, int] | None = None) -> Request:
+    """The edit of ``case`` from the noise of ``seeds``."""
+    changed = {} if size is None else {"size": size}
+    return request_of(case, seeds=seeds, noise=None, steps=STEPS, **changed)
+
+
+def _other_size(executed: Executed, case: GoldenCase) -> tuple[int, int] | None:
+    """A size that the bundle takes and the case does not have."""
+    buckets = [(bucket.width, bucket.height) for bucket in executed.bundle.manifest.limits.buckets]
+    return next((size for size in buckets if size != (case.record.width, case.record.height)), None)
+
+
+def _equal(images: Images, others: Images) -> bool:
+    return [(image.size, image.tobytes()) for image in images] == [(image.size, image.tobytes()) for image in others]
+
+
+def _counted(differing: Sequence[str], tried: str, executed: Executed) -> Finding:
+    detail = f"differing bytes: {', '.join(differing)}" if differing else f"equal bytes: {tried}"
+    return Finding(value=len(differing), detail=detail, on=executed.on)
+
+
+SPECS = tuple(
+    CheckSpec(
+        level="edits",
+        name=name,
+        metric="results that differ",
+        unit="",
+        gate=None,
+        sense="at most",
+        run=partial(_first_case, compare=compare),
+    )
+    for name, compare in (("repeats", repeats), ("batches", batches), ("threads", threads))
+)

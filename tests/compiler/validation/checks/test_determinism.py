@@ -1,0 +1,130 @@
+"""Equal requests give equal bytes, and a bundle whose results depend on anything else fails."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qie.compiler.validation import edits
+from qie.compiler.validation.golden.file import Golden
+from qie.compiler.validation.subject import Subject
+from qie.engines.editing.stages import Stages
+from qie.engines.errors import RequestError
+from tests.support.bundles import build
+from tests.support.subjects import ON, checked, only, opened, using
+
+NAMES = ["repeats", "batches", "threads"]
+
+IN_BATCHES = """\
+extends = "cpu"
+[shapes]
+batch = { max = 4 }
+"""
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory: pytest.TempPathFactory, golden: Golden) -> Iterator[Subject]:
+    """The pocket model with results in batches of four."""
+    with opened(build("pocket", tmp_path_factory.mktemp("batched") / "pocket", IN_BATCHES).path, golden) as subject:
+        yield subject
+
+
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [
+        ("repeats", "the same request twice, and after an edit of 128x128 pixels"),
+        ("batches", "3 seeds in one request, in batches of 3, and one by one"),
+        ("threads", "the same request on 1, 2, 3 threads"),
+    ],
+)
+def test_a_sound_bundle_gives_equal_bytes(batched: Subject, name: str, tried: str) -> None:
+    (check,) = checked(batched, name)
+    assert (check.result, check.value, check.case, check.on) == ("passed", 0, None, ON)
+    assert check.detail == f"equal bytes: {tried}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["fp8", "int8-smooth"])
+def test_quantized_results_do_not_depend_on_what_runs_beside_them(tmp_path: Path, golden: Golden, scheme: str) -> None:
+    recipe = f'{IN_BATCHES}[components]\ntransformer = {{ precision = "float32", scheme = "{scheme}" }}\n'
+    bundle = build("pocket", tmp_path / "pocket", recipe, calibration=golden.path.with_name("calibration.npz"))
+    with opened(bundle.path, golden) as subject:
+        assert [check.result for name in NAMES[:2] for check in checked(subject, name)] == ["passed"] * 2
+
+
+def test_results_that_vary_fail(sound: Subject, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every edit drew its own noise."""
+    draws = np.random.default_rng(0)
+    whole = edits.edit
+
+    def restless(stages: Any, tokenizer: Any, request: Any, **options: Any) -> Any:
+        seeds = draws.integers(1 << 30, size=len(request.seeds)).tolist()
+        return whole(stages, tokenizer, replace(request, seeds=seeds), **options)
+
+    monkeypatch.setattr(edits, "edit", restless)
+    subject = using(sound, only(golden, "wide"))
+    found = {name: checked(subject, name)[0] for name in NAMES}
+    assert {name: (check.result, check.value) for name, check in found.items()} == {
+        "repeats": ("failed", 2),
+        "batches": ("failed", 3),
+        "threads": ("failed", 2),
+    }
+    assert found["repeats"].detail == (
+        "differing bytes: the same request again, the same request after an edit of 128x128 pixels"
+    )
+    assert found["batches"].detail.startswith("differing bytes: seed 1 alone and among 3, seed 2 ")
+    assert found["threads"].detail == "differing bytes: 2 threads and 1, 3 threads and 1"
+
+
+def test_what_an_edit_of_another_size_leaves_behind_fails(
+    sound: Subject, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a buffer kept its size."""
+    decode, sizes = Stages.decode, set()
+
+    def stale(stages: Stages, latents: Any, **options: Any) -> Any:
+        sizes.add(latents[0].shape)
+        return [image + np.uint8(len(sizes) > 1) for image in decode(stages, latents, **options)]
+
+    monkeypatch.setattr(Stages, "decode", stale)
+    (check,) = checked(using(sound, only(golden, "wide")), "repeats")
+    assert (check.result, check.value) == ("failed", 1)
+    assert check.detail == "differing bytes: the same request after an edit of 128x128 pixels"
+
+
+def test_threads_of_a_gpu_are_not_compared(sound: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sound.executed is not None
+    stages = sound.executed.stages
+    engines = {name: replace(engine, compute_capability="8.9") for name, engine in stages.engines.items()}
+    monkeypatch.setattr(stages, "engines", engines)
+    (check,) = checked(sound, "threads")
+    assert check.result == "not run"
+    assert check.detail == "the engines run on a GPU, where threads are not chosen; validate a bundle for the CPU"
+
+
+def test_threads_of_other_engines_are_not_compared(sound: Subject) -> None:
+    assert sound.executed is not None
+    (check,) = checked(replace(sound, executed=replace(sound.executed, rebuilt=True)), "threads")
+    assert check.result == "not run"
+    assert (
+        check.detail == "other engines run here than the bundle's; validate it on the machine that they are built for"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_runs_without_a_golden_file_or_engines_or_a_case(sound: Subject, golden: Golden, name: str) -> None:
+    (check,) = checked(using(sound, None), name)
+    assert (check.result, check.detail) == ("not run", "no golden file; record one")
+    (check,) = checked(replace(sound, executed=None, not_executed="no GPU; run it elsewhere"), name)
+    assert (check.result, check.detail) == ("not run", "no GPU; run it elsewhere")
+    (check,) = checked(using(sound, only(golden, "wide", guidance=1e9)), name)
+    assert check.result == "not run"
+    assert check.detail.startswith("the bundle does not take the first case: the guidance scale is ")
+
+
+def test_threads_are_none_or_more(sound: Subject) -> None:
+    with pytest.raises(RequestError, match="-1 threads were requested; give 0 for one per core, or more"):
+        Stages(sound.bundle, threads=-1)
