@@ -17,7 +17,16 @@ from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import EngineRecord, TensorSpec
 
-__all__ = ["graph_interface", "interface_of", "output_divisors", "quantized_linears", "read_graph", "wrong_precision"]
+__all__ = [
+    "calibration_of",
+    "graph_interface",
+    "interface_of",
+    "linears_of",
+    "output_divisors",
+    "quantized_linears",
+    "read_graph",
+    "wrong_precision",
+]
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -71,7 +80,7 @@ def wrong_precision(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> tup
         if weight.data_location == onnx.TensorProto.EXTERNAL
     }
     section = recipe.components[engine.component]
-    linears = _linears(engine, graph)
+    linears = linears_of(engine, graph)
     expected_quantized = quantized_linears(bundle, engine, recipe, linears)
     stored = None if section.scheme == "none" else SCHEMES[section.scheme].weights
     scales = "float32" if stored is None or stored.per != "group" else section.precision
@@ -104,7 +113,7 @@ def _casts(graph: onnx.GraphProto, precision: str) -> Mapping[str, str]:
     return found
 
 
-def _linears(engine: EngineRecord, graph: onnx.GraphProto) -> list[str]:
+def linears_of(engine: EngineRecord, graph: onnx.GraphProto) -> list[str]:
     """The linears that a scheme may quantize, by name, in the order of their weights in the file."""
     pattern = QUANTIZABLE.get(engine.component)
     if pattern is None:
@@ -120,7 +129,7 @@ def quantized_linears(bundle: Bundle, engine: EngineRecord, recipe: Recipe, line
     section = recipe.components[engine.component]
     if section.scheme == "none":
         return set()
-    calibration = _calibration(bundle)
+    calibration = calibration_of(bundle)
     measured = None if calibration is None else calibration.exclude.get(f"{engine.component}/{section.scheme}")
     excluded = matching(linears, section.exclude) if measured is None else measured
     return set(linears) - set(excluded)
@@ -128,11 +137,11 @@ def quantized_linears(bundle: Bundle, engine: EngineRecord, recipe: Recipe, line
 
 def output_divisors(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> dict[str, NDArray[np.float32]]:
     """The modules of the graph of ``engine`` whose outputs smoothing divides -> divisor of each channel."""
-    section, calibration = recipe.components[engine.component], _calibration(bundle)
+    section, calibration = recipe.components[engine.component], calibration_of(bundle)
     if section.scheme == "none" or calibration is None or engine.component not in SCHEMES[section.scheme].smoothed:
         return {}
     graph = bundle.folder.read(lambda folder: read_graph(folder / engine.path)).graph
-    linears = _linears(engine, graph)
+    linears = linears_of(engine, graph)
     scales = calibration.smoothing_scales.get(section.scheme, {})
     quantized = quantized_linears(bundle, engine, recipe, linears)
     groups = [
@@ -143,7 +152,8 @@ def output_divisors(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> dic
     return divided_outputs(groups, scales)
 
 
-def _calibration(bundle: Bundle) -> Calibration | None:
+def calibration_of(bundle: Bundle) -> Calibration | None:
+    """The calibration in ``bundle``; None without one."""
     record = bundle.manifest.calibration
     if record is None:
         return None

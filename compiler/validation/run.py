@@ -247,7 +247,11 @@ def _bisections(subject: Subject, options: Options, checks: Sequence[Check], pro
     for component in bisectable(subject.executed, subject.golden):
         if options.bisect or component in failed:
             progress(f"bisect {component}", 0, 1)
-            yield bisection(subject, component)
+            try:
+                yield bisection(subject, component)
+            except Exception:  # of whatever kind, as in a check; where ``blocks`` ran, it has failed and says why
+                if not any(check.name == "blocks" for check in checks):
+                    raise
             progress(f"bisect {component}", 1, 1)
 
 

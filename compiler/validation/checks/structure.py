@@ -1,14 +1,16 @@
 """Structure: files, contracts, targets and precision, without running an engine."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, counted
 from qie.compiler.validation.onnx_file import graph_interface, interface_of, wrong_precision
+from qie.compiler.validation.scales import wrong_scales
 from qie.compiler.validation.subject import Subject
 from qie.engines.bundle.bundle import Bundle, check_file
-from qie.engines.bundle.manifest import EngineRecord
+from qie.engines.bundle.manifest import EngineRecord, Manifest
 from qie.engines.bundle.structure import Structure, read_structure
 from qie.engines.errors import BundleError
 
@@ -69,8 +71,9 @@ def contract(subject: Subject) -> Iterator[Outcome]:
 
 
 def target(subject: Subject) -> Iterator[Outcome]:
-    """Backend, compute capability and precision of every engine are those of the recipe."""
+    """Backend, compute capability and precision of every engine, and settings of the bundle, are the recipe's."""
     problems = [text for engine in subject.bundle.manifest.engines for text in _other_target(engine, subject.recipe)]
+    problems += _other_settings(subject.bundle.manifest, subject.recipe)
     missing = [graph.component for graph in subject.bundle.manifest.graphs]
     found = ", ".join(sorted({f"{e.backend}/{e.compute_capability}" for e in subject.bundle.manifest.engines}))
     later = f"; {', '.join(missing)} wait for `qie build --finish`" if missing else ""
@@ -90,6 +93,21 @@ def _other_target(engine: EngineRecord, recipe: Recipe) -> Iterator[str]:
         yield f"{engine.component} has the scheme {scheme}, the recipe says {section.scheme}"
 
 
+def _other_settings(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
+    """What a bundle has of its recipe as values of its own: noise, residency, limits, and the recipe's digest."""
+    if manifest.recipe.sha256 != recipe.digest():
+        yield f"the recipe {manifest.recipe.name} has another digest than the manifest says"
+    for name in ("noise", "residency", "specialization"):
+        found, expected = getattr(manifest.defaults, name), getattr(recipe, name)
+        if found != expected:
+            yield f"the default of {name} is {found}, the recipe says {expected}"
+    limits = recipe.shape_limits(manifest.model.areas.vae_area)
+    for field in fields(limits):
+        found, expected = getattr(manifest.limits, field.name), getattr(limits, field.name)
+        if found != expected and not (field.name == "references_max" and found < expected):  # a model may take fewer
+            yield f"the limit {field.name} is {found}, the recipe says {expected}"
+
+
 def precision(subject: Subject) -> Iterator[Outcome]:
     """The dtype of every weight of every ONNX graph, and which linears are quantized, are those of the recipe."""
     problems, weights = [], 0
@@ -100,6 +118,18 @@ def precision(subject: Subject) -> Iterator[Outcome]:
             problems += wrong
     if weights:
         yield counted(problems, f"{weights} weights have the dtypes of the recipe")
+
+
+def scales(subject: Subject) -> Iterator[Outcome]:
+    """The scales of inputs and of smoothing in every quantized ONNX graph are those of the calibration."""
+    problems, inputs = [], 0
+    for engine in subject.bundle.manifest.engines:
+        if engine.path.endswith(".onnx"):
+            count, wrong = wrong_scales(subject.bundle, engine, subject.recipe)
+            inputs += count
+            problems += wrong
+    if inputs:
+        yield counted(problems, f"{inputs} inputs of linears are scaled as the calibration says")
 
 
 def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
@@ -173,6 +203,7 @@ SPECS = (
     CheckSpec(
         level="structure", name="precision", metric="differences", unit="", gate=None, sense="at most", run=precision
     ),
+    CheckSpec(level="structure", name="scales", metric="differences", unit="", gate=None, sense="at most", run=scales),
     CheckSpec(level="structure", name="graphs", metric="differences", unit="", gate=None, sense="at most", run=graphs),
     CheckSpec(
         level="structure",

@@ -47,7 +47,7 @@ def _worst(errors: Sequence[float], case: GoldenCase, executed: Executed) -> Fin
 
 
 def blocks(subject: Subject) -> Iterator[Outcome]:
-    """The output of every block of every component that runs as a graph, in one run."""
+    """The output of every operation and block of every component that runs as a graph, in one run."""
     if subject.golden is None or subject.executed is None:
         yield Finding(value=None, detail=subject.obstacle or "")
         return
@@ -55,15 +55,18 @@ def blocks(subject: Subject) -> Iterator[Outcome]:
     for number, component in enumerate(components):
         subject.progress(number, len(components))
         found = bisection(subject, component)
-        inside = [operation for operation in found.operations if operation.whole_block]
-        if not inside:
+        if not found.operations:
             continue
-        errors = [operation.relative_l2 for operation in inside]
-        detail = f"{len(errors)} blocks, worst {inside[int(np.argmax(errors))].name}"
+        errors = [operation.relative_l2 for operation in found.operations]
+        inside = sum(operation.whole_block for operation in found.operations)
+        worst = found.operations[int(np.argmax(errors))].name
+        detail = f"{len(errors)} operations, {inside} of them blocks, worst {worst}"
         if found.first_block is not None:
             detail = f"{found.first_block} is the first block outside the gate"
             if found.first_operation is not None:
                 detail += f", {found.first_operation} the first operation"
+        elif found.first_operation is not None:
+            detail = f"{found.first_operation} is the first operation outside the gate, all blocks are within it"
         yield Finding(value=float(np.max(errors)), case=component, on=found.on, detail=detail)
 
 

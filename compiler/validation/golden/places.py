@@ -1,5 +1,7 @@
 """Where the output of a module is sampled."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,13 +15,20 @@ _PLASTIC = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
 "The Unreasonable Effectiveness of Quasirandom Sequences", 2018)."""
 
 
+@lru_cache(maxsize=4096)
 def sample_places(shape: tuple[int, int], count: int = SAMPLES) -> NDArray[np.int64]:
     """Where an output of ``shape`` (rows, channels) is sampled: int64 [S, 2], a row and a channel each.
 
     The places are distinct, ascending and evenly spread over rows and channels. They depend on nothing but the
     arguments. S is at most ``count``, and less only where places coincide; an output of at most ``count`` elements
-    is sampled everywhere.
+    is sampled everywhere. The array is shared by callers and cannot be written.
     """
+    places = _places(shape, count)
+    places.flags.writeable = False
+    return places
+
+
+def _places(shape: tuple[int, int], count: int) -> NDArray[np.int64]:
     rows, channels = shape
     if rows * channels <= count:
         return np.indices((rows, channels), np.int64).reshape(2, -1).T.copy()

@@ -10,7 +10,7 @@ from qie.compiler.validation.run import Options, validate
 from tests.support.faults.bundles import build_sound
 from tests.support.faults.code import changed
 from tests.support.faults.fault import Fault
-from tests.support.faults.kinds import constants, files, graphs, quantized, runtime, weights
+from tests.support.faults.kinds import constants, editing, files, graphs, quantized, runtime, weights
 
 __all__ = ["FAULTS", "KINDS", "inject"]
 
@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Fault]] = {
     "Graphs": graphs.FAULTS,
     "Quantized graphs": quantized.FAULTS,
     "Code of the runtime": runtime.FAULTS,
+    "Code of a whole edit": editing.FAULTS,
 }
 FAULTS: dict[str, Fault] = {name: fault for faults in KINDS.values() for name, fault in faults.items()}
 assert len(FAULTS) == sum(map(len, KINDS.values())), "two faults have one name"

@@ -1,29 +1,13 @@
-"""A fault: how it is made, and which checks of ``qie validate`` must fail."""
+"""A fault: how a sound bundle, or the code that builds or runs it, is broken in one place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qie.compiler.validation.report import Level
-from qie.engines.bundle.manifest import Component
 from tests.support.faults.code import Change
 
-__all__ = ["Fault", "Found"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What bisecting must name.
-
-    Attributes:
-        component: whose graph leaves the reference.
-        block: the first block outside the gate; None where all blocks are within it.
-        operation: the first operation outside the gate; None where every layer's output is within it.
-    """
-
-    component: Component
-    block: str | None
-    operation: str | None
+__all__ = ["Fault"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +18,8 @@ class Fault:
 
     Attributes:
         how: what is wrong, for the table in docs/validation.md.
-        checks: names of the checks that must fail; all others must not.
-        cases: the golden cases that show it, where not all do.
-        found: what bisecting must name; None where every operation is within its gate or nothing runs.
         level: up to which the bundle is checked.
-        bundle: the sound bundle, a name in ``tests.support.faults.bundles.BUNDLES``.
+        bundle: the sound bundle, a name in ``tests.support.faults.bundles.RECIPES``.
         writes: code that is changed while the bundle is built.
         breaks: changes a copy of the bundle.
         runs: code that is changed while the bundle runs.
@@ -46,9 +27,6 @@ class Fault:
     """
 
     how: str
-    checks: tuple[str, ...]
-    cases: tuple[str, ...] = ()
-    found: Found | None = None
     level: Level = "trajectory"
     bundle: str = "pocket"
     writes: Change | None = None

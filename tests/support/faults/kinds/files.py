@@ -43,7 +43,9 @@ def swap_tokens(bundle: Path) -> None:
 
 def half_precision(graph: onnx.GraphProto) -> None:
     """A linear that is computed in float16, between two casts."""
-    (product,) = (n for n in graph.node if n.op_type == "MatMul" and "transformer_blocks.2.img_mlp.net.2.weight" in n.input)
+    (product,) = (
+        n for n in graph.node if n.op_type == "MatMul" and "transformer_blocks.2.img_mlp.net.2.weight" in n.input
+    )
     place, wide, output = list(graph.node).index(product), list(product.input), product.output[0]
     casts = [
         onnx.helper.make_node("Cast", [name], [f"{name}.half"], name=f"half {k}", to=onnx.TensorProto.FLOAT16)
@@ -66,82 +68,68 @@ LORA = LoraRecord(name="lora.safetensors", sha256="0" * 64, weight=1.0)
 FAULTS = {
     "flipped byte of weights": Fault(
         how="a byte in the middle of transformer.weights",
-        checks=("files",),
         level="structure",
         breaks=lambda bundle: flip(bundle / "transformer.weights"),
     ),
     "missing file": Fault(
         how="vision.weights is deleted",
-        checks=("files",),
         level="structure",
         breaks=lambda bundle: (bundle / "vision.weights").unlink(),
     ),
     "truncated file": Fault(
         how="the second half of vae_decoder.weights is missing",
-        checks=("files",),
         level="structure",
         breaks=lambda bundle: cut(bundle / "vae_decoder.weights"),
     ),
     "edited manifest": Fault(
         how="a constant is edited by hand, and the seal stays",
-        checks=("files",),
         level="structure",
         breaks=lambda bundle: _replace(bundle / "manifest.json", '"max_shift": 0.9', '"max_shift": 0.8'),
     ),
     "engine for another GPU": Fault(
         how="the record of an engine has another compute capability",
-        checks=("target",),
         level="structure",
         breaks=changing("transformer", compute_capability="8.9"),
     ),
     "engine of another backend": Fault(
         how="the record of an engine has a backend that the recipe does not list",
-        checks=("target",),
         level="structure",
         breaks=changing("language", backend="tensorrt"),
     ),
     "engine in another precision": Fault(
         how="the record of an engine says bfloat16, the recipe float32",
-        checks=("target",),
         level="structure",
         breaks=changing("vae_decoder", precision="bfloat16"),
     ),
     "engine of another scheme": Fault(
         how="the record of an engine says fp8, the recipe none",
-        checks=("target",),
         level="structure",
         breaks=changing("transformer", quantization={"scheme": "fp8", "quantized": 10, "linears": 70, "fused": None}),
     ),
     "stale golden file": Fault(
         how="the golden file was recorded from an earlier checkpoint",
-        checks=("golden file",),
         golden=other_golden(lambda record: replace(record, digest="0" * 64)),
     ),
     "golden file with a LoRA": Fault(
         how="the golden file was recorded with a LoRA, which the bundle does not have",
-        checks=("golden file",),
         golden=other_golden(lambda record: replace(record, loras=(LORA,))),
     ),
     "golden file without the LoRA": Fault(
         how="the manifest lists a LoRA at half weight, which the golden file does not have",
-        checks=("golden file",),
         breaks=assign(loras=[{"name": "lora.safetensors", "sha256": "0" * 64, "weight": 0.5}]),
     ),
     "layer in float16": Fault(
         how="a linear of block 2 is computed in float16 between two casts",
-        checks=("precision",),
         level="structure",
         breaks=graph_changed("transformer", half_precision),
     ),
     "contract of another graph": Fault(
         how="an input of the graph has another free dim than the manifest says",
-        checks=("contract",),
         level="structure",
         breaks=graph_changed("transformer", rename_dim),
     ),
     "tokenizer of another model": Fault(
         how="two tokens of the vocabulary have each other's id",
-        checks=("inputs", "language"),
         breaks=swap_tokens,
     ),
 }
