@@ -108,5 +108,5 @@ def test_smoothing_is_undone(tmp_path: Path) -> None:
 
 
 def test_the_gate_of_the_recipe_is_the_tolerance(sound: Report) -> None:
-    assert {o.tolerance for found in sound.bisections for o in found.operations} == {1e-4}
+    assert {o.tolerance for found in sound.bisections for o in found.operations} == {5e-5}
     assert Gates().trajectory == TrajectoryGates(block=0.05)

@@ -29,8 +29,16 @@ def test_every_fault_has_an_expectation() -> None:
     assert all(checks for checks, _ in EXPECTED.values())
 
 
-@pytest.mark.parametrize("name", spread(list(FAULTS), 56))
+@pytest.mark.parametrize("name", spread([name for name in FAULTS if FAULTS[name].level != "edits"], 56))
 def test_a_fault_is_found(sound: Sound, tmp_path: Path, name: str) -> None:
+    report = inject(FAULTS[name], sound, tmp_path)
+    assert report.verdict == "failed"
+    assert (failures(report), outside(report)) == EXPECTED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", spread([name for name in FAULTS if FAULTS[name].level == "edits"], 1))
+def test_a_fault_of_a_whole_edit_is_found(sound: Sound, tmp_path: Path, name: str) -> None:
     report = inject(FAULTS[name], sound, tmp_path)
     assert report.verdict == "failed"
     assert (failures(report), outside(report)) == EXPECTED[name]

@@ -11,6 +11,9 @@ B0, B1, B2, B3, B4 = (f"transformer_blocks.{number}" for number in range(5))
 STEPS = "transformer, velocity, latents, blocks"
 """The checks of what the transformer computes."""
 
+GUIDED, IMAGES = "tall with guidance", "two images"
+"""Cases of the golden file that show what others do not."""
+
 EXPECTED: dict[str, tuple[str, str]] = {
     # Files
     "flipped byte of weights": ("files", ""),
@@ -89,7 +92,9 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "no guidance": ("latents (tall with guidance)", ""),
     "sign of the step": ("latents", ""),
     "attention scale": (f"vision, language, {STEPS}",
-        f"visual.blocks.0: visual.blocks.0.attn.proj, language_model.layers.0: language_model.layers.0.self_attn.o_proj, {B0} (text): {B0}.attn.to_out.0"),
+        "visual.blocks.0: visual.blocks.0.attn.proj, "
+        "language_model.layers.0: language_model.layers.0.self_attn.o_proj, "
+        f"{B0} (text): {B0}.attn.to_out.0"),
     "causal attention": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
     "pairs of rotary channels": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
     "mean of latents": ("vae_encoder", ""),
@@ -106,7 +111,8 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "padding of the encoder": ("vae_encoder, blocks", "encoder.down_blocks.3: encoder.down_blocks.2.resample.1"),
     "scale of pixels": ("vae_encoder, blocks", "encoder.down_blocks.0: encoder.conv_in"),
     "attention of the VAE": ("vae_encoder, vae_decoder, blocks",
-        "encoder.mid_block.attentions.0: encoder.mid_block.attentions.0.proj, decoder.mid_block.attentions.0: decoder.mid_block.attentions.0.proj"),
+        "encoder.mid_block.attentions.0: encoder.mid_block.attentions.0.proj, "
+        "decoder.mid_block.attentions.0: decoder.mid_block.attentions.0.proj"),
     "windows of vision blocks": ("vision (wide, tall with guidance), blocks",
         "visual.blocks.0: visual.blocks.0.attn.proj"),
     "activation of the merger": ("vision", ""),
@@ -125,17 +131,19 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "scale of one side": (f"scales, {STEPS}", f"{B2}: {B2}.img_mlp.net.0.proj"),
     "zero point": (f"scales, {STEPS}", f"{B3}: {B3}.img_mlp.net.0.proj"),
     "smoothing twice": (
-        "scales, transformer (tall with guidance, two images), velocity (wide, tall with guidance, two images), latents (wide, two images), blocks",
+        f"scales, transformer ({GUIDED}, {IMAGES}), "
+        f"velocity (wide, {GUIDED}, {IMAGES}), latents (wide, {IMAGES}), blocks",
         f"{B2}.img_mlp.net.2",
     ),
     "smoothing of weights alone": (
-        "scales, transformer (tall with guidance, two images), velocity (wide, tall with guidance, two images), latents (wide, two images), blocks",
+        f"scales, transformer ({GUIDED}, {IMAGES}), "
+        f"velocity (wide, {GUIDED}, {IMAGES}), latents (wide, {IMAGES}), blocks",
         f"{B2}: {B2}.img_mlp.net.2",
     ),
     "smoothing of weights without their inputs": (STEPS, f"{B0} (text): {B0}.attn.add_k_proj"),
     "channels of quantized values": (STEPS, f"{B2} (text): {B2}.attn.to_k"),
     "excluded linear quantized": (
-        "precision, transformer (wide, two images, five in a row), velocity (wide, two images, five in a row), latents (wide, two images, five in a row)",
+        "precision, " + ", ".join(f"{check} (wide, two images, five in a row)" for check in STEPS.split(", ")[:3]),
         "",
     ),
     "linear not quantized": ("precision", ""),
@@ -171,4 +179,13 @@ EXPECTED: dict[str, tuple[str, str]] = {
     ),
     "formula of the timestep": ("modulation", ""),
     "latents upside down": ("vae_decoder, blocks", "decoder.mid_block.resnets.0: post_quant_conv"),
+    # Code of a whole edit
+    "tokens of the schedule": ("psnr, ssim", ""),
+    "order of references": (f"psnr ({IMAGES}), ssim ({IMAGES}), max_drop_db ({IMAGES})", ""),
+    "negative prompt of an edit": (f"psnr ({GUIDED}), ssim ({GUIDED})", ""),
+    "grid of references": (
+        f"psnr (wide, {GUIDED}), ssim (wide, {GUIDED}), shift ({GUIDED}), scale ({GUIDED}), "
+        f"max_drop_db (wide, {GUIDED})",
+        "",
+    ),
 }  # fmt: skip

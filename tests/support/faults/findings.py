@@ -26,7 +26,7 @@ def _is_bad(check: Check) -> bool:
 
 
 def outside(report: Report) -> str:
-    """``BLOCK: OPERATION`` of every component that leaves the gate; the operation alone where all blocks are within it."""
+    """``BLOCK: OPERATION`` of every component outside the gate; the operation alone where all blocks are within it."""
     return ", ".join(
         _place(found)
         for found in report.bisections

@@ -179,8 +179,8 @@ FAULTS = {
     "decoder moves the image": vae(
         "the image is one pixel further to the right",
         "(op.Cast(levels_BHWC, to=ir.DataType.UINT8),)",
-        "(op.Cast(op.Concat(op.Slice(levels_BHWC, [-1], [2**63 - 1], [2]), op.Slice(levels_BHWC, [0], [-1], [2]), axis=2), "
-        "to=ir.DataType.UINT8),)",
+        "(op.Cast(op.Concat(op.Slice(levels_BHWC, [-1], [2**63 - 1], [2]), "
+        "op.Slice(levels_BHWC, [0], [-1], [2]), axis=2), to=ir.DataType.UINT8),)",
     ),
     "upsampling between pixels": vae(
         "upsampling takes the next pixel where it should take the one before",
