@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
 from qie.compiler.planning.keys import engine_key, graph_keys
@@ -21,7 +20,7 @@ from qie.compiler.quantization.calibration import Calibration, read_calibration
 from qie.compiler.recipe.schema import Components, Recipe
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.errors import BackendMissingError, CheckpointError
+from qie.engines.errors import CheckpointError
 from qie.engines.machine import this_machine
 from qie.engines.progress import Progress, no_progress
 
@@ -121,17 +120,9 @@ def other_graphs(bundle: Bundle, plan: Plan, *, progress: Progress = no_progress
     found = []
     for engine in bundle.manifest.engines:
         shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
-        try:
-            key = engine_key(graphs[engine.component], engine.backend, plan.recipe, shapes)
-        except (KeyError, BackendMissingError):
-            found.append(f"whether {engine.component} is of this graph is not known: {engine.backend} is not installed")
-            continue
-        if key != engine.key:
-            installed = BUILDERS[engine.backend].version()
-            other = "" if installed == engine.backend_version else f", and {engine.backend} {engine.backend_version}"
-            found.append(
-                f"{engine.component} was built from another graph, or by other versions of qie and its packages{other}"
-            )
+        graph, version = graphs[engine.component], engine.backend_version
+        if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
+            found.append(f"{engine.component} was built from another graph, or by another version of qie or ONNX")
     return found
 
 
