@@ -138,7 +138,8 @@ def _compared(
 
 def _block(name: str, blocks: Sequence[str]) -> str | None:
     """The block that ``name`` belongs to, or is."""
-    inside = [block for block in blocks if name == block or name.startswith(f"{block.removesuffix(TEXT)}.")]
+    whole, names = name.removesuffix(TEXT), {block.removesuffix(TEXT) for block in blocks}
+    inside = [block for block in names if whole == block or whole.startswith(f"{block}.")]
     return max(inside, key=len, default=None)
 
 

@@ -11,7 +11,9 @@ __all__ = ["FAULTS"]
 STEPS = ("transformer", "velocity", "latents")
 """Checks of what a step computes."""
 
-FIRST_BLOCK = Found(component="transformer", block="transformer_blocks.0", operation="transformer_blocks.0.attn.to_out.0")
+FIRST_BLOCK = Found(
+    component="transformer", block="transformer_blocks.0", operation="transformer_blocks.0.attn.to_out.0"
+)
 
 
 def exchange_modulation(bundle: Path) -> None:

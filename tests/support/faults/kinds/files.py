@@ -43,7 +43,9 @@ def swap_tokens(bundle: Path) -> None:
 
 def half_precision(graph: onnx.GraphProto) -> None:
     """A linear that is computed in float16, between two casts."""
-    (product,) = (n for n in graph.node if n.op_type == "MatMul" and "transformer_blocks.2.img_mlp.net.2.weight" in n.input)
+    (product,) = (
+        n for n in graph.node if n.op_type == "MatMul" and "transformer_blocks.2.img_mlp.net.2.weight" in n.input
+    )
     place, wide, output = list(graph.node).index(product), list(product.input), product.output[0]
     casts = [
         onnx.helper.make_node("Cast", [name], [f"{name}.half"], name=f"half {k}", to=onnx.TensorProto.FLOAT16)

@@ -207,7 +207,7 @@ FAULTS = {
         "vae_encoder",
         "the image is read as BGR",
         "op.Transpose(op.Cast(image_BHWC, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2])",
-        'op.Gather(op.Transpose(op.Cast(image_BHWC, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2]), constant(op, [2, 1, 0], '
+        "op.Gather(op.Transpose(op.Cast(image_BHWC, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2]), constant(op, [2, 1, 0], "
         '"int64"), axis=1)',
         "encoder.down_blocks.0",
         "encoder.conv_in",

@@ -6,7 +6,9 @@ from tests.support.faults.fault import Fault, Found
 __all__ = ["FAULTS"]
 
 STEPS = ("transformer", "velocity", "latents", "blocks")
-FIRST_BLOCK = Found(component="transformer", block="transformer_blocks.0", operation="transformer_blocks.0.attn.to_out.0")
+FIRST_BLOCK = Found(
+    component="transformer", block="transformer_blocks.0", operation="transformer_blocks.0.attn.to_out.0"
+)
 TWO = ("two images",)
 
 
@@ -41,7 +43,9 @@ FAULTS = {
         "np.arange(text_start + 1, text_start + 1 + text_tokens)",
     ),
     "centered positions": rotary(
-        "rows are numbered from 0 in place of around 0", "np.arange(height) - (height - height // 2)", "np.arange(height)"
+        "rows are numbered from 0 in place of around 0",
+        "np.arange(height) - (height - height // 2)",
+        "np.arange(height)",
     ),
     "center of an odd side": rotary(
         "columns are centered one position to the left",
@@ -54,15 +58,22 @@ FAULTS = {
         "columns_HW.ravel(), rows_HW.ravel()], axis=1)",
     ),
     "packing of noise": inputs(
-        "rotary", "a token of noise has the 2 x 2 positions first", "transpose(0, 2, 4, 1, 3, 5)", "transpose(0, 2, 4, 3, 5, 1)"
+        "rotary",
+        "a token of noise has the 2 x 2 positions first",
+        "transpose(0, 2, 4, 1, 3, 5)",
+        "transpose(0, 2, 4, 3, 5, 1)",
     ),
-    "noise of another seed": inputs("noise", "the seed is one larger", "RandomState(seed & 0xFFFFFFFF)", "RandomState((seed + 1) & 0xFFFFFFFF)"),
+    "noise of another seed": inputs(
+        "noise", "the seed is one larger", "RandomState(seed & 0xFFFFFFFF)", "RandomState((seed + 1) & 0xFFFFFFFF)"
+    ),
     "sigmas that end elsewhere": inputs(
         "schedule",
         "the linear sigmas end at 0 in place of 1 / steps",
         "np.linspace(1.0, 1.0 / steps, steps)",
         "np.linspace(1.0, 1e-3, steps)",
-        "transformer", "velocity", "latents",
+        "transformer",
+        "velocity",
+        "latents",
     ),
     "resampling of references": inputs(
         "image",

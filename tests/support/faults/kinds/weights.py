@@ -100,7 +100,9 @@ def exchange_rows(table: Array, record: Any) -> None:
     start = 3 * 18 * record.width
     places = [
         slice(start + row.start, start + row.stop)
-        for row in (block_slice("noise", "attention", kind, record.width, references=True) for kind in ("shift", "scale"))
+        for row in (
+            block_slice("noise", "attention", kind, record.width, references=True) for kind in ("shift", "scale")
+        )
     ]
     table[:, places[0]], table[:, places[1]] = table[:, places[1]].copy(), table[:, places[0]].copy()
 
@@ -126,10 +128,12 @@ FAULTS = {
         found=layer("transformer_blocks.2.attn.to_k"),
         breaks=graph_changed(
             "transformer",
-            exchange(*(
-                (f"transformer_blocks.2.attn.to_q.{tensor}", f"transformer_blocks.2.attn.to_k.{tensor}")
-                for tensor in ("weight", "bias")
-            )),
+            exchange(
+                *(
+                    (f"transformer_blocks.2.attn.to_q.{tensor}", f"transformer_blocks.2.attn.to_k.{tensor}")
+                    for tensor in ("weight", "bias")
+                )
+            ),
         ),
     ),
     "norms of queries and keys exchanged": Fault(
@@ -191,19 +195,13 @@ FAULTS = {
         how="the rows of two tokens of the embedding are in each other's place",
         checks=("language", "blocks"),
         found=Found(component="language", block=None, operation=None),
-        breaks=weight_changed(
-            "language", "language_model.embed_tokens.weight", lambda w: _exchange(w[783], w[784])
-        ),
+        breaks=weight_changed("language", "language_model.embed_tokens.weight", lambda w: _exchange(w[783], w[784])),
     ),
     "convolution of the VAE encoder": Fault(
         how="the kernel of a convolution of the VAE encoder is upside down",
         checks=("vae_encoder", "blocks"),
-        found=Found(
-            component="vae_encoder", block="encoder.down_blocks.1", operation="encoder.down_blocks.1.conv1"
-        ),
-        breaks=weight_changed(
-            "vae_encoder", "encoder.down_blocks.1.conv1.weight", lambda w: _flip_rows(w)
-        ),
+        found=Found(component="vae_encoder", block="encoder.down_blocks.1", operation="encoder.down_blocks.1.conv1"),
+        breaks=weight_changed("vae_encoder", "encoder.down_blocks.1.conv1.weight", lambda w: _flip_rows(w)),
     ),
     "norm of the VAE decoder": Fault(
         how="the weight of the last norm of the VAE decoder is 1",
