@@ -16,8 +16,10 @@ from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.resolve import LoraSource
-from qie.compiler.quantization.calibration import Calibration, read_calibration
+from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.recipe.schema import Components, Recipe
+from qie.compiler.validation.golden.match import is_of_pocket
+from qie.compiler.validation.onnx_file import calibration_of
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import CheckpointError
@@ -29,10 +31,7 @@ __all__ = ["Rebuild", "cpu_recipe", "find_model", "other_graphs", "plan_rebuild"
 
 def find_model(bundle: Bundle) -> str | None:
     """The model of ``bundle`` where it is known without being named: pocket, which comes with qie; else None."""
-    model = bundle.manifest.model
-    if model.name != POCKET.name or model.revision is not None:
-        return None
-    return str(POCKET)
+    return str(POCKET) if is_of_pocket(bundle) else None
 
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
@@ -96,7 +95,7 @@ def plan_rebuild(
             option="model",
         )
     opened = _loras(bundle, loras)
-    calibration = _calibration(bundle)
+    calibration = calibration_of(bundle)
     own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
         raise CheckpointError(
@@ -156,10 +155,3 @@ def _loras(bundle: Bundle, sources: Sequence[LoraSource]) -> list[Lora]:
             f"the LoRAs are not those of {bundle.name}, which has {names}; name these, in this order", option="loras"
         )
     return opened
-
-
-def _calibration(bundle: Bundle) -> Calibration | None:
-    record = bundle.manifest.calibration
-    if record is None:
-        return None
-    return bundle.folder.read(lambda folder: read_calibration(folder / record.path))
