@@ -12,6 +12,7 @@ from qie.engines.machine import version_of
 
 __all__ = [
     "BACKENDS",
+    "EXPANDED_ON_CPU",
     "Backend",
     "available",
     "built_for_cuda",
@@ -129,6 +130,11 @@ pip therefore puts over the other. It is taken away, with the files that they sh
 ``quantized_bfloat16``: QuantizeLinear and DequantizeLinear of onnxruntime's CUDA provider take float32 and float16
 (docs/OperatorKernels.md there).
 """
+
+
+EXPANDED_ON_CPU = ("fp8", "int8-smooth")
+"""Schemes whose weights become float32 when onnxruntime loads them for a CPU, where their products have no kernels.
+It would convert them in every run, for products whose order of sums depends on the number of threads."""
 
 
 def available(backend: str) -> bool:

@@ -26,7 +26,9 @@ from qie.compiler.validation.host import component_feed
 from qie.compiler.validation.onnx_file import output_divisors, read_graph
 from qie.compiler.validation.report import Bisection, Operation
 from qie.compiler.validation.subject import Executed, Subject
-from qie.engines.bundle.manifest import COMPONENTS, Component
+from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
+from qie.engines.errors import EngineError, first_line
+from qie.engines.sessions.onnxruntime import session_options
 
 __all__ = ["bisect", "bisectable", "bisection"]
 
@@ -80,8 +82,7 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: 
             golden file; its scheme may divide outputs, which is undone.
 
     Raises:
-        EngineError: onnxruntime failed.
-        BundleError: the graph cannot be loaded.
+        EngineError: onnxruntime cannot load or run the graph.
     """
     case = golden.cases[0]
     record = next(modules for modules in golden.record.modules if modules.component == component)
@@ -96,7 +97,7 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: 
     for start in range(0, len(names), AT_ONCE):
         batch = names[start : start + AT_ONCE]
         values = executed.bundle.folder.read(
-            lambda folder, batch=batch: _run(model, folder, [wanted[name] for name in batch], feed)  # type: ignore[misc]
+            lambda folder, batch=batch: _run(model, engine, folder, [wanted[name] for name in batch], feed)  # type: ignore[misc]
         )
         for name in batch:
             module, value = modules[name.removesuffix(TEXT)], values[wanted[name]]
@@ -110,6 +111,7 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: 
         first_block=next((operation.name for operation in outside if operation.whole_block), None),
         first_operation=next((operation.name for operation in outside if not operation.whole_block), None),
         operations=tuple(operations),
+        lacking=tuple(name for name in record.names if name not in wanted),
     )
 
 
@@ -138,7 +140,8 @@ def _compared(
 
 def _block(name: str, blocks: Sequence[str]) -> str | None:
     """The block that ``name`` belongs to, or is."""
-    inside = [block for block in blocks if name == block or name.startswith(f"{block.removesuffix(TEXT)}.")]
+    whole, names = name.removesuffix(TEXT), {block.removesuffix(TEXT) for block in blocks}
+    inside = [block for block in names if whole == block or whole.startswith(f"{block}.")]
     return max(inside, key=len, default=None)
 
 
@@ -202,7 +205,11 @@ def _property(node: onnx.NodeProto, key: str) -> str:
 
 
 def _run(
-    model: onnx.ModelProto, folder: Path, names: Sequence[str], feed: Mapping[str, NDArray[Any]]
+    model: onnx.ModelProto,
+    engine: EngineRecord,
+    folder: Path,
+    names: Sequence[str],
+    feed: Mapping[str, NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
     """The values ``names`` of the graph, whose weights are in ``folder``."""
     opened = onnx.ModelProto()
@@ -211,9 +218,14 @@ def _run(
     opened.graph.output.extend(
         onnx.helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(names) if name not in present
     )
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options(engine)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = ort.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip(names, session.run(list(names), dict(feed)), strict=True))
+    try:
+        session = ort.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        values = session.run(list(names), dict(feed))
+    except Exception as problem:
+        raise EngineError(
+            f"onnxruntime cannot run {engine.path} with the outputs of its modules ({first_line(problem)}); validate "
+            "without bisecting"
+        ) from problem
+    return dict(zip(names, values, strict=True))

@@ -15,7 +15,7 @@ from qie.compiler.quantization.smoothing import divided_outputs, smoothing_group
 from qie.compiler.recipe.quantizable import QUANTIZABLE
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import EngineRecord, TensorSpec
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord, TensorSpec
 
 __all__ = [
     "calibration_of",
@@ -55,7 +55,7 @@ def graph_interface(path: Path) -> dict[str, str]:
     return {f"{side} {value.name}": _described(value) for side, values in sides for value in values}
 
 
-def interface_of(engine: EngineRecord) -> dict[str, str]:
+def interface_of(engine: EngineRecord | GraphRecord) -> dict[str, str]:
     """The inputs and outputs of ``engine`` by name, each as ``float32 [batch, noise_tokens, 64]``."""
     sides = (("input", engine.inputs), ("output", engine.outputs))
     return {f"{side} {spec.name}": _spec(spec) for side, specs in sides for spec in specs}
@@ -71,7 +71,7 @@ def _spec(spec: TensorSpec) -> str:
     return f"{spec.dtype} [{', '.join(map(str, spec.dims))}]"
 
 
-def wrong_precision(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> tuple[int, list[str]]:
+def wrong_precision(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: Recipe) -> tuple[int, list[str]]:
     """Number of weights of the graph of ``engine``, and of those whose dtype is not the recipe's a sentence each."""
     graph = bundle.folder.read(lambda folder: read_graph(folder / engine.path)).graph
     dtypes = {
@@ -113,7 +113,7 @@ def _casts(graph: onnx.GraphProto, precision: str) -> Mapping[str, str]:
     return found
 
 
-def linears_of(engine: EngineRecord, graph: onnx.GraphProto) -> list[str]:
+def linears_of(engine: EngineRecord | GraphRecord, graph: onnx.GraphProto) -> list[str]:
     """The linears that a scheme may quantize, by name, in the order of their weights in the file."""
     pattern = QUANTIZABLE.get(engine.component)
     if pattern is None:
@@ -124,7 +124,9 @@ def linears_of(engine: EngineRecord, graph: onnx.GraphProto) -> list[str]:
     return [name for name in names if fnmatch(name, pattern)]
 
 
-def quantized_linears(bundle: Bundle, engine: EngineRecord, recipe: Recipe, linears: Sequence[str]) -> set[str]:
+def quantized_linears(
+    bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: Recipe, linears: Sequence[str]
+) -> set[str]:
     """Those of ``linears`` that the recipe, or the calibration in the bundle, leaves to the scheme."""
     section = recipe.components[engine.component]
     if section.scheme == "none":
@@ -153,7 +155,11 @@ def output_divisors(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> dic
 
 
 def calibration_of(bundle: Bundle) -> Calibration | None:
-    """The calibration in ``bundle``; None without one."""
+    """The calibration that ``bundle`` was built with.
+
+    Raises:
+        CalibrationError: its file is damaged.
+    """
     record = bundle.manifest.calibration
     if record is None:
         return None

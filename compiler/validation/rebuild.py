@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
 from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.resolve import LoraSource
-from qie.compiler.quantization.calibration import Calibration, read_calibration
+from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.recipe.schema import Components, Recipe
+from qie.compiler.validation.golden.match import is_of_pocket
+from qie.compiler.validation.onnx_file import calibration_of
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.errors import BackendMissingError, CheckpointError
+from qie.engines.errors import CheckpointError
 from qie.engines.machine import this_machine
 from qie.engines.progress import Progress, no_progress
 
@@ -30,10 +31,7 @@ __all__ = ["Rebuild", "cpu_recipe", "find_model", "other_graphs", "plan_rebuild"
 
 def find_model(bundle: Bundle) -> str | None:
     """The model of ``bundle`` where it is known without being named: pocket, which comes with qie; else None."""
-    model = bundle.manifest.model
-    if model.name != POCKET.name or model.revision is not None:
-        return None
-    return str(POCKET)
+    return str(POCKET) if is_of_pocket(bundle) else None
 
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
@@ -97,7 +95,7 @@ def plan_rebuild(
             option="model",
         )
     opened = _loras(bundle, loras)
-    calibration = _calibration(bundle)
+    calibration = calibration_of(bundle)
     own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
         raise CheckpointError(
@@ -121,17 +119,9 @@ def other_graphs(bundle: Bundle, plan: Plan, *, progress: Progress = no_progress
     found = []
     for engine in bundle.manifest.engines:
         shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
-        try:
-            key = engine_key(graphs[engine.component], engine.backend, plan.recipe, shapes)
-        except (KeyError, BackendMissingError):
-            found.append(f"whether {engine.component} is of this graph is not known: {engine.backend} is not installed")
-            continue
-        if key != engine.key:
-            installed = BUILDERS[engine.backend].version()
-            other = "" if installed == engine.backend_version else f", and {engine.backend} {engine.backend_version}"
-            found.append(
-                f"{engine.component} was built from another graph, or by other versions of qie and its packages{other}"
-            )
+        graph, version = graphs[engine.component], engine.backend_version
+        if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
+            found.append(f"{engine.component} was built from another graph, or by another version of qie or ONNX")
     return found
 
 
@@ -165,10 +155,3 @@ def _loras(bundle: Bundle, sources: Sequence[LoraSource]) -> list[Lora]:
             f"the LoRAs are not those of {bundle.name}, which has {names}; name these, in this order", option="loras"
         )
     return opened
-
-
-def _calibration(bundle: Bundle) -> Calibration | None:
-    record = bundle.manifest.calibration
-    if record is None:
-        return None
-    return bundle.folder.read(lambda folder: read_calibration(folder / record.path))

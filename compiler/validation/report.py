@@ -16,6 +16,7 @@ __all__ = [
     "CaseImages",
     "Check",
     "Gate",
+    "Inapplicable",
     "Level",
     "Measurement",
     "Operation",
@@ -99,6 +100,21 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Inapplicable:
+    """A check that has nothing to judge in this bundle, on what executes here; not one that could not run.
+
+    Attributes:
+        level: that it belongs to.
+        name: of the check.
+        reason: why there is nothing.
+    """
+
+    level: Level
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """A figure without a gate.
 
@@ -172,6 +188,7 @@ class Bisection:
         first_block: the first block whose output is outside the tolerance; None where all are within it.
         first_operation: the first operation whose output is; None where all are within it.
         operations: all that were compared, in the order of the graph.
+        lacking: modules of the golden file that the graph does not have.
     """
 
     component: Component
@@ -180,6 +197,7 @@ class Bisection:
     first_block: str | None
     first_operation: str | None
     operations: tuple[Operation, ...]
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +248,7 @@ class Report:
         required: whether a check that did not run is a failure.
         provenance: bundle, golden file, machine.
         checks: in the order in which they ran.
+        inapplicable: checks that have nothing to judge here.
         measurements: figures without a gate.
         images: one for each case whose edit ran.
         bisections: one for each component that was bisected.
@@ -242,6 +261,7 @@ class Report:
     required: bool
     provenance: Provenance
     checks: tuple[Check, ...]
+    inapplicable: tuple[Inapplicable, ...]
     measurements: tuple[Measurement, ...]
     images: tuple[CaseImages, ...]
     bisections: tuple[Bisection, ...]

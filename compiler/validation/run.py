@@ -4,23 +4,23 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import qie
-from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.compiler.packing.build import build
 from qie.compiler.planning.resolve import LoraSource
 from qie.compiler.recipe.gates import flat
 from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.bisect import bisectable, bisection
-from qie.compiler.validation.checks.check import NONE_ALLOWED, CheckSpec, Finding, judged
+from qie.compiler.validation.checks.check import NONE_ALLOWED, CheckSpec, Finding, NotApplicable, judged, not_computed
 from qie.compiler.validation.checks.registry import CHECKS, check_gates
-from qie.compiler.validation.golden.file import GOLDEN_FILE, Golden, open_golden
+from qie.compiler.validation.golden.file import Golden, open_golden
+from qie.compiler.validation.golden.match import own_golden
 from qie.compiler.validation.provenance import damaged_provenance, executed_name, provenance
 from qie.compiler.validation.rebuild import find_model, other_graphs, plan_rebuild
 from qie.compiler.validation.report import (
@@ -29,6 +29,7 @@ from qie.compiler.validation.report import (
     CaseImages,
     Check,
     Gate,
+    Inapplicable,
     Level,
     Measurement,
     Report,
@@ -37,7 +38,7 @@ from qie.compiler.validation.subject import Executed, Subject
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, locate, open_bundle
 from qie.engines.bundle.manifest import MANIFEST
-from qie.engines.errors import BundleError, QieError, RecipeError, RequestError, first_line
+from qie.engines.errors import BundleError, CheckpointError, QieError, RecipeError, RequestError
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
 
@@ -88,6 +89,10 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
     check_gates(CHECKS)
     if options.level not in LEVELS:
         raise RequestError(f"there is no level {options.level!r}; choose one of {', '.join(LEVELS)}", option="level")
+    if options.bisect and options.level == "structure":
+        raise RequestError(
+            "bisecting runs the graphs, which level structure does not; choose a later level", option="level"
+        )
     start, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     if options.backend is not None and options.backend not in BACKENDS:
         raise RequestError(
@@ -104,7 +109,9 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
         subject = Subject(bundle=bundle, recipe=recipe, golden=golden, no_golden=no_golden)
         if options.level != "structure":
             _choose(subject, options, stack, progress)
+            _check_bisect(subject, options)
         checks: list[Check] = []
+        inapplicable: list[Inapplicable] = []
         measurements: list[Measurement] = []
         images: list[CaseImages] = []
         for spec in _up_to(options.level):
@@ -112,11 +119,13 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
                 match outcome:
                     case Check():
                         checks.append(outcome)
+                    case Inapplicable():
+                        inapplicable.append(outcome)
                     case Measurement():
                         measurements.append(outcome)
                     case CaseImages():
                         images.append(outcome)
-        bisections = list(_bisections(subject, options, checks, progress))
+        bisections = list(_bisections(subject, options, checks))
         return Report(
             qie=qie.__version__,
             created=created,
@@ -124,6 +133,7 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
             required=options.required,
             provenance=provenance(subject),
             checks=tuple(checks),
+            inapplicable=tuple(inapplicable),
             measurements=tuple(measurements),
             images=tuple(images),
             bisections=tuple(bisections),
@@ -151,8 +161,9 @@ def _golden(bundle: Bundle, options: Options) -> tuple[Golden | None, str]:
     """The golden file, or why there is none."""
     if options.golden is not None:
         return open_golden(options.golden), ""
-    if find_model(bundle) is not None:
-        return open_golden(POCKET / GOLDEN_FILE), ""
+    own = own_golden(bundle)
+    if own is not None:
+        return open_golden(own), ""
     return None, "no golden file was named; record one with `qie golden`, and name it"
 
 
@@ -184,6 +195,18 @@ def _choose(subject: Subject, options: Options, stack: ExitStack, progress: Prog
     _rebuild(subject, options, stack, progress)
 
 
+def _check_bisect(subject: Subject, options: Options) -> None:
+    """Refuse to bisect engines; graphs that cannot run are not run like everything else."""
+    if not options.bisect or subject.executed is None or subject.golden is None:
+        return
+    if not bisectable(subject.executed, subject.golden):
+        raise RequestError(
+            f"{subject.executed.on} has no operations to compare with the golden file; choose the backend onnxruntime, "
+            "or record the golden file again with `qie golden`",
+            option="backend",
+        )
+
+
 def _of_backend(bundle: Bundle, backend: str | None) -> Bundle | None:
     """``bundle`` with the engines of ``backend`` alone; None where it has none."""
     if backend is None:
@@ -200,11 +223,20 @@ def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Pro
         subject.not_executed = f"{found}; name the checkpoint of the bundle, whose graphs then run with onnxruntime"
         return
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qie-validate-")))
-    planned = plan_rebuild(
-        subject.bundle, subject.recipe, model, folder / "graphs", loras=options.loras, progress=progress
-    )
-    subject.other_graphs = tuple(other_graphs(subject.bundle, planned.own, progress=progress))
-    rebuilt = build(planned.cpu, progress=progress)
+    try:
+        planned = plan_rebuild(
+            subject.bundle, subject.recipe, model, folder / "graphs", loras=options.loras, progress=progress
+        )
+        subject.other_graphs = tuple(other_graphs(subject.bundle, planned.own, progress=progress))
+        rebuilt = build(planned.cpu, progress=progress)
+    except CheckpointError as problem:
+        if options.model is not None or options.loras:
+            raise
+        subject.not_executed = str(problem)
+        return
+    except QieError as problem:  # it does not fit into this machine, or was built by a recipe of another qie
+        subject.not_executed = f"the graphs cannot be built here: {problem}"
+        return
     engines = choose_engines(rebuilt)
     executed = Executed.of(
         rebuilt, engines, on=f"{executed_name(engines)}, graphs in float32", rebuilt=True, device=None
@@ -213,24 +245,30 @@ def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Pro
     subject.executed, subject.not_executed = executed, ""
 
 
-def _run(spec: CheckSpec, subject: Subject, progress: Progress) -> Iterator[Check | Measurement | CaseImages]:
-    """The outcomes of one check; what it raises is a failure, and what it found before stays."""
+def _run(
+    spec: CheckSpec, subject: Subject, progress: Progress
+) -> Iterator[Check | Inapplicable | Measurement | CaseImages]:
+    """The outcomes of one check; what it raises is a failure, as is silence, and what it found before stays."""
     gate = NONE_ALLOWED
     if spec.gate is not None:
         gate = Gate(key=spec.gate, sense=spec.sense, bound=flat(subject.recipe.gates)[spec.gate])
     subject.progress = partial(progress, spec.name)
-    start = time.perf_counter()
+    start, silent = time.perf_counter(), True
     try:
         for outcome in spec.run(subject):
-            if isinstance(outcome, Finding):
-                now = time.perf_counter()
-                yield judged(spec, outcome, gate, round(now - start, 3))
-                start = now
-            else:
-                yield outcome
+            match outcome:
+                case Finding():
+                    now, silent = time.perf_counter(), False
+                    yield judged(spec, outcome, gate, round(now - start, 3))
+                    start = now
+                case NotApplicable():
+                    silent = False
+                    yield Inapplicable(level=spec.level, name=spec.name, reason=outcome.reason)
+                case _:
+                    yield outcome
+        assert not silent, "it found nothing to judge"
     except Exception as problem:  # of whatever kind: the report says so, and the other checks run
-        text = str(problem) if isinstance(problem, QieError) else f"{type(problem).__name__}: {first_line(problem)}"
-        finding = Finding(value=math.nan, detail=f"it could not be computed: {text}", on=_on(subject))
+        finding = Finding(value=math.nan, detail=not_computed(problem), on=_on(subject))
         yield judged(spec, finding, gate, round(time.perf_counter() - start, 3))
     progress(spec.name, 1, 1)
 
@@ -239,20 +277,15 @@ def _on(subject: Subject) -> str:
     return "" if subject.executed is None else subject.executed.on
 
 
-def _bisections(subject: Subject, options: Options, checks: Sequence[Check], progress: Progress) -> Iterator[Bisection]:
+def _bisections(subject: Subject, options: Options, checks: Sequence[Check]) -> Iterator[Bisection]:
     """The operations of every component that was asked for, or whose blocks left the gate."""
     if subject.executed is None or subject.golden is None:
         return
     failed = {check.case for check in checks if check.name == "blocks" and check.result == "failed"}
     for component in bisectable(subject.executed, subject.golden):
         if options.bisect or component in failed:
-            progress(f"bisect {component}", 0, 1)
-            try:
+            with suppress(Exception):  # the check of the blocks has failed with it
                 yield bisection(subject, component)
-            except Exception:  # of whatever kind, as in a check; where ``blocks`` ran, it has failed and says why
-                if not any(check.name == "blocks" for check in checks):
-                    raise
-            progress(f"bisect {component}", 1, 1)
 
 
 def _damaged(path: Path, problem: BundleError, options: Options, created: str, start: float) -> Report:
@@ -267,6 +300,7 @@ def _damaged(path: Path, problem: BundleError, options: Options, created: str, s
         required=options.required,
         provenance=damaged_provenance(path),
         checks=(judged(spec, finding, NONE_ALLOWED, seconds),),
+        inapplicable=(),
         measurements=(),
         images=(),
         bisections=(),

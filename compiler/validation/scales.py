@@ -11,7 +11,7 @@ from qie.compiler.quantization.smoothing import Group, smoothing_groups
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.onnx_file import calibration_of, linears_of, quantized_linears, read_graph
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import EngineRecord
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 
 __all__ = ["wrong_scales"]
 
@@ -21,7 +21,7 @@ ROUNDED = 1e-6, 1e-2
 """Relative difference of a scale, which is float32, and of a factor, which has the dtype of the graph."""
 
 
-def wrong_scales(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> tuple[int, list[str]]:
+def wrong_scales(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: Recipe) -> tuple[int, list[str]]:
     """Number of quantized inputs of the graph of ``engine``, and of what is not the calibration's a sentence each.
 
     Compared are the scales by which inputs of linears are quantized and dequantized, and the factors by which the graph
@@ -40,7 +40,10 @@ def wrong_scales(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> tuple[
     smoothed = dict(_smoothed(smoothing_groups(engine.component, linears), smoothing, quantized))
     found = _Inputs(graph)
     count, problems = 0, []
-    for name in sorted(quantized & found.quantized.keys()):
+    for name in sorted(quantized):
+        if name not in found.quantized:
+            problems.append(f"{engine.component}: the input of {name} is not quantized")
+            continue
         count += 1
         divisor = smoothed.get(name)
         expected = 1.0 if divisor is None else divisor[0]

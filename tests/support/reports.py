@@ -11,6 +11,7 @@ from qie.compiler.validation.report import (
     CaseImages,
     Check,
     Gate,
+    Inapplicable,
     Measurement,
     Operation,
     Provenance,
@@ -134,6 +135,7 @@ def passed_report() -> Report:
             packages=(("qie", "0.1.0"), ("tensorrt-rtx-cu12", "1.7.1.116"), ("numpy", "2.4.6")),
         ),
         checks=tuple(_checks()),
+        inapplicable=(Inapplicable(level="edits", name="threads", reason="the engines run on a GPU"),),
         measurements=(
             Measurement(name="denoise", case="tint", value=0.212, unit="s"),
             Measurement(name="edit", case="tint", value=0.31, unit="s", planned=0.25),

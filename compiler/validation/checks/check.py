@@ -1,5 +1,6 @@
 """What every check is written with: its declaration, its findings, and the verdict that a gate gives."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,8 +9,20 @@ from typing import Literal
 from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.report import CaseImages, Check, Gate, Level, Measurement
 from qie.compiler.validation.subject import Executed, Subject
+from qie.engines.errors import QieError, RequestError, first_line
 
-__all__ = ["NONE_ALLOWED", "CheckSpec", "Finding", "Outcome", "counted", "for_cases", "judged"]
+__all__ = [
+    "NONE_ALLOWED",
+    "CheckSpec",
+    "Finding",
+    "NotApplicable",
+    "Outcome",
+    "counted",
+    "for_cases",
+    "judged",
+    "not_computed",
+    "not_taken",
+]
 
 NONE_ALLOWED = Gate(key=None, sense="at most", bound=0)
 """The gate of a check that counts what must not be; no recipe changes it."""
@@ -38,8 +51,15 @@ class Finding:
     seconds: float | None = None
 
 
-Outcome = Finding | Measurement | CaseImages
-"""What a check yields: findings that are judged, and what the report shows beside them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotApplicable:
+    """What a check yields in place of a finding where the bundle, or what executes, has nothing that it could judge."""
+
+    reason: str
+
+
+Outcome = Finding | NotApplicable | Measurement | CaseImages
+"""What a check yields: findings to judge, or that there is nothing to judge, and what the report shows beside them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +73,7 @@ class CheckSpec:
         unit: of the value.
         gate: key of the recipe whose bound the value must meet; None for a count that must be 0.
         sense: on which side of the bound the value must be.
-        run: yields the findings of a bundle; whatever it raises makes the check fail.
+        run: yields the findings of a bundle, at least one or ``NotApplicable``; what it raises makes the check fail.
     """
 
     level: Level
@@ -73,6 +93,17 @@ def counted(problems: Sequence[str], fine: str, *, case: str | None = None, on: 
     return Finding(value=len(problems), detail=f"{problems[0]}{more}", case=case, on=on)
 
 
+def not_taken(problem: RequestError) -> str:
+    """Why a case is not run: the bundle does not take it."""
+    return f"the bundle does not take this case: {problem}"
+
+
+def not_computed(problem: Exception) -> str:
+    """Why a check has failed that raised ``problem``."""
+    text = str(problem) if isinstance(problem, QieError) else f"{type(problem).__name__}: {first_line(problem)}"
+    return f"it could not be computed: {text}"
+
+
 def for_cases(find: Callable[[Executed, GoldenCase], Finding]) -> Callable[[Subject], Iterator[Outcome]]:
     """A check that calls ``find`` with what runs and each case of the golden file; where it cannot, it is not run."""
     return partial(_for_cases, find=find)
@@ -82,10 +113,15 @@ def _for_cases(subject: Subject, *, find: Callable[[Executed, GoldenCase], Findi
     if subject.golden is None or subject.executed is None:
         yield Finding(value=None, detail=subject.obstacle or "")
         return
-    cases = subject.golden.cases
+    cases, on = subject.golden.cases, subject.executed.on
     for number, case in enumerate(cases):
         subject.progress(number, len(cases))
-        yield find(subject.executed, case)
+        try:
+            yield find(subject.executed, case)
+        except RequestError as problem:
+            yield Finding(value=None, detail=not_taken(problem), case=case.record.name, on=on)
+        except Exception as problem:  # of whatever kind: the other cases run
+            yield Finding(value=math.nan, detail=not_computed(problem), case=case.record.name, on=on)
 
 
 def judged(spec: CheckSpec, finding: Finding, gate: Gate, seconds: float) -> Check:

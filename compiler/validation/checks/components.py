@@ -6,7 +6,15 @@ from functools import partial
 import numpy as np
 
 from qie.compiler.metrics.error import pooled_relative_l2, relative_l2
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, counted, for_cases
+from qie.compiler.validation.checks.check import (
+    CheckSpec,
+    Finding,
+    NotApplicable,
+    Outcome,
+    counted,
+    for_cases,
+    not_taken,
+)
 from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.host import differing_inputs, prompt_tokens, vision_of
 from qie.compiler.validation.modulation import table_errors
@@ -14,6 +22,7 @@ from qie.compiler.validation.subject import Executed, Subject
 from qie.compiler.validation.teacher_forcing import forced
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.errors import RequestError
 
 __all__ = ["SPECS"]
 
@@ -27,7 +36,11 @@ def inputs(subject: Subject) -> Iterator[Outcome]:
         yield Finding(value=None, detail=subject.no_golden)
         return
     for case in subject.golden.cases:
-        checked, differing = differing_inputs(subject.bundle, case)
+        try:
+            checked, differing = differing_inputs(subject.bundle, case)
+        except RequestError as problem:
+            yield Finding(value=None, detail=not_taken(problem), case=case.record.name)
+            continue
         yield counted(differing, f"{checked} tensors equal the reference's", case=case.record.name, on="NumPy")
 
 
@@ -40,6 +53,8 @@ def modulation(subject: Subject) -> Iterator[Outcome]:
         steps = sum(table.steps for table in tables)
         detail = f"{steps} steps of {len(tables)} tables, worst {worst}"
         yield Finding(value=float(np.max(errors)), on="NumPy", detail=detail)
+    else:
+        yield NotApplicable(reason="the bundle has no modulation tables of its recipe's schedules")
 
 
 def vision(executed: Executed, case: GoldenCase) -> tuple[float, str]:

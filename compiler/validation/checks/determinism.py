@@ -6,7 +6,7 @@ from functools import partial
 
 from PIL import Image
 
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome
+from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome, counted, not_taken
 from qie.compiler.validation.edits import images_of
 from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.subject import Executed, Subject, request_of
@@ -26,9 +26,12 @@ THREADS = (1, 2, 3)
 """Numbers of threads that are compared; with three, work does not divide evenly."""
 
 Images = Sequence[Image.Image]
+Compare = Callable[[Executed, GoldenCase], Finding | NotApplicable]
 
 
-def _first_case(subject: Subject, *, compare: Callable[[Executed, GoldenCase], Finding]) -> Iterator[Outcome]:
+def _first_case(
+    subject: Subject, *, compare: Callable[[Executed, GoldenCase], Finding | NotApplicable]
+) -> Iterator[Outcome]:
     """``compare`` of the first case of the golden file, with the engines of the bundle themselves."""
     if subject.golden is None or subject.executed is None:
         yield Finding(value=None, detail=subject.obstacle or "")
@@ -37,11 +40,11 @@ def _first_case(subject: Subject, *, compare: Callable[[Executed, GoldenCase], F
         detail = "graphs run here in place of the engines, whose bytes are meant; run it on the machine of the engines"
         yield Finding(value=None, detail=detail)
         return
+    case = subject.golden.cases[0]
     try:
-        yield compare(subject.executed, subject.golden.cases[0])
+        yield compare(subject.executed, case)
     except RequestError as problem:
-        detail = f"the bundle does not take the first case: {problem}"
-        yield Finding(value=None, detail=detail, on=subject.executed.on)
+        yield Finding(value=None, detail=not_taken(problem), case=case.record.name, on=subject.executed.on)
 
 
 def repeats(executed: Executed, case: GoldenCase) -> Finding:
@@ -57,35 +60,28 @@ def repeats(executed: Executed, case: GoldenCase) -> Finding:
         tried = f"the same request twice, and after an edit of {other[0]}x{other[1]} pixels"
         if not _equal([first], [third]):
             differing.append(f"the same request after an edit of {other[0]}x{other[1]} pixels")
-    return _counted(differing, tried, executed)
+    return counted(differing, f"equal bytes: {tried}", on=executed.on)
 
 
-def batches(executed: Executed, case: GoldenCase) -> Finding:
+def batches(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
     """Several seeds in one request and one by one."""
+    if executed.bundle.manifest.limits.batch_max == 1:
+        return NotApplicable(reason="the engines take one image a run")
     seeds = [case.record.seed + number for number in range(SEEDS)]
     alone = images_of(executed, [_request(case, [seed]) for seed in seeds])
     together = images_of(executed, [_request(case, seeds)])
     pairs = zip(seeds, alone, together, strict=True)
     differing = [f"seed {seed} alone and among {SEEDS}" for seed, one, other in pairs if not _equal([one], [other])]
     most = min(SEEDS, executed.bundle.manifest.limits.batch_max)
-    return _counted(differing, f"{SEEDS} seeds in one request, in batches of {most}, and one by one", executed)
+    tried = f"{SEEDS} seeds in one request, in batches of {most}, and one by one"
+    return counted(differing, f"equal bytes: {tried}", on=executed.on)
 
 
-def threads(executed: Executed, case: GoldenCase) -> Finding:
+def threads(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
     """The same request on one, two and three threads of the CPU."""
     engines = executed.stages.engines
     if any(engine.compute_capability != "cpu" for engine in engines.values()):
-        return Finding(
-            value=None,
-            detail="the engines run on a GPU, where threads are not chosen; validate a bundle for the CPU",
-            on=executed.on,
-        )
-    if executed.rebuilt:
-        return Finding(
-            value=None,
-            detail="other engines run here than the bundle's; validate it on the machine that they are built for",
-            on=executed.on,
-        )
+        return NotApplicable(reason="the engines run on a GPU, where threads are not chosen")
     results = []
     for count in THREADS:
         with closing(Stages(executed.bundle, engines, threads=count)) as stages:
@@ -95,7 +91,8 @@ def threads(executed: Executed, case: GoldenCase) -> Finding:
         for count, images in zip(THREADS, results, strict=True)
         if not _equal(images, results[0])
     ]
-    return _counted(differing, f"the same request on {', '.join(map(str, THREADS))} threads", executed)
+    tried = f"the same request on {', '.join(map(str, THREADS))} threads"
+    return counted(differing, f"equal bytes: {tried}", on=executed.on)
 
 
 def _request(case: GoldenCase, seeds: Sequence[int], *, size: tuple[int, int] | None = None) -> Request:
@@ -112,11 +109,6 @@ def _other_size(executed: Executed, case: GoldenCase) -> tuple[int, int] | None:
 
 def _equal(images: Images, others: Images) -> bool:
     return [(image.size, image.tobytes()) for image in images] == [(image.size, image.tobytes()) for image in others]
-
-
-def _counted(differing: Sequence[str], tried: str, executed: Executed) -> Finding:
-    detail = f"differing bytes: {', '.join(differing)}" if differing else f"equal bytes: {tried}"
-    return Finding(value=len(differing), detail=detail, on=executed.on)
 
 
 SPECS = tuple(

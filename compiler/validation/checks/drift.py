@@ -7,7 +7,7 @@ import numpy as np
 from qie.compiler.metrics.alignment import align
 from qie.compiler.metrics.color import mean_delta_e
 from qie.compiler.metrics.error import psnr_db
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome
+from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome
 from qie.compiler.validation.checks.quality import failed
 from qie.compiler.validation.edits import edit_of, images_of
 from qie.compiler.validation.golden.file import GoldenCase
@@ -27,7 +27,7 @@ def drift(subject: Subject) -> Iterator[Outcome]:
     for case in chains:
         yield _chain(subject.executed, case, subject.progress)
     if not chains:
-        yield Finding(value=None, detail="no case of the golden file has edits in a row; record one with a chain")
+        yield NotApplicable(reason="no case of the golden file has edits in a row")
 
 
 def _chain(executed: Executed, case: GoldenCase, progress: StageProgress) -> Finding:
@@ -48,7 +48,7 @@ def _chain(executed: Executed, case: GoldenCase, progress: StageProgress) -> Fin
         one, other = np.asarray(image), np.asarray(expected)
         colors.append(mean_delta_e(one, other))
         lies = align(one, other)
-        where = "lies nowhere" if lies is None else f"{lies.distance:.2f} pixels"
+        where = "cannot be aligned" if lies is None else f"{lies.distance:.2f} pixels"
         words.append(f"{psnr_db(one, other):.1f} dB, {where}")
     detail = f"PSNR and shift of the edits in a row: {'; '.join(words)}"
     return Finding(value=colors[-1], detail=detail, case=name, on=executed.on, steps=colors)

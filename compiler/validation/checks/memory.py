@@ -9,6 +9,7 @@ from qie.compiler.validation.report import Measurement
 from qie.compiler.validation.subject import Subject
 from qie.engines.errors import BackendMissingError, EngineError
 from qie.engines.machine import GIB, this_machine
+from qie.engines.sessions.choose import choose_engines
 
 __all__ = ["SPECS"]
 
@@ -39,6 +40,9 @@ def _obstacle(subject: Subject, planned: int | None) -> str | None:
         return subject.not_executed
     if subject.executed.rebuilt:
         return "other engines run here than those that the plan is about; run it on the machine that they are built for"
+    chosen = choose_engines(subject.bundle, subject.executed.device)
+    if subject.executed.stages.engines != chosen:
+        return "the engines of one backend were chosen, and the plan is about those that run by themselves; choose none"
     if not planned:
         return "the bundle does not say what memory was planned; build the bundle again with `qie build`"
     on_cpu = all(engine.compute_capability == "cpu" for engine in subject.executed.stages.engines.values())

@@ -11,7 +11,7 @@ from qie.compiler.metrics.color import FEWEST, mean_delta_e, untouched
 from qie.compiler.metrics.error import psnr_db
 from qie.compiler.metrics.perceptual import SMALLEST, lpips
 from qie.compiler.metrics.similarity import ssim
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome
+from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome, not_computed, not_taken
 from qie.compiler.validation.edits import CaseEdit, edit_of
 from qie.compiler.validation.golden.file import png
 from qie.compiler.validation.report import CaseImages, Measurement
@@ -29,7 +29,7 @@ Measure = Callable[[CaseEdit], Measured | None]
 
 
 def compared(subject: Subject, *, measure: Measure, lacking: str = "") -> Iterator[Outcome]:
-    """The value of ``measure`` for the edit of every case; ``lacking`` says why none has one, and what to do."""
+    """The value of ``measure`` for the edit of every case; ``lacking`` says why none has one."""
     if subject.golden is None or subject.executed is None:
         yield Finding(value=None, detail=subject.obstacle or "")
         return
@@ -48,14 +48,14 @@ def compared(subject: Subject, *, measure: Measure, lacking: str = "") -> Iterat
             value, detail = result
             yield Finding(value=value, detail=detail, case=case.record.name, on=subject.executed.on)
     if not found:
-        yield Finding(value=None, detail=lacking)
+        yield NotApplicable(reason=lacking)
 
 
 def failed(problem: QieError) -> Measured:
     """What an edit that raised is worth: a case that the bundle does not take is not run, any other is a failure."""
     if isinstance(problem, RequestError):
-        return None, f"the bundle does not take this case: {problem}"
-    return math.nan, f"the edit failed: {problem}"
+        return None, not_taken(problem)
+    return math.nan, not_computed(problem)
 
 
 def psnr(subject: Subject) -> Iterator[Outcome]:
@@ -119,11 +119,13 @@ def _scale(edit: CaseEdit) -> Measured:
 
 def _unaligned(edit: CaseEdit) -> Measured:
     if edit.expected.std(axis=(0, 1)).max() < 1:
-        return None, "the reference's edit is flat, so nothing can lie elsewhere; use a case with detail"
-    return None, "the edit and the reference's have too little in common to lie upon each other; see psnr and ssim"
+        return None, "the reference's edit is flat and cannot be aligned; use a case with detail"
+    return None, "the edit and the reference's have too little in common to be aligned; see psnr and ssim"
 
 
 def _delta_e(edit: CaseEdit) -> Measured | None:
+    if len(edit.case.images) > 1:  # whichever of them the edit is like
+        return None
     height, width, _ = edit.expected.shape
     mask = untouched(np.asarray(resize(edit.case.images[-1], width, height)), edit.expected)
     if mask is None:
@@ -176,7 +178,7 @@ SPECS = (
         "",
         "at most",
         _delta_e,
-        f"the reference leaves less than {FEWEST:.0%} of every case alone; record a case that changes a part",
+        f"the reference leaves less than {FEWEST:.0%} of every case with one image alone",
     ),
     _spec(
         "max_drop_db",
@@ -184,6 +186,6 @@ SPECS = (
         "dB",
         "at most",
         _drop,
-        "no case of the golden file has an exact answer; record one with a target",
+        "no case of the golden file has an exact answer",
     ),
 )

@@ -5,13 +5,14 @@ from dataclasses import fields
 
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.schema import Recipe
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, counted
+from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome, counted
+from qie.compiler.validation.golden.match import unlike
 from qie.compiler.validation.onnx_file import graph_interface, interface_of, wrong_precision
 from qie.compiler.validation.scales import wrong_scales
 from qie.compiler.validation.subject import Subject
 from qie.engines.bundle.bundle import Bundle, check_file
-from qie.engines.bundle.manifest import EngineRecord, Manifest
-from qie.engines.bundle.structure import Structure, read_structure
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord, Manifest
+from qie.engines.bundle.structure import read_structure
 from qie.engines.errors import BundleError
 
 __all__ = ["SPECS"]
@@ -36,38 +37,35 @@ def golden(subject: Subject) -> Iterator[Outcome]:
     if subject.golden is None:
         yield Finding(value=None, detail=subject.no_golden)
         return
-    record, model = subject.golden.record, subject.bundle.manifest.model
-    problems = []
-    if record.digest != model.digest:
-        problems.append(
-            f"the golden file was recorded from {record.model} with the digest {record.digest[:12]}, and the bundle is "
-            f"of {model.name} with {model.digest[:12]}; record it again with `qie golden`"
-        )
-    recorded, fused = (
-        [(lora.sha256, lora.weight) for lora in o] for o in (record.loras, subject.bundle.manifest.loras)
-    )
-    if recorded != fused:
-        problems.append("the golden file was recorded with other LoRAs or weights; record it again with `qie golden`")
-    yield counted(problems, f"{len(record.cases)} cases of {record.model}, recorded in {record.dtype}")
+    record = subject.golden.record
+    fine = f"{len(record.cases)} cases of {record.model}, recorded in {record.dtype}"
+    yield counted(unlike(subject.golden, subject.bundle), fine)
 
 
 def contract(subject: Subject) -> Iterator[Outcome]:
     """Inputs and outputs of every ONNX graph are those that the manifest gives."""
-    problems, graphs = [], 0
-    for engine in subject.bundle.manifest.engines:
-        if not engine.path.endswith(".onnx"):
-            continue
-        graphs += 1
-        found = subject.bundle.folder.read(lambda folder, path=engine.path: graph_interface(folder / path))  # type: ignore[misc]
-        expected = interface_of(engine)
-        names = sorted(found.keys() | expected.keys())
+    problems, graphs = [], _graphs(subject.bundle)
+    for record in graphs:
+        found = subject.bundle.folder.read(lambda folder, path=record.path: graph_interface(folder / path))  # type: ignore[misc]
+        expected = interface_of(record)
         problems += [
-            f"{engine.component}: {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-            for name in names
+            f"{record.component}: {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in sorted(found.keys() | expected.keys())
             if found.get(name) != expected.get(name)
         ]
     if graphs:
-        yield counted(problems, f"inputs and outputs of {graphs} graphs are those of the manifest")
+        yield counted(problems, f"inputs and outputs of {len(graphs)} graphs are those of the manifest")
+    else:
+        yield NO_GRAPHS
+
+
+NO_GRAPHS = NotApplicable(reason="the bundle has compiled engines and no graphs")
+
+
+def _graphs(bundle: Bundle) -> list[EngineRecord | GraphRecord]:
+    """The engines that are ONNX graphs, and the graphs whose engines are not built yet."""
+    engines = [engine for engine in bundle.manifest.engines if engine.path.endswith(".onnx")]
+    return [*engines, *bundle.manifest.graphs]
 
 
 def target(subject: Subject) -> Iterator[Outcome]:
@@ -111,75 +109,77 @@ def _other_settings(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
 def precision(subject: Subject) -> Iterator[Outcome]:
     """The dtype of every weight of every ONNX graph, and which linears are quantized, are those of the recipe."""
     problems, weights = [], 0
-    for engine in subject.bundle.manifest.engines:
-        if engine.path.endswith(".onnx"):
-            count, wrong = wrong_precision(subject.bundle, engine, subject.recipe)
-            weights += count
-            problems += wrong
+    for record in _graphs(subject.bundle):
+        count, wrong = wrong_precision(subject.bundle, record, subject.recipe)
+        weights += count
+        problems += wrong
     if weights:
         yield counted(problems, f"{weights} weights have the dtypes of the recipe")
+    else:
+        yield NO_GRAPHS
 
 
 def scales(subject: Subject) -> Iterator[Outcome]:
     """The scales of inputs and of smoothing in every quantized ONNX graph are those of the calibration."""
     problems, inputs = [], 0
-    for engine in subject.bundle.manifest.engines:
-        if engine.path.endswith(".onnx"):
-            count, wrong = wrong_scales(subject.bundle, engine, subject.recipe)
-            inputs += count
-            problems += wrong
-    if inputs:
+    for record in _graphs(subject.bundle):
+        count, wrong = wrong_scales(subject.bundle, record, subject.recipe)
+        inputs += count
+        problems += wrong
+    if inputs or problems:
         yield counted(problems, f"{inputs} inputs of linears are scaled as the calibration says")
+    else:
+        yield NotApplicable(reason="no ONNX graph of the bundle quantizes inputs")
 
 
 def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
     """The part of the quantized linears that kernels of a compiled engine compute from quantized values."""
-    for engine in subject.bundle.manifest.engines:
+    engines = [engine for engine in _described(subject.bundle) if _computes_quantized(engine, subject.recipe)]
+    for engine in engines:
         record = engine.quantization
-        if record is None or engine.structure is None or not _computes_quantized(engine, subject.recipe):
-            continue
-        if record.fused is None:
-            yield Finding(
-                value=None,
-                case=engine.component,
-                detail=f"{engine.backend} does not describe its kernels; look at a profile on the GPU",
-            )
-        else:
-            yield Finding(
-                value=record.fused / max(1, record.quantized),
-                case=engine.component,
-                detail=f"{record.fused} of {record.quantized} quantized linears in 8-bit kernels",
-            )
+        assert record is not None
+        detail = f"{record.fused} of {record.quantized} quantized linears in 8-bit kernels"
+        yield _fraction(engine, record.fused, record.quantized, detail)
+    if not engines:
+        yield NotApplicable(reason="no compiled engine of the bundle computes from quantized values")
 
 
 def _computes_quantized(engine: EngineRecord, recipe: Recipe) -> bool:
-    assert engine.quantization is not None
-    return SCHEMES[recipe.components[engine.component].scheme].inputs is not None
+    if engine.quantization is None or engine.quantization.quantized == 0:
+        return False
+    scheme = recipe.components[engine.component].scheme
+    return scheme != "none" and SCHEMES[scheme].inputs is not None
 
 
 def fused_attention(subject: Subject) -> Iterator[Outcome]:
     """The part of the attention layers of a compiled engine that kernels compute without a score tensor."""
-    for engine in subject.bundle.manifest.engines:
-        structure = _structure(subject.bundle, engine)
-        if structure is None or structure.attention == 0:
-            continue
-        if structure.fused is None:
-            yield Finding(
-                value=None,
-                case=engine.component,
-                detail=f"{engine.backend} does not describe its kernels; look at a profile on the GPU",
-            )
-        else:
+    found = 0
+    for engine in _described(subject.bundle):
+        structure = read_structure(subject.bundle, engine)
+        if structure.attention:
+            found += 1
             types = f" in {', '.join(structure.fused_types)}" if structure.fused_types else ""
-            yield Finding(
-                value=structure.fused / structure.attention,
-                case=engine.component,
-                detail=f"{structure.fused} of {structure.attention} attention layers fused{types}",
-            )
+            detail = f"{structure.fused} of {structure.attention} attention layers fused{types}"
+            yield _fraction(engine, structure.fused, structure.attention, detail)
+    if not found:
+        yield NotApplicable(reason="the bundle has no compiled engine with attention")
 
 
-def _structure(bundle: Bundle, engine: EngineRecord) -> Structure | None:
-    return None if engine.structure is None else read_structure(bundle, engine)
+def _described(bundle: Bundle) -> list[EngineRecord]:
+    """The engines that have a description, which are the compiled ones."""
+    return [engine for engine in bundle.manifest.engines if engine.structure is not None]
+
+
+def _fraction(engine: EngineRecord, count: int | None, total: int, detail: str) -> Finding:
+    """``count`` of ``total``; not run where the description does not have the count."""
+    case = f"{engine.component}, {engine.backend}"
+    if count is None:
+        return Finding(
+            value=None,
+            case=case,
+            detail=f"{engine.backend} does not describe its kernels; look at a profile on the GPU",
+        )
+    return Finding(value=count / total, case=case, detail=detail)
 
 
 def graphs(subject: Subject) -> Iterator[Outcome]:
@@ -189,6 +189,8 @@ def graphs(subject: Subject) -> Iterator[Outcome]:
         yield counted(
             subject.other_graphs, f"{count} engines were built from the graphs that are run here in their place"
         )
+    else:
+        yield NotApplicable(reason="no graphs run in place of the engines")
 
 
 SPECS = (

@@ -1,12 +1,13 @@
 """Trajectory: every recorded step from the reference's latents, and the blocks of one run."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from qie.compiler.metrics.error import relative_l2
 from qie.compiler.validation.bisect import bisectable, bisection
-from qie.compiler.validation.checks.check import CheckSpec, Finding, Outcome, for_cases
+from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome, for_cases, not_computed
 from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.subject import Executed, Subject
 from qie.compiler.validation.teacher_forcing import forced
@@ -52,10 +53,20 @@ def blocks(subject: Subject) -> Iterator[Outcome]:
         yield Finding(value=None, detail=subject.obstacle or "")
         return
     components = bisectable(subject.executed, subject.golden)
+    if not components:
+        yield NotApplicable(reason="compiled engines have no blocks; the backend onnxruntime runs their graphs")
     for number, component in enumerate(components):
         subject.progress(number, len(components))
-        found = bisection(subject, component)
-        if not found.operations:
+        try:
+            found = bisection(subject, component)
+        except Exception as problem:  # of whatever kind: the other components run
+            detail = not_computed(problem)
+            yield Finding(value=math.nan, case=component, on=subject.executed.on, detail=detail)
+            continue
+        if found.lacking or not found.operations:
+            lacking = f", such as {found.lacking[0]}" if found.lacking else ""
+            detail = f"the graph lacks {len(found.lacking)} modules of the golden file{lacking}"
+            yield Finding(value=math.inf, case=component, on=found.on, detail=detail)
             continue
         errors = [operation.relative_l2 for operation in found.operations]
         inside = sum(operation.whole_block for operation in found.operations)

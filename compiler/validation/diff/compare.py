@@ -4,10 +4,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.compiler.validation.diff.diff import BundleDiff, VelocityDiff, diff_bundles
 from qie.compiler.validation.diff.velocity import diff_velocities
-from qie.compiler.validation.golden.file import GOLDEN_FILE, Golden, open_golden
+from qie.compiler.validation.golden.file import Golden, open_golden
+from qie.compiler.validation.golden.match import own_golden, unlike
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, GoldenError
 from qie.engines.progress import Progress, StageProgress, no_progress
@@ -57,23 +57,23 @@ def _golden(old: Bundle, path: Path | None) -> Golden | None:
     """The golden file ``path``, or that of the pocket model where ``old`` is of it."""
     if path is not None:
         golden = open_golden(path)
-        if not _fits(old, golden):
+        if unlike(golden, old):
             raise GoldenError(
                 f"the golden file {path} is of {golden.record.model} with other weights or LoRAs than {old.name}; name "
                 "one of its model",
                 option="golden",
             )
         return golden
-    file = POCKET / GOLDEN_FILE
-    if old.manifest.model.name != POCKET.name or not file.is_file():
+    file = own_golden(old)
+    if file is None:
         return None
     golden = open_golden(file)
-    return golden if _fits(old, golden) else None
+    return None if unlike(golden, old) else golden
 
 
 def _obstacle(old: Bundle, new: Bundle, golden: Golden, device: int | None) -> str | None:
     """Why the velocities cannot be compared, a semicolon, and what to do; None where they can."""
-    if not _fits(new, golden):
+    if unlike(golden, new):
         return f"{new.name} is of another model than {old.name} or has other LoRAs; compare bundles of one model"
     for bundle in (old, new):
         try:
@@ -81,9 +81,3 @@ def _obstacle(old: Bundle, new: Bundle, golden: Golden, device: int | None) -> s
         except (EngineMismatchError, BackendMissingError, BundleError) as problem:
             return str(problem)
     return None
-
-
-def _fits(bundle: Bundle, golden: Golden) -> bool:
-    """Whether the golden file is of the checkpoint and the LoRAs of ``bundle``."""
-    loras = [[(lora.sha256, lora.weight) for lora in source.loras] for source in (bundle.manifest, golden.record)]
-    return golden.record.digest == bundle.manifest.model.digest and loras[0] == loras[1]

@@ -11,8 +11,10 @@ from qie.compiler.validation.reports.words import (
     by_level,
     by_similarity,
     clean,
+    cosine_words,
     counts,
     facts,
+    first_operation,
     missing,
     number,
     quantity,
@@ -97,7 +99,7 @@ def _bisection(bisection: Bisection) -> list[str]:
     shown = [
         [
             _text(op.name),
-            number(op.similarity),
+            cosine_words(op.similarity),
             number(op.relative_l2),
             number(op.tolerance),
             _text(op.source),
@@ -106,6 +108,10 @@ def _bisection(bisection: Bisection) -> list[str]:
     ]
     first = {"block": bisection.first_block, "operation": bisection.first_operation}
     found = [f"- First {kind} outside the tolerance: **{_text(where)}**" for kind, where in first.items() if where]
+    operation = first_operation(bisection)
+    if operation is not None:
+        found.append(f"- It reads: {_text(', '.join(operation.tensors) or 'no tensor', LONGEST)}")
+        found.append(f"- It is written by: {_text(operation.source)}")
     header = ["operation", "similarity", "relative L2", "tolerance", "source"]
     return [
         f"### Bisected: {_text(bisection.component)}, case {_text(bisection.case)}",

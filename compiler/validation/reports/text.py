@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterator
 from itertools import groupby
 
-from qie.compiler.validation.report import Bisection, Check, Report
+from qie.compiler.validation.report import Bisection, Check, Measurement, Report
 from qie.compiler.validation.reports.words import (
     by_level,
     by_similarity,
     clean,
+    cosine_words,
+    first_operation,
     missing,
     number,
     quantity,
@@ -30,6 +32,9 @@ def text(report: Report) -> str:
     parts += [_bisection(bisection) for bisection in report.bisections]
     if report.measurements:
         parts.append(_measurements(report))
+    if report.inapplicable:
+        absent = (f"{clean(check.name)} ({clean(check.reason)})" for check in report.inapplicable)
+        parts.append(wrap(f"does not apply: {', '.join(absent)}"))
     if report.provenance.ran is not None:
         parts.append(wrap(clean(f"ran {report.provenance.ran}, not the engines of the bundle")))
     return "\n\n".join([*parts, summary(report)])
@@ -77,23 +82,39 @@ def _bisection(bisection: Bisection) -> str:
     first = [("block", bisection.first_block), ("operation", bisection.first_operation)]
     finding = ", ".join(f"the first {kind} outside the tolerance is {clean(where)}" for kind, where in first if where)
     rows = [
-        [f"{op.similarity:.6f}", number(op.relative_l2), number(op.tolerance), clean(op.name), clean(op.source)]
+        [cosine_words(op.similarity), number(op.relative_l2), number(op.tolerance), clean(op.name), clean(op.source)]
         for op in by_similarity(bisection)[:HEAD]
     ]
     header = ["similarity", "relative L2", "tolerance", "operation", "source"]
     more = len(bisection.operations) - len(rows)
-    lines = [wrap(f"bisected {name} with {case} on {on}: {finding}"), table(rows, header=header, right=[0, 1, 2])]
+    lines = [wrap(f"bisected {name} with {case} on {on}: {finding}")]
+    operation = first_operation(bisection)
+    if operation is not None:
+        lines.append(wrap(f"it reads {clean(', '.join(operation.tensors)) or 'no tensor'}", indent=2))
+        lines.append(wrap(f"it is written by {clean(operation.source)}", indent=2))
+    lines.append(table(rows, header=header, right=[0, 1, 2]))
     return "\n".join([*lines, *([f"and {more} more similar ones"] if more else [])])
 
 
 def _measurements(report: Report) -> str:
-    rows = [
-        [
-            clean(m.name),
-            clean(m.case or ""),
-            quantity(m.value, m.unit),
-            "" if m.planned is None else quantity(m.planned, m.unit),
-        ]
-        for m in report.measurements
-    ]
-    return table(rows, header=["measured", "case", "value", "planned"], right=[2, 3])
+    """The seconds of the stages, a line a case, and every other figure in a line of its own."""
+    staged = [m for m in report.measurements if m.unit == "s" and m.case is not None and m.planned is None]
+    others = [m for m in report.measurements if m not in staged]
+    parts = []
+    if staged:
+        stages = list(dict.fromkeys(m.name for m in staged))
+        found = {(m.case, m.name): quantity(m.value, m.unit) for m in staged}
+        rows = [[clean(case or ""), *(found.get((case, stage), "") for stage in stages)] for case in _cases(staged)]
+        parts.append(table(rows, header=["time of", *map(clean, stages)], right=range(1, len(stages) + 1)))
+    if others:
+        rows = [[clean(m.name), clean(m.case or ""), quantity(m.value, m.unit), _planned(m)] for m in others]
+        parts.append(table(rows, header=["measured", "case", "value", "planned"], right=[2, 3]))
+    return "\n\n".join(parts)
+
+
+def _cases(measurements: list[Measurement]) -> list[str | None]:
+    return list(dict.fromkeys(m.case for m in measurements))
+
+
+def _planned(measurement: Measurement) -> str:
+    return "" if measurement.planned is None else quantity(measurement.planned, measurement.unit)

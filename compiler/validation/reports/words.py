@@ -12,8 +12,10 @@ __all__ = [
     "by_level",
     "by_similarity",
     "clean",
+    "cosine_words",
     "counts",
     "facts",
+    "first_operation",
     "machine_words",
     "missing",
     "number",
@@ -49,8 +51,24 @@ def quantity(value: float, unit: str) -> str:
 
 
 def value_words(check: Check) -> str:
-    """The value of a check with its unit; a dash where it did not run."""
-    return "–" if check.value is None else clean(quantity(check.value, check.unit))
+    """The value of a check with its unit, in as many digits as tell it from a bound that it does not meet; a dash where
+    it did not run."""
+    if check.value is None:
+        return "–"
+    shown = number(check.value)
+    if check.result == "failed" and math.isfinite(check.value) and check.gate.holds(float(shown)):
+        return clean(f"{check.value:.9g} {check.unit}".rstrip())
+    return clean(quantity(check.value, check.unit))
+
+
+def cosine_words(similarity: float) -> str:
+    """A cosine with the digits that tell values near 1 apart."""
+    return f"{similarity:.6f}"
+
+
+def first_operation(bisection: Bisection) -> Operation | None:
+    """The first operation outside its tolerance; None where all are within it."""
+    return next((op for op in bisection.operations if op.name == bisection.first_operation), None)
 
 
 def subject(check: Check) -> str:
@@ -124,6 +142,7 @@ def facts(report: Report) -> dict[str, tuple[str, ...]]:
         "Machine": (machine_words(origin.machine),),
         "Packages": tuple(f"{name} {version}" for name, version in origin.packages),
         "qie": (report.qie,),
+        "Does not apply": tuple(f"{absent.name}: {absent.reason}" for absent in report.inapplicable),
         "Started": (report.created,),
         "Took": (quantity(report.seconds, "s"),),
     }

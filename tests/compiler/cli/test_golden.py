@@ -48,7 +48,7 @@ def test_it_writes_a_golden_file(qie: Qie, checkpoint: Path, cases: str) -> None
         (("--cases", "none.toml"), r"none.toml cannot be read .*; name a TOML file of cases \(--cases\)"),
         (("--cases", "photo.png"), r"photo.png is not TOML .* \(--cases\)"),
         (("-o", "photo.png"), r"photo.png is not a golden file and would be lost; choose another file \(--out\)"),
-        (("-o", "none/file"), r"none/file cannot be written; name a file in an existing folder \(--out\)"),
+        (("-o", "none/file"), r"none/file cannot be written; choose a file in an existing folder \(--out\)"),
         (("--dtype", "float16"), r"the dtype is 'float16', expected float32 or bfloat16; choose one \(--dtype\)"),
         (("--lora", "none.safetensors"), r"none.safetensors cannot be read"),
         (("--revision", "main"), r"has no revision 'main'; leave the revision out"),

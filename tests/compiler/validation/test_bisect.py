@@ -3,18 +3,17 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import onnx
 import pytest
+from numpy.typing import NDArray
 
 from qie.compiler.recipe.gates import Gates, TrajectoryGates
-from qie.compiler.validation.onnx_file import read_graph
 from qie.compiler.validation.report import Bisection, Report
 from qie.compiler.validation.run import Options, validate
 from qie.engines.bundle.manifest import Component
 from tests.support.bundles import build
-from tests.support.damage import reseal
+from tests.support.faults.graph import weight_changed
 
 INT8 = """\
 extends = "cpu"
@@ -33,22 +32,11 @@ def of(report: Report, component: Component) -> Bisection:
     return next(found for found in report.bisections if found.component == component)
 
 
-def broken(sound: Path, folder: Path, component: Component, change: Callable[[Path, onnx.ModelProto], None]) -> Path:
-    """A copy of a bundle whose graph and weights of ``component`` are changed, with a manifest that fits them."""
+def broken(sound: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """A copy of a bundle that was changed, with a manifest that fits it."""
     copied = Path(shutil.copytree(sound, folder / "broken"))
-    graph = copied / f"{component}.onnx"
-    model = read_graph(graph)
-    change(copied, model)
-    graph.write_bytes(model.SerializeToString())
-    reseal(copied)
+    change(copied)
     return copied
-
-
-def weight(folder: Path, model: onnx.ModelProto, name: str) -> np.memmap:
-    """A float32 weight, mapped from its file for writing."""
-    tensor = next(w for w in model.graph.initializer if w.name == name)
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    return np.memmap(folder / place["location"], np.float32, "r+", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +65,11 @@ def test_an_operation_names_its_tensors_and_the_lines_that_write_it(sound: Repor
 
 
 def test_a_fault_is_found_where_it_is(pocket_bundle: Path, tmp_path: Path) -> None:
-    def change(folder: Path, model: onnx.ModelProto) -> None:
-        weight(folder, model, "transformer_blocks.3.attn.to_v.bias")[:] = 0
+    def without(bias: NDArray[Any]) -> None:
+        bias[:] = 0
 
-    report = bisected(broken(pocket_bundle, tmp_path, "transformer", change))
+    change = weight_changed("transformer", "transformer_blocks.3.attn.to_v.bias", without)
+    report = bisected(broken(pocket_bundle, tmp_path, change))
     found = of(report, "transformer")
     assert found.first_operation == "transformer_blocks.3.attn.to_v"
     assert found.first_block is not None and found.first_block.startswith("transformer_blocks.3")
@@ -90,10 +79,11 @@ def test_a_fault_is_found_where_it_is(pocket_bundle: Path, tmp_path: Path) -> No
 
 
 def test_a_failing_component_is_bisected_without_being_asked(pocket_bundle: Path, tmp_path: Path) -> None:
-    def change(folder: Path, model: onnx.ModelProto) -> None:
-        weight(folder, model, "visual.blocks.1.mlp.down_proj.weight")[:] *= 1.5
+    def larger(weight: NDArray[Any]) -> None:
+        weight *= 1.5
 
-    report = validate(broken(pocket_bundle, tmp_path, "vision", change), Options(level="trajectory"))
+    change = weight_changed("vision", "visual.blocks.1.mlp.down_proj.weight", larger)
+    report = validate(broken(pocket_bundle, tmp_path, change), Options(level="trajectory"))
     (found,) = report.bisections
     assert found.component == "vision" and found.first_operation == "visual.blocks.1.mlp.down_proj"
 

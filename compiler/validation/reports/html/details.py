@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element
 from qie.compiler.validation.report import Bisection, Check, Measurement, Operation, Report
 from qie.compiler.validation.reports.html.markup import Child, breakable, element
 from qie.compiler.validation.reports.html.plot import WIDE, axis, plot
-from qie.compiler.validation.reports.words import by_similarity, facts, number, quantity
+from qie.compiler.validation.reports.words import by_similarity, cosine_words, facts, first_operation, number, quantity
 
 __all__ = ["bisections", "measurements", "provenance", "steps"]
 
@@ -42,7 +42,7 @@ def _plots(name: str, group: Sequence[Check]) -> list[Element]:
                 [check.gate.bound] * len(check.steps),
                 title=f"{name}, {check.case or 'bundle'}",
                 unit=f"{check.metric} {check.unit}".rstrip(),
-                along="step",
+                along="edit" if check.level == "edits" else "step",
                 numbers=check.step_numbers,
                 sense=check.gate.sense,
                 scale=scale,
@@ -67,7 +67,7 @@ def bisections(report: Report) -> Element | None:
 
 def _bisection(bisection: Bisection) -> Element:
     operations = by_similarity(bisection)
-    first = next((op for op in operations if op.name == bisection.first_operation), None)
+    first = first_operation(bisection)
     marked = {bisection.first_operation: "first operation"}
     header = [
         element("th", name, scope="col", class_="number" if place in (1, 2, 3) else None)
@@ -104,7 +104,7 @@ def _first(bisection: Bisection, first: Operation | None) -> Element:
     if first is not None:
         distance = f"relative L2 {number(first.relative_l2)}, tolerance {number(first.tolerance)}, "
         facts += [
-            ("Found", f"{distance}similarity {_digits(first.similarity)}"),
+            ("Found", f"{distance}similarity {cosine_words(first.similarity)}"),
             ("Reads", breakable(", ".join(first.tensors) or "no tensor of the checkpoint")),
             ("Written by", breakable(first.source)),
         ]
@@ -143,18 +143,13 @@ def _operation(op: Operation, bisection: Bisection, mark: str | None) -> Element
     return element(
         "tr",
         element("td", element("code", breakable(op.name)), " ", marks),
-        element("td", _digits(op.similarity), class_="number"),
+        element("td", cosine_words(op.similarity), class_="number"),
         element("td", number(op.relative_l2), class_="number outside" if outside else "number"),
         element("td", number(op.tolerance), class_="number"),
         element("td", breakable(", ".join(op.tensors))),
         element("td", element("code", breakable(op.source))),
         class_="first-operation" if mark else "first-block" if in_block else None,
     )
-
-
-def _digits(similarity: float) -> str:
-    """A cosine with the digits that tell values near 1 apart."""
-    return f"{similarity:.6f}"
 
 
 def measurements(report: Report) -> Element | None:

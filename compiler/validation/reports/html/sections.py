@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from qie.compiler.validation.report import LEVELS, Check, Level, Report
+from qie.compiler.validation.report import LEVELS, Check, Inapplicable, Level, Report
 from qie.compiler.validation.reports.html.markup import Child, breakable, element, prose
 from qie.compiler.validation.reports.words import by_level, counts, missing, subject, value_words
 
@@ -92,10 +92,13 @@ def _where(group: Sequence[Check]) -> Element:
 
 def checks(report: Report) -> list[Element]:
     """A section for each level that has checks."""
-    return [_level(level, group) for level, group in by_level(report).items()]
+    return [
+        _level(level, group, [absent for absent in report.inapplicable if absent.level == level])
+        for level, group in by_level(report).items()
+    ]
 
 
-def _level(level: Level, group: Sequence[Check]) -> Element:
+def _level(level: Level, group: Sequence[Check], inapplicable: Sequence[Inapplicable]) -> Element:
     places = Counter(check.on for check in group if check.on)
     usual = places.most_common(1)[0][0] if places else ""
     told = f" Ran on {usual}{', except where stated' if len(places) > 1 else ''}." if usual else None
@@ -113,6 +116,10 @@ def _level(level: Level, group: Sequence[Check]) -> Element:
             role="table",
             aria_label=f"Checks of level {level}",
         ),
+        [
+            element("p", "Does not apply: ", element("strong", absent.name), f", {absent.reason}.", class_="muted")
+            for absent in inapplicable
+        ],
         id=f"level-{level}",
     )
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -16,9 +17,11 @@ from qie.compiler.validation.report import Measurement
 from qie.compiler.validation.subject import Subject
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import resolve
 from qie.engines.errors import BackendMissingError, EngineError
 from qie.engines.machine import this_machine
+from qie.engines.progress import Progress, no_progress
 from tests.support.bundles import planned
 from tests.support.subjects import checked, shown
 
@@ -148,3 +151,33 @@ def test_a_gpu_without_its_bindings_is_not_measured(pocket_bundle: Path, monkeyp
     measure.main([str(pocket_bundle)], lines.append)
     answer = json.loads(lines[0])
     assert answer["unknown"].startswith("cuda-python is not installed")
+
+
+def test_the_peak_of_a_gpu_is_what_an_edit_adds_to_what_is_in_use(
+    pocket_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1000 bytes 300 are in use before; the edit takes 500 more, and gives all but 100 back."""
+    free = iter([700, 600, 200, 600])
+    on_gpu = {e.component: replace(e, compute_capability="8.9") for e in open_bundle(pocket_bundle).manifest.engines}
+    chosen: list[object] = []
+
+    class OnGpu(Editor):
+        def edit(self, request: Request, *, progress: Progress = no_progress, **_: object) -> Edit:
+            assert len(request.images) == 3
+            progress("vision", 0, 1)
+            progress("vision", 1, 1)
+            return cast(Edit, None)
+
+        def __enter__(self) -> "OnGpu":
+            self.stages.engines = on_gpu
+            return self
+
+    monkeypatch.setattr(measure, "Editor", OnGpu)
+    monkeypatch.setattr(measure, "find_spec", lambda _: True)
+    monkeypatch.setattr(measure, "choose_gpu", lambda *words: chosen.append(words[1:]) or SimpleNamespace(index=2))
+    monkeypatch.setattr(measure.cuda, "use", chosen.append)
+    monkeypatch.setattr(measure.cuda, "memory", lambda: (next(free), 1000))
+    lines: list[str] = []
+    measure.main([str(pocket_bundle)], lines.append)
+    assert json.loads(lines[0]) == {"bytes": 500}
+    assert chosen == [("8.9", None), 2]
