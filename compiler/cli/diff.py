@@ -243,7 +243,7 @@ def _velocity(velocity: "VelocityDiff") -> str:
     if all(step.between == 0 for step in velocity.steps):
         return ""
     rows = [
-        [s.case, str(s.step), f"{s.sigma:.3f}", s.passed, _error(s.between), _error(s.old), _error(s.new)]
+        [s.case, str(s.step + 1), f"{s.sigma:.3f}", s.passed, _error(s.between), _error(s.old), _error(s.new)]
         for s in velocity.steps
     ]
     header = ["case", "step", "sigma", "pass", "new to old", "old to reference", "new to reference"]

@@ -84,9 +84,9 @@ def validate(
     )
     with Bars() as bars:
         report = run(bundle, options, progress=bars)
+    say(REPORTS["text"](report))
     for kind, path in wanted.items():
         write_report(report, path, kind)
-    say(REPORTS["text"](report))
     summary = os.environ.get(SUMMARY)
     if summary:
         with Path(summary).open("a", encoding="utf-8") as file:  # which other commands of the step append to

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qie.compiler.packing.build import build
 from qie.compiler.planning.resolve import plan_build
-from qie.compiler.validation.recording import RecordingStages, Run
+from qie.compiler.selftest.recording import RecordingStages, Run
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.conditioning import open_tokenizer

@@ -1,7 +1,6 @@
 """What a validation works on: a bundle, its recipe, a golden file, and the engines that this machine runs for it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +11,6 @@ from qie.compiler.validation.golden.file import Golden, GoldenCase
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.conditioning import open_tokenizer
-from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
 from qie.engines.progress import StageProgress, no_progress
@@ -61,12 +59,6 @@ class Executed:
         stages = Stages(bundle, engines, device=device)
         tokenizer = open_tokenizer(bundle)
         return cls(bundle=bundle, on=on, rebuilt=rebuilt, device=device, stages=stages, tokenizer=tokenizer)
-
-    @contextmanager
-    def editor(self, **options: Any) -> Iterator[Editor]:
-        """An editor of its own with ``options`` of ``Editor``, closed afterwards."""
-        with Editor(self.bundle, device=self.device, **options) as editor:
-            yield editor
 
     def once(self, what: str, case: str, compute: Callable[[], Result]) -> Result:
         """The result of ``compute``, which runs once for each ``what`` and case: checks share it."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qie.compiler.selftest.recording import RecordingStages, Run
 from qie.compiler.synthetic.checkpoint import write_checkpoint
-from qie.compiler.validation.recording import RecordingStages, Run
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine

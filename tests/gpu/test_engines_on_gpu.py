@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qie.compiler.metrics.error import relative_l2
-from qie.compiler.validation.recording import Run
+from qie.compiler.selftest.recording import Run
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import RequestError
