@@ -46,4 +46,4 @@ def inject(fault: Fault, sound: Callable[[str], Path], folder: Path) -> Report:
     with ExitStack() as stack:
         if fault.runs is not None:
             stack.enter_context(changed(fault.runs))
-        return validate(path, Options(level=fault.level, golden=golden, bisect=True))
+        return validate(path, Options(level=fault.level, golden=golden, bisect=fault.level != "structure"))

@@ -44,7 +44,10 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "rotary wavelengths": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
     "rotary channels": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
     "image token": ("inputs, language, blocks", "language_model.layers.0: language_model.layers.0.input_layernorm"),
-    "template of the prompt": ("inputs, language, blocks", "language_model.layers.0: language_model.embed_tokens"),
+    "template of the prompt": (
+        f"inputs (wide, {GUIDED}, five in a row), language (wide, {GUIDED}, five in a row), blocks",
+        "language_model.layers.0: language_model.embed_tokens",
+    ),
     "mean of the vision tower": ("inputs, vision, blocks", "visual.blocks.0: visual.patch_embed.proj"),
     "deviation of the vision tower": ("inputs, vision, blocks", "visual.blocks.0: visual.patch_embed.proj"),
     "windows of the vision tower": ("vision (wide, tall with guidance), blocks",
@@ -146,7 +149,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
         "precision, " + ", ".join(f"{check} (wide, two images, five in a row)" for check in STEPS.split(", ")[:3]),
         "",
     ),
-    "linear not quantized": ("precision", ""),
+    "linear not quantized": ("precision, scales", ""),
     # Code of the runtime
     "frame of references": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
     "start of the text": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
