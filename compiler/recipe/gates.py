@@ -59,7 +59,7 @@ class TrajectoryGates:
     Attributes:
         velocity: largest relative L2 error of a step's velocity, of either pass.
         latents: largest relative L2 error of a step's change of the latents, which is guidance, its rescale and dsigma.
-        block: largest relative L2 error of a block's output in a run of the graph, for bisecting.
+        block: largest relative L2 error of the output of a block or an operation in a run of the graph.
     """
 
     velocity: Error = 0.05
