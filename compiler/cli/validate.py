@@ -8,6 +8,7 @@ import typer
 
 from qie.compiler.cli.options import LoraOption
 from qie.engines.cli.options import BundleArgument, DeviceOption, check_out
+from qie.engines.errors import RequestError
 from qie.engines.terminal import Bars, say
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def validate(
 
     files = {"junit": junit, "json": json, "html": html, "markdown": markdown}
     wanted = {kind: path for kind, path in files.items() if path is not None}
-    for kind, path in wanted.items():
-        check_out(path, kind)
+    _check_files(wanted, bundle, golden)
     options = Options(
         golden=golden,
         backend=backend,
@@ -89,7 +89,37 @@ def validate(
         write_report(report, path, kind)
     summary = os.environ.get(SUMMARY)
     if summary:
-        with Path(summary).open("a", encoding="utf-8") as file:  # which other commands of the step append to
-            file.write(REPORTS["markdown"](report))
+        _add_to_summary(Path(summary), REPORTS["markdown"](report))
     if report.verdict == "failed":
         raise typer.Exit(1)
+
+
+def _check_files(wanted: dict[str, Path], bundle: str, golden: Path | None) -> None:
+    """Check before the work that every report can be written and nothing else is lost.
+
+    Reports of earlier runs are deleted: a run that ends early must not leave the report of another one.
+
+    Raises:
+        RequestError: a path cannot be written, is that of two reports or of the golden file, or is in the bundle.
+    """
+    from qie.engines.bundle.bundle import locate
+
+    folder, seen = locate(bundle).resolve(), {} if golden is None else {golden.resolve(): "the golden file"}
+    for kind, path in wanted.items():
+        check_out(path, kind)
+        place = path.resolve()
+        if place in seen or folder in place.parents:
+            what = seen.get(place, "a file of the bundle")
+            raise RequestError(f"{path} is also {what}; choose another file", option=kind)
+        seen[place] = f"the {kind} report"
+    for path in wanted.values():
+        path.unlink(missing_ok=True)
+
+
+def _add_to_summary(path: Path, text: str) -> None:
+    """Add ``text`` to the summary of a step, to which other commands add; it decides about nothing."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as problem:
+        say(f"note: the summary {path} cannot be written ({problem.strerror or problem})", err=True)

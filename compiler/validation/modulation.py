@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from qie.compiler.metrics.error import relative_l2
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import FileRecord
+from qie.engines.bundle.manifest import FileRecord, Manifest
+from qie.engines.bundle.specs import Size
 from qie.engines.inputs.bfloat16 import widen
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, table_name
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["TableError", "table_errors"]
+__all__ = ["TableError", "table_differences", "table_errors"]
 
 Floats = NDArray[np.float32]
 
@@ -41,7 +42,7 @@ class TableError:
 def table_errors(bundle: Bundle, recipe: Recipe, *, progress: StageProgress = no_progress) -> list[TableError]:
     """Compute rows of every stored table again, with one pass over the modulation weights.
 
-    A table that no schedule of the recipe leads to is never read, and not compared.
+    A table that no schedule of the recipe leads to is not compared; ``table_differences`` has it.
     """
     record = bundle.manifest.model.modulation
     tables = list(_tables(bundle, recipe))
@@ -61,6 +62,27 @@ def table_errors(bundle: Bundle, recipe: Recipe, *, progress: StageProgress = no
         error = relative_l2(stored[steps], expected) if fits else float("inf")
         found.append(TableError(path=file.path, steps=len(steps), error=error))
     return found
+
+
+def table_differences(bundle: Bundle, recipe: Recipe) -> tuple[list[tuple[int, Size]], list[str]]:
+    """The tables that ``bundle`` lacks and those that it should not have.
+
+    Returns:
+        (steps, size) of the default schedule at every size of the recipe without a table; and the paths of stored
+        tables to which no schedule leads.
+    """
+    manifest = bundle.manifest
+    stored = {file.path for file in manifest.schedules}
+    explained = {file.path for file, _ in _tables(bundle, recipe)}
+    first, steps = recipe.schedules[0], manifest.defaults.steps
+    sizes = recipe.schedule_sizes(first, manifest.model.areas.vae_area)
+    missing = [(steps, size) for size in sizes if _path(manifest, steps, size.tokens) not in stored]
+    return missing, sorted(stored - explained)
+
+
+def _path(manifest: Manifest, steps: int, noise_tokens: int) -> str:
+    schedule_S = sigmas(manifest.model.scheduler, steps=steps, noise_tokens=noise_tokens)
+    return f"{SCHEDULES}/{table_name(manifest.model.modulation, schedule_S)}"
 
 
 def _tables(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[FileRecord, Floats]]:

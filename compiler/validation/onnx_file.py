@@ -1,6 +1,6 @@
 """What the file of an ONNX graph says about itself: inputs, outputs and dtypes of weights, without reading weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def wrong_precision(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: 
     dtypes = {
         weight.name: DTYPES.get(weight.data_type, str(weight.data_type))
         for weight in graph.initializer
-        if weight.data_location == onnx.TensorProto.EXTERNAL
+        if weight.data_location == onnx.TensorProto.EXTERNAL or weight.name.endswith((WEIGHT, SCALE))
     }
     section = recipe.components[engine.component]
     linears = linears_of(engine, graph)
@@ -97,8 +97,20 @@ def wrong_precision(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: 
         for name in dtypes
         if dtypes[name] != expected[name]
     ]
+    wrong += _other_counts(engine, linears, expected_quantized)
     casts = _casts(graph, section.precision)
     return len(dtypes), wrong + [f"{engine.component}: {name} computes in {dtype}" for name, dtype in casts.items()]
+
+
+def _other_counts(record: EngineRecord | GraphRecord, linears: Sequence[str], quantized: set[str]) -> Iterator[str]:
+    """What the manifest says of the quantized linears and the graph does not have."""
+    if record.quantization is None:
+        return
+    if not quantized:
+        yield f"{record.component}: the scheme {record.quantization.scheme} quantizes no linear"
+    said = record.quantization.quantized
+    if said != len(quantized):
+        yield f"{record.component}: the manifest says {said} quantized linears, the recipe leaves {len(quantized)}"
 
 
 def _casts(graph: onnx.GraphProto, precision: str) -> Mapping[str, str]:

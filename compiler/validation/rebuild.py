@@ -5,13 +5,14 @@ layers, the same quantization with the same scales, computed in float32. ``other
 not known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
+from qie.compiler.packing.export import export_graphs
 from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
@@ -20,13 +21,15 @@ from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.recipe.schema import Components, Recipe
 from qie.compiler.validation.golden.match import is_of_pocket
 from qie.compiler.validation.onnx_file import calibration_of
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
 from qie.engines.errors import CheckpointError
+from qie.engines.files import sha256_of
 from qie.engines.machine import this_machine
 from qie.engines.progress import Progress, no_progress
 
-__all__ = ["Rebuild", "cpu_recipe", "find_model", "other_graphs", "plan_rebuild"]
+__all__ = ["Rebuild", "cpu_recipe", "find_model", "other_contents", "other_graphs", "plan_rebuild"]
 
 
 def find_model(bundle: Bundle) -> str | None:
@@ -107,22 +110,72 @@ def plan_rebuild(
     return Rebuild(own=own, cpu=cpu)
 
 
-def other_graphs(bundle: Bundle, plan: Plan, *, progress: Progress = no_progress) -> list[str]:
-    """The engines of ``bundle`` that were not built from the graphs of ``plan``, as sentences.
+def other_graphs(bundle: Bundle, plan: Plan, folder: Path, *, progress: Progress = no_progress) -> list[str]:
+    """What of ``bundle`` is not of the graphs of ``plan``, as sentences.
 
     The key of an engine is a digest of its graph, weights, target and tool versions (``qie.compiler.planning.keys``).
+    The ONNX graphs of the bundle, those that wait for their engine among them, are also written again into ``folder``
+    and compared by their digests, and so are the constants of the model.
     """
+    return [
+        *_other_keys(bundle, plan, progress),
+        *_other_files(bundle, plan, folder, progress),
+        *_other_model(bundle, plan),
+    ]
+
+
+def _other_keys(bundle: Bundle, plan: Plan, progress: Progress) -> Iterator[str]:
     checkpoint = plan.checkpoint
     digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
     graphs = graph_keys(plan, digest)
     planned = {p.component: p for p in plan.components}
-    found = []
     for engine in bundle.manifest.engines:
         shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
         graph, version = graphs[engine.component], engine.backend_version
         if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
-            found.append(f"{engine.component} was built from another graph, or by another version of qie or ONNX")
-    return found
+            yield f"{engine.component} was built from another graph, or by another version of qie or ONNX"
+    for waiting in bundle.manifest.graphs:
+        if waiting.key != graphs[waiting.component]:
+            yield f"the graph of {waiting.component} is another one, or of another version of qie or ONNX"
+
+
+def _other_files(bundle: Bundle, plan: Plan, folder: Path, progress: Progress) -> Iterator[str]:
+    """The files of ONNX graphs in ``bundle`` that are not what the plan writes."""
+    engines = [engine for engine in bundle.manifest.engines if not BACKENDS[engine.backend].compiles]
+    records: list[EngineRecord | GraphRecord] = [*bundle.manifest.graphs, *engines]
+    if not records:
+        return
+    export_graphs(replace(plan, destination=folder), weights=True, progress=progress)
+    for record in records:
+        for file in record.files:
+            if sha256_of(folder / file.path) != file.sha256:
+                yield f"{file.path} of {record.component} is not what its checkpoint and recipe give"
+
+
+def _other_model(bundle: Bundle, plan: Plan) -> Iterator[str]:
+    """The constants in the manifest that are not the model's, and another default or limit."""
+    model, found = plan.model, bundle.manifest.model
+    expected = {
+        "pipeline": model.pipeline, "areas": model.areas, "scheduler": model.scheduler, "vision": model.processor,
+        "prompt": model.prompt, "rotary": model.rotary, "latent_channels": model.vae.z_dim,
+    }  # fmt: skip
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            yield f"the manifest has another {name} than the checkpoint"
+    default = model.schedules(plan.recipe)[0]
+    if (bundle.manifest.defaults.steps, bundle.manifest.defaults.guidance) != (default.steps, default.guidance):
+        yield f"the defaults of an edit are not {default.steps} steps with guidance {default.guidance:g}"
+    if bundle.manifest.limits != model.limits(plan.recipe):
+        yield "the limits in the manifest are not those of the recipe"
+
+
+def other_contents(bundle: Bundle, rebuilt: Bundle) -> list[str]:
+    """What ``bundle`` has beside its engines and is not what its checkpoint gives, as sentences."""
+    pairs = [
+        ("the tokenizer", bundle.manifest.tokenizer, rebuilt.manifest.tokenizer),
+        ("the modulation", bundle.manifest.model.modulation.file, rebuilt.manifest.model.modulation.file),
+    ]
+    return [f"{what} is not that of its checkpoint" for what, own, other in pairs if own.sha256 != other.sha256]
 
 
 def _plan(

@@ -13,7 +13,7 @@ from pathlib import Path
 import qie
 from qie.compiler.packing.build import build
 from qie.compiler.planning.resolve import LoraSource
-from qie.compiler.recipe.gates import flat
+from qie.compiler.recipe.gates import Gates, flat
 from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.bisect import bisectable, bisection
@@ -22,7 +22,7 @@ from qie.compiler.validation.checks.registry import CHECKS, check_gates
 from qie.compiler.validation.golden.file import Golden, open_golden
 from qie.compiler.validation.golden.match import own_golden
 from qie.compiler.validation.provenance import damaged_provenance, executed_name, provenance
-from qie.compiler.validation.rebuild import find_model, other_graphs, plan_rebuild
+from qie.compiler.validation.rebuild import find_model, other_contents, other_graphs, plan_rebuild
 from qie.compiler.validation.report import (
     LEVELS,
     Bisection,
@@ -38,7 +38,15 @@ from qie.compiler.validation.subject import Executed, Subject
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, locate, open_bundle
 from qie.engines.bundle.manifest import MANIFEST
-from qie.engines.errors import BundleError, CheckpointError, QieError, RecipeError, RequestError
+from qie.engines.errors import (
+    BackendMissingError,
+    BundleError,
+    CheckpointError,
+    EngineMismatchError,
+    QieError,
+    RecipeError,
+    RequestError,
+)
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
 
@@ -89,9 +97,11 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
     check_gates(CHECKS)
     if options.level not in LEVELS:
         raise RequestError(f"there is no level {options.level!r}; choose one of {', '.join(LEVELS)}", option="level")
-    if options.bisect and options.level == "structure":
+    chosen = (options.bisect, options.backend, options.device is not None, options.model, options.loras)
+    if options.level == "structure" and any(chosen):
         raise RequestError(
-            "bisecting runs the graphs, which level structure does not; choose a later level", option="level"
+            "level structure runs nothing, so that nothing can be chosen to run or be bisected; choose a later level",
+            option="level",
         )
     start, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     if options.backend is not None and options.backend not in BACKENDS:
@@ -106,7 +116,13 @@ def validate(name: str | Path, options: Options, *, progress: Progress = no_prog
         return _damaged(path, problem, options, created, start)
     golden, no_golden = _golden(bundle, options)
     with ExitStack() as stack:
-        subject = Subject(bundle=bundle, recipe=recipe, golden=golden, no_golden=no_golden)
+        subject = Subject(
+            bundle=bundle,
+            recipe=recipe,
+            golden=golden,
+            no_golden=no_golden,
+            wants_graphs=options.backend == "onnxruntime",
+        )
         if options.level != "structure":
             _choose(subject, options, stack, progress)
             _check_bisect(subject, options)
@@ -170,29 +186,43 @@ def _golden(bundle: Bundle, options: Options) -> tuple[Golden | None, str]:
 def _choose(subject: Subject, options: Options, stack: ExitStack, progress: Progress) -> None:
     """Give ``subject`` what executes for its bundle on this machine, or the reason why nothing does."""
     bundle = _of_backend(subject.bundle, options.backend)
-    rebuilds = options.backend == "onnxruntime"
+    if bundle is None and options.backend != "onnxruntime":
+        raise RequestError(
+            f"{subject.bundle.path} has no engine of {options.backend}; choose a backend that `qie inspect` lists, or "
+            "onnxruntime, which runs the graphs that the engines were built from",
+            option="backend",
+        )
     if bundle is not None:
         try:
             engines = choose_engines(bundle, options.device)
-        except QieError as problem:
+        except (EngineMismatchError, BackendMissingError) as problem:
+            if options.device is not None:
+                raise
             subject.not_executed = str(problem)
             if options.backend not in (None, "onnxruntime"):
                 return
-            rebuilds = True
+        except QieError as problem:  # such as a component without an engine, which the level structure has found
+            subject.not_executed = str(problem)
+            return
         else:
+            _refuse_model(options)
             executed = Executed.of(
                 subject.bundle, engines, on=executed_name(engines), rebuilt=False, device=options.device
             )
             stack.callback(executed.close)
             subject.executed = executed
             return
-    if not rebuilds:
-        raise RequestError(
-            f"{subject.bundle.path} has no engine of {options.backend}; choose a backend that `qie inspect` lists, or "
-            "onnxruntime, which runs the graphs that the engines were built from",
-            option="backend",
-        )
     _rebuild(subject, options, stack, progress)
+
+
+def _refuse_model(options: Options) -> None:
+    """Refuse what is read only where graphs are built again."""
+    for option, value in (("model", options.model), ("loras", options.loras)):
+        if value:
+            raise RequestError(
+                f"the engines of the bundle run here, and nothing is built from a checkpoint; leave out the {option}",
+                option=option,
+            )
 
 
 def _check_bisect(subject: Subject, options: Options) -> None:
@@ -227,8 +257,9 @@ def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Pro
         planned = plan_rebuild(
             subject.bundle, subject.recipe, model, folder / "graphs", loras=options.loras, progress=progress
         )
-        subject.other_graphs = tuple(other_graphs(subject.bundle, planned.own, progress=progress))
+        others = other_graphs(subject.bundle, planned.own, folder / "own", progress=progress)
         rebuilt = build(planned.cpu, progress=progress)
+        subject.other_graphs = (*others, *other_contents(subject.bundle, rebuilt))
     except CheckpointError as problem:
         if options.model is not None or options.loras:
             raise
@@ -242,16 +273,14 @@ def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Pro
         rebuilt, engines, on=f"{executed_name(engines)}, graphs in float32", rebuilt=True, device=None
     )
     stack.callback(executed.close)
-    subject.executed, subject.not_executed = executed, ""
+    subject.executed, subject.not_own, subject.not_executed = executed, subject.not_executed, ""
 
 
 def _run(
     spec: CheckSpec, subject: Subject, progress: Progress
 ) -> Iterator[Check | Inapplicable | Measurement | CaseImages]:
     """The outcomes of one check; what it raises is a failure, as is silence, and what it found before stays."""
-    gate = NONE_ALLOWED
-    if spec.gate is not None:
-        gate = Gate(key=spec.gate, sense=spec.sense, bound=flat(subject.recipe.gates)[spec.gate])
+    gate = _gate(spec, subject.recipe.gates)
     subject.progress = partial(progress, spec.name)
     start, silent = time.perf_counter(), True
     try:
@@ -273,6 +302,10 @@ def _run(
     progress(spec.name, 1, 1)
 
 
+def _gate(spec: CheckSpec, gates: Gates) -> Gate:
+    return NONE_ALLOWED if spec.gate is None else Gate(key=spec.gate, sense=spec.sense, bound=flat(gates)[spec.gate])
+
+
 def _on(subject: Subject) -> str:
     return "" if subject.executed is None else subject.executed.on
 
@@ -289,17 +322,24 @@ def _bisections(subject: Subject, options: Options, checks: Sequence[Check]) -> 
 
 
 def _damaged(path: Path, problem: BundleError, options: Options, created: str, start: float) -> Report:
-    """The report of a bundle that does not open."""
-    finding = Finding(value=1, detail=str(problem))
-    spec = next(spec for spec in CHECKS if spec.name == "files")
+    """The report of a bundle that does not open: its files are damaged, and nothing else can be checked."""
     seconds = round(time.perf_counter() - start, 3)
+    checks = []
+    for spec in _up_to(options.level):
+        gate = (
+            NONE_ALLOWED if spec.gate is None else Gate(key=spec.gate, sense=spec.sense, bound=flat(Gates())[spec.gate])
+        )
+        found = Finding(value=None, detail="the bundle does not open; build it again with `qie build`")
+        if spec.name == "files":
+            found = Finding(value=1, detail=str(problem))
+        checks.append(judged(spec, found, gate, 0.0))
     return Report(
         qie=qie.__version__,
         created=created,
         level=options.level,
         required=options.required,
         provenance=damaged_provenance(path),
-        checks=(judged(spec, finding, NONE_ALLOWED, seconds),),
+        checks=tuple(checks),
         inapplicable=(),
         measurements=(),
         images=(),

@@ -39,7 +39,11 @@ def wrong_scales(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: Rec
     quantized = quantized_linears(bundle, engine, recipe, linears)
     smoothed = dict(_smoothed(smoothing_groups(engine.component, linears), smoothing, quantized))
     found = _Inputs(graph)
-    count, problems = 0, []
+    count = 0
+    problems = [
+        f"{engine.component}: the input of {name} is not quantized"
+        for name in sorted(quantized - found.quantized.keys())
+    ]
     for name in sorted(quantized):
         if name not in found.quantized:
             problems.append(f"{engine.component}: the input of {name} is not quantized")

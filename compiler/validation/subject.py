@@ -83,6 +83,8 @@ class Subject:
         no_golden: why there is none, a semicolon, and what to do.
         executed: what runs on this machine; None where nothing does.
         not_executed: why nothing runs, a semicolon, and what to do.
+        wants_graphs: whether graphs were asked for in place of engines that do not run here.
+        not_own: where graphs run in place of the engines, why these do not, a semicolon, and what to do.
         other_graphs: where graphs run in place of engines, the engines that were not built from these, as sentences.
         progress: called with (units done, units in all) of the running check.
     """
@@ -93,6 +95,8 @@ class Subject:
     no_golden: str = ""
     executed: Executed | None = None
     not_executed: str = ""
+    wants_graphs: bool = False
+    not_own: str = ""
     other_graphs: tuple[str, ...] | None = None
     progress: StageProgress = field(default=no_progress)
 

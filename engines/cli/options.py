@@ -46,12 +46,13 @@ def check_out(path: Path | None, option: str = "out") -> None:
     """Check before work is spent on it that the file ``path`` of ``option`` can be written; None is no file.
 
     Raises:
-        RequestError: its folder is missing or read-only, or it is a folder.
+        RequestError: its folder is missing or read-only, or it is a folder, a device or a pipe.
     """
     if path is None:
         return
     try:
-        fits = path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK)
+        other = path.exists() and not path.is_file()  # a folder, a device or a pipe
+        fits = path.parent.is_dir() and not other and os.access(path.parent, os.W_OK)
     except (OSError, ValueError):  # a name that no file can have
         fits = False
     if not fits:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qie.compiler.recipe.gates import flat
 from qie.compiler.recipe.load import parse_recipe
-from qie.compiler.validation.checks.check import NONE_ALLOWED, Finding, judged
+from qie.compiler.validation.checks.check import NONE_ALLOWED, Finding, NotApplicable, judged
 from qie.compiler.validation.checks.registry import CHECKS
 from qie.compiler.validation.golden.file import Golden, GoldenCase, png
 from qie.compiler.validation.report import CaseImages, Check, Gate, Measurement
@@ -63,6 +63,12 @@ def checked(subject: Subject, name: str) -> list[Check]:
     if spec.gate is not None:
         gate = Gate(key=spec.gate, sense=spec.sense, bound=flat(subject.recipe.gates)[spec.gate])
     return [judged(spec, found, gate, 0.0) for found in spec.run(subject) if isinstance(found, Finding)]
+
+
+def reasons(subject: Subject, name: str) -> list[str]:
+    """Why the check ``name`` of level edits does not apply."""
+    (spec,) = (spec for spec in CHECKS if (spec.level, spec.name) == ("edits", name))
+    return [found.reason for found in spec.run(subject) if isinstance(found, NotApplicable)]
 
 
 def shown(subject: Subject, name: str) -> list[Measurement | CaseImages]:

@@ -30,6 +30,18 @@ Values = Callable[[Executed, GoldenCase], tuple[float, str]]
 """Runs one component on the inputs of a case: the relative L2 error of its output, and what was compared."""
 
 
+def engines(subject: Subject) -> Iterator[Outcome]:
+    """The engines of the bundle themselves run here."""
+    if subject.executed is None:
+        yield Finding(value=None, detail=subject.not_executed)
+    elif not subject.executed.rebuilt:
+        yield counted([], "the engines of the bundle run here", on=subject.executed.on)
+    elif subject.wants_graphs:
+        yield NotApplicable(reason="the graphs of the engines were asked for")
+    else:
+        yield Finding(value=None, detail=subject.not_own)
+
+
 def inputs(subject: Subject) -> Iterator[Outcome]:
     """What the host computes before any engine runs equals the reference bit by bit."""
     if subject.golden is None:
@@ -121,6 +133,15 @@ def component(executed: Executed, case: GoldenCase, *, name: Component) -> Findi
 
 
 SPECS = (
+    CheckSpec(
+        level="components",
+        name="engines",
+        metric="engines that do not run",
+        unit="",
+        gate=None,
+        sense="at most",
+        run=engines,
+    ),
     CheckSpec(
         level="components",
         name="inputs",

@@ -51,7 +51,7 @@ def repeats(executed: Executed, case: GoldenCase) -> Finding:
     """The same seed twice, and once more after an edit of another size."""
     request = _request(case, [case.record.seed])
     first, second = images_of(executed, [request, request])
-    differing = ["the same request again"] if not _equal([first], [second]) else []
+    differing = ["the same request again gives other bytes"] if not _equal([first], [second]) else []
     other = _other_size(executed, case)
     if other is None:
         tried = "the same request twice; the bundle takes one size alone"
@@ -59,7 +59,7 @@ def repeats(executed: Executed, case: GoldenCase) -> Finding:
         _, third = images_of(executed, [_request(case, [case.record.seed], size=other), request])
         tried = f"the same request twice, and after an edit of {other[0]}x{other[1]} pixels"
         if not _equal([first], [third]):
-            differing.append(f"the same request after an edit of {other[0]}x{other[1]} pixels")
+            differing.append(f"the same request gives other bytes after an edit of {other[0]}x{other[1]} pixels")
     return counted(differing, f"equal bytes: {tried}", on=executed.on)
 
 
@@ -71,7 +71,11 @@ def batches(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
     alone = images_of(executed, [_request(case, [seed]) for seed in seeds])
     together = images_of(executed, [_request(case, seeds)])
     pairs = zip(seeds, alone, together, strict=True)
-    differing = [f"seed {seed} alone and among {SEEDS}" for seed, one, other in pairs if not _equal([one], [other])]
+    differing = [
+        f"seed {seed} gives other bytes among {SEEDS} than alone"
+        for seed, one, other in pairs
+        if not _equal([one], [other])
+    ]
     most = min(SEEDS, executed.bundle.manifest.limits.batch_max)
     tried = f"{SEEDS} seeds in one request, in batches of {most}, and one by one"
     return counted(differing, f"equal bytes: {tried}", on=executed.on)
@@ -87,7 +91,7 @@ def threads(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
         with closing(Stages(executed.bundle, engines, threads=count)) as stages:
             results.append(images_of(executed, [_request(case, [case.record.seed])], stages=stages))
     differing = [
-        f"{count} threads and {THREADS[0]}"
+        f"{count} threads give other bytes than {THREADS[0]}"
         for count, images in zip(THREADS, results, strict=True)
         if not _equal(images, results[0])
     ]

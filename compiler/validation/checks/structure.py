@@ -7,11 +7,13 @@ from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.validation.checks.check import CheckSpec, Finding, NotApplicable, Outcome, counted
 from qie.compiler.validation.golden.match import unlike
+from qie.compiler.validation.modulation import table_differences
 from qie.compiler.validation.onnx_file import graph_interface, interface_of, wrong_precision
 from qie.compiler.validation.scales import wrong_scales
 from qie.compiler.validation.subject import Subject
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, check_file
-from qie.engines.bundle.manifest import EngineRecord, GraphRecord, Manifest
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, Manifest
 from qie.engines.bundle.structure import read_structure
 from qie.engines.errors import BundleError
 
@@ -64,13 +66,19 @@ NO_GRAPHS = NotApplicable(reason="the bundle has compiled engines and no graphs"
 
 def _graphs(bundle: Bundle) -> list[EngineRecord | GraphRecord]:
     """The engines that are ONNX graphs, and the graphs whose engines are not built yet."""
-    engines = [engine for engine in bundle.manifest.engines if engine.path.endswith(".onnx")]
+    engines = [engine for engine in bundle.manifest.engines if not _is_compiled(engine)]
     return [*engines, *bundle.manifest.graphs]
+
+
+def _is_compiled(engine: EngineRecord) -> bool:
+    backend = BACKENDS.get(engine.backend)
+    return backend is not None and backend.compiles
 
 
 def target(subject: Subject) -> Iterator[Outcome]:
     """Backend, compute capability and precision of every engine, and settings of the bundle, are the recipe's."""
     problems = [text for engine in subject.bundle.manifest.engines for text in _other_target(engine, subject.recipe)]
+    problems += _incomplete(subject.bundle.manifest)
     problems += _other_settings(subject.bundle.manifest, subject.recipe)
     missing = [graph.component for graph in subject.bundle.manifest.graphs]
     found = ", ".join(sorted({f"{e.backend}/{e.compute_capability}" for e in subject.bundle.manifest.engines}))
@@ -89,6 +97,21 @@ def _other_target(engine: EngineRecord, recipe: Recipe) -> Iterator[str]:
     scheme = "none" if engine.quantization is None else engine.quantization.scheme
     if scheme != section.scheme:
         yield f"{engine.component} has the scheme {scheme}, the recipe says {section.scheme}"
+
+
+def _incomplete(manifest: Manifest) -> Iterator[str]:
+    """Components without an engine or a graph that waits for one, and engines that are there twice."""
+    waiting = {graph.component for graph in manifest.graphs}
+    for component in COMPONENTS:
+        parts = [(e.backend, e.compute_capability, e.part) for e in manifest.engines if e.component == component]
+        if not parts and component not in waiting:
+            yield f"{component} has no engine"
+        if len(set(parts)) < len(parts):
+            yield f"{component} has two engines of one target"
+        for target in sorted({found[:2] for found in parts}):
+            numbers = sorted(part for *place, part in parts if tuple(place) == target)
+            if numbers != list(range(len(numbers))):
+                yield f"{component} lacks a part before part {numbers[-1]}"
 
 
 def _other_settings(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
@@ -134,10 +157,12 @@ def scales(subject: Subject) -> Iterator[Outcome]:
 
 def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
     """The part of the quantized linears that kernels of a compiled engine compute from quantized values."""
-    engines = [engine for engine in _described(subject.bundle) if _computes_quantized(engine, subject.recipe)]
+    engines = [engine for engine in _compiled(subject.bundle) if _computes_quantized(engine, subject.recipe)]
     for engine in engines:
         record = engine.quantization
-        assert record is not None
+        if engine.structure is None or record is None:
+            yield _undescribed(engine)
+            continue
         detail = f"{record.fused} of {record.quantized} quantized linears in 8-bit kernels"
         yield _fraction(engine, record.fused, record.quantized, detail)
     if not engines:
@@ -145,8 +170,6 @@ def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
 
 
 def _computes_quantized(engine: EngineRecord, recipe: Recipe) -> bool:
-    if engine.quantization is None or engine.quantization.quantized == 0:
-        return False
     scheme = recipe.components[engine.component].scheme
     return scheme != "none" and SCHEMES[scheme].inputs is not None
 
@@ -154,7 +177,11 @@ def _computes_quantized(engine: EngineRecord, recipe: Recipe) -> bool:
 def fused_attention(subject: Subject) -> Iterator[Outcome]:
     """The part of the attention layers of a compiled engine that kernels compute without a score tensor."""
     found = 0
-    for engine in _described(subject.bundle):
+    for engine in _compiled(subject.bundle):
+        if engine.structure is None:
+            found += 1
+            yield _undescribed(engine)
+            continue
         structure = read_structure(subject.bundle, engine)
         if structure.attention:
             found += 1
@@ -165,9 +192,14 @@ def fused_attention(subject: Subject) -> Iterator[Outcome]:
         yield NotApplicable(reason="the bundle has no compiled engine with attention")
 
 
-def _described(bundle: Bundle) -> list[EngineRecord]:
-    """The engines that have a description, which are the compiled ones."""
-    return [engine for engine in bundle.manifest.engines if engine.structure is not None]
+def _compiled(bundle: Bundle) -> list[EngineRecord]:
+    """The compiled engines, which have a description of their layers and kernels."""
+    return [engine for engine in bundle.manifest.engines if _is_compiled(engine)]
+
+
+def _undescribed(engine: EngineRecord) -> Finding:
+    detail = "the engine has no description of its layers; build the bundle again with `qie build`"
+    return Finding(value=None, case=f"{engine.component}, {engine.backend}", detail=detail)
 
 
 def _fraction(engine: EngineRecord, count: int | None, total: int, detail: str) -> Finding:
@@ -193,6 +225,14 @@ def graphs(subject: Subject) -> Iterator[Outcome]:
         yield NotApplicable(reason="no graphs run in place of the engines")
 
 
+def schedules(subject: Subject) -> Iterator[Outcome]:
+    """The bundle has the modulation tables of its default schedule, and no table that its recipe does not lead to."""
+    missing, unexplained = table_differences(subject.bundle, subject.recipe)
+    problems = [f"the table of {steps} steps at {size} is missing" for steps, size in missing]
+    problems += [f"no schedule of the recipe leads to {path}" for path in unexplained]
+    yield counted(problems, f"{len(subject.bundle.manifest.schedules)} tables of the recipe's schedules")
+
+
 SPECS = (
     CheckSpec(level="structure", name="files", metric="damaged files", unit="", gate=None, sense="at most", run=files),
     CheckSpec(
@@ -206,6 +246,9 @@ SPECS = (
         level="structure", name="precision", metric="differences", unit="", gate=None, sense="at most", run=precision
     ),
     CheckSpec(level="structure", name="scales", metric="differences", unit="", gate=None, sense="at most", run=scales),
+    CheckSpec(
+        level="structure", name="schedules", metric="differences", unit="", gate=None, sense="at most", run=schedules
+    ),
     CheckSpec(level="structure", name="graphs", metric="differences", unit="", gate=None, sense="at most", run=graphs),
     CheckSpec(
         level="structure",

@@ -14,7 +14,7 @@ from qie.compiler.validation.subject import Subject
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import RequestError
 from tests.support.bundles import build
-from tests.support.subjects import ON, checked, only, opened, using
+from tests.support.subjects import ON, checked, only, opened, reasons, using
 
 NAMES = ["repeats", "batches", "threads"]
 
@@ -55,7 +55,7 @@ def test_quantized_results_do_not_depend_on_what_runs_beside_them(tmp_path: Path
         assert [check.result for name in NAMES[:2] for check in checked(subject, name)] == ["passed"] * 2
 
 
-def test_results_that_vary_fail(sound: Subject, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_vary_fail(batched: Subject, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every edit drew its own noise."""
     draws = np.random.default_rng(0)
     whole = edits.edit
@@ -65,18 +65,20 @@ def test_results_that_vary_fail(sound: Subject, golden: Golden, monkeypatch: pyt
         return whole(stages, tokenizer, replace(request, seeds=seeds), **options)
 
     monkeypatch.setattr(edits, "edit", restless)
-    subject = using(sound, only(golden, "wide"))
+    subject = using(batched, only(golden, "wide"))
     found = {name: checked(subject, name)[0] for name in NAMES}
     assert {name: (check.result, check.value) for name, check in found.items()} == {
         "repeats": ("failed", 2),
         "batches": ("failed", 3),
         "threads": ("failed", 2),
     }
-    assert found["repeats"].detail == (
-        "differing bytes: the same request again, the same request after an edit of 128x128 pixels"
-    )
-    assert found["batches"].detail.startswith("differing bytes: seed 1 alone and among 3, seed 2 ")
-    assert found["threads"].detail == "differing bytes: 2 threads and 1, 3 threads and 1"
+    assert found["repeats"].detail == "the same request again gives other bytes (and 1 more)"
+    assert found["batches"].detail == "seed 1 gives other bytes among 3 than alone (and 2 more)"
+    assert found["threads"].detail == "2 threads give other bytes than 1 (and 1 more)"
+
+
+def test_engines_of_one_image_a_run_have_no_batches(sound: Subject) -> None:
+    assert reasons(sound, "batches") == ["the engines take one image a run"]
 
 
 def test_what_an_edit_of_another_size_leaves_behind_fails(
@@ -92,7 +94,7 @@ def test_what_an_edit_of_another_size_leaves_behind_fails(
     monkeypatch.setattr(Stages, "decode", stale)
     (check,) = checked(using(sound, only(golden, "wide")), "repeats")
     assert (check.result, check.value) == ("failed", 1)
-    assert check.detail == "differing bytes: the same request after an edit of 128x128 pixels"
+    assert check.detail == "the same request gives other bytes after an edit of 128x128 pixels"
 
 
 def test_threads_of_a_gpu_are_not_compared(sound: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +113,7 @@ def test_bytes_of_other_engines_are_not_compared(sound: Subject) -> None:
         assert check.detail.startswith("graphs run here in place of the engines, whose bytes are meant; run it on the")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["repeats", "threads"])
 def test_nothing_runs_without_a_golden_file_or_engines_or_a_case(sound: Subject, golden: Golden, name: str) -> None:
     (check,) = checked(using(sound, None), name)
     assert (check.result, check.detail) == ("not run", "no golden file; record one")
@@ -119,7 +121,7 @@ def test_nothing_runs_without_a_golden_file_or_engines_or_a_case(sound: Subject,
     assert (check.result, check.detail) == ("not run", "no GPU; run it elsewhere")
     (check,) = checked(using(sound, only(golden, "wide", guidance=1e9)), name)
     assert check.result == "not run"
-    assert check.detail.startswith("the bundle does not take the first case: the guidance scale is ")
+    assert check.detail.startswith("the bundle does not take this case: the guidance scale is ")
 
 
 def test_threads_are_none_or_more(sound: Subject) -> None:
