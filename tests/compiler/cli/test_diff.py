@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.validation.diff import compare
+from qie.compiler.validation.golden import match
 from qie.compiler.validation.golden.file import GOLDEN_FILE
 from qie.engines.bundle.bundle import open_bundle
 from tests.support.bundles import build
@@ -28,7 +28,7 @@ def beside_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     """The place of the pocket model's golden file, which is not there."""
     folder = tmp_path_factory.mktemp("recipes") / "pocket"
     folder.mkdir()
-    monkeypatch.setattr(compare, "POCKET", folder)
+    monkeypatch.setattr(match, "POCKET", folder)
     return folder / GOLDEN_FILE
 
 
