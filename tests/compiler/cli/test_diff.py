@@ -77,8 +77,8 @@ def test_velocities_of_each_step(qie: Qie, pair: tuple[Path, Path], tmp_path: Pa
     golden = write_own_golden(open_bundle(pair[0]), tmp_path / "mine.safetensors", recorded=(0, 2), guidance=1.0)
     done = qie("diff", *pair, "--golden", golden)
     assert done.returncode == 0, done.stderr
-    assert_says(done.stdout, r"red +0 +1\.000 +conditional +0\.0\d+ +0 +0\.0\d+\n")
-    assert_says(done.stdout, r"red +2 +0\.\d+ +conditional")
+    assert_says(done.stdout, r"red +1 +1\.000 +conditional +0\.0\d+ +0 +0\.0\d+\n")
+    assert_says(done.stdout, r"red +3 +0\.\d+ +conditional")
     assert "relative L2 along the trajectory of mine.safetensors" in done.stdout
     same = qie("diff", pair[0], pair[0], "--golden", golden, "--exit-code")
     assert (same.returncode, same.stdout) == (0, "old: plain\nnew: plain\n\nno difference\n")
