@@ -9,7 +9,7 @@ from qie.compiler.validation.reports.html.details import bisections, measurement
 from qie.compiler.validation.reports.html.images import case_images
 from qie.compiler.validation.reports.html.markup import document, element
 from qie.compiler.validation.reports.html.sections import checks, levels, open_checks
-from qie.compiler.validation.reports.words import counts, quantity
+from qie.compiler.validation.reports.words import counts, quantity, ran
 
 __all__ = ["html"]
 
@@ -58,7 +58,7 @@ def _header(report: Report) -> Element:
     facts = [
         ("Model", origin.model),
         ("Recipe", origin.recipe),
-        ("Ran", origin.ran or "the bundle's own engines"),
+        ("Ran", ran(origin)),
         ("On", gpus or origin.machine.cpu),
         ("Golden file", PurePath(origin.golden).name if origin.golden else "none"),
         ("Up to level", report.level),
