@@ -34,7 +34,7 @@ def test_all_files_are_written(qie: Qie, pocket_bundle: Path, tmp_path: Path) ->
     assert json.loads(files["json"].read_text())["verdict"] == "passed"
     assert ElementTree.parse(files["junit"]).getroot().get("failures") == "0"
     assert files["html"].read_text().startswith("<!doctype html>")
-    assert files["markdown"].read_text().startswith("## qie validate: passed")
+    assert files["markdown"].read_text().startswith("## qie validate pocket-cpu, up to level structure: passed")
 
 
 def test_the_summary_of_a_step_is_added_to(
@@ -44,7 +44,9 @@ def test_the_summary_of_a_step_is_added_to(
     summary.write_text("of another command\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     assert qie("validate", pocket_bundle, "--level", "structure").returncode == 0
-    assert summary.read_text().startswith("of another command\n## qie validate: passed")
+    assert summary.read_text().startswith(
+        "of another command\n## qie validate pocket-cpu, up to level structure: passed"
+    )
 
 
 def test_what_is_required_and_did_not_run_exits_with_1(qie: Qie, edit_bundle: Path) -> None:
