@@ -1,12 +1,15 @@
 """The peak memory of the largest edit that a bundle takes, in a process of its own: ``measured_peak``.
 
-The process is ``python -m qie.compiler.validation.measure BUNDLE [DEVICE]``. It imports the runtime alone, as a program
-that edits does, and writes one line of JSON: ``bytes``, or ``failed``, or ``unknown`` with the reason.
+The process is ``python -P -m qie.compiler.validation.measure BUNDLE [DEVICE]``. It imports the runtime alone, as a
+program that edits does, and writes one line of JSON: ``bytes``, or ``failed``, or ``unknown`` with the reason. It ends
+when its stdin does, which is a pipe that the process that started it holds open: a killed ``qie validate`` leaves none.
 """
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -43,9 +46,14 @@ def measured_peak(bundle: Path, device: int | None = None) -> int:
         EngineError: the edit failed, or memory ran out.
         BackendMissingError: what tells a GPU's memory is not installed.
     """
-    words = [sys.executable, "-m", "qie.compiler.validation.measure", str(bundle)]
+    words = [sys.executable, "-P", "-m", "qie.compiler.validation.measure", str(bundle)]
     words += [] if device is None else [str(device)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, start_new_session=True)
+    stdin, held = os.pipe()
+    try:
+        done = subprocess.run(words, stdin=stdin, capture_output=True, text=True, check=False, start_new_session=True)
+    finally:
+        os.close(stdin)
+        os.close(held)
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -139,5 +147,13 @@ def main(words: list[str], write: Callable[[str], object]) -> None:
     write(json.dumps(answer) + "\n")
 
 
+def _end_with_stdin() -> None:
+    """End the process once the other end of its stdin is closed, whatever it is doing."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     main(sys.argv[1:], sys.stdout.write)

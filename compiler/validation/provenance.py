@@ -37,12 +37,13 @@ def provenance(subject: Subject) -> Provenance:
         engines=tuple(
             f"{e.component}: {e.backend} {e.backend_version}, {e.compute_capability}" for e in manifest.engines
         ),
-        ran=executed.on if executed is not None and executed.rebuilt else None,
+        ran=None if executed is None else executed.on,
         golden=None if golden is None else str(golden.path),
         golden_digest=None if golden is None else golden.record.tensors,
         reference=() if golden is None else golden.record.packages,
         machine=this_machine(),
         packages=package_versions(),
+        rebuilt=executed is not None and executed.rebuilt,
     )
 
 

@@ -213,12 +213,13 @@ class Provenance:
         recipe: name of the recipe.
         recipe_digest: sha256 of the resolved recipe.
         engines: ``COMPONENT: BACKEND VERSION, COMPUTE CAPABILITY``.
-        ran: what executed instead, where this machine cannot run the engines; None where it ran them.
+        ran: what executed; None where nothing did.
         golden: the golden file; None without one.
         golden_digest: sha256 of its tensors.
         reference: versions of the packages that made the golden file.
         machine: CPU, memory and GPUs.
         packages: (package, version) of those that executed.
+        rebuilt: whether graphs ran in place of the engines.
     """
 
     bundle: str
@@ -235,6 +236,7 @@ class Provenance:
     reference: tuple[tuple[str, str], ...]
     machine: Machine
     packages: tuple[tuple[str, str], ...]
+    rebuilt: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,13 +73,18 @@ def test_a_workflow_may_read_and_nothing_else() -> None:
     text = workflow()
     assert text["permissions"] == {"contents": "read"}
     assert all("permissions" not in job for job in text["jobs"].values())
-    assert text["concurrency"]["cancel-in-progress"] is True
 
 
-def test_actions_are_pinned_to_a_major_version() -> None:
+def test_only_a_newer_commit_of_a_pull_request_cancels() -> None:
+    found = workflow()["concurrency"]
+    assert found["cancel-in-progress"] is True
+    assert found["group"].endswith("-${{ github.event.pull_request.number || github.run_id }}")
+
+
+def test_actions_are_those_of_github_at_a_major_version() -> None:
     used = [step["uses"] for job in workflow()["jobs"].values() for step in job["steps"] if "uses" in step]
-    assert len(used) > 8
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action) for action in used)
+    assert len(used) >= 7
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
 
 
 def test_no_command_contains_an_expression() -> None:
@@ -97,7 +102,7 @@ def qie_commands(scripts: list[str]) -> list[str]:
 
 
 def test_gitlab_runs_the_commands_of_github() -> None:
-    for ours, theirs in (("without-gpu", "engine-validation"), ("on-gpu", "engine-validation-on-gpu")):
+    for ours, theirs in (("without-gpu", "engine-validation"), ("on-gpu", ".engine-validation-on-gpu")):
         steps = [step["run"] for step in workflow()["jobs"][ours]["steps"] if "run" in step]
         commands = qie_commands(steps)
         assert len(commands) >= 2
@@ -108,10 +113,37 @@ def test_both_build_for_the_same_gpus() -> None:
     jobs = workflow()["jobs"]
     assert jobs["without-gpu"]["strategy"]["matrix"]["gpu"] == ["l40s", "a100"]
     assert gitlab()["engine-validation"]["parallel"]["matrix"] == [{"GPU": ["l40s", "a100"]}]
-    on_gpu = [
-        {key.upper(): value for key, value in row.items()} for row in jobs["on-gpu"]["strategy"]["matrix"]["include"]
-    ]
-    assert gitlab()["engine-validation-on-gpu"]["parallel"]["matrix"] == on_gpu
+    for row in jobs["on-gpu"]["strategy"]["matrix"]["include"]:
+        job = gitlab()[f"engine-validation-on-{row['gpu']}"]
+        assert job["extends"] == ".engine-validation-on-gpu"
+        assert job["variables"] == {"GPU": row["gpu"], "EXTRA": row["extra"]}
+        assert job["tags"] == [row["gpu"]]
+
+
+def test_a_gpu_waits_for_its_own_bundle_alone() -> None:
+    """A failed job of one GPU leaves the other's on."""
+    assert workflow()["jobs"]["on-gpu"]["if"] == "${{ inputs.gpu && !cancelled() }}"
+    for gpu in ("l40s", "a100"):
+        needed = gitlab()[f"engine-validation-on-{gpu}"]["needs"]
+        assert needed == [{"job": "engine-validation", "parallel": {"matrix": [{"GPU": gpu}]}}]
+
+
+def commands() -> list[str]:
+    """Every command of both files."""
+    found = [step["run"] for job in workflow()["jobs"].values() for step in job["steps"] if "run" in step]
+    jobs = [job for job in gitlab().values() if isinstance(job, dict)]
+    return found + [line for job in jobs for key in ("before_script", "script") for line in job.get(key, ())]
+
+
+def syntax(command: str) -> str:
+    """What bash finds wrong in a command; empty for nothing."""
+    return subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, check=False).stderr
+
+
+def test_bash_understands_every_command() -> None:
+    assert len(commands()) >= 14
+    assert [found for command in commands() if (found := syntax(command))] == []
+    assert "unexpected" in syntax("if true; then echo")
 
 
 def evaluated(text: str, gpu: str) -> str:

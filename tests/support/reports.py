@@ -17,6 +17,7 @@ from qie.compiler.validation.report import (
     Provenance,
     Report,
 )
+from qie.engines.bundle.manifest import Component
 from qie.engines.gpus import Gpu
 from qie.engines.machine import GIB, Machine
 from tests.support.images import smooth_image
@@ -29,6 +30,8 @@ __all__ = [
     "incomplete_report",
     "not_run",
     "passed_report",
+    "rebuilt",
+    "sound_bisection",
 ]
 
 HOSTILE = (
@@ -127,7 +130,7 @@ def passed_report() -> Report:
                 f"{component}: tensorrt-rtx 1.7.1, 8.9"
                 for component in ("vision", "language", "vae_encoder", "transformer", "vae_decoder")
             ),
-            ran=None,
+            ran="tensorrt-rtx 1.7.1, GPU",
             golden="recipes/pocket/golden.safetensors",
             golden_digest="e19f" * 16,
             reference=(("torch", "2.13.0"), ("diffusers", "0.42.1")),
@@ -159,7 +162,7 @@ def incomplete_report(*, required: bool = False) -> Report:
         checks=checks,
         images=(),
         measurements=(),
-        provenance=replace(report.provenance, machine=machine),
+        provenance=replace(report.provenance, machine=machine, ran=None),
     )
 
 
@@ -221,6 +224,20 @@ def bisection(operations: int) -> Bisection:
         first_operation="transformer_blocks.3.attn.to_q",
         operations=tuple(found),
     )
+
+
+def sound_bisection(component: Component, operations: int) -> Bisection:
+    """A bisection in which all is within its tolerance; the last operation has the largest distance."""
+    found = bisection(operations)
+    sound = tuple(
+        replace(op, relative_l2=1e-4 * number, similarity=1.0) for number, op in enumerate(found.operations, start=1)
+    )
+    return replace(found, component=component, first_block=None, first_operation=None, operations=sound)
+
+
+def rebuilt(report: Report) -> Report:
+    """``report`` as it is where graphs ran in place of the engines."""
+    return replace(report, provenance=replace(report.provenance, rebuilt=True))
 
 
 def hostile_report() -> Report:

@@ -5,22 +5,28 @@ GitHub takes a summary of at most 1 MiB a step and shows none of a longer one
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from qie.compiler.validation.report import Bisection, Check, Report
 from qie.compiler.validation.reports.words import (
     by_level,
     by_similarity,
+    cases,
     clean,
     cosine_words,
     counts,
     facts,
     first_operation,
+    first_outside,
+    grouped,
     missing,
     number,
     quantity,
     subject,
     summary,
     value_words,
+    within,
+    worst,
 )
 
 __all__ = ["markdown"]
@@ -43,13 +49,17 @@ _ESCAPES = str.maketrans(
 def markdown(report: Report) -> str:
     """The report as Markdown of less than 1 MiB, whatever is in it."""
     verdict = report.verdict
+    name = PurePath(report.provenance.bundle).name or report.provenance.bundle
     parts = [
-        f"## qie validate: {verdict}",
-        f"**{_text(report.provenance.bundle)}**: {summary(report).partition(':')[0]}, up to level {report.level}, in "
+        f"## qie validate {_text(name)}, up to level {report.level}: {verdict}",
+        f"**{_text(report.provenance.bundle)}**: {summary(report).partition(':')[0]}, in "
         f"{quantity(report.seconds, 's')}.",
     ]
-    if report.provenance.ran is not None:
+    if report.provenance.rebuilt and report.provenance.ran is not None:
         parts.append(f"Ran {_text(report.provenance.ran, LONGEST)}, not the engines of the bundle.")
+    outside = first_outside(report)
+    if outside is not None:
+        parts += [f"### First outside its tolerance: {_text(outside.component)}", _first(outside)]
     parts += [*_open(report), *_levels(report)]
     for bisection in report.bisections[:BISECTIONS]:
         parts += _bisection(bisection)
@@ -77,7 +87,12 @@ def _names(group: Sequence[Check]) -> str:
 
 
 def _cells(check: Check) -> list[str]:
-    return [check.level, _text(check.name), _text(check.case or ""), _text(value_words(check)), str(check.gate)]
+    return _row((check,))
+
+
+def _row(group: Sequence[Check]) -> list[str]:
+    shown = worst(group)
+    return [shown.level, _text(shown.name), _text(cases(group)), _text(value_words(shown)), str(shown.gate)]
 
 
 def _levels(report: Report) -> list[str]:
@@ -85,13 +100,14 @@ def _levels(report: Report) -> list[str]:
     if not levels:
         return []
     rows = [[level, *map(str, counts(checks).values())] for level, checks in levels.items()]
-    passed = [check for check in report.checks if check.result == "passed"]
-    shown = [_cells(check) for check in passed[:CHECKS]]
+    passed = [row for checks in levels.values() for row in grouped(checks) if row[0].result == "passed"]
+    shown = [_row(group) for group in passed[:CHECKS]]
+    rest = sum(map(len, passed[CHECKS:]))
     table = _table(["level", "check", "case", "value", "gate"], shown, right=[3])
     return [
         "### Levels",
         _table(["level", "passed", "failed", "not run"], rows, right=[1, 2, 3]),
-        *(_details("Passed", [table, *_more(len(passed) - len(shown), "checks")]) if shown else []),
+        *(_details("Passed", [table, *_more(rest, "checks")]) if shown else []),
     ]
 
 
@@ -106,19 +122,34 @@ def _bisection(bisection: Bisection) -> list[str]:
         ]
         for op in by_similarity(bisection)[:OPERATIONS]
     ]
+    header = ["operation", "similarity", "relative L2", "tolerance", "source"]
+    operations = [
+        *([_table(header, shown, right=[1, 2, 3])] if shown else []),
+        *_more(len(bisection.operations) - len(shown), "operations, which are more similar"),
+    ]
+    sound = bisection.first_block is None and bisection.first_operation is None
+    return [
+        f"### Bisected: {_text(bisection.component)}, case {_text(bisection.case)}",
+        _first(bisection) or f"{_capital(_text(within(bisection), LONGEST))}.",
+        *(_details("Operations", operations) if sound and shown else operations),
+    ]
+
+
+def _first(bisection: Bisection) -> str:
+    """The first block and operation outside the tolerance; empty where there is none."""
     first = {"block": bisection.first_block, "operation": bisection.first_operation}
     found = [f"- First {kind} outside the tolerance: **{_text(where)}**" for kind, where in first.items() if where]
     operation = first_operation(bisection)
     if operation is not None:
+        distance = f"relative L2 {number(operation.relative_l2)}, tolerance {number(operation.tolerance)}"
+        found.append(f"- Found: {distance}, similarity {cosine_words(operation.similarity)}")
         found.append(f"- It reads: {_text(', '.join(operation.tensors) or 'no tensor', LONGEST)}")
         found.append(f"- It is written by: {_text(operation.source)}")
-    header = ["operation", "similarity", "relative L2", "tolerance", "source"]
-    return [
-        f"### Bisected: {_text(bisection.component)}, case {_text(bisection.case)}",
-        "\n".join(found or ["All operations are within the tolerance."]),
-        *([_table(header, shown, right=[1, 2, 3])] if shown else []),
-        *_more(len(bisection.operations) - len(shown), "operations, which are more similar"),
-    ]
+    return "\n".join(found)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _measurements(report: Report) -> list[str]:

@@ -1,22 +1,26 @@
 """The report for a terminal: a table a level, the reasons below it, what was bisected, and one line of verdict."""
 
-import math
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Sequence
 
 from qie.compiler.validation.report import Bisection, Check, Measurement, Report
 from qie.compiler.validation.reports.words import (
     by_level,
     by_similarity,
+    cases,
     clean,
     cosine_words,
+    finding,
     first_operation,
+    first_outside,
+    grouped,
     missing,
     number,
     quantity,
     subject,
     summary,
     value_words,
+    within,
+    worst,
 )
 from qie.engines.terminal import table, wrap
 
@@ -35,16 +39,19 @@ def text(report: Report) -> str:
     if report.inapplicable:
         absent = (f"{clean(check.name)} ({clean(check.reason)})" for check in report.inapplicable)
         parts.append(wrap(f"does not apply: {', '.join(absent)}"))
-    if report.provenance.ran is not None:
+    if report.provenance.rebuilt and report.provenance.ran is not None:
         parts.append(wrap(clean(f"ran {report.provenance.ran}, not the engines of the bundle")))
+    outside = first_outside(report)
+    if outside is not None:
+        parts.append(_first_outside(outside))
     return "\n\n".join([*parts, summary(report)])
 
 
 def _level(level: str, checks: tuple[Check, ...]) -> str:
-    rows = [_row(group) for group in _groups(checks)]
+    rows = [_row(group) for group in grouped(checks)]
     shown = table(rows, header=[level, "case", "value", "gate", "result"], right=[2])
     reasons = [
-        wrap(f"{subject(check)}: {clean(check.metric)}; {clean(check.detail)}".removesuffix("; "), indent=2)
+        wrap(f"{subject(check)}: {finding(check)}; {clean(check.detail)}".removesuffix("; "), indent=2)
         for check in checks
         if check.result == "failed"
     ]
@@ -53,32 +60,16 @@ def _level(level: str, checks: tuple[Check, ...]) -> str:
     return "\n".join([shown, *(["", *reasons] if reasons else [])])
 
 
-def _groups(checks: tuple[Check, ...]) -> Iterator[list[Check]]:
-    """Checks for one line each: the passed cases of one check together, every other check by itself."""
-    for (_, result), group in groupby(checks, key=lambda check: (check.name, check.result)):
-        if result == "passed":
-            yield list(group)
-        else:
-            yield from ([check] for check in group)
-
-
-def _row(group: list[Check]) -> list[str]:
+def _row(group: Sequence[Check]) -> list[str]:
     """A line of the table; of several checks the value that is nearest to the gate."""
-    at_most = group[0].gate.sense == "at most"
-    worst = (max if at_most else min)(group, key=lambda check: math.nan if check.value is None else check.value)
-    case = worst.case or "" if len(group) == 1 else f"{len(group)} cases, worst {worst.case}"
-    return [clean(worst.name), clean(case), value_words(worst), str(worst.gate), worst.result]
+    shown = worst(group)
+    return [clean(shown.name), cases(group), value_words(shown), str(shown.gate), shown.result]
 
 
 def _bisection(bisection: Bisection) -> str:
     name, case, on = clean(bisection.component), clean(bisection.case), clean(bisection.on)
     if bisection.first_operation is None and bisection.first_block is None:
-        worst = max(bisection.operations, key=lambda op: op.relative_l2, default=None)
-        near = (
-            "" if worst is None else f", the largest relative L2 is {number(worst.relative_l2)} in {clean(worst.name)}"
-        )
-        finding = f"all {len(bisection.operations)} operations are within their tolerance{near}"
-        return wrap(f"bisected {name} with {case} on {on}: {finding}")
+        return wrap(f"bisected {name} with {case} on {on}: {within(bisection)}")
     first = [("block", bisection.first_block), ("operation", bisection.first_operation)]
     finding = ", ".join(f"the first {kind} outside the tolerance is {clean(where)}" for kind, where in first if where)
     rows = [
@@ -94,6 +85,20 @@ def _bisection(bisection: Bisection) -> str:
         lines.append(wrap(f"it is written by {clean(operation.source)}", indent=2))
     lines.append(table(rows, header=header, right=[0, 1, 2]))
     return "\n".join([*lines, *([f"and {more} more similar ones"] if more else [])])
+
+
+def _first_outside(bisection: Bisection) -> str:
+    """Where to look first, which is told last."""
+    name = clean(bisection.first_operation or bisection.first_block or "")
+    line = f"first outside its tolerance: {name} of {bisection.component}"
+    operation = first_operation(bisection)
+    if operation is None:
+        return wrap(line)
+    distance = f"relative L2 {number(operation.relative_l2)}, tolerance {number(operation.tolerance)}"
+    reads = f"reads {clean(', '.join(operation.tensors)) or 'no tensor'}"
+    where = "" if bisection.first_block is None else f"; the first block is {clean(bisection.first_block)}"
+    lines = [wrap(f"{line}, written by {clean(operation.source)}"), wrap(f"{distance}; it {reads}{where}", indent=2)]
+    return "\n".join(lines)
 
 
 def _measurements(report: Report) -> str:

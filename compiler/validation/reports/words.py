@@ -2,27 +2,35 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from qie.compiler.validation.report import LEVELS, Bisection, Check, Level, Operation, Report
+from qie.compiler.validation.report import LEVELS, Bisection, Check, Level, Operation, Provenance, Report
+from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.machine import Machine
 from qie.engines.terminal import human_memory, human_seconds, printable
 
 __all__ = [
     "by_level",
     "by_similarity",
+    "cases",
     "clean",
     "cosine_words",
     "counts",
     "facts",
+    "finding",
     "first_operation",
+    "first_outside",
+    "grouped",
     "machine_words",
     "missing",
     "number",
     "quantity",
+    "ran",
     "subject",
     "summary",
     "value_words",
+    "within",
+    "worst",
 ]
 
 _UNENCODABLE = re.compile("[\ud800-\udfff\ufffe\uffff]")
@@ -69,6 +77,50 @@ def cosine_words(similarity: float) -> str:
 def first_operation(bisection: Bisection) -> Operation | None:
     """The first operation outside its tolerance; None where all are within it."""
     return next((op for op in bisection.operations if op.name == bisection.first_operation), None)
+
+
+def first_outside(report: Report) -> Bisection | None:
+    """The bisection whose component is the first in an edit to leave the reference; None where none does."""
+    found = [b for b in report.bisections if b.first_block is not None or b.first_operation is not None]
+    return min(found, key=lambda bisection: COMPONENTS.index(bisection.component), default=None)
+
+
+def within(bisection: Bisection) -> str:
+    """What there is to say of a bisection in which nothing is outside its tolerance."""
+    count = len(bisection.operations)
+    largest = max(bisection.operations, key=lambda op: op.relative_l2, default=None)
+    if largest is None:
+        return "no operation was compared"
+    near = f"the largest relative L2 is {number(largest.relative_l2)} in {clean(largest.name)}"
+    return f"all {count} operations are within their tolerance, {near}"
+
+
+def grouped(checks: Iterable[Check]) -> list[tuple[Check, ...]]:
+    """The checks of a level for one row each: the passed cases of one check together, every other by itself."""
+    rows: dict[tuple[str, int], list[Check]] = {}
+    for place, check in enumerate(checks):
+        rows.setdefault((check.name, -1 if check.result == "passed" else place), []).append(check)
+    return [tuple(row) for row in rows.values()]
+
+
+def worst(group: Sequence[Check]) -> Check:
+    """The check of a row whose value is nearest to the gate, or beyond it."""
+    choose = max if group[0].gate.sense == "at most" else min
+    return choose(group, key=lambda check: math.nan if check.value is None else check.value)
+
+
+def cases(group: Sequence[Check]) -> str:
+    """The cases of a row: the only one, or how many and the worst of them where their values differ."""
+    if len(group) == 1:
+        return clean(group[0].case or "")
+    count = str(len(group)) if all(check.case in COMPONENTS for check in group) else f"{len(group)} cases"
+    alike = len({value_words(check) for check in group}) == 1
+    return count if alike else f"{count}, worst {clean(worst(group).case or '')}"
+
+
+def finding(check: Check) -> str:
+    """The value of a check against its gate: ``SSIM 0.9871, gate at least 0.999``."""
+    return f"{clean(check.metric)} {value_words(check)}, gate {check.gate}"
 
 
 def subject(check: Check) -> str:
@@ -123,6 +175,13 @@ def machine_words(machine: Machine) -> str:
     return ", ".join([*parts, *driver, *cuda, machine.system])
 
 
+def ran(origin: Provenance) -> str:
+    """What executed: the engines of the bundle, graphs in their place, or nothing."""
+    if origin.ran is None:
+        return "nothing: no engine and no graph"
+    return origin.ran if origin.rebuilt else f"the engines of the bundle: {origin.ran}"
+
+
 def facts(report: Report) -> dict[str, tuple[str, ...]]:
     """What was validated, against what, where and with which packages: lines of text by their name."""
     origin = report.provenance
@@ -135,7 +194,7 @@ def facts(report: Report) -> dict[str, tuple[str, ...]]:
         "Recipe": (origin.recipe,),
         "Recipe, sha256": (origin.recipe_digest,),
         "Engines": origin.engines,
-        "Ran": (origin.ran or "the bundle's own engines",),
+        "Ran": (ran(origin),),
         "Golden file": (origin.golden or "none",),
         "Golden tensors, sha256": (origin.golden_digest,) if origin.golden_digest else (),
         "Reference": tuple(f"{name} {version}" for name, version in origin.reference),

@@ -64,7 +64,8 @@ def test_a_report_says_where_it_comes_from(sound: Report, pocket_bundle: Path) -
     assert found.bundle == str(pocket_bundle)
     assert found.golden == str(POCKET / GOLDEN_FILE)
     assert [name for name, _ in found.reference] == ["torch", "diffusers", "transformers"]
-    assert len(found.engines) == 5 and found.ran is None
+    assert len(found.engines) == 5 and not found.rebuilt
+    assert found.ran is not None and found.ran.startswith("onnxruntime ")
     assert "onnxruntime" in dict(found.packages)
 
 
@@ -73,6 +74,7 @@ def test_structure_runs_no_engine(pocket_bundle: Path, monkeypatch: pytest.Monke
     report = validate(pocket_bundle, Options(level="structure"))
     assert report.verdict == "passed"
     assert {check.level for check in report.checks} == {"structure"}
+    assert report.provenance.ran is None
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "transformer.onnx", "transformer.weights", "tokenizer.json"])
@@ -117,7 +119,12 @@ def test_a_damaged_golden_file_is_an_error(pocket_bundle: Path, tmp_path: Path) 
 
 def test_engines_for_a_gpu_are_judged_by_their_graphs(gpu_bundle: Path) -> None:
     report = validate(gpu_bundle, TRAJECTORY)
-    assert report.verdict == "passed", [check for check in report.checks if check.result != "passed"]
+    assert report.verdict == "incomplete"
+    assert [check.name for check in report.checks if check.result != "passed"] == ["engines"]
+    (engines,) = named(report, "engines")
+    assert engines.detail.startswith("vision is built for onnxruntime/8.9, and ")
+    assert validate(gpu_bundle, replace(TRAJECTORY, backend="onnxruntime")).verdict == "passed"
+    assert report.provenance.rebuilt
     assert report.provenance.ran is not None and "graphs in float32" in report.provenance.ran
     assert all("graphs in float32" in check.on for check in named(report, "velocity"))
     (graphs,) = named(report, "graphs")

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
 from qie.compiler.validation.report import Bisection, Check, Measurement, Operation, Report
-from qie.compiler.validation.reports.html.markup import Child, breakable, element
+from qie.compiler.validation.reports.html.departure import departure, source
+from qie.compiler.validation.reports.html.markup import breakable, element
 from qie.compiler.validation.reports.html.plot import WIDE, axis, plot
-from qie.compiler.validation.reports.words import by_similarity, cosine_words, facts, first_operation, number, quantity
+from qie.compiler.validation.reports.words import by_similarity, cosine_words, facts, number, quantity, within
 
 __all__ = ["bisections", "measurements", "provenance", "steps"]
 
@@ -67,7 +68,6 @@ def bisections(report: Report) -> Element | None:
 
 def _bisection(bisection: Bisection) -> Element:
     operations = by_similarity(bisection)
-    first = first_operation(bisection)
     marked = {bisection.first_operation: "first operation"}
     header = [
         element("th", name, scope="col", class_="number" if place in (1, 2, 3) else None)
@@ -80,36 +80,27 @@ def _bisection(bisection: Bisection) -> Element:
         label = f"Operations of {bisection.component}"
         return element("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label)
 
+    title = element("h3", bisection.component)
+    about = f"Case {bisection.case}, on {bisection.on}. The least similar operations come first."
+    if bisection.first_block is None and bisection.first_operation is None:
+        told = within(bisection)
+        fold = element(
+            "details",
+            element("summary", f"{len(operations)} operations"),
+            element("p", about, class_="muted"),
+            _operations_plot(bisection),
+            table(operations),
+        )
+        return element("section", title, element("p", f"{told[:1].upper()}{told[1:]}."), fold if operations else None)
     rest = operations[SHOWN:]
     return element(
         "section",
-        element("h3", bisection.component),
-        element(
-            "p", f"Case {bisection.case}, on {bisection.on}. The least similar operations come first.", class_="muted"
-        ),
-        _first(bisection, first),
+        title,
+        element("p", about, class_="muted"),
+        departure(bisection),
         _operations_plot(bisection),
         table(operations[:SHOWN]) if operations else None,
         element("details", element("summary", f"{len(rest)} more operations"), table(rest)) if rest else None,
-    )
-
-
-def _first(bisection: Bisection, first: Operation | None) -> Element:
-    if bisection.first_block is None and bisection.first_operation is None:
-        return element("p", f"All {len(bisection.operations)} operations are within their tolerance.")
-    facts: list[tuple[str, Child]] = [
-        ("First block outside its tolerance", breakable(bisection.first_block or "none")),
-        ("First operation outside its tolerance", breakable(bisection.first_operation or "none")),
-    ]
-    if first is not None:
-        distance = f"relative L2 {number(first.relative_l2)}, tolerance {number(first.tolerance)}, "
-        facts += [
-            ("Found", f"{distance}similarity {cosine_words(first.similarity)}"),
-            ("Reads", breakable(", ".join(first.tensors) or "no tensor of the checkpoint")),
-            ("Written by", breakable(first.source)),
-        ]
-    return element(
-        "dl", [element("div", element("dt", name), element("dd", fact)) for name, fact in facts], class_="first"
     )
 
 
@@ -147,7 +138,7 @@ def _operation(op: Operation, bisection: Bisection, mark: str | None) -> Element
         element("td", number(op.relative_l2), class_="number outside" if outside else "number"),
         element("td", number(op.tolerance), class_="number"),
         element("td", breakable(", ".join(op.tensors))),
-        element("td", element("code", breakable(op.source))),
+        element("td", source(op)),
         class_="first-operation" if mark else "first-block" if in_block else None,
     )
 

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from qie.compiler.validation.golden.file import png
-from qie.compiler.validation.report import CaseImages
+from qie.compiler.validation.report import CaseImages, Report
 from qie.compiler.validation.reports.html.markup import element
 
-__all__ = ["TIMES", "case_images", "difference"]
+__all__ = ["TIMES", "difference", "images", "links"]
 
 TIMES = 10
 """Factor of the difference that is shown."""
@@ -28,7 +28,25 @@ def difference(reference: bytes, edit: bytes) -> bytes | None:
     return png(np.minimum(np.abs(first - second) * TIMES, 255).astype(np.uint8)).tobytes()
 
 
-def case_images(case: CaseImages) -> Element:
+def links(report: Report) -> dict[str, str]:
+    """The link to the images of each case that has any."""
+    return {case.case: f"#{_id(place)}" for place, case in reversed(list(enumerate(report.images)))}
+
+
+def images(report: Report) -> Element | None:
+    """The images of all cases; None where there are none."""
+    if not report.images:
+        return None
+    made = "Graphs in float32" if report.provenance.rebuilt else "Engines"
+    found = [_case(case, made, _id(place)) for place, case in enumerate(report.images)]
+    return element("section", element("h2", "Images"), found, id="images")
+
+
+def _id(place: int) -> str:
+    return f"images-{place + 1}"
+
+
+def _case(case: CaseImages, made: str, name: str) -> Element:
     """The images of one case with its instruction."""
     inputs = [
         _figure(file, "Input" if len(case.inputs) == 1 else f"Input {place}", case.case)
@@ -43,13 +61,14 @@ def case_images(case: CaseImages) -> Element:
             "div",
             inputs,
             _figure(case.reference, "Reference", case.case),
-            _figure(case.edit, "Engines", case.case),
+            _figure(case.edit, made, case.case),
             element("p", "The sizes of the two edits differ.", class_="note")
             if distance is None
             else _figure(distance, f"Difference × {TIMES}", case.case),
             class_="images",
         ),
         class_="case",
+        id=name,
     )
 
 

@@ -6,10 +6,10 @@ from xml.etree.ElementTree import Element
 
 from qie.compiler.validation.report import Report
 from qie.compiler.validation.reports.html.details import bisections, measurements, provenance, steps
-from qie.compiler.validation.reports.html.images import case_images
+from qie.compiler.validation.reports.html.images import images
 from qie.compiler.validation.reports.html.markup import document, element
 from qie.compiler.validation.reports.html.sections import checks, levels, open_checks
-from qie.compiler.validation.reports.words import counts, quantity
+from qie.compiler.validation.reports.words import counts, quantity, ran
 
 __all__ = ["html"]
 
@@ -24,7 +24,7 @@ def html(report: Report) -> str:
     sections = [
         open_checks(report),
         element("section", element("h2", "Checks"), checks(report), id="checks") if report.checks else None,
-        _images(report),
+        images(report),
         steps(report),
         bisections(report),
         measurements(report),
@@ -58,7 +58,7 @@ def _header(report: Report) -> Element:
     facts = [
         ("Model", origin.model),
         ("Recipe", origin.recipe),
-        ("Ran", origin.ran or "the bundle's own engines"),
+        ("Ran", ran(origin)),
         ("On", gpus or origin.machine.cpu),
         ("Golden file", PurePath(origin.golden).name if origin.golden else "none"),
         ("Up to level", report.level),
@@ -104,10 +104,3 @@ def _contents(sections: list[Element]) -> Element:
         assert heading is not None
         links.append(element("a", heading.text, href=f"#{section.attrib['id']}"))
     return element("nav", links, aria_label="Contents")
-
-
-def _images(report: Report) -> Element | None:
-    if not report.images:
-        return None
-    cases = [case_images(case) for case in report.images]
-    return element("section", element("h2", "Images"), cases, id="images")

@@ -2,12 +2,25 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element
 
 from qie.compiler.validation.report import LEVELS, Check, Inapplicable, Level, Report
+from qie.compiler.validation.reports.html.departure import cause
+from qie.compiler.validation.reports.html.images import links
 from qie.compiler.validation.reports.html.markup import Child, breakable, element, prose
-from qie.compiler.validation.reports.words import by_level, counts, missing, subject, value_words
+from qie.compiler.validation.reports.words import (
+    by_level,
+    cases,
+    counts,
+    finding,
+    first_outside,
+    grouped,
+    missing,
+    subject,
+    value_words,
+    worst,
+)
 
 __all__ = ["checks", "levels", "open_checks", "pill"]
 
@@ -61,9 +74,15 @@ def open_checks(report: Report) -> Element | None:
     """What failed and what did not run, with the reasons; None where there is no such check."""
     failed = [check for check in report.checks if check.result == "failed"]
     groups = missing(report.checks)
-    if not failed and not groups:
+    shown = links(report)
+    outside = first_outside(report)
+    items = [] if outside is None else [cause(outside)]
+    items += [
+        *(_failure(check, shown) for check in failed),
+        *(_absence(detail, group) for detail, group in groups.items()),
+    ]
+    if not items:
         return None
-    items = [*map(_failure, failed), *(_absence(detail, group) for detail, group in groups.items())]
     return element(
         "section",
         element("h2", "Needs attention"),
@@ -72,9 +91,16 @@ def open_checks(report: Report) -> Element | None:
     )
 
 
-def _failure(check: Check) -> Element:
+def _failure(check: Check, shown: Mapping[str, str]) -> Element:
     title = element("p", pill("failed"), " ", element("strong", subject(check)), " ", _where([check]))
-    found = element("p", f"{check.metric} {value_words(check)}, gate {check.gate}")
+<<<<<<< HEAD
+    place = shown.get(check.case or "")
+    images = None if place is None else element("a", "its images", href=place)
+=======
+    link = shown.get(check.case or "")
+    images = element("a", "its images", href=link) if link else None
+>>>>>>> v-m2
+    found = element("p", finding(check), " ", images)
     return element("li", title, found, element("p", prose(check.detail), class_="detail"))
 
 
@@ -93,12 +119,14 @@ def _where(group: Sequence[Check]) -> Element:
 def checks(report: Report) -> list[Element]:
     """A section for each level that has checks."""
     return [
-        _level(level, group, [absent for absent in report.inapplicable if absent.level == level])
+        _level(level, group, [absent for absent in report.inapplicable if absent.level == level], links(report))
         for level, group in by_level(report).items()
     ]
 
 
-def _level(level: Level, group: Sequence[Check], inapplicable: Sequence[Inapplicable]) -> Element:
+def _level(
+    level: Level, group: Sequence[Check], inapplicable: Sequence[Inapplicable], shown: Mapping[str, str]
+) -> Element:
     places = Counter(check.on for check in group if check.on)
     usual = places.most_common(1)[0][0] if places else ""
     told = f" Ran on {usual}{', except where stated' if len(places) > 1 else ''}." if usual else None
@@ -111,7 +139,7 @@ def _level(level: Level, group: Sequence[Check], inapplicable: Sequence[Inapplic
         element(
             "table",
             element("thead", element("tr", cells, role="row"), role="rowgroup"),
-            element("tbody", [_row(check, usual) for check in group], role="rowgroup"),
+            element("tbody", [_row(row, usual, shown) for row in grouped(group)], role="rowgroup"),
             class_="checks",
             role="table",
             aria_label=f"Checks of level {level}",
@@ -124,10 +152,12 @@ def _level(level: Level, group: Sequence[Check], inapplicable: Sequence[Inapplic
     )
 
 
-def _row(check: Check, usual: str) -> Element:
-    detail = None if check.result == "not run" else check.detail  # the reason is above, once for all
+def _row(group: Sequence[Check], usual: str, shown: Mapping[str, str]) -> Element:
+    check = worst(group)
+    detail = None if check.result == "not run" or len(group) > 1 else check.detail  # the reason is above, once for all
     notes = [check.metric, f"on {check.on}" if check.on not in ("", usual) else ""]
     gate = element("code", breakable(check.gate.key)) if check.gate.key else "fixed"
+    case = _case(check, shown) if len(group) == 1 else cases(group)
     return element(
         "tr",
         element(
@@ -135,9 +165,10 @@ def _row(check: Check, usual: str) -> Element:
             element("strong", check.name),
             element("span", ", ".join(filter(None, notes)), class_="muted metric"),
             element("p", prose(detail), class_="detail") if detail else None,
+            _fold(group, shown) if len(group) > 1 else None,
             role="cell",
         ),
-        element("td", check.case or element("span", "bundle", class_="muted"), role="cell", data_label="Case"),
+        element("td", case, role="cell", data_label="Case"),
         element("td", value_words(check), role="cell", data_label="Value", class_="number"),
         element(
             "td",
@@ -152,6 +183,29 @@ def _row(check: Check, usual: str) -> Element:
         role="row",
         class_=check.result.replace(" ", "-"),
     )
+
+
+def _case(check: Check, shown: Mapping[str, str]) -> Child:
+    """The case of a check, which leads to its images where it has any."""
+    if check.case is None:
+        return element("span", "bundle", class_="muted")
+    return element("a", check.case, href=shown[check.case]) if check.case in shown else check.case
+
+
+def _fold(group: Sequence[Check], shown: Mapping[str, str]) -> Element:
+    """Every case of a row with its value and what was found."""
+    found = [
+        element(
+            "li",
+            _case(check, shown),
+            " ",
+            value_words(check),
+            " ",
+            element("span", prose(check.detail), class_="muted"),
+        )
+        for check in group
+    ]
+    return element("details", element("summary", f"all {len(group)}"), element("ul", found), class_="cases")
 
 
 def bar(check: Check) -> Element | None:

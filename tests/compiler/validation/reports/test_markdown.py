@@ -8,7 +8,15 @@ from markdown_it import MarkdownIt
 
 from qie.compiler.validation.report import Report
 from qie.compiler.validation.reports.markdown import markdown
-from tests.support.reports import HOSTILE, failed_report, hostile_report, incomplete_report, passed_report
+from tests.support.reports import (
+    HOSTILE,
+    failed_report,
+    hostile_report,
+    incomplete_report,
+    passed_report,
+    rebuilt,
+    sound_bisection,
+)
 
 LIMIT = 1 << 20
 """Bytes of a summary that GitHub shows."""
@@ -55,12 +63,32 @@ def test_hostile_text_is_shown_as_it_is() -> None:
 
 def test_the_verdict_comes_first_and_failures_before_what_did_not_run() -> None:
     text = markdown(failed_report())
-    assert text.startswith("## qie validate: failed\n\n**bundles/pocket-l40s**: 16 passed, 2 failed, 1 not run")
-    places = [text.index(part) for part in ("### Failed", "### Not run", "### Levels", "### Bisected", "Provenance")]
+    assert text.startswith(
+        "## qie validate pocket-l40s, up to level edits: failed\n\n"
+        "**bundles/pocket-l40s**: 16 passed, 2 failed, 1 not run"
+    )
+    parts = ("First outside its tolerance: transformer", "Failed", "Not run", "Levels", "Bisected")
+    places = [text.index(part) for part in (*(f"### {part}" for part in parts), "Provenance")]
     assert places == sorted(places)
     assert "| components | transformer |  | 0.0713 | at most 0.03 |" in text
     assert "- First operation outside the tolerance: **transformer\\_blocks.3.attn.to\\_q**" in text
     assert "… and 1490 more operations" in text
+
+
+def test_sound_operations_are_folded_and_cases_are_one_row() -> None:
+    report = replace(failed_report(), bisections=(sound_bisection("vae_encoder", 9),))
+    text = markdown(report)
+    assert "First outside" not in text
+    assert "\n\nAll 9 operations are within their tolerance, the largest relative L2 is 0.0009 in " in text
+    assert "<details><summary>Operations</summary>" in text
+    assert "| edits | psnr | 5 cases, worst two images | 33.25 dB | at least 28 |" in text
+
+
+def test_what_ran_in_place_of_the_engines_is_told() -> None:
+    report = passed_report()
+    assert "not the engines" not in markdown(report)
+    assert "Ran tensorrt-rtx 1.7.1, GPU, not the engines of the bundle." in markdown(rebuilt(report))
+    assert "| Ran | nothing: no engine and no graph |" in markdown(incomplete_report())
 
 
 def test_one_reason_is_given_once() -> None:

@@ -16,7 +16,15 @@ from qie.compiler.validation.reports.html.images import difference
 from qie.compiler.validation.reports.html.page import html
 from qie.compiler.validation.reports.html.sections import bar
 from tests.support.images import noise_image
-from tests.support.reports import check, failed_report, hostile_report, incomplete_report, passed_report
+from tests.support.reports import (
+    check,
+    failed_report,
+    hostile_report,
+    incomplete_report,
+    passed_report,
+    rebuilt,
+    sound_bisection,
+)
 
 REPORTS = {
     "passed": passed_report(),
@@ -120,6 +128,35 @@ def test_all_operations_are_on_the_page_and_the_first_ones_are_marked() -> None:
     assert len(rows) == 1500
     assert rows == sorted(rows)
     assert len(text) < 2_500_000
+
+
+def test_attention_begins_with_where_the_reference_is_left_first() -> None:
+    text = Page(html(failed_report(operations=60))).text.rpartition("Needs attention")[2]
+    assert text.startswith("look here first transformer all its operations")
+    assert (
+        text.index("transformer_blocks.3.attn.to_q") < text.index("compiler/graphs/layers.py:58") < text.index("flip")
+    )
+
+
+def test_sound_operations_and_passed_cases_are_folded() -> None:
+    report = replace(failed_report(), bisections=(sound_bisection("vision", 9),))
+    text = html(report)
+    assert "<summary>9 operations</summary>" in text
+    assert "<summary>all 5</summary>" in text
+    assert text.count('class="passed" role="row"') + text.count('role="row" class="passed"') == 9
+    assert "look here first" not in text
+
+
+def test_a_failed_case_leads_to_its_images() -> None:
+    text = html(failed_report(operations=9))
+    assert '<a href="#images-2">its images</a>' in text
+    assert '<a href="#images-2">flip</a>' in text
+
+
+def test_images_say_what_made_them() -> None:
+    assert 'alt="Engines, case tint"' in html(passed_report())
+    text = html(rebuilt(passed_report()))
+    assert 'alt="Graphs in float32, case tint"' in text and 'alt="Engines' not in text
 
 
 def test_the_difference_is_tenfold_and_bounded() -> None:
