@@ -23,7 +23,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "engine for another GPU": ("target", ""),
     "engine of another backend": ("target", ""),
     "engine in another precision": ("target", ""),
-    "engine of another scheme": ("target", ""),
+    "engine of another scheme": ("target, precision", ""),
     "stale golden file": ("golden file", ""),
     "golden file with a LoRA": ("golden file", ""),
     "golden file without the LoRA": ("golden file", ""),
@@ -33,12 +33,12 @@ EXPECTED: dict[str, tuple[str, str]] = {
         "language_model.layers.0: language_model.embed_tokens"),
     # Constants of the manifest
     "shift of the schedule": (
-        "inputs, transformer (wide, tall with guidance), velocity (wide, tall with guidance), latents, blocks",
+        f"schedules, inputs, transformer (wide, {GUIDED}), velocity (wide, {GUIDED}), latents, blocks",
         f"{B0} (text): {B0}.attn.add_k_proj",
     ),
-    "end of the schedule": (f"inputs, {STEPS}", f"{B0} (text): {B0}.attn.add_k_proj"),
+    "end of the schedule": (f"schedules, inputs, {STEPS}", f"{B0} (text): {B0}.attn.add_k_proj"),
     "formula of the shift": (
-        "inputs, transformer (wide, tall with guidance), velocity (wide, tall with guidance), latents, blocks",
+        f"schedules, inputs, transformer (wide, {GUIDED}), velocity (wide, {GUIDED}), latents, blocks",
         f"{B0} (text): {B0}.attn.add_k_proj",
     ),
     "rotary wavelengths": (STEPS, f"{B0} (text): {B0}.attn.to_out.0"),
@@ -53,7 +53,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "windows of the vision tower": ("vision (wide, tall with guidance), blocks",
         "visual.blocks.0: visual.patch_embed.proj"),
     "rotary wavelengths of the vision tower": ("vision, blocks", "visual.blocks.0: visual.blocks.0.attn.proj"),
-    "area of reference images": ("target, inputs", ""),
+    "area of reference images": ("target, schedules, inputs", ""),
     "area of the vision tower's images": ("inputs, vision, language, blocks",
         "visual.blocks.0: visual.patch_embed.proj"),
     "modulation weights exchanged": ("modulation", ""),
@@ -78,7 +78,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "modulation of the next step": (f"modulation, {STEPS}", f"{B0} (text): {B0}.attn.add_k_proj"),
     "rows of modulation exchanged": (f"modulation, {STEPS}", f"{B3} (text): {B3}.attn.to_k"),
     "modulation of the output without 1": (f"modulation, {STEPS}", "proj_out"),
-    "modulation weights": (STEPS, f"{B1} (text): {B1}.attn.add_k_proj"),
+    "modulation weights": (f"schedules, {STEPS}", f"{B1} (text): {B1}.attn.add_k_proj"),
     # Graphs
     "reference tokens at the timestep of the noise": (STEPS, f"{B0} (text): {B0}.attn.to_k"),
     "gates of reference tokens": (STEPS, f"{B0}: {B0}.img_mlp.net.0.proj"),
@@ -159,7 +159,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "packing of noise": ("inputs", ""),
     "noise of another seed": ("inputs", ""),
     "sigmas that end elsewhere": (
-        "inputs, transformer (wide, tall with guidance), velocity (wide, tall with guidance), latents, blocks",
+        f"schedules, inputs, transformer (wide, {GUIDED}), velocity (wide, {GUIDED}), latents, blocks",
         f"{B0} (text): {B0}.attn.add_k_proj",
     ),
     "resampling of references": ("inputs, vision, blocks", "visual.blocks.0: visual.patch_embed.proj"),
