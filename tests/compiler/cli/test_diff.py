@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.validation.diff import compare
+from qie.compiler.validation.golden import match
 from qie.compiler.validation.golden.file import GOLDEN_FILE
 from qie.engines.bundle.bundle import open_bundle
 from tests.support.bundles import build
@@ -28,7 +28,7 @@ def beside_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     """The place of the pocket model's golden file, which is not there."""
     folder = tmp_path_factory.mktemp("recipes") / "pocket"
     folder.mkdir()
-    monkeypatch.setattr(compare, "POCKET", folder)
+    monkeypatch.setattr(match, "POCKET", folder)
     return folder / GOLDEN_FILE
 
 
@@ -73,12 +73,11 @@ def test_another_model_is_told_first(qie: Qie, pair: tuple[Path, Path], bundle: 
 
 
 def test_velocities_of_each_step(qie: Qie, pair: tuple[Path, Path], tmp_path: Path) -> None:
-
     golden = write_own_golden(open_bundle(pair[0]), tmp_path / "mine.safetensors", recorded=(0, 2), guidance=1.0)
     done = qie("diff", *pair, "--golden", golden)
     assert done.returncode == 0, done.stderr
-    assert_says(done.stdout, r"red +0 +1\.000 +conditional +0\.0\d+ +0 +0\.0\d+\n")
-    assert_says(done.stdout, r"red +2 +0\.\d+ +conditional")
+    assert_says(done.stdout, r"red +1 +1\.000 +conditional +0\.0\d+ +0 +0\.0\d+\n")
+    assert_says(done.stdout, r"red +3 +0\.\d+ +conditional")
     assert "relative L2 along the trajectory of mine.safetensors" in done.stdout
     same = qie("diff", pair[0], pair[0], "--golden", golden, "--exit-code")
     assert (same.returncode, same.stdout) == (0, "old: plain\nnew: plain\n\nno difference\n")
