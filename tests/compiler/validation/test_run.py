@@ -94,14 +94,14 @@ def test_a_missing_bundle_is_an_error(tmp_path: Path) -> None:
         validate(tmp_path / "none", TRAJECTORY)
 
 
-def test_without_a_golden_file_nothing_is_compared(edit_bundle: Path) -> None:
-    report = validate(edit_bundle, TRAJECTORY)
+def test_without_a_golden_file_nothing_is_compared(bundle: Path) -> None:
+    report = validate(bundle, TRAJECTORY)
     assert report.verdict == "incomplete"
     for name in ("golden file", "inputs", "vision", "velocity", "blocks"):
         (check,) = named(report, name)
         assert check.result == "not run"
         assert check.detail == "no golden file was named; record one with `qie golden`, and name it"
-    assert validate(edit_bundle, replace(TRAJECTORY, required=True)).verdict == "failed"
+    assert validate(bundle, replace(TRAJECTORY, required=True)).verdict == "failed"
 
 
 def test_a_golden_file_of_another_model_is_a_failure(bundle: Path) -> None:

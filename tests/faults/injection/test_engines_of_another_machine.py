@@ -34,7 +34,8 @@ CHANGES = {
 
 def test_a_sound_bundle_for_an_l40s_passes(tmp_path: Path) -> None:
     report = validate(build("pocket", tmp_path / "l40s", L40S).path, Options(level="trajectory"))
-    assert (report.verdict, failures(report)) == ("passed", "")
+    assert report.verdict == "incomplete"  # what the compiler makes of the graphs is not known here
+    assert failures(report) == ""
     (graphs,) = (check for check in report.checks if check.name == "graphs")
     assert graphs.detail == "5 engines were built from the graphs that are run here in their place"
 
