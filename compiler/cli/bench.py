@@ -122,10 +122,11 @@ def _compared(baseline: "Timing", timing: "Timing", verdicts: "tuple[StageVerdic
         "equal": f"within {tolerance}",
         "noise": "within noise",
         "short": "too short to judge",
+        "added": "not in the baseline",
+        "removed": "only in the baseline",
     }
     rows = [
-        [v.stage, human_seconds(v.old), human_seconds(v.new), _ratio(v.new, v.old), f"{v.p:.2g}", told[v.verdict]]
-        for v in verdicts
+        [v.stage, _seconds(v.old), _seconds(v.new), _ratio(v.new, v.old), _p(v.p), told[v.verdict]] for v in verdicts
     ]
     peaks = [("peak memory", baseline.host_peak_bytes, timing.host_peak_bytes)]
     if baseline.gpu_peak_bytes and timing.gpu_peak_bytes:
@@ -137,5 +138,13 @@ def _compared(baseline: "Timing", timing: "Timing", verdicts: "tuple[StageVerdic
     return f"{text}\n\n{wrap(last)}"
 
 
-def _ratio(new: float, old: float) -> str:
-    return f"{new / old:.3f}" if old else "-"
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else human_seconds(value)
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _ratio(new: float | None, old: float | None) -> str:
+    return f"{new / old:.3f}" if new is not None and old else "-"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from qie.compiler.cli.options import DEFAULT_MODEL, LoraOption, ModelArgument, RevisionOption
-from qie.engines.cli.options import JsonOption, check_out, print_json
+from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import GoldenError
 from qie.engines.terminal import Bars, human_bytes, say
 
@@ -37,7 +37,6 @@ def golden(
 
     if dtype not in DTYPES:
         raise GoldenError(f"the dtype is {dtype!r}, expected {' or '.join(DTYPES)}; choose one", option="dtype")
-    check_out(out)
     with compile_packages():
         from qie.compiler.validation.golden.record import record_golden
 

@@ -1,8 +1,12 @@
 """Where a report comes from: bundle, golden file, machine and packages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qie.compiler.recipe.gates import flat
+from qie.compiler.recipe.load import load_recipe, recipe_names
+from qie.compiler.recipe.schema import Recipe
+from qie.compiler.validation.checks.registry import CHECKS
 from qie.compiler.validation.report import Provenance
 from qie.compiler.validation.subject import Subject
 from qie.engines.backends import package_versions
@@ -44,7 +48,20 @@ def provenance(subject: Subject) -> Provenance:
         machine=this_machine(),
         packages=package_versions(),
         rebuilt=executed is not None and executed.rebuilt,
+        looser_gates=tuple(_looser(subject.recipe, manifest.recipe.name)),
     )
+
+
+def _looser(recipe: Recipe, name: str) -> Iterator[str]:
+    """The gates of ``recipe`` that are looser than those of the recipe ``name`` that comes with qie, where one does."""
+    if name.lower() not in recipe_names():
+        return
+    own, shipped = flat(recipe.gates), flat(load_recipe(name).gates)
+    for spec in CHECKS:
+        if spec.gate is not None:
+            bound, other = own[spec.gate], shipped[spec.gate]
+            if bound > other if spec.sense == "at most" else bound < other:
+                yield f"{spec.gate} is {bound:g}, in the recipe {name} that comes with qie {other:g}"
 
 
 def damaged_provenance(path: Path) -> Provenance:

@@ -212,6 +212,7 @@ class Provenance:
         loras: fused into the weights, ``NAME:WEIGHT``.
         recipe: name of the recipe.
         recipe_digest: sha256 of the resolved recipe.
+        looser_gates: gates that are looser than in the recipe of that name that comes with qie.
         engines: ``COMPONENT: BACKEND VERSION, COMPUTE CAPABILITY``.
         ran: what executed; None where nothing did.
         golden: the golden file; None without one.
@@ -237,6 +238,7 @@ class Provenance:
     machine: Machine
     packages: tuple[tuple[str, str], ...]
     rebuilt: bool = False
+    looser_gates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,6 @@
 """What the commands share: options, sizes, examples in the help, and JSON."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qie.engines.errors import RequestError
+from qie.engines.files import is_writable
 from qie.engines.terminal import say
 
 __all__ = [
@@ -46,16 +46,9 @@ def check_out(path: Path | None, option: str = "out") -> None:
     """Check before work is spent on it that the file ``path`` of ``option`` can be written; None is no file.
 
     Raises:
-        RequestError: its folder is missing or read-only, or it is a folder, a device or a pipe.
+        RequestError: its folder is missing or read-only, or it is a folder, a device or a read-only file.
     """
-    if path is None:
-        return
-    try:
-        other = path.exists() and not path.is_file()  # a folder, a device or a pipe
-        fits = path.parent.is_dir() and not other and os.access(path.parent, os.W_OK)
-    except (OSError, ValueError):  # a name that no file can have
-        fits = False
-    if not fits:
+    if path is not None and not is_writable(path):
         raise RequestError(f"{path} cannot be written; choose a file in an existing folder", option=option)
 
 

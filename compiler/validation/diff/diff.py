@@ -9,7 +9,7 @@ from qie.compiler.validation.diff.changes import Change, changes, flat
 from qie.compiler.validation.diff.graph import GraphDiff, GraphFile, WeightChange, diff_graphs, diff_modulation
 from qie.compiler.validation.diff.structure import StructureDiff, diff_structures, read_description
 from qie.compiler.validation.diff.velocity import StepDistance
-from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.bundle import Bundle, check_file
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, GraphRecord, ModelRecord
 from qie.engines.errors import BundleError
 from qie.engines.progress import StageProgress, no_progress
@@ -106,21 +106,28 @@ class BundleDiff:
 def diff_bundles(old: Bundle, new: Bundle, *, progress: StageProgress = no_progress) -> BundleDiff:
     """What differs between two bundles, without running them.
 
+    The content of every file is compared with its digest first: what has equal digests is not read again.
+
     Args:
         old: an opened bundle.
         new: another one, or the same.
-        progress: called with (engines compared, engines to compare).
+        progress: called with (files checked and engines compared, both in all).
 
     Raises:
-        BundleError: a recipe, a description, a graph or a file of weights is damaged.
+        BundleError: a recipe or any file of a bundle is damaged.
     """
     before, after = old.manifest, new.manifest
     pairs = _pairs(before.engines, after.engines) + _pairs(before.graphs, after.graphs)
+    files = [(bundle, file) for bundle in (old, new) for file in bundle.manifest.files()]
+    total = len(files) + len(pairs)
+    for number, (bundle, file) in enumerate(files):
+        progress(number, total)
+        check_file(bundle, file)
     engines = []
-    for number, (a, b) in enumerate(pairs):
-        progress(number, len(pairs))
+    for number, (a, b) in enumerate(pairs, len(files)):
+        progress(number, total)
         engines.append(_engine(old, new, a, b))
-    progress(len(pairs), len(pairs))
+    progress(total, total)
     return BundleDiff(
         old=old.name,
         new=new.name,

@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from qie.compiler.checkpoint.model import Model
-from qie.compiler.recipe.schema import Schedule
+from qie.compiler.recipe.schema import AREA_SCALE_MAX, Schedule
 from qie.compiler.recipe.toml import Matching, Within, build, flatten
 from qie.engines.bundle.specs import DEFAULT_NEGATIVE, SIDE_MULTIPLE
 from qie.engines.errors import GoldenError, ImageError, RecipeError
-from qie.engines.inputs.image import load_image, output_size
+from qie.engines.files import read_regular
+from qie.engines.inputs.image import MAX_ASPECT, MAX_PIXELS, load_image, output_size
 
 __all__ = ["CASES_FILE", "PUBLISHED", "Case", "CaseTable", "find_cases", "read_cases", "shipped_cases", "waves"]
 
@@ -130,12 +131,20 @@ def shipped_cases(model: Model) -> tuple[Case, ...]:
     """Cases for any model, on drawn images: guidance, a tall image with edits in a row, and several images.
 
     They have few steps and small results, because a pass of the published transformer takes minutes on a CPU, and a
-    recorded step a tensor of the result's size for each velocity.
+    recorded step a tensor of the result's size for each velocity. A model of a smaller area has results of that area.
     """
+    own = model.areas.vae_area < 416 * 736
     drawn = (waves(1248, 832, seed=0), waves(768, 1344, seed=1))
     tables: list[tuple[CaseTable, Sequence[Image.Image]]] = [
         (
-            CaseTable(name="guided", images=("0",), instruction="make it night", seed=1, steps=8, size="640x416"),
+            CaseTable(
+                name="guided",
+                images=("0",),
+                instruction="make it night",
+                seed=1,
+                steps=8,
+                size=None if own else "640x416",
+            ),
             drawn[:1],
         ),
         (
@@ -147,7 +156,7 @@ def shipped_cases(model: Model) -> tuple[Case, ...]:
                 steps=8,
                 guidance=1.0,
                 chain=5,
-                size="416x736",
+                size=None if own else "416x736",
             ),
             drawn[1:],
         ),
@@ -159,7 +168,7 @@ def shipped_cases(model: Model) -> tuple[Case, ...]:
             instruction="give Picture 1 the colors of Picture 2",
             seed=3,
             steps=4,
-            size="416x736",
+            size=None if own else "416x736",
         )
         tables.append((table, drawn))
     return tuple(_completed(table, images, None, Path("the shipped cases"), model) for table, images in tables)
@@ -182,15 +191,16 @@ def waves(width: int, height: int, *, seed: int) -> Image.Image:
 
 def _read(path: Path) -> tuple[CaseTable, ...]:
     try:
-        if path.stat().st_size > _FILE_MAX:
-            raise _wrong(f"{path} has {path.stat().st_size:,} bytes, which no list of cases has; choose another file")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _wrong(f"{path} cannot be read ({error.strerror}); name a TOML file of cases") from None
+        content = read_regular(path, most=_FILE_MAX)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _wrong(f"{path} cannot be read ({reason}); name a TOML file of cases") from None
+    try:
+        table = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise _wrong(f"{path} is not TOML ({error}); correct it as docs/validation.md describes") from None
     try:
-        return build(_Cases, flatten(_Cases, content, path), path).cases
+        return build(_Cases, flatten(_Cases, table, path), path).cases
     except RecipeError as error:
         raise _wrong(f"{error}".replace("recipes/README.md", "docs/validation.md")) from None
 
@@ -198,11 +208,22 @@ def _read(path: Path) -> tuple[CaseTable, ...]:
 def _complete(table: CaseTable, path: Path, model: Model) -> Case:
     """A case with the images that it names."""
     try:
-        images = tuple(load_image(path.parent / name).image for name in table.images)
-        target = None if table.target is None else load_image(path.parent / table.target).image
+        images = tuple(_image(path.parent / name) for name in table.images)
+        target = None if table.target is None else _image(path.parent / table.target)
     except ImageError as error:
         raise _wrong(f"case {table.name!r} of {path}: {error}") from None
     return _completed(table, images, target, path, model)
+
+
+def _image(path: Path) -> Image.Image:
+    """The image in a file; a pipe, which ``load_image`` takes too, would give another one the next time."""
+    try:
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:  # whose reason load_image tells
+        special = False
+    if special:
+        raise ImageError(f"{path} is a pipe or a device; name an image file")
+    return load_image(path).image
 
 
 def _completed(
@@ -225,16 +246,13 @@ def _completed(
         raise _wrong(f"{where} has {steps} steps, expected at most {model.scheduler.num_train_timesteps}; use fewer")
     try:
         width, height = output_size(images[-1].size, model.areas.vae_area)
-        for image in images:
-            output_size(image.size, model.areas.condition_area or model.areas.vae_area)
+        if table.size is not None:
+            width, height = _size(table.size, where, model)
+        for size in [image.size for image in images] + [(width, height)] * bool(table.chain):
+            output_size(size, model.areas.vae_area)
+            output_size(size, model.areas.condition_area or model.areas.vae_area)
     except ImageError as error:
         raise _wrong(f"{where}: {error}") from None
-    if table.size is not None:
-        width, height = (int(side) for side in table.size.split("x"))
-        if width % SIDE_MULTIPLE or height % SIDE_MULTIPLE or not width or not height:
-            raise _wrong(
-                f"{where} has the size {table.size}, expected sides that are multiples of {SIDE_MULTIPLE}; round them"
-            )
     if target is not None and target.size != (width, height):
         raise _wrong(
             f"{where} has a target of {target.width}x{target.height} pixels and a result of {width}x{height}; "
@@ -254,6 +272,24 @@ def _completed(
         chain=table.chain,
         target=target,
     )
+
+
+def _size(text: str, where: str, model: Model) -> tuple[int, int]:
+    """Width and height that ``text`` asks for, such as some bundle of ``model`` can have."""
+    width, height = (int(side) for side in text.split("x"))
+    if width % SIDE_MULTIPLE or height % SIDE_MULTIPLE or not width or not height:
+        raise _wrong(f"{where} has the size {text}, expected sides that are multiples of {SIDE_MULTIPLE}; round them")
+    most = min(AREA_SCALE_MAX * model.areas.vae_area, MAX_PIXELS)
+    if width * height > most:
+        raise _wrong(
+            f"{where} has the size {text}, {width * height:,} pixels, expected at most {most:,} with this model; make "
+            "it smaller"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise _wrong(
+            f"{where} has the size {text}, expected a side of at most {MAX_ASPECT} times the other; choose another"
+        )
+    return width, height
 
 
 def _spread(steps: int, count: int) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ Shape suffixes: K recorded steps, N noise tokens, C latent channels of a token, 
 prompt embeddings, R tokens of a reference image.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from qie.compiler.validation.reference import Reference, ReferenceStep, load_ref
 from qie.engines.bundle.manifest import LoraRecord
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.errors import GoldenError
-from qie.engines.files import is_link_loop
+from qie.engines.files import is_writable
 from qie.engines.progress import Progress, no_progress
 
 __all__ = ["record_golden"]
@@ -257,9 +256,7 @@ def _weighted(lora: str | tuple[str | Path, float]) -> tuple[str | Path, float]:
 
 def _check_output(out: Path) -> None:
     """Check that the file can be written, before work is spent on it, and that no other file is replaced."""
-    folder = out.absolute().parent
-    taken = is_link_loop(out) or (out.exists() and not (out.is_file() and os.access(out, os.W_OK)))
-    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise GoldenError(f"{out} cannot be written; name a file in an existing folder", option="out")
+    if not is_writable(out):
+        raise GoldenError(f"{out} cannot be written; choose a file in an existing folder", option="out")
     if out.exists() and not is_golden(out):
         raise GoldenError(f"{out} is not a golden file and would be lost; choose another file", option="out")

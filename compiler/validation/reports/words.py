@@ -193,6 +193,7 @@ def facts(report: Report) -> dict[str, tuple[str, ...]]:
         "LoRAs": origin.loras or ("none",),
         "Recipe": (origin.recipe,),
         "Recipe, sha256": (origin.recipe_digest,),
+        "Looser gates": origin.looser_gates,
         "Engines": origin.engines,
         "Ran": (ran(origin),),
         "Golden file": (origin.golden or "none",),

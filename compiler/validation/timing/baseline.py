@@ -8,6 +8,7 @@ from typing import Literal
 
 from qie.compiler.validation.timing.record import WHOLE, Conditions, StageTime, Timing
 from qie.engines.errors import RequestError, first_line
+from qie.engines.files import read_regular
 from qie.engines.records import from_plain
 
 __all__ = ["SIGNIFICANCE", "StageVerdict", "check_baseline", "compare_timings", "read_timing"]
@@ -18,7 +19,10 @@ SIGNIFICANCE = 0.01
 SHORT = 0.01
 """Share of the whole edit below which a stage is not judged."""
 
-Verdict = Literal["slower", "faster", "equal", "noise", "short"]
+LONGEST = 1 << 26
+"""Bytes of a timing."""
+
+Verdict = Literal["slower", "faster", "equal", "noise", "short", "added", "removed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,18 +31,19 @@ class StageVerdict:
 
     Attributes:
         stage: its name.
-        old, new: medians in seconds.
-        ratio: new to old; None where the old one is 0.
-        p: of the one-sided Mann-Whitney U test, that the times come from one distribution.
+        old, new: medians in seconds; None where the stage did not run.
+        ratio: new to old; None where the old one is 0, or one is missing.
+        p: of the one-sided Mann-Whitney U test, that the times come from one distribution; None where one is missing.
         verdict: ``equal`` within the tolerance, ``noise`` where the medians differ by more and p is not below
-            ``SIGNIFICANCE``, ``short`` for a stage that takes less than ``SHORT`` of the edit in both.
+            ``SIGNIFICANCE``, ``short`` for a stage that takes less than ``SHORT`` of the edit in both, ``added`` for
+            one that only the new timing has, ``removed`` for one that only the baseline has.
     """
 
     stage: str
-    old: float
-    new: float
+    old: float | None
+    new: float | None
     ratio: float | None
-    p: float
+    p: float | None
     verdict: Verdict
 
 
@@ -49,12 +54,15 @@ def read_timing(path: Path) -> Timing:
         RequestError: the file cannot be read or is something else.
     """
     try:
-        return from_plain(Timing, json.loads(path.read_bytes()))
-    except OSError as problem:
+        content = read_regular(path, most=LONGEST)
+    except (OSError, ValueError) as problem:
         raise RequestError(
-            f"the baseline {path} cannot be read ({problem.strerror or problem}); check its name and permissions",
+            f"the baseline {path} cannot be read ({getattr(problem, 'strerror', None) or problem}); check its name and "
+            "permissions",
             option="baseline",
         ) from None
+    try:
+        return from_plain(Timing, json.loads(content))
     except (ValueError, RecursionError) as problem:
         raise RequestError(
             f"{path} is no timing of this qie ({first_line(problem)}); write one with `qie bench -o`",
@@ -84,12 +92,25 @@ def check_baseline(baseline: Timing, conditions: Conditions, repeats: int) -> No
 
 
 def compare_timings(baseline: Timing, timing: Timing, tolerance: float) -> tuple[StageVerdict, ...]:
-    """Every stage of both timings, whose medians may differ by ``tolerance`` (0.05 is 5 %)."""
+    """Every stage of either timing, whose medians may differ by ``tolerance`` (0.05 is 5 %).
+
+    The stages are in the order of an edit, those that only the baseline has before the whole.
+    """
     whole = max(_whole(baseline).median, _whole(timing).median)
+    removed = [
+        StageVerdict(stage=old.stage, old=old.median, new=None, ratio=None, p=None, verdict="removed")
+        for old in baseline.stages
+        if timing.stage(old.stage) is None
+    ]
     found = []
     for stage in timing.stages:
         before = baseline.stage(stage.stage)
-        if before is not None:
+        found += removed if stage.stage == WHOLE else []
+        if before is None:
+            found.append(
+                StageVerdict(stage=stage.stage, old=None, new=stage.median, ratio=None, p=None, verdict="added")
+            )
+        else:
             found.append(_judged(before, stage, tolerance, short=SHORT * whole))
     return tuple(found)
 

@@ -58,12 +58,28 @@ def test_a_slower_stage_exits_with_1(
     assert found["timing"] == json.loads(Path("after.json").read_text())
 
 
+def test_a_stage_of_one_run_alone_is_in_table_and_json(
+    qie: Qie, bundle: Path, workplace: Path, measured: dict[str, tuple[float, ...]]
+) -> None:
+    words = ("bench", bundle, "--repeats", "6")
+    qie(*words, "-o", "before.json")
+    del measured["vision"]
+    measured["encode"] = (0.2,) * 6
+    text = qie(*words, "--baseline", "before.json").stdout
+    assert_says(text, r"vision +\d+ ms +- +- +- +only in the baseline")
+    assert_says(text, r"encode +- +200 ms +- +- +not in the baseline")
+    found = json.loads(qie(*words, "--baseline", "before.json", "--json").stdout)["baseline"]
+    verdicts = {stage["stage"]: stage["verdict"] for stage in found}
+    assert verdicts == {"denoise": "equal", "encode": "added", "vision": "removed", "edit": "equal"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--tolerance", "5"), r"the tolerance is '5', expected a percentage; .* \(--tolerance\)"),
         (("--size", "wide"), "the size is 'wide'"),
         (("--baseline", "absent.json"), r"absent\.json cannot be read .* \(--baseline\)"),
+        (("--baseline", "/dev/full"), r"/dev/full cannot be read .* a device\); .* \(--baseline\)"),
         (("--baseline", "photo.png"), r"photo\.png is no timing of this qie"),
         (("-o", "absent/x.json"), r"cannot be a file; .* \(-o|--out\)"),
         (("-o", "before.json", "--baseline", "before.json"), "is the baseline and would be lost"),

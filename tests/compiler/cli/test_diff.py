@@ -73,7 +73,6 @@ def test_another_model_is_told_first(qie: Qie, pair: tuple[Path, Path], bundle: 
 
 
 def test_velocities_of_each_step(qie: Qie, pair: tuple[Path, Path], tmp_path: Path) -> None:
-
     golden = write_own_golden(open_bundle(pair[0]), tmp_path / "mine.safetensors", recorded=(0, 2), guidance=1.0)
     done = qie("diff", *pair, "--golden", golden)
     assert done.returncode == 0, done.stderr

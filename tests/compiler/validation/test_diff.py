@@ -198,6 +198,16 @@ def test_damaged_weights_are_damage_and_no_difference(built: Built, copied: Path
         diff_bundles(built("none"), open_bundle(copied))
 
 
+@pytest.mark.parametrize("name", ["transformer.weights", "modulation.weights", "vae_decoder.weights"])
+def test_a_damaged_file_that_nobody_sealed_is_damage(built: Built, copied: Path, name: str) -> None:
+    """The manifest says that it is equal; it is read all the same, of either bundle."""
+    flip(copied / name)
+    with pytest.raises(BundleError, match=f"{name} is damaged; build the bundle again"):
+        diff_bundles(built("none"), open_bundle(copied))
+    with pytest.raises(BundleError, match=f"{name} is damaged; build the bundle again"):
+        diff_bundles(open_bundle(copied), built("none"))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("location", "../../../etc/passwd"), ("location", "vision.weights"), ("offset", "99999999999"), ("offset", "-4"),

@@ -1,6 +1,8 @@
 """A validation: what runs here, what does not and why, and what a verdict is worth."""
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -182,3 +184,17 @@ def test_a_gate_of_the_recipe_decides(tmp_path: Path) -> None:
     assert {check.result for check in named(report, "vision")} == {"failed"}
     assert all(str(check.gate) == "at most 1e-09" for check in named(report, "vision"))
     assert {check.result for check in named(report, "language")} == {"passed"}
+
+
+def test_gates_that_are_looser_than_the_shipped_recipes_are_told(pocket_bundle: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(pocket_bundle, tmp_path / "copied"))
+    recipe = json.loads((copied / "manifest.json").read_text())["recipe"]
+    toml = re.sub(r"\bpsnr = [\d.]+", "psnr = 1.0", recipe["toml"])
+    assert toml != recipe["toml"]
+    digest = hashlib.sha256(toml.encode()).hexdigest()
+    change_manifest(copied, recipe=recipe | {"toml": toml, "sha256": digest})
+    report = validate(copied, Options(level="structure"))
+    assert report.verdict == "passed"
+    (told,) = report.provenance.looser_gates
+    assert told.startswith("gates.edits.psnr is 1, in the recipe cpu that comes with qie ")
+    assert validate(pocket_bundle, Options(level="structure")).provenance.looser_gates == ()

@@ -1,6 +1,7 @@
 """Timings: what is measured, the figures of a stage, and verdicts beside a baseline."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
@@ -71,6 +72,7 @@ def test_the_figures_of_a_stage() -> None:
 def test_a_stage_is_slower_beyond_tolerance_and_noise(seconds: tuple[float, ...], verdict: str) -> None:
     stage, whole = compare_timings(timing(denoise=steady(1.0)), timing(denoise=seconds), 0.05)
     assert (stage.stage, stage.verdict) == ("denoise", verdict)
+    assert stage.new is not None and stage.old is not None
     assert stage.ratio == pytest.approx(stage.new / stage.old)
     assert whole.verdict == verdict  # it is the only stage
 
@@ -87,10 +89,24 @@ def test_a_stage_that_hardly_counts_is_not_judged() -> None:
     assert verdicts == {"denoise": "equal", "modulation": "short", "edit": "equal"}
 
 
-def test_a_stage_that_the_baseline_did_not_have_is_left_out() -> None:
-    old, new = timing(denoise=steady(1.0)), timing(denoise=steady(1.0), upscale=steady(0.5))
-    verdicts = {v.stage: v.verdict for v in compare_timings(old, new, 0.05)}
-    assert verdicts == {"denoise": "equal", "edit": "slower"}
+def test_a_stage_that_only_one_of_the_runs_has_is_listed() -> None:
+    old = timing(denoise=steady(1.0), vision=(0.25,) * 6)
+    new = timing(denoise=steady(1.0), upscale=(0.75,) * 6)
+    denoise, added, removed, whole = compare_timings(old, new, 0.05)
+    assert (denoise.stage, denoise.verdict) == ("denoise", "equal")
+    assert (added.stage, added.verdict, added.old, added.new) == ("upscale", "added", None, 0.75)
+    assert (removed.stage, removed.verdict, removed.old, removed.new) == ("vision", "removed", 0.25, None)
+    assert (added.ratio, added.p, removed.ratio, removed.p) == (None, None, None, None)
+    assert (whole.stage, whole.verdict) == ("edit", "slower")
+
+
+def test_a_baseline_is_a_regular_file(tmp_path: Path) -> None:
+    """Nothing is written to the pipe, which would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/full"), tmp_path):
+        with pytest.raises(RequestError, match="cannot be read .it is a folder, a pipe or a device.; check") as refused:
+            read_timing(path)
+        assert refused.value.option == "baseline"
 
 
 def test_a_stage_that_took_no_time_has_no_ratio() -> None:

@@ -93,13 +93,8 @@ def open_checks(report: Report) -> Element | None:
 
 def _failure(check: Check, shown: Mapping[str, str]) -> Element:
     title = element("p", pill("failed"), " ", element("strong", subject(check)), " ", _where([check]))
-<<<<<<< HEAD
-    place = shown.get(check.case or "")
-    images = None if place is None else element("a", "its images", href=place)
-=======
     link = shown.get(check.case or "")
     images = element("a", "its images", href=link) if link else None
->>>>>>> v-m2
     found = element("p", finding(check), " ", images)
     return element("li", title, found, element("p", prose(check.detail), class_="detail"))
 

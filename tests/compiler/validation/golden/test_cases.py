@@ -1,5 +1,6 @@
 """Cases are read strictly: every mistake is one sentence with the file, the case and the fix."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,17 @@ def test_a_model_without_a_schedule_has_that_of_the_published_ones(tmp_path: Pat
         (f'{PLAIN}size = "1024"\n', 'is "1024"; set it to a string like "1024x768"'),
         (f'{PLAIN}size = "100x96"\n', "has the size 100x96, expected sides that are multiples of 16; round them"),
         (f'{PLAIN}size = "00x00"\n', "multiples of 16"),
+        (f'{PLAIN}size = "99984x99984"\n', "99984x99984, 9,996,800,256 pixels, expected at most 262,144 with this"),
+        (f'{PLAIN}size = "4112x16"\n', "size 4112x16, expected a side of at most 200 times the other; choose another"),
+        (f'{PLAIN}size = "1600x16"\nchain = 2\n', "an image of 1600 x 16 pixels is too narrow for this model"),
         (f"{PLAIN}chain = 1\n", "has a chain of 1 edit, which is the edit itself; use 2 or more"),
         (f"{PLAIN}chain = 33\n", "is 33; set it to a whole number from 0 to 32 edits"),
         (f'{PLAIN}target = "a.png"\n', "has a target of 150x90 pixels and a result of 160x96; make the target"),
         (f'{PLAIN}target = "none.png"\n', "case 'a' of .*none.png does not exist; check the path"),
         (PLAIN.replace('"a.png"', '"none.png"'), "none.png does not exist; check the path"),
+        (PLAIN.replace('"a.png"', r'"a.png\u0000"'), "a.png.x00' is no name of a file .*; check it"),
+        (PLAIN.replace('"a.png"', '"/dev/zero"'), "case 'a' of .*/dev/zero is a pipe or a device; name an image file"),
+        (f'{PLAIN}target = "/dev/zero"\n', "/dev/zero is a pipe or a device; name an image file"),
         (PLAIN.replace('"a.png"', '"cases.toml"'), "is not a PNG, JPEG or WebP image"),
         (PLAIN.replace('["a.png"]', "[]"), "has 0 images, this model takes 1 to 3; change its images"),
         (PLAIN.replace('["a.png"]', '["a.png", "a.png", "a.png", "a.png"]'), "has 4 images, this model takes 1 to 3"),
@@ -106,6 +113,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, model: Model) -> No
         file.truncate(2 << 20)
     with pytest.raises(GoldenError, match="has 2,097,152 bytes"):
         read_cases(tmp_path / "large.toml", model)
+
+
+def test_a_pipe_or_a_device_is_not_read(tmp_path: Path, model: Model) -> None:
+    """Nothing is written to the pipe, which would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(
+            GoldenError, match=r"cannot be read \(it is a folder, a pipe or a device\); name a TOML file"
+        ):
+            read_cases(path, model)
+    with pytest.raises(GoldenError, match="pipe is a pipe or a device; name an image file"):
+        read_cases(write(tmp_path, PLAIN.replace("a.png", "pipe")), model)
+
+
+def test_a_size_that_a_recipe_can_allow_is_taken(tmp_path: Path, model: Model) -> None:
+    (case,) = read_cases(write(tmp_path, f'{PLAIN}size = "512x512"\n'), model)
+    assert (case.width, case.height) == (512, 512)
 
 
 def test_a_model_of_one_image_takes_one(tmp_path: Path, edit_model: Model) -> None:
