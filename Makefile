@@ -20,8 +20,8 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says.
-	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
+test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; all faults and mutants.
+	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults tests/parity/test_mutants.py --numprocesses 2 --dist worksteal
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the packages for this machine's GPU and driver.
 	$(BIN)/python -m pytest tests/gpu --require-gpu
@@ -32,6 +32,8 @@ pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where 
 	$(BIN)/python -m pocket.training.transformer $(DEMO)/pocket
 	$(BIN)/python -m pocket.checkpoint $(DEMO)/pocket recipes/pocket
 	$(BIN)/python -m pocket.calibrate recipes/pocket --evidence docs/pocket-sensitivity.json
+	$(BIN)/python -m pocket.cases recipes/pocket
+	$(BIN)/qie golden pocket -o recipes/pocket/golden.safetensors
 
 check: $(VENV)/dev.stamp               ## Lint, types, import contracts.
 	$(BIN)/ruff check .

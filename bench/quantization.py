@@ -29,6 +29,7 @@ from bench.report import argument_parser, write_report
 from pocket.judge import Case, cases, score
 from qie.compiler.checkpoint.checkpoint import POCKET, open_checkpoint
 from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.metrics.error import pooled_relative_l2
 from qie.compiler.packing import build as packing
 from qie.compiler.planning.plan import make_plan
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
@@ -39,7 +40,6 @@ from qie.compiler.quantization.schemes import SCHEMES, Scheme
 from qie.compiler.quantization.statistics import LinearStatistics
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.recipe.schema import Attention, ComponentRecipe, SchemeName
-from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component

@@ -12,6 +12,7 @@ from qie.engines.machine import version_of
 
 __all__ = [
     "BACKENDS",
+    "EXPANDED_ON_CPU",
     "Backend",
     "available",
     "built_for_cuda",
@@ -20,6 +21,7 @@ __all__ = [
     "cuda_needed",
     "distribution",
     "installed",
+    "package_versions",
     "serves_gpu",
     "version",
 ]
@@ -130,6 +132,11 @@ pip therefore puts over the other. It is taken away, with the files that they sh
 """
 
 
+EXPANDED_ON_CPU = ("fp8", "int8-smooth")
+"""Schemes whose weights become float32 when onnxruntime loads them for a CPU, where their products have no kernels.
+It would convert them in every run, for products whose order of sums depends on the number of threads."""
+
+
 def available(backend: str) -> bool:
     """Whether ``backend`` is known and its packages are installed; nothing is imported."""
     return backend in BACKENDS and all(installed(module) for module in BACKENDS[backend].modules)
@@ -215,3 +222,11 @@ def installed(module: str) -> bool:
     except ModuleNotFoundError:  # its parent package
         return False
     return spec is not None and spec.origin is not None
+
+
+def package_versions() -> tuple[tuple[str, str], ...]:
+    """(package, version) of every package of a backend that is installed, and of NumPy."""
+    names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
+    names += ["cuda-bindings", "onnxruntime", "onnxruntime-gpu", "numpy"]
+    versions = ((name, version_of(name)) for name in dict.fromkeys(names))
+    return tuple((name, found) for name, found in versions if found is not None)

@@ -5,6 +5,7 @@
     ├── RecipeError               a recipe is unknown, malformed or asks for what its GPU lacks      (2, 500)
     ├── CheckpointError           a checkpoint or LoRA is missing, incomplete or malformed           (2, 500)
     ├── CalibrationError          a calibration file is missing, damaged or of another model         (2, 500)
+    ├── GoldenError               a golden file or its cases are missing, damaged or of another model (2, 500)
     ├── ExportError               a graph cannot be written for this checkpoint                      (2, 500)
     ├── BuildError                an engine or bundle cannot be built (compiler, disk, memory)       (2, 500)
     ├── BundleError               a bundle is missing, incomplete or damaged                         (2, 500)
@@ -32,6 +33,7 @@ __all__ = [
     "EngineError",
     "EngineMismatchError",
     "ExportError",
+    "GoldenError",
     "ImageError",
     "QieError",
     "RecipeError",
@@ -66,6 +68,10 @@ class CheckpointError(QieError):
 
 class CalibrationError(QieError):
     """A calibration file is missing, damaged or of another model."""
+
+
+class GoldenError(QieError):
+    """A golden file or its cases are missing, damaged or of another model."""
 
 
 class ExportError(QieError):

@@ -17,8 +17,10 @@ __all__ = [
     "is_disk_full",
     "is_leftover",
     "is_link_loop",
+    "is_writable",
     "leftovers_of",
     "qie_home",
+    "read_regular",
     "replacing",
     "sha256_of",
     "sync",
@@ -71,6 +73,31 @@ def is_link_loop(path: Path) -> bool:
     except OSError as error:
         return error.errno == errno.ELOOP
     return False
+
+
+def is_writable(path: Path) -> bool:
+    """Whether ``replacing`` can write the file ``path``: in an existing folder, and over nothing but a file."""
+    try:
+        if is_link_loop(path) or (path.exists() and not (path.is_file() and os.access(path, os.W_OK))):
+            return False
+        folder = path.resolve().parent
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def read_regular(path: Path, *, most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a folder, a pipe or a device, or larger.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a folder, a pipe or a device")
+    if path.stat().st_size > most:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    return path.read_bytes()
 
 
 def is_disk_full(error: OSError) -> bool:

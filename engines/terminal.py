@@ -1,4 +1,4 @@
-"""Progress bars, tables and numbers with units for a terminal. Only the cli files use it."""
+"""Progress bars, tables and numbers with units for a terminal. Only the cli files print them."""
 
 import re
 import shutil

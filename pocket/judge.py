@@ -16,7 +16,7 @@ from pocket.data.examples import HELD_OUT_PAIRS
 from pocket.data.images import EVALUATED, SIDE, center_crop
 from pocket.data.operations import Source
 from pocket.data.scenes import scene
-from qie.compiler.validation.metrics import psnr_db
+from qie.compiler.metrics.error import psnr_db
 
 __all__ = ["PSNR_MAX_DB", "Case", "Score", "capped_psnr_db", "cases", "pair_cases", "score", "ssim", "views"]
 

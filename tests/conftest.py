@@ -5,12 +5,15 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess, run
 
 import pytest
 
 from qie.compiler.cli.main import STOPPING, main
+from qie.compiler.recipe.load import parse_recipe
+from qie.compiler.recipe.schema import to_toml
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from tests.support.bundles import build
 from tests.support.damage import change_manifest
@@ -46,9 +49,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of ``checkpoint`` for the CPU, with results in batches of four; not to be changed."""
     path = build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu").path
-    limits = json.loads((path / "manifest.json").read_text())["limits"]
-    change_manifest(path, limits=limits | {"batch_max": 4})
+    manifest = json.loads((path / "manifest.json").read_text())
+    recipe = parse_recipe(manifest["recipe"]["toml"], path)
+    recipe = replace(recipe, shapes=replace(recipe.shapes, batch=replace(recipe.shapes.batch, max=4)))
+    change_manifest(
+        path,
+        limits=manifest["limits"] | {"batch_max": 4},
+        recipe=manifest["recipe"] | {"toml": to_toml(recipe), "sha256": recipe.digest()},
+    )
     return path
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the pocket model for the CPU; not to be changed."""
+    return build("pocket", tmp_path_factory.mktemp("pocket") / "pocket-cpu").path
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qie.compiler.cli.bench import bench
 from qie.compiler.cli.build import build
 from qie.compiler.cli.calibrate import calibrate
+from qie.compiler.cli.diff import diff
 from qie.compiler.cli.doctor import doctor
 from qie.compiler.cli.export import export
+from qie.compiler.cli.golden import golden
 from qie.compiler.cli.plan import plan
 from qie.compiler.cli.recipes import recipes_app
 from qie.compiler.cli.selftest import selftest
+from qie.compiler.cli.validate import validate
 from qie.engines.cli.bundles import inspect, list_bundles, rm
 from qie.engines.cli.clean import clean
 from qie.engines.cli.options import examples
@@ -27,6 +31,7 @@ __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
+    "Validate": ("validate", "golden", "diff", "bench"),
     "Bundles": ("list", "inspect", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
 }
@@ -98,6 +103,22 @@ _needs_arguments(
         'qie run person.jpg jacket.jpg "put the jacket on the person" --seed 7',
     ),
 )(run)
+_needs_arguments(
+    epilog=examples("qie validate pocket-cpu", "qie validate pocket-l40s --level structure --junit report.xml"),
+)(validate)
+_needs_arguments(
+    epilog=examples(
+        "qie golden pocket -o pocket.safetensors", "qie golden --cases edits.toml --dtype bfloat16 -o 2511.safetensors"
+    ),
+)(golden)
+_needs_arguments(
+    epilog=examples("qie diff pocket-cpu pocket-w8a16", "qie diff before after --golden 2511.safetensors --exit-code"),
+)(diff)
+_needs_arguments(
+    epilog=examples(
+        "qie bench pocket-cpu -o before.json", "qie bench pocket-cpu --baseline before.json --tolerance 10%"
+    ),
+)(bench)
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)

@@ -1,7 +1,6 @@
 """``qie calibrate``: statistics for quantization, and which linears to exclude from it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
@@ -13,7 +12,7 @@ from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
 from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import CalibrationError
-from qie.engines.files import is_link_loop
+from qie.engines.files import is_writable
 from qie.engines.terminal import Bars, human_bytes, say
 
 __all__ = ["calibrate"]
@@ -105,9 +104,7 @@ def calibrate(
 
 def _check_file(path: Path, option: str) -> None:
     """Check that a file can be written, before work is spent on it."""
-    folder = path.absolute().parent
-    taken = is_link_loop(path) or (path.exists() and not (path.is_file() and os.access(path, os.W_OK)))
-    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not is_writable(path):
         raise CalibrationError(f"{path} cannot be written; name a file in an existing folder", option=option)
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.graphs.source import SourceLines
 from qie.compiler.weights.weight import DType, Layout, Weight
 from qie.engines.bundle.manifest import Component, TensorSpec
 
@@ -90,7 +91,7 @@ class Graph:
         values = [ir.Value(name=i.name, type=ir.TensorType(DTYPES[i.dtype]), shape=ir.Shape(i.dims)) for i in inputs]
         graph = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET}, name=component)
         builder = GraphBuilder(graph)
-        results = body(builder.op, *values)
+        results = body(SourceLines(builder.op), *values)
         assert len(results) == len(outputs)
         for value, spec in zip(results, outputs, strict=True):
             value.name = spec.name
@@ -148,10 +149,12 @@ class Graph:
                 initializers[weight.name].const_value = None
 
     def digest(self) -> str:
-        """The sha256 of structure, weight names and layouts."""
+        """The sha256 of structure, weight names and layouts; where the code of a node stands does not count."""
         layouts = json.dumps([[w.name, w.subfolder, w.dtype, w.layout] for w in self.weights])
-        proto = self.proto("", None).SerializeToString(deterministic=True)
-        return hashlib.sha256(proto + layouts.encode()).hexdigest()
+        proto = self.proto("", None)
+        for node in proto.graph.node:
+            del node.metadata_props[:]
+        return hashlib.sha256(proto.SerializeToString(deterministic=True) + layouts.encode()).hexdigest()
 
 
 def write_graph(graph: Graph, path: Path, location: str, places: dict[str, tuple[int, int]] | None) -> None:

@@ -18,6 +18,7 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.graph import write_graph
+from qie.compiler.planning.estimate import estimate
 from qie.compiler.planning.keys import engine_key, graph_keys, reusable_engines
 from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
 from qie.compiler.planning.profiles import profiles
@@ -170,6 +171,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         schedules=_write_schedules(folder, plan, modulation, progress),
         engines=tuple(engines),
         graphs=tuple(graphs),
+        planned_bytes=estimate(plan).gpu_bytes,
     )
     write_manifest(manifest, folder)
     if old is not None and old.manifest.model.modulation.file != modulation.file:

@@ -15,7 +15,7 @@ from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import BackendName
-from qie.engines.backends import BACKENDS
+from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.inputs.feeds import STEP_INPUTS
@@ -255,7 +255,7 @@ def _estimate(
         component=planned.component,
         backend=backend,
         disk_bytes=planned.bundle_bytes if builds else planned.bytes,
-        weights_bytes=planned.bytes,
+        weights_bytes=_weights_bytes(plan, planned),
         largest_activation_bytes=activation,
         largest_io_bytes=io,
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
@@ -264,6 +264,13 @@ def _estimate(
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,
     )
+
+
+def _weights_bytes(plan: Plan, planned: PlannedComponent) -> int:
+    """Memory of the weights; where a CPU expands them, in their file, which is mapped, and once more in float32."""
+    if plan.recipe.compute_capability is None and planned.scheme in EXPANDED_ON_CPU:
+        return planned.bytes + 4 * planned.parameters
+    return planned.bytes
 
 
 def _seconds(once: Cost, gpu: str) -> float | None:

@@ -41,9 +41,14 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
     }
 
 
-def engine_key(graph: str, backend: str, recipe: Recipe, shapes: tuple[ProfileRecord, ...]) -> str:
-    """The key of an engine: that of its graph, its target and, on a GPU, its shapes and limits."""
-    version = BUILDERS[backend].version()
+def engine_key(
+    graph: str, backend: str, recipe: Recipe, shapes: tuple[ProfileRecord, ...], *, version: str | None = None
+) -> str:
+    """The key of an engine: that of its graph, its target and, on a GPU, its shapes and limits.
+
+    ``version`` is that of the backend that built it; None for the installed one.
+    """
+    version = version or BUILDERS[backend].version()
     decided_by: dict[str, Any] = {"graph": graph, "target": [backend, recipe.compute_capability, version]}
     if recipe.compute_capability is not None:
         decided_by["shapes"] = to_plain(shapes)

@@ -36,8 +36,8 @@ from qie.engines.inputs.schedule import sigmas
 __all__ = ["Plan", "PlannedComponent", "make_plan", "recipe_schedules"]
 
 
-NODE_BYTES = 700
-"""More than a node and its weights have in a graph's file: 500 bytes where names are longest."""
+NODE_BYTES = 800
+"""More than a node and its weights have in a graph's file: 700 bytes where names are longest."""
 
 MANIFEST_BYTES = 200_000
 """More than a manifest has, with the recipe in it."""

@@ -18,6 +18,7 @@ __all__ = [
     "linear_inputs",
     "linear_nodes",
     "linears",
+    "matching",
 ]
 
 
@@ -77,17 +78,23 @@ def excluded(graph: Graph, patterns: Sequence[str]) -> tuple[str, ...]:
         RecipeError: a pattern matches no linear.
     """
     names = linears(graph)
-    from_end = _counted_from_end(names)
-    matches: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in names if fnmatch(name, pattern) or fnmatch(from_end[name], pattern)}
-        if not matched:
+        if not matching(names, [pattern]):
             raise RecipeError(
                 f'components.{graph.component}.exclude has "{pattern}", which matches no linear of this model; use '
                 f'names like "{names[0] if names else "(none)"}"'
             )
-        matches |= matched
-    return tuple(name for name in names if name in matches)
+    return matching(names, patterns)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Those of the linears ``names`` of a component that match one of the fnmatch ``patterns``; see ``excluded``."""
+    from_end = _counted_from_end(names)
+    return tuple(
+        name
+        for name in names
+        if any(fnmatch(name, pattern) or fnmatch(from_end[name], pattern) for pattern in patterns)
+    )
 
 
 def _counted_from_end(names: Sequence[str]) -> dict[str, str]:

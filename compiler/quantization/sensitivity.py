@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.metrics.error import pooled_relative_l2
 from qie.compiler.quantization.blockwise import Readers, Segment, Values, loaded, read_later, run, segments
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
 from qie.compiler.quantization.qdq import Quantized, quantize_linears
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
 from qie.compiler.recipe.schema import SchemeName
-from qie.compiler.validation.metrics import pooled_relative_l2
 from qie.engines.bundle.manifest import Component
 from qie.engines.progress import Progress, no_progress
 from qie.engines.terminal import human_bytes, table

@@ -27,7 +27,14 @@ from qie.engines.bundle.modulation_rows import (
     streams,
 )
 
-__all__ = ["Group", "smoothed_modulation", "smoothed_reader", "smoothing_groups", "smoothing_scales"]
+__all__ = [
+    "Group",
+    "divided_outputs",
+    "smoothed_modulation",
+    "smoothed_reader",
+    "smoothing_groups",
+    "smoothing_scales",
+]
 
 Array = NDArray[np.float32]
 
@@ -62,14 +69,27 @@ class Group:
         return values.reshape(-1, self.repeats, self.head_dim).max(1).reshape(-1)
 
 
+def divided_outputs(groups: Sequence[Group], scales: Mapping[str, Array]) -> dict[str, Array]:
+    """The modules whose rows are divided by ``scales`` -> the divisor [channels] of their output."""
+    return {
+        tensor.rpartition(".")[0]: scales[group.name]
+        for group in groups
+        for tensor, fold in group.producers
+        if fold == "divide_rows"
+    }
+
+
 def smoothing_groups(
     component: Component, names: Sequence[str], language: LanguageConfig | None = None
 ) -> tuple[Group, ...]:
-    """The groups of the linears ``names`` of a component; ``language`` is required where that is the language model."""
+    """The groups of the linears ``names`` of a component.
+
+    ``language`` is required for the language model, unless only names are read of the groups: it decides what
+    ``expand`` and ``reduce_max`` do.
+    """
     blocks = dict.fromkeys(".".join(name.split(".")[: 2 if component == "transformer" else 3]) for name in names)
     if component == "transformer":
         return tuple(group for block in blocks for group in _transformer_groups(block, set(names)))
-    assert language is not None
     return tuple(group for block in blocks for group in _language_groups(block, language))
 
 
@@ -107,7 +127,7 @@ def _transformer_groups(block: str, names: set[str]) -> Iterator[Group]:
     )
 
 
-def _language_groups(layer: str, config: LanguageConfig) -> Iterator[Group]:
+def _language_groups(layer: str, config: LanguageConfig | None) -> Iterator[Group]:
     """The groups of a layer of the language model."""
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     yield Group(
@@ -119,8 +139,8 @@ def _language_groups(layer: str, config: LanguageConfig) -> Iterator[Group]:
         name=f"{attention}.out",
         consumers=(f"{attention}.o_proj",),
         producers=((f"{attention}.v_proj.weight", "divide_rows"), (f"{attention}.v_proj.bias", "divide_rows")),
-        repeats=config.heads // config.kv_heads,
-        head_dim=config.head_dim,
+        repeats=1 if config is None else config.heads // config.kv_heads,
+        head_dim=1 if config is None else config.head_dim,
     )
     yield Group(
         name=f"{mlp}.up",

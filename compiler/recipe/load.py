@@ -128,8 +128,9 @@ def _refuse_schema_1(table: Mapping[str, object], file: Path) -> None:
     sections = components.values() if isinstance(components, dict) else ()
     renamed = any(isinstance(section, dict) and section.keys() & RENAMED.keys() for section in sections)
     schema = table.get("schema")
-    if (type(schema) is int and schema == 1) or renamed or "gates" in table:
+    if (type(schema) is int and schema == 1) or renamed:
         keys = " and ".join(f"{old} to {new}" for old, new in RENAMED.items())
         raise RecipeError(
-            f"{file} has schema 1, expected 2; rename the component keys {keys}, delete [gates] and set schema to 2"
+            f"{file} has schema 1, expected 2; rename the component keys {keys}, take the keys of [gates] from "
+            "recipes/README.md and set schema to 2"
         )

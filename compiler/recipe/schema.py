@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from qie.compiler.recipe.gates import Gates
 from qie.compiler.recipe.quantizable import SchemeName
 from qie.compiler.recipe.toml import Matching, OneOf, Within, write
 from qie.engines.backends import BACKENDS
@@ -20,6 +21,7 @@ from qie.engines.errors import RecipeError
 from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
+    "AREA_SCALE_MAX",
     "FP8_CAPABILITY",
     "REFERENCES_MAX",
     "Attention",
@@ -46,6 +48,9 @@ Attention = Literal["none", "fp8"]
 
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada); engine compilers refuse E4M3 below it."""
+
+AREA_SCALE_MAX = 16
+"""Largest area of a result, as a multiple of the model's area."""
 
 REFERENCES_MAX = 3
 """The Plus models take one to three images (model cards of -2509 and -2511), the Edit model takes one."""
@@ -120,7 +125,7 @@ class Shapes:
 
     aspect_ratios: tuple[AspectRatio, ...] = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
     min_side: Annotated[int, Within(low=16, high=4096, unit="pixels", multiple=SIDE_MULTIPLE)] = 128
-    area_scale_max: Annotated[float, Within(low=1, high=16, unit="times the model's area")] = 1.0
+    area_scale_max: Annotated[float, Within(low=1, high=AREA_SCALE_MAX, unit="times the model's area")] = 1.0
     batch: Range = Range(min=1, opt=1, max=4)
     references: Range = Range(min=1, opt=1, max=3)
     prompt_tokens: Range = Range(min=8, opt=256, max=2560)
@@ -174,6 +179,7 @@ class Recipe:
         components: settings of each component.
         shapes: sizes that the engines take.
         limits: limits of the build.
+        gates: bounds of ``qie validate``.
         schedules: schedules whose tables are computed at build time; the first is the default of an edit.
     """
 
@@ -189,6 +195,7 @@ class Recipe:
     components: Components = field(default_factory=Components)
     shapes: Shapes = field(default_factory=Shapes)
     limits: Limits = field(default_factory=Limits)
+    gates: Gates = field(default_factory=Gates)
     schedules: tuple[Schedule, ...] = (
         Schedule(steps=40, guidance=4.0),
         Schedule(steps=8, guidance=1.0),

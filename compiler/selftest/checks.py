@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from qie.compiler.metrics.error import psnr_db, relative_l2
 from qie.compiler.selftest.case import Case, request
 from qie.compiler.selftest.recording import Run
 from qie.compiler.selftest.report import Failed
-from qie.compiler.validation.metrics import psnr_db, relative_l2
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.editing.request import Edit
 from qie.engines.inputs.bfloat16 import narrow

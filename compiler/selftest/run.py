@@ -11,11 +11,11 @@ from qie.compiler.recipe.load import load_recipe
 from qie.compiler.selftest.case import Case, build_pocket, recipe_text
 from qie.compiler.selftest.checks import CHECKS, Checked
 from qie.compiler.selftest.report import Check, Failed, Report, Result
-from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking
+from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking, package_versions
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.errors import BackendMissingError, EngineMismatchError, QieError
 from qie.engines.gpus import Gpu
-from qie.engines.machine import Machine, absent_gpu, this_machine, version_of
+from qie.engines.machine import Machine, absent_gpu, this_machine
 from qie.engines.progress import Progress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.tensorrt.messages import messages_of
@@ -71,7 +71,7 @@ def run(
         qie=qie.__version__,
         machine=machine,
         gpu=gpu.name,
-        packages=tuple(_packages()),
+        packages=package_versions(),
         checks=tuple(found),
         warnings=tuple(dict.fromkeys(_warnings(found))),
     )
@@ -129,11 +129,3 @@ def _warnings(checks: Sequence[Check]) -> Iterator[str]:
     """What TensorRT warned of while the checks ran."""
     for backend in dict.fromkeys(check.backend for check in checks if check.result != "skipped"):
         yield from messages_of(import_module(BACKENDS[backend].modules[0])).warnings
-
-
-def _packages() -> Iterator[tuple[str, str]]:
-    names = [name for backend in BACKENDS.values() for _, name in backend.distributions]
-    for name in [*names, "cuda-bindings", "onnxruntime", "onnxruntime-gpu", "numpy"]:
-        version = version_of(name)
-        if version is not None:
-            yield name, version

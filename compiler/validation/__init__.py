@@ -1,1 +1,1 @@
-"""The reference that engines are compared with, and the metrics of the comparison."""
+"""Whether the engines of a bundle are right: golden file, checks, bisect, reports; the torch pipeline is the judge."""

@@ -10,7 +10,6 @@ image tokens, I images, H W height and width. A grid is the (height, width) of a
 All arrays are float32 unless stated otherwise.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.checkpoint.lora import Lora
 from qie.compiler.checkpoint.model import CONDITION_AREA, PIPELINES, VAE_AREA
+from qie.compiler.validation.fusing import fuse
+from qie.compiler.validation.packages import import_package, quiet
 from qie.compiler.weights.weight import DType
-from qie.engines.errors import BackendMissingError, RequestError
+from qie.engines.errors import RequestError
 
 __all__ = ["Reference", "ReferencePrompt", "ReferenceStep", "load_reference", "randn"]
 
@@ -60,6 +62,8 @@ class ReferenceStep:
         sigma: noise level before the step.
         latents: [N, C] before the step.
         velocity: [N, C], after guidance.
+        conditional: [N, C], velocity of the conditional pass, before guidance.
+        negative: [N, C], velocity of the negative pass; None without guidance.
         latents_next: [N, C] after the step.
     """
 
@@ -67,6 +71,8 @@ class ReferenceStep:
     sigma: float
     latents: Floats
     velocity: Floats
+    conditional: Floats
+    negative: Floats | None
     latents_next: Floats
 
 
@@ -113,6 +119,18 @@ class Reference:
     def prompt_embeds(self, images: Sequence[Image.Image], instruction: str) -> Floats:
         """The prompt embeddings [L, D] of an edit of RGB ``images`` in their original size."""
         return self.prompt(images, instruction).embeds
+
+    def noise(self, seed: int, width: int, height: int, dtype: DType = "float32") -> Floats:
+        """The noise [N, C] of an edit to ``width`` x ``height`` pixels, drawn by the pipeline in ``dtype``."""
+        generator, channels = _torch().Generator("cpu").manual_seed(seed), self.pipeline.vae.config.z_dim
+        where = getattr(_torch(), dtype), "cpu", generator
+        latents_BNC, _ = self.pipeline.prepare_latents(None, 1, channels, height, width, *where)
+        return _floats(latents_BNC[0])
+
+    @property
+    def sigmas(self) -> Floats:
+        """The sigmas [T + 1] of the last edit, with the final zero."""
+        return _floats(self.pipeline.scheduler.sigmas)
 
     def reference_image(self, image: Image.Image) -> NDArray[np.uint8]:
         """An RGB image as the pipeline resizes it for the VAE: uint8 [height, width, 3]."""
@@ -258,22 +276,28 @@ class Reference:
 
     @contextmanager
     def _observed(self, on_step: Callable[[ReferenceStep], None] | None) -> Iterator[None]:
-        """Inside the block, the scheduler reports its steps."""
+        """Inside the block, the scheduler reports its steps, with the transformer's passes since the step before."""
         scheduler, original = self.pipeline.scheduler, self.pipeline.scheduler.step
+        passes: list[Any] = []  # the conditional one, and with guidance the negative one
+        handle = self.pipeline.transformer.register_forward_hook(lambda _, __, output: passes.append(output[0]))
 
         def step(velocity_BNC: Any, timestep: Any, latents_BNC: Any, **options: Any) -> Any:
             result = original(velocity_BNC, timestep, latents_BNC, **options)
             if on_step is not None:
                 index = scheduler.step_index - 1
+                conditional, *negative = (_floats(output[0, : latents_BNC.shape[1]]) for output in passes)
                 on_step(
                     ReferenceStep(
                         index=index,
                         sigma=float(scheduler.sigmas[index]),
                         latents=_floats(latents_BNC[0]),
                         velocity=_floats(velocity_BNC[0]),
+                        conditional=conditional,
+                        negative=negative[0] if negative else None,
                         latents_next=_floats(result[0][0]),
                     )
                 )
+            passes.clear()
             return result
 
         scheduler.step = step
@@ -281,25 +305,28 @@ class Reference:
             yield
         finally:
             del scheduler.step
+            handle.remove()
 
 
-def load_reference(folder: Path, *, dtype: DType = "float32") -> Reference:
-    """Load a checkpoint's pipeline on the CPU.
+def load_reference(folder: Path, *, dtype: DType = "float32", loras: Sequence[Lora] = ()) -> Reference:
+    """Load a checkpoint's pipeline on the CPU, with LoRAs fused and the scheduler that they were distilled for.
 
     Raises:
         BackendMissingError: torch, diffusers or transformers is not installed.
-        CheckpointError, ExportError: see ``open_checkpoint``.
+        CheckpointError, ExportError: see ``open_checkpoint`` and ``fuse``.
     """
-    torch, diffusers = _torch(), _import("diffusers")
+    torch, diffusers = _torch(), import_package("diffusers")
     model = open_checkpoint(str(folder), weights=False).model
     kind = next(name for name, pipeline in PIPELINES.items() if pipeline == model.pipeline)
-    pipeline = getattr(diffusers, kind).from_pretrained(
-        folder, processor=_load_processor(folder / "processor"), dtype=getattr(torch, dtype), local_files_only=True
-    )
+    with quiet():
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            folder, processor=_load_processor(folder / "processor"), dtype=getattr(torch, dtype), local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
         module.eval().requires_grad_(False)
     pipeline.text_encoder.register_forward_pre_hook(_mark_image_tokens, with_kwargs=True)
+    fuse(pipeline, loras)
     return Reference(
         pipeline=pipeline,
         dtype=dtype,
@@ -323,7 +350,7 @@ def _mark_image_tokens(encoder: Any, arguments: Any, inputs: dict[str, Any]) -> 
 
 def _load_processor(folder: Path) -> Any:
     """The checkpoint's Qwen2VLProcessor without video, whose processor needs torchvision."""
-    transformers = _import("transformers")
+    transformers = import_package("transformers")
 
     class ImageTextProcessor(transformers.Qwen2VLProcessor):  # type: ignore[misc, name-defined]
         @classmethod
@@ -342,13 +369,4 @@ def _floats(tensor: Any) -> Floats:
 
 
 def _torch() -> Any:
-    return _import("torch")
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendMissingError(
-            f"{name} is not installed ({error}), which the reference needs; run `pip install 'qie[reference]'`"
-        ) from error
+    return import_package("torch")

@@ -321,6 +321,8 @@ class Manifest:
         engines: of every component.
         graphs: those whose engines are not built yet, because they need the machine with the GPU.
         calibration: source of the scales of quantized components; None without one.
+        planned_bytes: peak memory of the device in the largest edit, on a CPU of the whole process, as ``qie plan``
+            says; None in bundles of earlier versions.
     """
 
     schema: int
@@ -335,6 +337,7 @@ class Manifest:
     engines: tuple[EngineRecord, ...]
     graphs: tuple[GraphRecord, ...] = ()
     calibration: FileRecord | None = None
+    planned_bytes: _Number | None = None
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself, each once."""

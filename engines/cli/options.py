@@ -2,14 +2,25 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qie.engines.errors import RequestError
+from qie.engines.files import is_writable
 from qie.engines.terminal import say
 
-__all__ = ["BundleArgument", "BundleOption", "DeviceOption", "JsonOption", "examples", "parse_size", "print_json"]
+__all__ = [
+    "BundleArgument",
+    "BundleOption",
+    "DeviceOption",
+    "JsonOption",
+    "check_out",
+    "examples",
+    "parse_size",
+    "print_json",
+]
 
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")]
 BundleOption = Annotated[
@@ -29,6 +40,16 @@ SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 def examples(*commands: str) -> str:
     """The end of a command's help: command lines that work as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def check_out(path: Path | None, option: str = "out") -> None:
+    """Check before work is spent on it that the file ``path`` of ``option`` can be written; None is no file.
+
+    Raises:
+        RequestError: its folder is missing or read-only, or it is a folder, a device or a read-only file.
+    """
+    if path is not None and not is_writable(path):
+        raise RequestError(f"{path} cannot be written; choose a file in an existing folder", option=option)
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

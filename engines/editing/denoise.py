@@ -91,7 +91,7 @@ class Denoiser:
     Attributes:
         shape: (B, N, C) of the latents.
         steps: steps of the schedule.
-        steps_done: steps taken so far.
+        steps_done: steps taken or skipped so far.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Denoiser:
         self._latents, self._latents_next = inputs["latents"], outputs["latents_next"]
         self.shape = shape
         self.steps, self.steps_done = len(schedule.step_inputs), 0
+        self._ran = False
 
     @classmethod
     def start(
@@ -198,6 +199,15 @@ class Denoiser:
         else:
             session.copy(self._latents_next, self._latents)
         self.steps_done += 1
+        self._ran = True
+
+    def skip(self) -> None:
+        """Go on to the step after the next without running the engine; the latents stay as they are.
+
+        ``set_latents`` then gives the latents that the step starts from.
+        """
+        assert self.steps_done < self.steps, "every step of the schedule was taken"
+        self.steps_done += 1
 
     def latents(self) -> Array:
         """Latents float32 [B, N, C] after the steps so far."""
@@ -215,12 +225,12 @@ class Denoiser:
 
     def velocity(self) -> Array:
         """Velocity float32 [B, N, C] of the last step's conditional pass, before guidance."""
-        assert self.steps_done, "no step was taken yet"
+        assert self._ran, "no step was taken yet"
         return _download(self._session, self._outputs["velocity"])
 
     def negative_velocity(self) -> Array | None:
         """Velocity float32 [B, N, C] of the last step's negative pass; None without guidance."""
-        assert self.steps_done, "no step was taken yet"
+        assert self._ran, "no step was taken yet"
         if self._negative_outputs is None:
             return None
         return _download(self._session, self._negative_outputs["velocity"])

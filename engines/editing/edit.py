@@ -30,7 +30,7 @@ from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["ImageObserver", "edit", "start_noise"]
+__all__ = ["ImageObserver", "edit", "start_noise", "table_dtype"]
 
 Array = NDArray[np.float32]
 
@@ -68,7 +68,7 @@ def edit(
     schedule = stages.schedule(schedule_S)
     if schedule is None:
         with meter("modulation") as report:
-            dtype = _table_dtype(stages.engines["transformer"])
+            dtype = table_dtype(stages.engines["transformer"])
             tables = modulation_tables(stages.bundle, schedule_S, dtype=dtype, progress=report)
 
     # 4. Denoise. Prompts of one length make a batch, so nothing is padded and no result depends on its batch.
@@ -116,7 +116,7 @@ def edit(
     )
 
 
-def _table_dtype(engine: EngineRecord) -> Literal["float32", "bfloat16"]:
+def table_dtype(engine: EngineRecord) -> Literal["float32", "bfloat16"]:
     """The dtype in which the transformer reads its modulation."""
     (dtype,) = (spec.dtype for spec in engine.inputs if spec.name == "modulation")
     return "bfloat16" if dtype == "bfloat16" else "float32"

@@ -45,6 +45,7 @@ class Editor:
         residency: Residency | None = None,
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
+        threads: int = 0,
     ) -> None:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
 
@@ -57,10 +58,12 @@ class Editor:
                 RTX, which captures behind its API.
             specialization: kernels of TensorRT for RTX: "none" are those that serve every shape, "eager" are compiled
                 for every new shape before its first run; None is the bundle's default.
+            threads: of engines on the CPU; 0 is one per core.
 
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.
             EngineMismatchError, BackendMissingError: see ``choose_engines``.
+            RequestError: see ``Stages``.
         """
         from qie.engines.editing.conditioning import open_tokenizer
         from qie.engines.editing.stages import Stages
@@ -71,7 +74,12 @@ class Editor:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
         self.stages = Stages(
-            self.bundle, device=device, residency=residency, cuda_graphs=cuda_graphs, specialization=specialization
+            self.bundle,
+            device=device,
+            residency=residency,
+            cuda_graphs=cuda_graphs,
+            specialization=specialization,
+            threads=threads,
         )
         self.tokenizer = open_tokenizer(self.bundle)
         self._lock, self._edits, self._closes = threading.RLock(), False, False

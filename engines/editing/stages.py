@@ -50,6 +50,7 @@ class Stages:
         residency: Residency | None = None,
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
+        threads: int = 0,
     ) -> None:
         """Choose the engines; none is loaded.
 
@@ -61,10 +62,11 @@ class Stages:
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
                 RTX, see ``DeviceOptions``.
             specialization: kernels of TensorRT for RTX for shapes that vary; None is the bundle's default.
+            threads: of engines on the CPU; 0 is one per core.
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
-            RequestError: there is no such residency or specialization.
+            RequestError: there is no such residency or specialization, or threads are less than none.
         """
         for option, value, kinds in (
             ("residency", residency, get_args(Residency)),
@@ -72,10 +74,12 @@ class Stages:
         ):
             if value is not None and value not in kinds:
                 raise RequestError(f"the {option} is {value!r}; choose {' or '.join(kinds)}", option=option)
+        if threads < 0:
+            raise RequestError(f"{threads} threads were requested; give 0 for one per core, or more", option="threads")
         self.bundle = bundle
         self.engines = choose_engines(bundle, device) if engines is None else dict(engines)
         self.residency: Residency = residency or bundle.manifest.defaults.residency
-        self._index, self._cuda_graphs = device, cuda_graphs
+        self._index, self._cuda_graphs, self._threads = device, cuda_graphs, threads
         self._specialization: Specialization = specialization or bundle.manifest.defaults.specialization
         self._sessions: dict[Component, Session] = {}
         self._unloaded: set[Component] = set()
@@ -211,13 +215,13 @@ class Stages:
                 specialization=self._specialization,
                 unloads=self.residency == "sequential",
             )
-        engine, device, index = self.engines[component], self._device, self._index
+        engine, device, index, threads = self.engines[component], self._device, self._index, self._threads
         if device is not None and self.residency == "resident":
             others = [self.engines[c] for c in COMPONENTS if c != component and c not in self._sessions]
             device.weights_to_come = sum(file.bytes for other in others for file in other.files)
         try:
             self._sessions[component] = self.bundle.folder.read(
-                lambda folder: load(folder, engine, device, index), discard=lambda session: session.close()
+                lambda folder: load(folder, engine, device, index, threads), discard=lambda session: session.close()
             )
         except OSError as problem:
             raise BundleError(

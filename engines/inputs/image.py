@@ -171,6 +171,8 @@ def _identify(path: Path, file: Path | io.BytesIO) -> tuple[bytes, type[ImageFil
         raise ImageError(f"{path} does not exist; check the path") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    except ValueError as error:
+        raise ImageError(f"{_shortened(path)!r} is no name of a file ({error}); check it") from error
     if not head:
         raise ImageError(f"{path} is an empty file; give an image")
     for signature, reader in _READERS.items():

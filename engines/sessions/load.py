@@ -52,7 +52,9 @@ def open_device(
     return Device(sharing[0].compute_capability, options, device=device)
 
 
-def load(folder: Path, engine: EngineRecord, device: Device | None = None, index: int | None = None) -> Session:
+def load(
+    folder: Path, engine: EngineRecord, device: Device | None = None, index: int | None = None, threads: int = 0
+) -> Session:
     """Load ``engine`` of the bundle ``folder`` with its backend.
 
     Args:
@@ -60,6 +62,7 @@ def load(folder: Path, engine: EngineRecord, device: Device | None = None, index
         engine: of the bundle.
         device: of ``open_device``.
         index: CUDA index of the GPU, for a backend that shares no device; None for the first that fits.
+        threads: of an engine on the CPU; 0 for one per core.
 
     Raises:
         BackendMissingError: the backend's package is not installed.
@@ -73,26 +76,26 @@ def load(folder: Path, engine: EngineRecord, device: Device | None = None, index
             f"{engine.component} is built for {engine.backend}, which is not installed here; "
             f"run `{backend.install if backend else 'pip install --upgrade qie'}`"
         )
-    return SESSIONS[engine.backend](folder, engine, device, index)
+    return SESSIONS[engine.backend](folder, engine, device, index, threads)
 
 
-def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None, index: int | None) -> Session:
+def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None, index: int | None, threads: int) -> Session:
     from qie.engines.sessions.onnxruntime import OnnxRuntimeSession
 
     if engine.compute_capability == "cpu":
-        return OnnxRuntimeSession(folder, engine)
+        return OnnxRuntimeSession(folder, engine, threads=threads)
     gpu = choose_gpu(this_machine(), engine.compute_capability, index)
     return OnnxRuntimeSession(folder, engine, device=gpu.index)
 
 
-def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None, index: int | None) -> Session:
+def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None, index: int | None, threads: int) -> Session:
     from qie.engines.sessions.tensorrt.session import TensorRtSession
 
     assert device is not None
     return TensorRtSession(folder, engine, device)
 
 
-SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None, int | None], Session]] = {
+SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None, int | None, int], Session]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt,
     "tensorrt": _tensorrt,

@@ -14,12 +14,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from qie.engines.backends import EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import EngineRecord
 from qie.engines.errors import BundleError, EngineError, EngineMismatchError, first_line
 from qie.engines.files import qie_home
 from qie.engines.sessions.session import Tensor
 
-__all__ = ["OnnxRuntimeSession", "preload_cuda"]
+__all__ = ["OnnxRuntimeSession", "preload_cuda", "session_options"]
 
 DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
 
@@ -56,18 +57,7 @@ class OnnxRuntimeSession:
         self._outputs = {spec.name: spec for spec in engine.outputs}
         self._device = "cpu" if engine.compute_capability == "cpu" else "cuda"
         self._index = device if self._device == "cuda" else 0
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        if self._device == "cpu":
-            # one arena for all sessions, which grows by what is asked for: else each session keeps twice its peak
-            _share_arena()
-            options.add_session_config_entry("session.use_env_allocators", "1")
-            options.enable_mem_pattern = False
-        # threads that spin after a run would keep cores from the next session
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options = session_options(engine, threads=threads)
         providers = [("CPUExecutionProvider", {})] if self._device == "cpu" else _gpu_providers(engine, device)
         try:  # without the fallback of the Python package, which prints to stdout
             self._session = ort.InferenceSession(
@@ -130,6 +120,25 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Release the graph and its weights."""
         del self._session
+
+
+def session_options(engine: EngineRecord, *, threads: int = 0) -> Any:
+    """The ``SessionOptions`` with which the graph of ``engine`` runs, on ``threads`` of the CPU; 0 for one per core."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # threads that spin after a run would keep cores from the next session
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # inputs of products whose weights alone are quantized stay in float32: the default rounds them to 8 bits
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if engine.compute_capability == "cpu":
+        # one arena for all sessions, which grows by what is asked for: else each session keeps twice its peak
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_mem_pattern = False
+        if engine.quantization is not None and engine.quantization.scheme in EXPANDED_ON_CPU:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 @cache

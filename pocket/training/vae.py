@@ -22,7 +22,7 @@ from pocket.data.images import HELD_OUT, SIDE, TRAINED, center_crop, random_crop
 from pocket.model.vae import build_vae, decode, encode, to_unit
 from pocket.training.muon import Muon, split_parameters
 from pocket.training.run import Run, learning_rate
-from qie.compiler.validation.metrics import psnr_db
+from qie.compiler.metrics.error import psnr_db
 
 __all__ = ["draw_pool"]
 

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from qie.engines.errors import BundleError
-from qie.engines.files import leftovers_of, qie_home, replacing, sha256_of, temporary_name, try_lock
+from qie.engines.files import (
+    is_writable,
+    leftovers_of,
+    qie_home,
+    read_regular,
+    replacing,
+    sha256_of,
+    temporary_name,
+    try_lock,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -207,3 +216,37 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         temporary.write_text("whole")
     assert (tmp_path / "out").read_text() == "whole"
     assert half.exists()
+
+
+# Before the work
+
+
+def test_a_file_can_be_written_where_replacing_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "ahead").symlink_to("absent")
+    for name in ("there", "absent", "link", "ahead"):
+        assert is_writable(tmp_path / name), name
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("new")
+
+
+def test_what_is_no_place_for_a_file_cannot_be_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "away").symlink_to("none/x")
+    for name in ("pipe", "loop", "away", "none/x", "n" * 300, "a\0", ".", "/dev/full"):
+        assert not is_writable(tmp_path / name), name
+
+
+def test_only_a_regular_file_of_some_size_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1234")
+    assert read_regular(tmp_path / "file", most=4) == b"1234"
+    with pytest.raises(ValueError, match="it has 4 bytes"):
+        read_regular(tmp_path / "file", most=3)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("/dev/full")):
+        with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+            read_regular(path, most=4)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "none", most=4)

@@ -67,7 +67,7 @@ def test_every_leaf_with_every_extreme(copied: Path) -> None:
     places = [place for place in leaves(data) if place[0] not in ("digest", "schema")]
     assert len(places) > 80
     refused = edited = 0
-    for place, value in spread([(place, value) for place in places for value in EXTREMES], 700):
+    for place, value in spread([(place, value) for place in places for value in EXTREMES], 150):
         path.write_text(json.dumps(seal(changed(data, place, value))))
         try:
             edit(copied)

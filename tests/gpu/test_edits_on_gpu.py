@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qie.compiler.validation.metrics import psnr_db, relative_l2
+from qie.compiler.metrics.error import psnr_db, relative_l2
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.editing.denoise import StepState

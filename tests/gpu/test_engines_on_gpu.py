@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from qie.compiler.metrics.error import relative_l2
 from qie.compiler.selftest.recording import Run
-from qie.compiler.validation.metrics import relative_l2
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import RequestError

@@ -74,7 +74,7 @@ def test_the_thin_runtime_works_alone(words: tuple[str, ...], workplace: Path, n
 
 
 @pytest.mark.parametrize(
-    "words", [("build",), ("export",), ("plan",), ("calibrate", "--images", ".")], ids=lambda w: w[0]
+    "words", [("build",), ("export",), ("plan",), ("golden",), ("calibrate", "--images", ".")], ids=lambda w: w[0]
 )
 def test_building_says_what_to_install(words: tuple[str, ...], workplace: Path, checkpoint: Path) -> None:
     done = watched(*words, checkpoint, blocked=HEAVY)

@@ -113,7 +113,8 @@ def packaged() -> dict[str, bytes]:
     """What must be installed, by its name below the import root's parent."""
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
     recipes += [path for path in (ROOT / "recipes" / "pocket").rglob("*") if path.is_file()]
-    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes]}
+    styles = list((ROOT / "compiler").rglob("*.css"))
+    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes, *styles]}
     return files | {f"qie/{name}": (ROOT / "src" / "qie" / name).read_bytes() for name in ("__init__.py", "py.typed")}
 
 
@@ -128,16 +129,17 @@ def metadata(distributions: Distributions) -> Message:
     return email.message_from_string(dist_info(distributions.wheel, "METADATA"))
 
 
-def test_the_wheel_holds_sources_and_recipes_and_nothing_else(distributions: Distributions) -> None:
+def test_the_wheel_holds_sources_styles_and_recipes_and_nothing_else(distributions: Distributions) -> None:
     held = {name: content for name, content in distributions.wheel.items() if ".dist-info/" not in name}
     assert sorted(held) == sorted(packaged())
     assert held == packaged()
 
 
 def test_the_wheel_is_small(distributions: Distributions) -> None:
-    """Weights of the pocket model included, which are 24 MB at the most."""
-    weights = [content for name, content in distributions.wheel.items() if name.endswith(".safetensors")]
-    assert 20e6 < sum(map(len, weights)) < 24e6
+    """The pocket model included: weights of at most 24 MB, and a golden file of at most 2 MB."""
+    tensors = {name: len(content) for name, content in distributions.wheel.items() if name.endswith(".safetensors")}
+    assert tensors.pop("qie/recipes/pocket/golden.safetensors") < 2e6
+    assert 20e6 < sum(tensors.values()) < 24e6
     assert sum(map(len, distributions.wheel.values())) < 32e6
 
 

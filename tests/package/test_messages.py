@@ -11,7 +11,7 @@ from tests.support.repository import ROOT
 
 SOURCES = sorted(path for room in ("compiler", "engines") for path in (ROOT / room).rglob("*.py"))
 ERRORS = re.compile(
-    r"(Recipe|Checkpoint|Calibration|Export|Build|Bundle|EngineMismatch|BackendMissing|Request|Image|Engine)Error"
+    r"(Recipe|Checkpoint|Calibration|Golden|Export|Build|Bundle|EngineMismatch|BackendMissing|Request|Image|Engine)Error"
 )
 MESSAGES = re.compile(r"unavailable|_(.*_)?(refusal|obstacle|out_of_memory|sentence|choices)")
 """Functions whose text becomes the message of an error."""

@@ -96,7 +96,7 @@ class AbacusSession(OnnxRuntimeSession):
         self.loaded.append(engine.component)
 
 
-def abacus_session(folder: Path, engine: EngineRecord, device: object, index: int | None) -> Session:
+def abacus_session(folder: Path, engine: EngineRecord, device: object, index: int | None, threads: int) -> Session:
     assert device is None
     assert index is None
     return AbacusSession(folder, engine)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qie.compiler.validation.metrics import relative_l2
+from qie.compiler.metrics.error import relative_l2
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables

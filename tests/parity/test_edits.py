@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qie.compiler.validation.metrics import relative_l2
+from qie.compiler.metrics.error import relative_l2
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.request import Request
 from tests.support.images import smooth_image

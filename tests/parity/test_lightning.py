@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.distilled import SCHEDULES
 from qie.compiler.checkpoint.lora import open_lora
+from qie.compiler.metrics.error import psnr_db
 from qie.compiler.planning.resolve import plan_build
-from qie.compiler.validation.metrics import psnr_db
 from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qie.compiler.metrics.error import psnr_db
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
 from qie.compiler.synthetic.checkpoint import write_checkpoint
-from qie.compiler.validation.metrics import psnr_db
 from qie.compiler.validation.reference import Reference, load_reference
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor

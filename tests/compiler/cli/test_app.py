@@ -66,7 +66,7 @@ def test_an_example_can_be_parsed(example: str) -> None:
     command.make_context(name, words)
 
 
-@pytest.mark.parametrize("command", ["build", "calibrate", "export", "inspect", "plan", "rm", "run"])
+@pytest.mark.parametrize("command", ["build", "calibrate", "export", "golden", "inspect", "plan", "rm", "run"])
 def test_without_arguments_there_is_help(qie: Qie, command: str, qie_home: Path) -> None:
     done = qie(command)
     assert f"Usage: qie {command}" in done.stdout + done.stderr

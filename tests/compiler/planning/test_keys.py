@@ -10,6 +10,9 @@ import pytest
 
 import qie
 from qie.compiler.backends import BUILDERS
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.graphs.source import SOURCE
 from qie.compiler.planning.keys import engine_key, graph_keys
 from qie.compiler.planning.plan import Plan
 from qie.compiler.recipe.load import load_recipe
@@ -107,3 +110,12 @@ def test_the_version_of_the_backend_decides_an_engine(monkeypatch: pytest.Monkey
     before = engine_key("graph", "onnxruntime", recipe, ())
     monkeypatch.setitem(BUILDERS, "onnxruntime", SimpleNamespace(version=lambda: "0.0.0"))
     assert engine_key("graph", "onnxruntime", recipe, ()) != before
+
+
+def test_where_the_code_of_a_graph_stands_does_not_count(checkpoint: Path) -> None:
+    graph = GRAPHS["vae_encoder"](open_checkpoint(str(checkpoint), weights=False).model, "float32")
+    digest = graph.digest()
+    for node in graph.model.graph:
+        assert node.metadata_props[SOURCE].startswith("compiler/graphs/vae.py:")
+        node.metadata_props[SOURCE] = "compiler/graphs/vae.py:1"
+    assert graph.digest() == digest

@@ -12,6 +12,7 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
+from qie.compiler.metrics.error import relative_l2
 from qie.compiler.quantization.blockwise import Segment, Values, run
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import excluded, linear_inputs, linear_nodes, linears
@@ -20,7 +21,6 @@ from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader, smoothing_groups
 from qie.compiler.recipe.schema import ComponentRecipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
-from qie.compiler.validation.metrics import relative_l2
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import RotarySpec
 from qie.engines.errors import CalibrationError, RecipeError

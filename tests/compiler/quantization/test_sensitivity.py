@@ -9,6 +9,7 @@ import pytest
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
+from qie.compiler.metrics.error import pooled_relative_l2
 from qie.compiler.quantization.blockwise import Values, run
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
@@ -16,7 +17,6 @@ from qie.compiler.quantization.qdq import quantize_linears
 from qie.compiler.quantization.samples import CalibrationSample, component_values
 from qie.compiler.quantization.sensitivity import RESULTS, Sensitivity, choose, sensitivity
 from qie.compiler.quantization.smoothing import smoothed_modulation, smoothed_reader
-from qie.compiler.validation.metrics import pooled_relative_l2
 
 
 def quiet(what: str, done: int, total: int) -> None:

@@ -79,14 +79,13 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, text
         "schema = 1" + GPU,
         GPU + "[components.transformer]\nquantization = 'fp8'",
         GPU + "[components.transformer]\nkeep = ['transformer_blocks.0.*']",
-        GPU + "[gates]\nedit_ssim = 0.9",
         'extends = "l40s"\n[components.transformer]\nkeep = []',
     ],
 )
 def test_a_recipe_of_schema_1_is_refused_with_the_new_keys(tmp_path: Path, text: str) -> None:
     assert refusal(tmp_path, text) == (
         "FILE has schema 1, expected 2; rename the component keys quantization to scheme and keep to exclude, "
-        "delete [gates] and set schema to 2"
+        "take the keys of [gates] from recipes/README.md and set schema to 2"
     )
 
 

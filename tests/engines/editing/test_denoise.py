@@ -139,3 +139,19 @@ def test_a_step_is_a_run_of_the_ten_inputs(editor: Editor, conditioning: Conditi
         session.run({name: session.upload(array) for name, array in feed.items()}, outputs)
         assert np.array_equal(session.download(outputs["velocity"]), denoiser.velocity())
         assert np.array_equal(session.download(outputs["latents_next"]), denoiser.latents())
+
+
+def test_a_skipped_step_runs_nothing(
+    editor: Editor, conditioning: Conditioning, noise: np.ndarray, states: list[StepState]
+) -> None:
+    denoiser = start(editor, conditioning, noise)
+    denoiser.skip()
+    denoiser.skip()
+    assert (denoiser.steps_done, denoiser.sigma) == (2, states[2].sigma)
+    assert np.array_equal(denoiser.latents(), noise)
+    with pytest.raises(AssertionError):
+        denoiser.velocity()
+    denoiser.set_latents(states[2].latents)
+    denoiser.step()
+    assert np.array_equal(denoiser.velocity(), states[2].velocity)
+    assert np.array_equal(denoiser.latents(), states[3].latents)

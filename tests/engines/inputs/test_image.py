@@ -218,6 +218,8 @@ def test_an_unusable_profile_is_ignored_and_said(tmp_path, profile):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(ImageError, match="is no name of a file .*; check it"):
+        load_image(tmp_path / "a.png\0")
     with pytest.raises(ImageError, match="does not exist; check the path"):
         load_image(tmp_path / "none.png")
     with pytest.raises(ImageError, match="is a folder; give an image file"):

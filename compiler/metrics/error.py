@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["pooled_relative_l2", "psnr_db", "relative_l2"]
+__all__ = ["cosine", "pooled_relative_l2", "psnr_db", "relative_l2"]
 
 Array = NDArray[Any]
 
@@ -35,10 +35,11 @@ def relative_l2(values: Array, expected: Array) -> float:
 
     Args:
         values: An array of any shape and dtype.
-        expected: The array it should be, of the same shape; not all zero.
+        expected: The array it should be, of the same shape.
 
     Returns:
-        Lower is closer, 0 for equal arrays.
+        Lower is closer, 0 for equal arrays; infinite where all is expected to be zero and is not, not
+        a number where there is nothing to compare.
     """
     return pooled_relative_l2([values], [expected])
 
@@ -48,14 +49,39 @@ def pooled_relative_l2(samples: Sequence[Array], expected: Sequence[Array]) -> f
 
     Args:
         samples: One array a sample; samples may differ in shape.
-        expected: The arrays they should be, in the same order and of the same shapes; not all zero.
+        expected: The arrays they should be, in the same order and of the same shapes.
 
     Returns:
-        Lower is closer, 0 for equal arrays.
+        Lower is closer, 0 for equal arrays; infinite where all is expected to be zero and is not, not
+        a number where there is nothing to compare.
     """
     error = reference = 0.0
     for sample, exact in zip(samples, expected, strict=True):
         assert sample.shape == exact.shape, (sample.shape, exact.shape)
         error += float(np.square(sample.astype(np.float64) - exact).sum())
         reference += float(np.square(exact.astype(np.float64)).sum())
+    if not sum(sample.size for sample in samples):
+        return math.nan
+    if reference == 0:
+        return 0.0 if error == 0 else math.inf
     return math.sqrt(error / reference)
+
+
+def cosine(values: Array, expected: Array) -> float:
+    """Cosine similarity: ``⟨values, expected⟩ / (‖values‖₂ ‖expected‖₂)`` over all elements.
+
+    Args:
+        values: An array of any shape and dtype.
+        expected: The array it should be, of the same shape.
+
+    Returns:
+        1 for equal directions, -1 for opposite ones; 1 for two arrays of zeros and 0 for one of zeros; not a number for
+        empty arrays.
+    """
+    a, b = values.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if not a.size:
+        return math.nan
+    if norms == 0:
+        return 1.0 if np.array_equal(a, b) else 0.0
+    return float(np.clip(a @ b / norms, -1, 1))

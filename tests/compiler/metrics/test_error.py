@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qie.compiler.validation.metrics import pooled_relative_l2, psnr_db, relative_l2
+from qie.compiler.metrics.error import pooled_relative_l2, psnr_db, relative_l2
 
 
 def test_psnr_of_a_constant_difference() -> None:

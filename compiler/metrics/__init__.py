@@ -1,0 +1,1 @@
+"""Distances between a result and what it should be; no verdicts."""

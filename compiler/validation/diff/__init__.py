@@ -1,0 +1,1 @@
+"""What differs between two bundles: records, layers and kernels, graphs and weights, velocities."""

@@ -1,0 +1,210 @@
+"""The graphs of a bundle, built again from its checkpoint in float32 for onnxruntime on the CPU.
+
+Engines run on their GPU alone. What a machine without it can judge is the graph that they were built from: the same
+layers, the same quantization with the same scales, computed in float32. ``other_graphs`` says of which engines that is
+not known.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
+from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
+from qie.compiler.packing.export import export_graphs
+from qie.compiler.planning.keys import engine_key, graph_keys
+from qie.compiler.planning.plan import Plan, make_plan
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.planning.resolve import LoraSource
+from qie.compiler.quantization.calibration import Calibration
+from qie.compiler.recipe.schema import Components, Recipe
+from qie.compiler.validation.golden.match import is_of_pocket
+from qie.compiler.validation.onnx_file import calibration_of
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
+from qie.engines.errors import CheckpointError
+from qie.engines.files import sha256_of
+from qie.engines.machine import this_machine
+from qie.engines.progress import Progress, no_progress
+
+__all__ = ["Rebuild", "cpu_recipe", "find_model", "other_contents", "other_graphs", "plan_rebuild"]
+
+
+def find_model(bundle: Bundle) -> str | None:
+    """The model of ``bundle`` where it is known without being named: pocket, which comes with qie; else None."""
+    return str(POCKET) if is_of_pocket(bundle) else None
+
+
+def cpu_recipe(recipe: Recipe) -> Recipe:
+    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates."""
+    sections = {name: replace(recipe.components[name], precision="float32") for name in COMPONENTS}
+    return replace(
+        recipe,
+        gpu="CPU",
+        compute_capability=None,
+        memory_gib=max(0.25, this_machine().memory_gib),
+        backends=("onnxruntime",),
+        specialization="none",
+        residency="resident",
+        components=Components(**sections),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuild:
+    """The plans of two builds from the checkpoint of a bundle.
+
+    Attributes:
+        own: of the bundle itself.
+        cpu: of its graphs in float32, for onnxruntime on the CPU.
+    """
+
+    own: Plan
+    cpu: Plan
+
+
+def plan_rebuild(
+    bundle: Bundle,
+    recipe: Recipe,
+    model: str,
+    destination: Path,
+    *,
+    loras: Sequence[LoraSource] = (),
+    progress: Progress = no_progress,
+) -> Rebuild:
+    """Plan the build of the graphs of ``bundle`` from the checkpoint ``model`` into the folder ``destination``.
+
+    Args:
+        bundle: an opened bundle.
+        recipe: of its manifest.
+        model: folder or hub id of its checkpoint.
+        destination: an empty folder.
+        loras: those of the bundle, in their order.
+        progress: called with what is read, bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: the checkpoint or a LoRA is not the bundle's.
+        QieError: see ``make_plan``.
+    """
+    manifest = bundle.manifest
+    checkpoint = open_checkpoint(model, weights=False).with_weights(progress=partial(progress, "download"))
+    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    if digest != manifest.model.digest:
+        raise CheckpointError(
+            f"{model} has the digest {digest[:12]}, and {bundle.name} was built from {manifest.model.name} with "
+            f"{manifest.model.digest[:12]}; name the checkpoint of the bundle",
+            option="model",
+        )
+    opened = _loras(bundle, loras)
+    calibration = calibration_of(bundle)
+    own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
+    if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
+        raise CheckpointError(
+            f"{bundle.name} has another noise schedule than {model} with its LoRAs, chosen by name; build it "
+            "again without choosing one",
+            option="model",
+        )
+    cpu = _plan(checkpoint, "cpu", cpu_recipe(recipe), opened, calibration, destination)
+    return Rebuild(own=own, cpu=cpu)
+
+
+def other_graphs(bundle: Bundle, plan: Plan, folder: Path, *, progress: Progress = no_progress) -> list[str]:
+    """What of ``bundle`` is not of the graphs of ``plan``, as sentences.
+
+    The key of an engine is a digest of its graph, weights, target and tool versions (``qie.compiler.planning.keys``).
+    The ONNX graphs of the bundle, those that wait for their engine among them, are also written again into ``folder``
+    and compared by their digests, and so are the constants of the model.
+    """
+    return [
+        *_other_keys(bundle, plan, progress),
+        *_other_files(bundle, plan, folder, progress),
+        *_other_model(bundle, plan),
+    ]
+
+
+def _other_keys(bundle: Bundle, plan: Plan, progress: Progress) -> Iterator[str]:
+    checkpoint = plan.checkpoint
+    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    graphs = graph_keys(plan, digest)
+    planned = {p.component: p for p in plan.components}
+    for engine in bundle.manifest.engines:
+        shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
+        graph, version = graphs[engine.component], engine.backend_version
+        if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
+            yield f"{engine.component} was built from another graph, or by another version of qie or ONNX"
+    for waiting in bundle.manifest.graphs:
+        if waiting.key != graphs[waiting.component]:
+            yield f"the graph of {waiting.component} is another one, or of another version of qie or ONNX"
+
+
+def _other_files(bundle: Bundle, plan: Plan, folder: Path, progress: Progress) -> Iterator[str]:
+    """The files of ONNX graphs in ``bundle`` that are not what the plan writes."""
+    engines = [engine for engine in bundle.manifest.engines if not BACKENDS[engine.backend].compiles]
+    records: list[EngineRecord | GraphRecord] = [*bundle.manifest.graphs, *engines]
+    if not records:
+        return
+    export_graphs(replace(plan, destination=folder), weights=True, progress=progress)
+    for record in records:
+        for file in record.files:
+            if sha256_of(folder / file.path) != file.sha256:
+                yield f"{file.path} of {record.component} is not what its checkpoint and recipe give"
+
+
+def _other_model(bundle: Bundle, plan: Plan) -> Iterator[str]:
+    """The constants in the manifest that are not the model's, and another default or limit."""
+    model, found = plan.model, bundle.manifest.model
+    expected = {
+        "pipeline": model.pipeline, "areas": model.areas, "scheduler": model.scheduler, "vision": model.processor,
+        "prompt": model.prompt, "rotary": model.rotary, "latent_channels": model.vae.z_dim,
+    }  # fmt: skip
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            yield f"the manifest has another {name} than the checkpoint"
+    default = model.schedules(plan.recipe)[0]
+    if (bundle.manifest.defaults.steps, bundle.manifest.defaults.guidance) != (default.steps, default.guidance):
+        yield f"the defaults of an edit are not {default.steps} steps with guidance {default.guidance:g}"
+    if bundle.manifest.limits != model.limits(plan.recipe):
+        yield "the limits in the manifest are not those of the recipe"
+
+
+def other_contents(bundle: Bundle, rebuilt: Bundle) -> list[str]:
+    """What ``bundle`` has beside its engines and is not what its checkpoint gives, as sentences."""
+    pairs = [
+        ("the tokenizer", bundle.manifest.tokenizer, rebuilt.manifest.tokenizer),
+        ("the modulation", bundle.manifest.model.modulation.file, rebuilt.manifest.model.modulation.file),
+    ]
+    return [f"{what} is not that of its checkpoint" for what, own, other in pairs if own.sha256 != other.sha256]
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    name: str,
+    recipe: Recipe,
+    loras: Sequence[Lora],
+    calibration: Calibration | None,
+    destination: Path,
+) -> Plan:
+    return make_plan(
+        checkpoint,
+        recipe_name=name,
+        recipe=recipe,
+        loras=loras,
+        destination=destination,
+        calibration=calibration,
+        allow_unread=True,
+    )
+
+
+def _loras(bundle: Bundle, sources: Sequence[LoraSource]) -> list[Lora]:
+    recorded = bundle.manifest.loras
+    weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in sources]
+    opened = [open_lora(Path(path), weight) for path, weight in weighted]
+    wanted = [(lora.sha256, lora.weight) for lora in recorded]
+    if [(lora.digest(), lora.weight) for lora in opened] != wanted:
+        names = ", ".join(f"{lora.name}:{lora.weight:g}" for lora in recorded) or "none"
+        raise CheckpointError(
+            f"the LoRAs are not those of {bundle.name}, which has {names}; name these, in this order", option="loras"
+        )
+    return opened

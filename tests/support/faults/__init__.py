@@ -1,0 +1,1 @@
+"""Faults of bundles and of code, and what ``qie validate`` must say of each."""
