@@ -1,6 +1,6 @@
 """The parity tests can fail: each of these, broken in a copy of the project, turns the named test red.
 
-``make test`` breaks three of them, ``make test-soak`` all. ``tests/faults/injection`` breaks such code for `qie validate`.
+``make test`` breaks three of them, ``make test-soak`` all. ``tests/faults/injection`` does the same to `qie validate`.
 """
 
 import os
