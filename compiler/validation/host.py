@@ -12,7 +12,7 @@ from qie.compiler.validation.subject import Executed, request_of
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.editing.conditioning import open_tokenizer
+from qie.engines.editing.conditioning import open_tokenizer, prepare_images
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import (
     Feed,
@@ -22,7 +22,7 @@ from qie.engines.inputs.feeds import (
     transformer_feed,
     vision_feed,
 )
-from qie.engines.inputs.image import Prepared, prepare
+from qie.engines.inputs.image import Prepared
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.prompt import PromptTokens, encode
 from qie.engines.inputs.rotary import noise_latents
@@ -92,12 +92,9 @@ def component_feed(executed: Executed, case: GoldenCase, component: Component, *
 
 
 def _prepared(bundle: Bundle, case: GoldenCase) -> list[Prepared]:
-    """The two copies of every image, as ``qie.engines.editing.conditioning`` makes them."""
-    manifest = bundle.manifest
-    settings = resolve(request_of(case), manifest)
-    *others, last = case.images
-    prepared = [prepare(image, manifest.model.areas) for image in others]
-    return [*prepared, prepare(last, manifest.model.areas, size=settings.reference)]
+    """The two copies of every image."""
+    request, manifest = request_of(case), bundle.manifest
+    return prepare_images(request, resolve(request, manifest), manifest.model.areas)
 
 
 def _own(bundle: Bundle, case: GoldenCase) -> Arrays:

@@ -76,13 +76,14 @@ def table_differences(bundle: Bundle, recipe: Recipe) -> tuple[list[tuple[int, S
     explained = {file.path for file, _ in _tables(bundle, recipe)}
     first, steps = recipe.schedules[0], manifest.defaults.steps
     sizes = recipe.schedule_sizes(first, manifest.model.areas.vae_area)
-    missing = [(steps, size) for size in sizes if _path(manifest, steps, size.tokens) not in stored]
+    missing = [(steps, size) for size in sizes if _table(manifest, steps, size.tokens)[0] not in stored]
     return missing, sorted(stored - explained)
 
 
-def _path(manifest: Manifest, steps: int, noise_tokens: int) -> str:
+def _table(manifest: Manifest, steps: int, noise_tokens: int) -> tuple[str, Floats]:
+    """The path of the table of a schedule, and the schedule, float32 [S + 1]."""
     schedule_S = sigmas(manifest.model.scheduler, steps=steps, noise_tokens=noise_tokens)
-    return f"{SCHEDULES}/{table_name(manifest.model.modulation, schedule_S)}"
+    return f"{SCHEDULES}/{table_name(manifest.model.modulation, schedule_S)}", schedule_S
 
 
 def _tables(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[FileRecord, Floats]]:
@@ -93,8 +94,8 @@ def _tables(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[FileRecord, Floats
     tokens = {size.tokens for size in manifest.limits.buckets}
     for count in sorted(steps):
         for noise_tokens in sorted(tokens):
-            schedule_S = sigmas(manifest.model.scheduler, steps=count, noise_tokens=noise_tokens)
-            file = stored.pop(f"{SCHEDULES}/{table_name(manifest.model.modulation, schedule_S)}", None)
+            path, schedule_S = _table(manifest, count, noise_tokens)
+            file = stored.pop(path, None)
             if file is not None:
                 yield file, schedule_S
 

@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.specs import SIDE_MULTIPLE
+from qie.engines.bundle.specs import SIDE_MULTIPLE, Areas
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import Settings, check_prompts, check_references
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import BundleError
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.image import Prepared, prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.tokenizer import load_tokenizer
 from qie.engines.inputs.vision import vision_inputs
 from qie.engines.progress import no_progress
 
-__all__ = ["Conditioning", "condition", "open_tokenizer"]
+__all__ = ["Conditioning", "condition", "open_tokenizer", "prepare_images"]
 
 Array = NDArray[np.float32]
 
@@ -59,9 +59,7 @@ def condition(
     model = stages.bundle.manifest.model
 
     # 1. The two copies of each image, and the tokens of each prompt. The negative prompt sees the same images.
-    *others, last = request.images
-    prepared = [prepare(image, model.areas) for image in others]
-    prepared.append(prepare(last, model.areas, size=settings.reference))
+    prepared = prepare_images(request, settings, model.areas)
     check_references([copies.vae.shape[:2] for copies in prepared], stages.engines["vae_encoder"])
     vision = vision_inputs([copies.vision for copies in prepared], model.vision)
     tokens = partial(encode, tokenizer, grids=vision.grids, spec=model.prompt)
@@ -89,6 +87,17 @@ def condition(
             *((latents_hwC.shape[0], latents_hwC.shape[1]) for latents_hwC in latents),
         ),
     )
+
+
+def prepare_images(request: Request, settings: Settings, areas: Areas) -> list[Prepared]:
+    """The two copies of every image of ``request``; the last one has the size that ``settings`` say.
+
+    Raises:
+        ImageError: an image is too narrow.
+    """
+    *others, last = request.images
+    prepared = [prepare(image, areas) for image in others]
+    return [*prepared, prepare(last, areas, size=settings.reference)]
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:
