@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.errors import BackendMissingError
@@ -14,6 +15,7 @@ __all__ = [
     "BACKENDS",
     "EXPANDED_ON_CPU",
     "Backend",
+    "Source",
     "available",
     "built_for_cuda",
     "cuda_fix",
@@ -27,6 +29,11 @@ __all__ = [
 ]
 
 
+Source = Literal["graph", "tensorrt-llm", "transformers"]
+"""What an engine is made from: an ONNX graph, a checkpoint in the format of TensorRT-LLM, or a text encoder as
+transformers stores it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
     """The facts of a backend. The code that goes with them is in ``BUILDERS`` and ``SESSIONS``.
@@ -36,12 +43,16 @@ class Backend:
         install: command that installs them.
         distributions: (CUDA major, package) of every package that may provide the executing module.
         components: what it can run.
+        precisions: in which it computes; empty for all.
+        schemes: quantization schemes that it executes; None for all, and for attention in FP8.
+        source: what its engines are made from.
         on_cpu: executes engines built for a CPU.
         on_gpu: executes engines built for a GPU.
         gpu_package: package that takes the place of the executing one on a GPU; None where that is the same.
         gpu_install: commands that install ``gpu_package``, whatever is installed before them.
         quantized_bfloat16: executes quantized graphs on a GPU that compute in bfloat16.
         shares_device: its sessions share one stream and one arena on a GPU.
+        imports_slowly: its module brings PyTorch, and takes seconds to import.
         version_locked: an engine runs only with the version that built it.
         build_module: Python module that builds engines.
         build_install: command that installs it.
@@ -58,12 +69,16 @@ class Backend:
     install: str
     distributions: tuple[tuple[int, str], ...] = ()
     components: tuple[Component, ...] = COMPONENTS
+    precisions: tuple[str, ...] = ()
+    schemes: tuple[str, ...] | None = None
+    source: Source = "graph"
     on_cpu: bool = False
     on_gpu: bool = True
     gpu_package: str | None = None
     gpu_install: str | None = None
     quantized_bfloat16: bool = True
     shares_device: bool = False
+    imports_slowly: bool = False
     version_locked: bool = False
     build_module: str
     build_install: str
@@ -110,6 +125,22 @@ BACKENDS: dict[str, Backend] = {
         adds_workspace=True,
         fp8_attention="9.0",
     ),
+    "tensorrt-llm": Backend(
+        modules=("tensorrt_llm", "cuda.bindings"),
+        install="pip install 'qie[trtllm]'",
+        distributions=((13, "tensorrt-llm"),),
+        components=("language",),
+        precisions=("bfloat16",),
+        schemes=("fp8", "int8-smooth", "w8a16", "w4a16"),
+        source="tensorrt-llm",
+        shares_device=True,
+        imports_slowly=True,
+        version_locked=True,
+        build_module="tensorrt_llm",
+        build_install="pip install 'qie[trtllm]'",
+        builds_on_gpu=True,
+        host_factor=3.1,
+    ),
 }
 """The backends of this qie.
 
@@ -143,11 +174,13 @@ def available(backend: str) -> bool:
 
 
 def version(backend: str) -> str:
-    """The version of an available backend, as its module reports it.
+    """The version of an available backend, as its module reports it; of a slow one that of its package.
 
     Raises:
         BackendMissingError: the module does not load.
     """
+    if BACKENDS[backend].imports_slowly:
+        return version_of(distribution(backend)) or "unknown"
     try:
         return str(import_module(BACKENDS[backend].modules[0]).__version__)
     except (ImportError, OSError) as problem:

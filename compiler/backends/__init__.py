@@ -1,10 +1,11 @@
-"""Builders from graph to engine, one per backend; TensorRT and TensorRT for RTX share theirs."""
+"""Builders of engines, one per backend; TensorRT and TensorRT for RTX share theirs."""
 
 from pathlib import Path
 from typing import Protocol
 
 from qie.compiler.backends import onnxruntime
 from qie.compiler.backends.tensorrt.builder import TensorRT
+from qie.compiler.backends.tensorrt_llm import builder as tensorrt_llm
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.progress import StageProgress
@@ -59,5 +60,6 @@ BUILDERS: dict[str, Builder] = {
     "onnxruntime": onnxruntime,
     "tensorrt-rtx": TensorRT("tensorrt-rtx"),
     "tensorrt": TensorRT("tensorrt"),
+    "tensorrt-llm": tensorrt_llm,
 }
 """Backend -> its builder. ``qie.engines.backends`` has the facts of a backend, such as the module that builds."""

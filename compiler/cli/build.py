@@ -11,6 +11,7 @@ from qie.compiler.cli.options import (
     AllowUnreadOption,
     CalibrationOption,
     GpuOption,
+    LanguageOption,
     LoraOption,
     ModelArgument,
     RevisionOption,
@@ -30,6 +31,7 @@ __all__ = ["build"]
 def build(
     model: ModelArgument = DEFAULT_MODEL,
     gpu: GpuOption = "cpu",
+    language: LanguageOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the bundle.", show_default="$QIE_HOME/bundles/NAME")
     ] = None,
@@ -73,6 +75,7 @@ def build(
         schedule=schedule,
         allow_unread=allow_unread,
         device=device,
+        language=language,
     )
     if not as_json:
         say(describe(plan))
@@ -145,6 +148,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
                 "nodes": c.nodes,
                 "parameters": c.parameters,
                 "bytes": c.bytes,
+                "finish_bytes": c.finish_bytes,
             }
             for c in plan.components
         ],
@@ -168,15 +172,43 @@ def describe(plan: "Plan") -> str:
     if problem is not None:
         sections.append(wrap(f"no builder: {problem}"))
     sections += [wrap(f"note: {note}") for note in plan.notes]
-    later = [c for c in plan.components if c.finish is not None]
-    if later:
+    sections += _later(plan)
+    return "\n\n".join(sections) + "\n"
+
+
+def _later(plan: "Plan") -> list[str]:
+    """What stays in the bundle for the machine with the GPU, and the command of TensorRT-LLM."""
+    from qie.engines.backends import BACKENDS
+
+    sections = []
+    for backend in dict.fromkeys(c.finish for c in plan.components if c.finish is not None):
+        later = [c for c in plan.components if c.finish == backend]
+        what = "the graphs" if BACKENDS[backend].source == "graph" else f"the checkpoint of {later[0].component}"
         sections.append(
             wrap(
-                f"{later[0].finish} builds only on the machine with the GPU ({plan.recipe.gpu}): the graphs, "
-                f"{human_bytes(sum(c.bytes for c in later))}, stay in the bundle for `qie build --finish` there"
+                f"{backend} builds only on the machine with the GPU ({plan.recipe.gpu}): {what}, "
+                f"{human_bytes(sum(c.finish_bytes for c in later))}, for `qie build --finish` there"
             )
         )
-    return "\n\n".join(sections) + "\n"
+    if any("tensorrt-llm" in (c.backend, c.finish) for c in plan.components):
+        sections.append("\n".join(["TensorRT-LLM is called as", "", *_command(plan)]))
+    return sections
+
+
+def _command(plan: "Plan") -> list[str]:
+    """The command of TensorRT-LLM, a flag a line."""
+    from qie.compiler.backends.tensorrt_llm.builder import command_of
+    from qie.compiler.planning.profiles import profiles
+
+    graph = next(c.graph for c in plan.components if c.component == "language")
+    words = command_of("CHECKPOINT", "ENGINE", profiles(graph, plan.recipe, plan.model), plan.recipe)
+    lines = [f"    {words[0]}"]
+    for word in words[1:]:
+        if word.startswith("--"):
+            lines.append(f"        {word}")
+        else:
+            lines[-1] += f" {word}"
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _schedule(plan: "Plan") -> str:
@@ -213,7 +245,10 @@ def _components(plan: "Plan") -> str:
 def _backend(planned: "PlannedComponent") -> str:
     if planned.finish is None:
         return planned.backend or "no builder"
-    return f"{planned.backend}, graph" if planned.backend is not None else "graph"
+    from qie.engines.backends import BACKENDS
+
+    stays = "graph" if BACKENDS[planned.finish].source == "graph" else "checkpoint"
+    return f"{planned.backend}, {stays}" if planned.backend is not None else stays
 
 
 def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from qie.compiler.cli.options import (
     AllowUnreadOption,
     CalibrationOption,
     GpuOption,
+    LanguageOption,
     LoraOption,
     ModelArgument,
     RevisionOption,
@@ -24,6 +25,7 @@ def export(
     model: ModelArgument = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("graphs"),
     gpu: GpuOption = "cpu",
+    language: LanguageOption = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Write the weights too.")] = True,
     lora: LoraOption = None,
     calibration: CalibrationOption = None,
@@ -45,6 +47,7 @@ def export(
         out=out,
         revision=revision,
         allow_unread=allow_unread,
+        language=language,
     )
 
     from qie.compiler.packing.export import export_graphs

@@ -10,6 +10,7 @@ __all__ = [
     "AllowUnreadOption",
     "CalibrationOption",
     "GpuOption",
+    "LanguageOption",
     "LoraOption",
     "ModelArgument",
     "RevisionOption",
@@ -37,6 +38,12 @@ ScheduleOption = Annotated[
     typer.Option(
         help="Schedule of a distilled LoRA: lightning, lightning-4, lightning-8, or checkpoint for the model's own.",
         show_default="what the LoRAs say",
+    ),
+]
+LanguageOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BACKEND", help="Backend of the language model, before the recipe's.", show_default="the recipe's"
     ),
 ]
 AllowUnreadOption = Annotated[

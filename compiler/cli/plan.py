@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qie.compiler.cli.options import DEFAULT_MODEL, GpuOption, ModelArgument, RevisionOption
+from qie.compiler.cli.options import DEFAULT_MODEL, GpuOption, LanguageOption, ModelArgument, RevisionOption
 from qie.engines.cli.options import JsonOption, parse_size, print_json
 from qie.engines.terminal import human_bytes, human_memory, human_seconds, say, table, wrap
 
@@ -18,6 +18,7 @@ __all__ = ["plan"]
 def plan(
     model: ModelArgument = DEFAULT_MODEL,
     gpu: GpuOption = "cpu",
+    language: LanguageOption = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Size of the edit in pixels.", show_default="the model's area")
     ] = None,
@@ -34,7 +35,7 @@ def plan(
     """
     from qie.compiler.planning.resolve import plan_build
 
-    planned = plan_build(model, gpu=gpu, revision=revision, allow_unread=True)
+    planned = plan_build(model, gpu=gpu, language=language, revision=revision, allow_unread=True)
 
     from qie.compiler.planning.estimate import estimate, refusal
     from qie.compiler.planning.workload import workload
@@ -64,6 +65,7 @@ def facts(estimated: "Estimate", refused: "QieError | None") -> dict[str, Any]:
         "residency": recipe.residency,
         "edit": to_plain(estimated.workload),
         "components": [to_plain(component) for component in estimated.components],
+        "language": [to_plain(component) for component in estimated.language],
         "disk_bytes": estimated.disk_bytes,
         "gpu_bytes": estimated.gpu_bytes,
         "gpu_memory_bytes": int(recipe.memory_gib * GIB),
@@ -111,6 +113,7 @@ def describe(estimated: "Estimate") -> str:
             f"The whole edit: {work.steps} steps, {guidance}",
             "",
             _edit_table(estimated),
+            *_language(estimated),
             "",
             wrap(f"Counted from the graphs, not measured; {times}."),
         ]
@@ -185,6 +188,28 @@ def _edit_table(estimated: "Estimate") -> str:
     rows.append(["total", "", _operations(estimated.flops), *times(estimated)])
     header = ["component", "runs", "operations", "time at peak", f"time at {100 * REACHABLE:g}% of peak"]
     return table(rows, header=header, right=range(1, 5))
+
+
+def _language(estimated: "Estimate") -> list[str]:
+    """The language model on every backend that can run it, where there is a choice."""
+    if len(estimated.language) < 2:
+        return []
+    preferred = estimated.plan.recipe.backends_of("language")
+    rows = [
+        [
+            c.backend,
+            str(preferred.index(c.backend) + 1) if c.backend in preferred else "-",
+            human_memory(c.host_bytes),
+            human_memory(c.weights_bytes),
+            human_memory(c.largest_activation_bytes),
+            human_memory(c.largest_io_bytes),
+            "-" if c.seconds is None else human_seconds(c.seconds),
+        ]
+        for c in estimated.language
+    ]
+    header = ["backend", "choice", "host memory", "weights", "activations", "inputs, outputs", "time at peak"]
+    title = "The language model by backend, and the recipe's order of choice"
+    return ["", title, "", table(rows, header=header, right=range(1, 7))]
 
 
 def _operations(count: int) -> str:

@@ -36,6 +36,7 @@ def build(
     schedule: str | None = ...,
     allow_unread: bool = ...,
     device: int | None = ...,
+    language: str | None = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
 
@@ -52,6 +53,7 @@ def build(
     schedule: str | None = None,
     allow_unread: bool = False,
     device: int | None = None,
+    language: str | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
@@ -60,7 +62,7 @@ def build(
     earlier bundle with an equal key and undamaged files are kept.
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next nine arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the next ten arguments belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
@@ -70,6 +72,7 @@ def build(
         schedule: see ``plan_build``.
         allow_unread: see ``plan_build``.
         device: see ``plan_build``.
+        language: see ``plan_build``.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
             another thread.
 
@@ -89,10 +92,13 @@ def build(
             schedule=schedule,
             allow_unread=allow_unread,
             device=device,
+            language=language,
         )
     else:
-        decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread, device)
-        assert decided == ("cpu", (), None, None, None, None, None, False, None), "a plan has decided these arguments"
+        decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread, device, language)
+        assert decided == ("cpu", (), None, None, None, None, None, False, None, None), (
+            "a plan has decided these arguments"
+        )
         plan = model
 
     from qie.compiler.packing.pack import pack

@@ -4,7 +4,8 @@ import shutil
 from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import build_engine, drop_graph, take_over, writing
+from qie.compiler.packing.pack import build_engine, drop_graph, writing
+from qie.compiler.packing.take_over import take_over
 from qie.compiler.recipe.load import parse_recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import MANIFEST

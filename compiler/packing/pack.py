@@ -1,9 +1,8 @@
 """Carries out a plan: streams weights, builds engines and packs them into a bundle that is complete or absent."""
 
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,16 +16,16 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.checkpoint.unread import check_unread
-from qie.compiler.graphs.graph import write_graph
+from qie.compiler.packing.sources import write_source
+from qie.compiler.packing.take_over import take_over
 from qie.compiler.planning.estimate import estimate
 from qie.compiler.planning.keys import engine_key, graph_keys, reusable_engines
-from qie.compiler.planning.plan import Plan, PlannedComponent, recipe_schedules
-from qie.compiler.planning.profiles import profiles
+from qie.compiler.planning.plan import Plan, recipe_schedules
 from qie.compiler.quantization import calibration
 from qie.compiler.quantization.smoothing import smoothed_reader
 from qie.compiler.recipe.schema import Recipe, to_toml
 from qie.compiler.weights.modulation import write_modulation
-from qie.compiler.weights.stream import write_weights
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import (
     MANIFEST,
@@ -39,14 +38,13 @@ from qie.engines.bundle.manifest import (
     Manifest,
     ModelRecord,
     ModulationRecord,
-    QuantizationRecord,
     RecipeRecord,
     file_record,
 )
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.cache import tables_cache
 from qie.engines.errors import BuildError, BundleError
-from qie.engines.files import is_disk_full, sha256_of
+from qie.engines.files import is_disk_full
 from qie.engines.folders import replacing_folder
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 from qie.engines.progress import Progress
@@ -56,7 +54,6 @@ __all__ = [
     "checkpoint_readers",
     "drop_graph",
     "pack",
-    "take_over",
     "writing",
 ]
 
@@ -132,14 +129,15 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         engine = reusable.get(planned.component)
         if engine is not None and not (old is not None and take_over(engine_files(engine), old, folder)):
             engine = None
-        if engine is None or planned.finish is not None:
-            graph = _graph(planned, plan, keys[planned.component], readers, old, folder, progress)
-            if engine is None and planned.backend is not None:
-                engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
-                engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
-            if planned.finish is not None:
-                graphs.append(graph)
-            elif engine is not None:
+        source = partial(write_source, planned, plan, keys[planned.component], readers, old, folder, progress=progress)
+        if planned.finish is not None:
+            graphs.append(source(planned.finish))
+        if engine is None and planned.backend is not None:
+            kept = graphs[-1:] if planned.finish is not None and _same_source(planned.finish, planned.backend) else []
+            graph = kept[0] if kept else source(planned.backend)
+            engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
+            engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+            if not kept:
                 drop_graph(graph, engine, folder)
         if engine is not None:
             engines.append(engine)
@@ -201,74 +199,14 @@ def drop_graph(graph: GraphRecord, engine: EngineRecord, folder: Path) -> None:
     for record in graph.files:
         if record not in engine.files:
             (folder / record.path).unlink()
+    parent = (folder / graph.path).parent
+    if parent != folder and not any(parent.iterdir()):
+        parent.rmdir()
 
 
 def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
     """All files of ``engine`` in its bundle."""
     return engine.files if engine.structure is None else (*engine.files, engine.structure)
-
-
-def take_over(records: Sequence[FileRecord], old: Bundle, folder: Path) -> bool:
-    """Link files from the bundle ``old``; where one is damaged, link none and return False."""
-    targets = [folder / record.path for record in records]
-    try:
-        for record, target in zip(records, targets, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            old.folder.read(partial(_link, record.path, target))
-            if sha256_of(target) != record.sha256:
-                raise FileNotFoundError(record.path)
-    except FileNotFoundError:
-        for target in targets:
-            target.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _link(name: str, target: Path, old: Path) -> None:
-    """Give the file ``name`` of the folder ``old`` the second name ``target``, or copy it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(old / name, target)
-    except OSError:
-        shutil.copyfile(old / name, target)
-
-
-def _graph(
-    planned: PlannedComponent,
-    plan: Plan,
-    key: str,
-    readers: Mapping[Subfolder, TensorReader],
-    old: Bundle | None,
-    folder: Path,
-    progress: Progress,
-) -> GraphRecord:
-    """The graph of ``planned`` and its weights in ``folder``, taken over from an earlier bundle that has them."""
-    backend = planned.finish or planned.backend
-    assert backend is not None
-    shapes = profiles(planned.graph, plan.recipe, plan.model)
-    if old is not None:
-        for graph in old.manifest.graphs:
-            if graph.key == key and take_over(graph.files, old, folder):
-                return replace(graph, backend=backend, profiles=shapes)
-    graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
-    written = write_weights(
-        planned.graph.weights, readers, folder / weights_name, progress=partial(progress, planned.component)
-    )
-    write_graph(planned.graph, folder / graph_name, weights_name, written.places)
-    weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
-    return GraphRecord(
-        component=planned.component,
-        backend=backend,
-        precision=planned.graph.dtype,
-        key=key,
-        path=graph_name,
-        files=(file_record(folder, graph_name), weights),
-        inputs=planned.graph.inputs,
-        outputs=planned.graph.outputs,
-        parameters=planned.graph.parameters(),
-        quantization=_quantization(planned),
-        profiles=shapes,
-    )
 
 
 def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
@@ -298,10 +236,8 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     return file_record(folder, calibration.FILE)
 
 
-def _quantization(planned: PlannedComponent) -> QuantizationRecord | None:
-    if planned.scheme == "none":
-        return None
-    return QuantizationRecord(scheme=planned.scheme, quantized=planned.quantized, linears=planned.linears)
+def _same_source(one: str, other: str) -> bool:
+    return BACKENDS[one].source == BACKENDS[other].source
 
 
 def _earlier(destination: Path) -> Bundle | None:

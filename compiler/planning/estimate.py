@@ -13,11 +13,12 @@ from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
+from qie.compiler.planning.sources import language_io_bytes, source_bytes
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
-from qie.compiler.recipe.schema import BackendName
+from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
-from qie.engines.errors import BuildError, RecipeError
+from qie.engines.errors import BuildError, ExportError, RecipeError
 from qie.engines.inputs.feeds import STEP_INPUTS
 from qie.engines.machine import GIB
 
@@ -93,11 +94,13 @@ class Estimate:
         plan: the build.
         workload: the edit.
         components: the engines, in the order in which an edit uses them.
+        language: the language model on every backend that can run it under the recipe, those of the recipe first.
     """
 
     plan: Plan
     workload: Workload
     components: tuple[ComponentEstimate, ...]
+    language: tuple[ComponentEstimate, ...]
 
     @property
     def disk_bytes(self) -> int:
@@ -157,16 +160,40 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
         "transformer": work.steps * work.passes,
         "vae_decoder": 1,
     }
+
+    def on(planned: PlannedComponent, backend: BackendName) -> ComponentEstimate:
+        component = planned.component
+        return _estimate(plan, planned, backend, sizes[component], largest[component], runs[component], steps)
+
+    language = next(planned for planned in plan.components if planned.component == "language")
     return Estimate(
         plan=plan,
         workload=work,
-        components=tuple(
-            _estimate(
-                plan, planned, sizes[planned.component], largest[planned.component], runs[planned.component], steps
-            )
-            for planned in plan.components
-        ),
+        components=tuple(on(planned, _backend(plan, planned)) for planned in plan.components),
+        language=tuple(on(language, backend) for backend in _able(plan.recipe) if _expresses(plan, language, backend)),
     )
+
+
+def _backend(plan: Plan, planned: PlannedComponent) -> BackendName:
+    """The backend that will run a component where everything is built."""
+    return planned.finish or planned.backend or plan.recipe.backends_of(planned.component)[0]
+
+
+def _expresses(plan: Plan, planned: PlannedComponent, backend: BackendName) -> bool:
+    """Whether the format that ``backend`` builds from can hold the component."""
+    try:
+        source_bytes(BACKENDS[backend].source, planned.graph, planned.amax, plan.model, plan.recipe)
+    except (ExportError, RecipeError):
+        return False
+    return True
+
+
+def _able(recipe: Recipe) -> tuple[BackendName, ...]:
+    """The backends that can run the language model under ``recipe``, those of the recipe first."""
+    on_gpu = recipe.compute_capability is not None
+    others = [name for name, row in BACKENDS.items() if (row.on_gpu if on_gpu else row.on_cpu)]
+    every = dict.fromkeys((*recipe.backends_of("language"), *others))
+    return tuple(name for name in every if recipe.misfit(name, "language") is None)
 
 
 def _largest(plan: Plan) -> dict[Component, dict[str, int]]:
@@ -239,14 +266,23 @@ def _gpu_refusal(estimated: Estimate) -> str:
 
 
 def _estimate(
-    plan: Plan, planned: PlannedComponent, sizes: Mapping[str, int], largest: Mapping[str, int], runs: int, steps: int
+    plan: Plan,
+    planned: PlannedComponent,
+    backend: BackendName,
+    sizes: Mapping[str, int],
+    largest: Mapping[str, int],
+    runs: int,
+    steps: int,
 ) -> ComponentEstimate:
-    builds = [backend for backend in (planned.finish, planned.backend) if backend is not None]
-    backend = builds[0] if builds else plan.recipe.backends_of(planned.component)[0]
+    chosen = backend == _backend(plan, planned)
+    builds = [name for name in (planned.finish, planned.backend) if name is not None] if chosen else []
+    weights = source_bytes(BACKENDS[backend].source, planned.graph, planned.amax, plan.model, plan.recipe)
     on_cpu = plan.recipe.compute_capability is None
     once = cost(planned.graph, sizes, scores=on_cpu)
     at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu and BACKENDS[backend].compiles)
     activation, io = at_largest.activation_bytes, at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph)
+    if BACKENDS[backend].source == "tensorrt-llm":
+        io = language_io_bytes(plan.model.language, largest)
     if on_cpu:
         activation += (CPU_COPIES - 1) * (activation - at_largest.scores_bytes) + CPU_RUN
         io += steps * _step_bytes(planned.graph)  # the tables as they are stored
@@ -254,23 +290,23 @@ def _estimate(
     return ComponentEstimate(
         component=planned.component,
         backend=backend,
-        disk_bytes=planned.bundle_bytes if builds else planned.bytes,
-        weights_bytes=_weights_bytes(plan, planned),
+        disk_bytes=planned.bundle_bytes if builds else weights,
+        weights_bytes=weights + _expanded_bytes(plan, planned),
         largest_activation_bytes=activation,
         largest_io_bytes=io,
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
-        host_bytes=max(_host_bytes(planned, backend) for backend in builds or [backend]),
+        host_bytes=max(_host_bytes(planned, name, weights) for name in builds or [backend]),
         runs=runs,
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,
     )
 
 
-def _weights_bytes(plan: Plan, planned: PlannedComponent) -> int:
-    """Memory of the weights; where a CPU expands them, in their file, which is mapped, and once more in float32."""
+def _expanded_bytes(plan: Plan, planned: PlannedComponent) -> int:
+    """Memory of weights that a CPU expands, beside their file, which is mapped: once more in float32."""
     if plan.recipe.compute_capability is None and planned.scheme in EXPANDED_ON_CPU:
-        return planned.bytes + 4 * planned.parameters
-    return planned.bytes
+        return 4 * planned.parameters
+    return 0
 
 
 def _seconds(once: Cost, gpu: str) -> float | None:
@@ -282,10 +318,10 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _host_bytes(planned: PlannedComponent, backend: BackendName) -> int:
+def _host_bytes(planned: PlannedComponent, backend: BackendName, weights: int) -> int:
     factor = BACKENDS[backend].host_factor
     if factor is not None:
-        return HOST_BASE + int(factor * planned.bytes)
+        return HOST_BASE + int(factor * weights)
     return HOST_BASE + HOST_TENSORS * max(_bytes(w.shape, w.dtype) for w in planned.graph.weights)
 
 

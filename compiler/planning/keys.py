@@ -15,11 +15,12 @@ from qie.compiler.backends import BUILDERS
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import Recipe
+from qie.engines.backends import BACKENDS, Source
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
 
-__all__ = ["engine_key", "graph_keys", "reusable_engines"]
+__all__ = ["engine_key", "graph_keys", "reusable_engines", "source_key"]
 
 
 def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
@@ -39,6 +40,14 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
         )
         for planned in plan.components
     }
+
+
+def source_key(graph: str, source: Source, shapes: tuple[ProfileRecord, ...]) -> str:
+    """The key of what an engine is made from, where ``graph`` is that of the component's graph and weights.
+
+    Another source than a graph has the largest shapes in it.
+    """
+    return graph if source == "graph" else _sha256({"graph": graph, "source": source, "shapes": to_plain(shapes)})
 
 
 def engine_key(
@@ -66,11 +75,12 @@ def reusable_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | 
     """
     if old is None:
         return {}
-    keys = {
-        p.component: engine_key(graphs[p.component], p.backend, plan.recipe, profiles(p.graph, plan.recipe, plan.model))
-        for p in plan.components
-        if p.backend is not None
-    }
+    keys = {}
+    for planned in plan.components:
+        if planned.backend is not None:
+            shapes = profiles(planned.graph, plan.recipe, plan.model)
+            source = source_key(graphs[planned.component], BACKENDS[planned.backend].source, shapes)
+            keys[planned.component] = engine_key(source, planned.backend, plan.recipe, shapes)
     return {e.component: e for e in old.manifest.engines if keys.get(e.component) == e.key}
 
 

@@ -21,6 +21,7 @@ from qie.compiler.checkpoint.tokenizer import tokenizer_files
 from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
+from qie.compiler.planning.sources import source_bytes
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.quantization.qdq import quantize_by_recipe
@@ -61,9 +62,11 @@ class PlannedComponent:
         graph: with Q/DQ nodes where it is quantized.
         nodes: of the graph.
         parameters: numbers in its weights.
-        bytes: size of its weights.
+        bytes: size of what the engine of ``backend`` is made from: its weights.
+        finish_bytes: size of what the engine of ``finish`` is made from; 0 where there is none.
         linears: products with a weight.
         quantized: how many of these are quantized.
+        amax: largest magnitude of the input of each quantized linear, after smoothing.
         smoothing_groups: linears that are smoothed together.
         smoothing_scales: of each group.
     """
@@ -78,8 +81,10 @@ class PlannedComponent:
     nodes: int
     parameters: int
     bytes: int
+    finish_bytes: int = 0
     linears: int = 0
     quantized: int = 0
+    amax: Mapping[str, float] = field(default_factory=dict)
     smoothing_groups: tuple[Group, ...] = ()
     smoothing_scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -91,14 +96,18 @@ class PlannedComponent:
 
     @property
     def bundle_bytes(self) -> int:
-        """Size in the bundle: the engine, and the graph where that stays for ``qie build --finish``."""
-        return self.bytes * (2 if self.backend is not None and self.finish is not None else 1)
+        """Size in the bundle: the engine, and what stays for ``qie build --finish``."""
+        if self.finish is None:
+            return self.bytes
+        return self.finish_bytes + (self.bytes if self.backend is not None else 0)
 
     @property
     def transient_bytes(self) -> int:
         """Size of the graph that is deleted when its engine is compiled."""
-        compiled = self.backend is not None and BACKENDS[self.backend].compiles
-        return self.bytes if compiled and self.finish is None else 0
+        if self.backend is None or not BACKENDS[self.backend].compiles:
+            return 0
+        stays = self.finish is not None and BACKENDS[self.finish].source == BACKENDS[self.backend].source
+        return 0 if stays else self.bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,19 +283,26 @@ def _planned(
     backends = [b for b in recipe.backends_of(component) if b in BUILDERS]
     backend = next((b for b in backends if BUILDERS[b].unavailable(recipe, device) is None), None)
     elsewhere = bool(backends) and backend != backends[0] and BACKENDS[backends[0]].builds_on_gpu
+    finish = backends[0] if elsewhere else None
+
+    def sized(name: BackendName) -> int:
+        return source_bytes(BACKENDS[name].source, graph, quantized.amax, model, recipe)
+
     return PlannedComponent(
         component=component,
         backend=backend,
-        finish=backends[0] if elsewhere else None,
+        finish=finish,
         precision=section.precision,
         scheme=section.scheme,
         attention=section.attention,
         graph=graph,
         nodes=graph.model.graph.num_nodes(),
         parameters=graph.parameters(),
-        bytes=total_bytes(graph.weights),
+        bytes=sized(backend or finish or recipe.backends_of(component)[0]),
+        finish_bytes=0 if finish is None else sized(finish),
         linears=len(linear_inputs(plain)),
         quantized=len(quantized.linears),
+        amax=quantized.amax,
         smoothing_groups=quantized.groups,
         smoothing_scales=quantized.smoothing_scales,
     )

@@ -40,6 +40,7 @@ def plan_build(
     schedule: str | None = None,
     allow_unread: bool = False,
     device: int | None = None,
+    language: str | None = None,
 ) -> "Plan":
     """Plan the build of a bundle. Of a hub id only the configs are downloaded.
 
@@ -50,12 +51,13 @@ def plan_build(
         calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own,
             which is read where the recipe quantizes.
         out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
-        name: name of the bundle there; None for MODEL-GPU, and after it the LoRAs.
+        name: name of the bundle there; None for MODEL-GPU, and after it ``language`` and the LoRAs.
         revision: branch, tag or commit of a hub id.
         schedule: that a distilled LoRA was trained for: "lightning", "lightning-4", "lightning-8", or "checkpoint" for
             the checkpoint's own; None for what the LoRAs say.
         allow_unread: accept tensors of the checkpoint that nothing reads.
         device: CUDA index of the GPU to build on, where TensorRT builds; None for the first that fits the recipe.
+        language: backend of the language model, before those of the recipe; None for the recipe's.
 
     Raises:
         BackendMissingError: ``qie[compile]`` is not installed.
@@ -72,7 +74,7 @@ def plan_build(
         from qie.compiler.checkpoint.lora import open_lora, parse_lora
         from qie.compiler.planning.plan import make_plan
         from qie.compiler.quantization.calibration import find_calibration
-        from qie.compiler.recipe.load import load_recipe
+        from qie.compiler.recipe.load import load_recipe, with_backend
 
     if name is not None and not _NAME.fullmatch(name):
         raise BuildError(
@@ -81,10 +83,13 @@ def plan_build(
         )
     recipe_name = str(gpu)
     recipe = load_recipe(recipe_name)
+    if language is not None:
+        recipe = with_backend(recipe, "language", language)
     checkpoint = open_checkpoint(str(model), revision=revision, weights=False)
     weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in loras]
     opened = [open_lora(Path(path), weight) for path, weight in weighted]
-    default = bundle_name(checkpoint.name, recipe_name, [lora.path.stem for lora in opened])
+    parts = [*([] if language is None else [language]), *(lora.path.stem for lora in opened)]
+    default = bundle_name(checkpoint.name, recipe_name, parts)
     named = bundles_folder() / (name or default)
     given = calibration or recipe.calibration
     return make_plan(
@@ -100,12 +105,12 @@ def plan_build(
     )
 
 
-def bundle_name(checkpoint_name: str, recipe_name: str, loras: Sequence[str] = ()) -> str:
-    """The default name of a bundle: the last part of the checkpoint's name, the recipe's, and those of the LoRAs.
+def bundle_name(checkpoint_name: str, recipe_name: str, more: Sequence[str] = ()) -> str:
+    """The default name of a bundle: the last part of the checkpoint's name, the recipe's, and ``more``.
 
     A name that is longer than a file's name should be ends in a digest of the whole.
     """
-    parts = [checkpoint_name.rsplit("/", 1)[-1], Path(recipe_name).stem, *loras]
+    parts = [checkpoint_name.rsplit("/", 1)[-1], Path(recipe_name).stem, *more]
     name = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
     if len(name) <= _LONGEST_NAME:
         return name

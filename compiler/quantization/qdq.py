@@ -50,10 +50,12 @@ class Quantized:
         linears: names of the quantized linears.
         groups: groups of linears that are smoothed.
         smoothing_scales: group -> smoothing scales [channels], which must be in the weights (``smoothed_reader``).
+        amax: largest magnitude of the input of each quantized linear, after smoothing; 1 without a calibration.
     """
 
     graph: Graph
     linears: tuple[str, ...]
+    amax: Mapping[str, float] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
     smoothing_scales: Mapping[str, Array] = field(default_factory=dict)
 
@@ -105,7 +107,8 @@ def quantize_linears(
     """
     scheme = SCHEMES[scheme_name]
     if calibration is None:
-        return Quantized(graph=insert_qdq(graph, scheme, names, dict.fromkeys(names, 1.0), {}), linears=tuple(names))
+        amax = dict.fromkeys(names, 1.0)
+        return Quantized(graph=insert_qdq(graph, scheme, names, amax, {}), linears=tuple(names), amax=amax)
     calibration.check_linears(names)
     is_smoothed = graph.component in scheme.smoothed
     scales = calibration.smoothing_scales.get(scheme_name, {}) if is_smoothed else {}
@@ -120,6 +123,7 @@ def quantize_linears(
     return Quantized(
         graph=insert_qdq(graph, scheme, names, amax, divisors),
         linears=tuple(names),
+        amax=amax,
         groups=groups,
         smoothing_scales={group.name: scales[group.name] for group in groups},
     )

@@ -3,14 +3,17 @@
 import difflib
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qie.compiler.recipe.rules import check_rules
 from qie.compiler.recipe.schema import Recipe
 from qie.compiler.recipe.toml import Setting, build, flatten, wrong
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.manifest import Component
 from qie.engines.errors import RecipeError
 
-__all__ = ["load_recipe", "parse_recipe", "recipe_names"]
+__all__ = ["load_recipe", "parse_recipe", "recipe_names", "with_backend"]
 
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 
@@ -47,6 +50,26 @@ def parse_recipe(text: str, file: Path) -> Recipe:
         RecipeError: see ``load_recipe``.
     """
     return _resolve(_settings(text, file, ()), file)
+
+
+def with_backend(recipe: Recipe, component: Component, backend: str) -> Recipe:
+    """The recipe with ``backend`` before its own ones for ``component``.
+
+    Raises:
+        RecipeError: there is no such backend, or it cannot run the component of this recipe.
+    """
+    if backend not in BACKENDS:
+        raise RecipeError(f'there is no backend "{backend}"; use one of {", ".join(BACKENDS)}', option=component)
+    section = replace(recipe.components[component], backend=backend)
+    changed = replace(recipe, components=replace(recipe.components, **{component: section}))
+    needs_gpu = recipe.compute_capability is None and not BACKENDS[backend].on_cpu
+    misfit = "needs a GPU" if needs_gpu else changed.misfit(backend, component)
+    if misfit is not None:
+        raise RecipeError(
+            f"{component} of a recipe for {recipe.gpu} cannot run on {backend}, which {misfit}; choose another backend",
+            option=component,
+        )
+    return changed
 
 
 def _resolve(settings: Mapping[str, Setting], file: Path) -> Recipe:

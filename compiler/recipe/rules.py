@@ -61,6 +61,8 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"{key}.attention", f'is "fp8", and backends has {slow[0]}, {problem}; use "none"'
         if section.scheme == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.scheme", f'{no_fp8}; use "int8-smooth" or "none"'
+        if section.backend is not None and (misfit := recipe.misfit(section.backend, name)) is not None:
+            yield f"{key}.backend", f'is "{section.backend}", which {misfit}; name another backend or none'
         able = [backend for backend in recipe.backends if name in BACKENDS[backend].components]
         if not able:
             known = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
@@ -78,6 +80,10 @@ def _of_target(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for backend in recipe.backends:
         if recipe.compute_capability is None and not BACKENDS[backend].on_cpu:
             yield "backends", f"has {backend}, which needs a GPU; set compute_capability or use onnxruntime"
+    for name in COMPONENTS:
+        own = recipe.components[name].backend
+        if own is not None and recipe.compute_capability is None and not BACKENDS[own].on_cpu:
+            yield f"components.{name}.backend", f'is "{own}", which needs a GPU; set compute_capability or use another'
     if recipe.specialization != "none" and "tensorrt-rtx" not in recipe.backends:
         yield "specialization", f'is "{recipe.specialization}", for which backends needs tensorrt-rtx; use "none"'
     if recipe.limits.build_workspace_gib > recipe.memory_gib:

@@ -71,12 +71,14 @@ class ComponentRecipe:
         exclude: fnmatch patterns of linears that stay in ``precision``.
         attention: precision of attention's two products; "none" leaves them in ``precision``. On a GPU, "fp8" needs
             backends whose attention kernels compute in FP8.
+        backend: backend that comes before those of the recipe for this component; None for no other.
     """
 
     precision: Precision = "bfloat16"
     scheme: SchemeName = "none"
     exclude: tuple[str, ...] = ()
     attention: Attention = "none"
+    backend: BackendName | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,15 +219,30 @@ class Recipe:
         return replace(self, calibration=None)
 
     def backends_of(self, component: Component) -> tuple[BackendName, ...]:
-        """The backends that can run a component, in order of preference; never empty in a checked recipe."""
-        section = self.components[component]
+        """The backends that can run a component, in order of preference; never empty in a checked recipe.
+
+        The component's own comes first. The others are for machines on which that is not installed.
+        """
+        own = self.components[component].backend
+        candidates = dict.fromkeys((*(() if own is None else (own,)), *self.backends))
+        return tuple(backend for backend in candidates if self.misfit(backend, component) is None)
+
+    def misfit(self, backend: BackendName, component: Component) -> str | None:
+        """Why ``backend`` cannot run a component of this recipe, as the end of a sentence; None where it can."""
+        row, section = BACKENDS[backend], self.components[component]
         quantized = section.scheme != "none" or section.attention != "none"
+        if component not in row.components:
+            return f"runs only {' and '.join(row.components)}"
+        if row.precisions and section.precision not in row.precisions:
+            return f"computes in {' or '.join(row.precisions)} and not in {section.precision}"
+        if row.schemes is not None and section.scheme not in ("none", *row.schemes):
+            return f"does not execute the scheme {section.scheme}"
+        if row.schemes is not None and section.attention != "none":
+            return "does not compute attention in FP8"
         needs_kernels = quantized and section.precision == "bfloat16" and self.compute_capability is not None
-        return tuple(
-            b
-            for b in self.backends
-            if component in BACKENDS[b].components and (BACKENDS[b].quantized_bfloat16 or not needs_kernels)
-        )
+        if needs_kernels and not row.quantized_bfloat16:
+            return "has no kernels for quantized linears in bfloat16 on a GPU"
+        return None
 
     def buckets(self, area: int) -> tuple[Size, ...]:
         """The distinct sizes of the aspect ratios at ``area`` square pixels, in the recipe's order."""

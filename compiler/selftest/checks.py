@@ -12,9 +12,9 @@ from qie.compiler.metrics.error import psnr_db, relative_l2
 from qie.compiler.selftest.case import Case, request
 from qie.compiler.selftest.recording import Run
 from qie.compiler.selftest.report import Failed
+from qie.engines.bfloat16 import narrow
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.editing.request import Edit
-from qie.engines.inputs.bfloat16 import narrow
 from qie.engines.sessions import cuda
 from qie.engines.sessions.device import Device, DeviceTensor
 from qie.engines.sessions.load import load, open_device

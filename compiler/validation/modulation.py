@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from qie.compiler.metrics.error import relative_l2
 from qie.compiler.recipe.schema import Recipe
+from qie.engines.bfloat16 import widen
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import FileRecord, Manifest
 from qie.engines.bundle.specs import Size
-from qie.engines.inputs.bfloat16 import widen
 from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, table_name
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import StageProgress, no_progress

@@ -13,7 +13,7 @@ from pathlib import Path
 from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
 from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
 from qie.compiler.packing.export import export_graphs
-from qie.compiler.planning.keys import engine_key, graph_keys
+from qie.compiler.planning.keys import engine_key, graph_keys, source_key
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.resolve import LoraSource
@@ -131,11 +131,13 @@ def _other_keys(bundle: Bundle, plan: Plan, progress: Progress) -> Iterator[str]
     planned = {p.component: p for p in plan.components}
     for engine in bundle.manifest.engines:
         shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
-        graph, version = graphs[engine.component], engine.backend_version
+        graph = source_key(graphs[engine.component], BACKENDS[engine.backend].source, shapes)
+        version = engine.backend_version
         if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
             yield f"{engine.component} was built from another graph, or by another version of qie or ONNX"
     for waiting in bundle.manifest.graphs:
-        if waiting.key != graphs[waiting.component]:
+        source = BACKENDS[waiting.backend].source
+        if waiting.key != source_key(graphs[waiting.component], source, waiting.profiles):
             yield f"the graph of {waiting.component} is another one, or of another version of qie or ONNX"
 
 

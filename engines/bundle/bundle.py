@@ -204,7 +204,7 @@ def _small_files(manifest: Manifest) -> list[FileRecord]:
         *((e.path, e.files) for e in manifest.engines),
         *((g.path, g.files) for g in manifest.graphs),
     ]:
-        files += [record for record in records if record.path == path and path.endswith(".onnx")]
+        files += [record for record in records if record.path == path and path.endswith((".onnx", ".json"))]
     return files
 
 

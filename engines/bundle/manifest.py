@@ -167,15 +167,17 @@ class EngineRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphRecord:
-    """One component, or one part of it, as ONNX: what a builder turns into an engine, here or on another machine.
+    """What a builder turns into an engine, here or on another machine: one component, or one part of it.
+
+    It is an ONNX graph, or a checkpoint in the format of TensorRT-LLM (``qie.engines.backends.Source``).
 
     Attributes:
         component: what it computes.
         backend: that the engine is for.
         precision: dtype in which it computes.
         key: sha256 of everything that decided the graph and its weights.
-        path: the .onnx file.
-        files: that file and its weights.
+        path: the .onnx file, or the checkpoint's config.json.
+        files: that file and all others, such as its weights.
         inputs: in the order of the graph.
         outputs: in the order of the graph.
         parameters: of the model, in this graph.

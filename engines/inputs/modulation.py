@@ -17,13 +17,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.engines.bfloat16 import narrow, widen
 from qie.engines.bundle.bundle import Bundle, check_file
 from qie.engines.bundle.manifest import ModulationRecord
 from qie.engines.bundle.modulation_rows import CHANNELS, HALVES, MODULES, module_slice, streams
 from qie.engines.cache import tables_cache
 from qie.engines.errors import BundleError
 from qie.engines.files import replacing
-from qie.engines.inputs.bfloat16 import narrow, widen
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [

@@ -26,8 +26,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qie.engines.bfloat16 import round_to_bfloat16
 from qie.engines.errors import RequestError
-from qie.engines.inputs.bfloat16 import round_to_bfloat16
 
 __all__ = ["TORCH_SEED_RANGE", "standard_normal"]
 

@@ -95,9 +95,19 @@ def _tensorrt(folder: Path, engine: EngineRecord, device: Device | None, index: 
     return TensorRtSession(folder, engine, device)
 
 
+def _tensorrt_llm(
+    folder: Path, engine: EngineRecord, device: Device | None, index: int | None, threads: int
+) -> Session:
+    from qie.engines.sessions.tensorrt_llm.session import TensorRtLlmSession
+
+    assert device is not None
+    return TensorRtLlmSession(folder, engine, device)
+
+
 SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None, int | None, int], Session]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt,
     "tensorrt": _tensorrt,
+    "tensorrt-llm": _tensorrt_llm,
 }
 """Backend to what makes its session, from the arguments of ``load``."""

@@ -23,6 +23,8 @@ from typing import Any
 
 import onnx
 
+from qie.compiler.backends.failures import OUT_OF_MEMORY, ending
+from qie.compiler.backends.local_gpu import no_local_gpu
 from qie.compiler.backends.tensorrt import worker as tensorrt_worker
 from qie.compiler.backends.tensorrt.datatypes import check_datatypes
 from qie.compiler.backends.tensorrt.structure import Program, write_structure
@@ -32,7 +34,7 @@ from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord
 from qie.engines.errors import BuildError
 from qie.engines.files import qie_home
 from qie.engines.gpus import Gpu
-from qie.engines.machine import GIB, choose_gpu, gpu_misfit, this_machine
+from qie.engines.machine import GIB, choose_gpu, this_machine
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["TensorRT"]
@@ -45,12 +47,6 @@ WORKER = Path(tensorrt_worker.__file__)
 
 SHOWN = 3
 """Maximum number of the compiler's messages in an error."""
-
-OUT_OF_MEMORY = re.compile(
-    r"out ?of ?memory|bad_alloc|could not find any implementation|insufficient (memory|workspace)|requested size",
-    re.IGNORECASE,
-)
-"""Messages of TensorRT when memory runs out, among them "could not find any implementation"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +79,7 @@ class TensorRT:
             return f"{self.backend} is installed but does not load ({problem}); run `{install}`"
         capability = recipe.compute_capability
         if self.facts.builds_on_gpu:
-            machine = this_machine()
-            misfit = gpu_misfit(machine, str(capability), device)
-            if misfit is None:
-                return None
-            found, _, fix = misfit.partition("; ")
-            if machine.gpus and device is None:
-                fix = "build on a machine with such a GPU"
-            return (
-                f"{self.backend} builds only for a local GPU, the recipe is for compute capability {capability}, and "
-                f"{found}; {fix}"
-            )
+            return no_local_gpu(self.backend, recipe, device)
         if capability is None or not hasattr(trt.ComputeCapability, _sm_name(capability)):
             return (
                 f"{self.backend} {self.version()} does not compile for compute capability {capability}; set other "
@@ -214,7 +200,7 @@ class TensorRT:
             errors = ["the system killed the process"]
         if any(OUT_OF_MEMORY.search(error) for error in errors) or process.returncode == -signal.SIGKILL:
             raise BuildError(self._out_of_memory(job, graph, recipe, errors))
-        reason = ", ".join(errors) or f"it ended {_ending(process.returncode)} without a message"
+        reason = ", ".join(errors) or f"it ended {ending(process.returncode)} without a message"
         raise BuildError(
             f"{self.backend} {self.version()} built no engine of {graph.component} ({reason}); set another backend for "
             "it in the recipe"
@@ -272,10 +258,6 @@ def _check_quantized(layers: Sequence[Any], graph: GraphRecord) -> None:
 
 def _with_fused(record: QuantizationRecord | None, program: Program | None) -> QuantizationRecord | None:
     return record if record is None or program is None else replace(record, fused=program.fused())
-
-
-def _ending(code: int) -> str:
-    return f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
 
 
 def _sm_name(compute_capability: str) -> str:

@@ -66,8 +66,9 @@ NO_GRAPHS = NotApplicable(reason="the bundle has compiled engines and no graphs"
 
 def _graphs(bundle: Bundle) -> list[EngineRecord | GraphRecord]:
     """The engines that are ONNX graphs, and the graphs whose engines are not built yet."""
-    engines = [engine for engine in bundle.manifest.engines if not _is_compiled(engine)]
-    return [*engines, *bundle.manifest.graphs]
+    records: list[EngineRecord | GraphRecord] = [e for e in bundle.manifest.engines if not _is_compiled(e)]
+    records += bundle.manifest.graphs
+    return [record for record in records if BACKENDS[record.backend].source == "graph"]
 
 
 def _is_compiled(engine: EngineRecord) -> bool:

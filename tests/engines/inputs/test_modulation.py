@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qie.engines.bfloat16 import narrow, round_to_bfloat16, widen
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.bundle.specs import SchedulerSpec
-from qie.engines.inputs.bfloat16 import narrow, round_to_bfloat16, widen
 from qie.engines.inputs.modulation import (
     BundleModulation,
     compute_tables,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qie.engines.bfloat16 import round_to_bfloat16
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Residency
 from qie.engines.editing import edit as edit_module
@@ -20,7 +21,6 @@ from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
 from qie.engines.errors import BundleError, EngineError
-from qie.engines.inputs.bfloat16 import round_to_bfloat16
 from qie.engines.inputs.modulation import Tables
 from qie.engines.inputs.schedule import sigmas
 from tests.support.fake_gpu import Code, Gpu, need

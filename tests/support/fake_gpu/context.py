@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from qie.engines.bfloat16 import widen
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.inputs.bfloat16 import widen
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 from tests.support.fake_gpu.config import RtxRuntimeConfig, RuntimeConfig
 from tests.support.fake_gpu.device import ALIGNMENT, GARBAGE

@@ -1,0 +1,109 @@
+"""Writes what engines are made from into the folder of a bundle: a graph, or a checkpoint of TensorRT-LLM."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.backends.tensorrt_llm.builder import write_files
+from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
+from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.graphs.graph import write_graph
+from qie.compiler.packing.take_over import take_over
+from qie.compiler.planning.keys import source_key
+from qie.compiler.planning.plan import Plan, PlannedComponent
+from qie.compiler.planning.profiles import profiles
+from qie.compiler.planning.sources import language_settings
+from qie.compiler.weights.stream import write_weights
+from qie.engines.backends import BACKENDS, Source
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
+from qie.engines.progress import Progress, StageProgress
+
+__all__ = ["write_source"]
+
+Readers = Mapping[Subfolder, TensorReader]
+
+
+def write_source(
+    planned: PlannedComponent,
+    plan: Plan,
+    key: str,
+    readers: Readers,
+    old: Bundle | None,
+    folder: Path,
+    backend: str,
+    *,
+    progress: Progress,
+) -> GraphRecord:
+    """Write what the engine of ``backend`` is made from into ``folder``, or take it over from an earlier bundle.
+
+    Args:
+        planned: the component.
+        plan: of the build.
+        key: of the component's graph and weights.
+        readers: of the checkpoint, with everything folded into its tensors.
+        old: the earlier bundle; None where there is none.
+        folder: of the new bundle.
+        backend: that the engine is for.
+        progress: called with (component, bytes done, bytes in all).
+
+    Raises:
+        QieError: the weights cannot be read, or a disk is full.
+    """
+    source = BACKENDS[backend].source
+    shapes = profiles(planned.graph, plan.recipe, plan.model)
+    key = source_key(key, source, shapes)
+    if old is not None:
+        for graph in old.manifest.graphs:
+            if graph.key == key and take_over(graph.files, old, folder):
+                return replace(graph, backend=backend, profiles=shapes)
+    path, files = WRITERS[source](planned, plan, readers, folder, partial(progress, planned.component))
+    return GraphRecord(
+        component=planned.component,
+        backend=backend,
+        precision=planned.graph.dtype,
+        key=key,
+        path=path,
+        files=files,
+        inputs=planned.graph.inputs,
+        outputs=planned.graph.outputs,
+        parameters=planned.graph.parameters(),
+        quantization=_quantization(planned),
+        profiles=shapes,
+    )
+
+
+def _write_graph(
+    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
+) -> tuple[str, tuple[FileRecord, ...]]:
+    graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
+    written = write_weights(planned.graph.weights, readers, folder / weights_name, progress=progress)
+    write_graph(planned.graph, folder / graph_name, weights_name, written.places)
+    weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
+    return graph_name, (file_record(folder, graph_name), weights)
+
+
+def _write_tensorrt_llm(
+    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
+) -> tuple[str, tuple[FileRecord, ...]]:
+    name = f"{planned.component}.tensorrt-llm"
+    settings = language_settings(plan.model, plan.recipe, planned.amax)
+    (folder / name).mkdir()
+    files = write_checkpoint(settings, readers["text_encoder"], folder / name, progress=progress)
+    files += write_files(folder / name, profiles(planned.graph, plan.recipe, plan.model), plan.recipe)
+    return f"{name}/config.json", tuple(file_record(folder, f"{name}/{file}") for file in files)
+
+
+WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
+    "graph": _write_graph,
+    "tensorrt-llm": _write_tensorrt_llm,
+}
+"""Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
+
+
+def _quantization(planned: PlannedComponent) -> QuantizationRecord | None:
+    if planned.scheme == "none":
+        return None
+    return QuantizationRecord(scheme=planned.scheme, quantized=planned.quantized, linears=planned.linears)

@@ -1,0 +1,1 @@
+"""The language model as TensorRT-LLM executes it."""
