@@ -24,7 +24,16 @@ from qie.engines.errors import BuildError, CheckpointError
 from qie.engines.files import is_disk_full
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["Entry", "WeightFile", "prepare", "total_bytes", "write_weights"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Entry",
+    "WeightFile",
+    "check_weights",
+    "disk_error",
+    "prepare",
+    "total_bytes",
+    "write_weights",
+]
 
 _RAW_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """What a checkpoint may store. Integers belong to another quantization, whose scales are unknown."""
@@ -139,12 +148,7 @@ def write_weights(
         CheckpointError: a tensor is missing, has another shape, or is not floating-point or finite.
         BuildError: the disk is full or the file cannot be written.
     """
-    problems = _problems(weights, readers)
-    if problems:
-        more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(
-            f"weights do not match the configs: {', '.join(problems[:_SHOWN])}{more}; download the checkpoint again"
-        )
+    check_weights(weights, readers)
     entries, total = _plan(weights), total_bytes(weights)
     assert len({entry.name for entry in entries}) == len(entries), "two weights of one name"
     temporary = path.with_name(f"{path.name}.part")
@@ -167,9 +171,33 @@ def write_weights(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _disk_error(error, path, total) from error
+            raise disk_error(error, path, total) from error
         raise
     return WeightFile(path=path, bytes=total, sha256=sha256.hexdigest(), entries=entries)
+
+
+def check_weights(weights: Sequence[Weight], readers: Mapping[Subfolder, TensorReader]) -> None:
+    """Compare all weights with the names, shapes and dtypes of the checkpoint, without reading a tensor.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is not floating-point.
+    """
+    problems = _problems(weights, readers)
+    if problems:
+        more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"weights do not match the configs: {', '.join(problems[:_SHOWN])}{more}; download the checkpoint again"
+        )
+
+
+def disk_error(error: OSError, path: Path, total: int) -> BuildError:
+    """What to raise where ``error`` stopped the writing of ``path``, which needs ``total`` bytes."""
+    if is_disk_full(error):
+        free = shutil.disk_usage(path.parent).free
+        return BuildError(
+            f"{path} needs {total:,} bytes, and {free:,} are free ({error.strerror}); make room, or build elsewhere"
+        )
+    return BuildError(f"{path} cannot be written ({error}); check the folder and its permissions")
 
 
 def _plan(weights: Sequence[Weight]) -> tuple[Entry, ...]:
@@ -281,12 +309,3 @@ def _is_finite(tensor: npt.NDArray[Any]) -> bool:
     """Whether all elements are finite; a chunk at a time, because np.isfinite allocates one byte per element."""
     flat = tensor.reshape(-1)
     return all(np.isfinite(flat[start : start + CHUNK_BYTES]).all() for start in range(0, flat.size, CHUNK_BYTES))
-
-
-def _disk_error(error: OSError, path: Path, total: int) -> BuildError:
-    if is_disk_full(error):
-        free = shutil.disk_usage(path.parent).free
-        return BuildError(
-            f"{path} needs {total:,} bytes, and {free:,} are free ({error.strerror}); make room, or build elsewhere"
-        )
-    return BuildError(f"{path} cannot be written ({error}); check the folder and its permissions")

@@ -1,1 +1,1 @@
-"""The language model for TensorRT-LLM: its checkpoint format, the program that builds, and the engine that follows."""
+"""TensorRT-LLM 1.2.1, for the language model: its checkpoint format, its model class and its build command."""
