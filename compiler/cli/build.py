@@ -201,7 +201,7 @@ def _command(plan: "Plan") -> list[str]:
     from qie.compiler.planning.profiles import profiles
 
     graph = next(c.graph for c in plan.components if c.component == "language")
-    words = command_of("CHECKPOINT", "ENGINE", profiles(graph, plan.recipe, plan.model), plan.recipe)
+    words = command_of(Path("CHECKPOINT"), Path("ENGINE"), profiles(graph, plan.recipe, plan.model), plan.recipe)
     lines = [f"    {words[0]}"]
     for word in words[1:]:
         if word.startswith("--"):

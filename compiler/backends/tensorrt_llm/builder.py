@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qie.compiler.backends.failures import OUT_OF_MEMORY, ending
 from qie.compiler.backends.local_gpu import no_local_gpu
-from qie.compiler.backends.tensorrt_llm.command import build_command
+from qie.compiler.backends.tensorrt_llm.command import ENCODER_FILE, ENCODER_SOURCE, build_command
 from qie.compiler.recipe.schema import Recipe
 from qie.engines import backends
 from qie.engines.backends import BACKENDS, installed
@@ -28,11 +28,14 @@ BACKEND = "tensorrt-llm"
 
 PROGRAM = "trtllm-build"
 
+ENGINE_FILES = ("rank0.engine", "config.json")
+"""What trtllm-build writes of an engine for one GPU."""
+
 SCRIPT = "build.sh"
 """Name of the script with the command, beside the checkpoint."""
 
-MODEL_CLASS = Path(__file__).with_name("encoder.py")
-"""The file with the model's class, which trtllm-build loads."""
+_ENGINE = "ENGINE"
+"""Stands for the folder of the engine in the script."""
 
 SHOWN = 3
 """Lines of the program's log in an error."""
@@ -76,17 +79,18 @@ def build(
     gpu = choose_gpu(this_machine(), str(recipe.compute_capability), device)
     checkpoint = (folder / graph.path).parent
     engine = folder / f"{graph.component}.{BACKEND}-{recipe.compute_capability}"
-    command = command_of(str(checkpoint), str(engine), graph.profiles, recipe)
+    command = command_of(checkpoint, engine, graph.profiles, recipe, program=program)
     progress(0, 1)
-    _run([program, *command[1:]], graph, recipe, {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid})
-    files = sorted(file for file in engine.iterdir() if file.is_file()) if engine.is_dir() else []
-    path = engine / "rank0.engine"
-    if path not in files or engine / "config.json" not in files:
-        found = ", ".join(file.name for file in files) or "nothing"
+    _run(command, graph, recipe, {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid})
+    missing = [name for name in ENGINE_FILES if not (engine / name).is_file()]
+    if missing:
         raise BuildError(
-            f"{PROGRAM} ended well and wrote {found}, expected rank0.engine and config.json; install the version of "
-            f"{BACKEND} that qie is for with `{BACKENDS[BACKEND].build_install}`"
+            f"{PROGRAM} ended well and wrote no {missing[0]}; install the version of {BACKEND} that qie is for with "
+            f"`{BACKENDS[BACKEND].build_install}`"
         )
+    for file in engine.iterdir():
+        if file.name not in ENGINE_FILES:  # timings
+            file.unlink()
     progress(1, 1)
     return EngineRecord(
         component=graph.component,
@@ -95,8 +99,8 @@ def build(
         backend_version=version(),
         precision=graph.precision,
         key=key,
-        path=str(path.relative_to(folder)),
-        files=tuple(file_record(folder, str(file.relative_to(folder))) for file in files),
+        path=f"{engine.name}/{ENGINE_FILES[0]}",
+        files=tuple(file_record(folder, f"{engine.name}/{name}") for name in ENGINE_FILES),
         inputs=graph.inputs,
         outputs=graph.outputs,
         parameters=graph.parameters,
@@ -113,9 +117,9 @@ def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: R
     Returns:
         The names of the files.
     """
-    shutil.copyfile(MODEL_CLASS, checkpoint / MODEL_CLASS.name)
-    words = [shlex.quote(word) for word in command_of(".", "ENGINE", profiles, recipe)]
-    words[words.index("ENGINE")] = '"$engine"'
+    shutil.copyfile(ENCODER_SOURCE, checkpoint / ENCODER_FILE)
+    words = [shlex.quote(word) for word in command_of(Path(), Path(_ENGINE), profiles, recipe)]
+    words = [f'"${{engine}}"{word.removeprefix(_ENGINE)}' if word.startswith(_ENGINE) else word for word in words]
     lines = [
         "#!/bin/sh",
         "# Builds the engine of the language model into a folder, with TensorRT-LLM on the GPU of the recipe.",
@@ -126,10 +130,12 @@ def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: R
     ]
     (checkpoint / SCRIPT).write_text("\n".join([*lines, ""]))
     (checkpoint / SCRIPT).chmod(0o755)
-    return MODEL_CLASS.name, SCRIPT
+    return ENCODER_FILE, SCRIPT
 
 
-def command_of(checkpoint: str, engine: str, profiles: tuple[ProfileRecord, ...], recipe: Recipe) -> list[str]:
+def command_of(
+    checkpoint: Path, engine: Path, profiles: tuple[ProfileRecord, ...], recipe: Recipe, *, program: str = PROGRAM
+) -> list[str]:
     """The command that builds the engine of the folder ``checkpoint`` into the folder ``engine``.
 
     Args:
@@ -137,18 +143,17 @@ def command_of(checkpoint: str, engine: str, profiles: tuple[ProfileRecord, ...]
         engine: folder.
         profiles: of the language model's graph.
         recipe: the recipe.
+        program: name or path of trtllm-build.
     """
-    largest = {profile.input: profile.max for profile in profiles}
-    typical = {profile.input: profile.opt for profile in profiles}
-    section = recipe.components.language
+    shapes = {profile.input: profile for profile in profiles}
     return build_command(
         checkpoint,
         engine,
-        prompt_tokens=largest["input_ids"][1],
-        tuned_tokens=typical["input_ids"][1],
-        image_tokens=largest["image_embeds"][0],
-        dtype=section.precision,
-        scheme=section.scheme,
+        prompt_tokens=shapes["input_ids"].max[1],
+        tuned_tokens=shapes["input_ids"].opt[1],
+        image_tokens=shapes["image_embeds"].max[0],
+        scheme=recipe.components.language.scheme,
+        program=program,
     )
 
 
