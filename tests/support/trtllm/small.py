@@ -1,0 +1,123 @@
+"""A small Qwen2.5-VL decoder of transformers with random weights, a prompt with an image, and its hidden states."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tests.support.trtllm.stored import Array, Floats
+
+SECTION = (4, 6, 6)
+"""Pairs of a head of 32 that turn with the frame, the height and the width."""
+
+HEAD, WIDTH, INTERMEDIATE, LAYERS, VOCABULARY, EPS, THETA = 32, 256, 512, 2, 96, 1e-6, 1_000_000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Small:
+    """The decoder and one prompt of S tokens.
+
+    Attributes:
+        weights: canonical name ("language_model.layers.0...") -> float32 tensor as transformers stores it.
+        heads, kv_heads: of the attention.
+        ids: int32 [S]; image tokens are VOCABULARY + row of ``image``.
+        image: [V, WIDTH], the image embeddings.
+        positions: int64 [3, S].
+        expected: [S, WIDTH], transformers' last hidden states, float32.
+        inputs: name of a linear -> largest magnitude of its input.
+    """
+
+    weights: dict[str, Floats]
+    heads: int
+    kv_heads: int
+    ids: Array
+    image: Floats
+    positions: Array
+    expected: Floats
+    inputs: dict[str, float]
+
+    def rotary(self, positions: int) -> Floats:
+        """The mrope table [positions, HEAD / 2, 2] (cos, sin); rows behind the prompt are those of position 0.
+
+        Source: transformers' Qwen2_5_VLRotaryEmbedding and ``apply_multimodal_rotary_pos_emb`` (frequencies, sections).
+        """
+        table = np.zeros((positions, HEAD // 2, 2), np.float32)
+        frequency = 1.0 / THETA ** (np.arange(0, HEAD, 2, dtype=np.float32) / HEAD)
+        padded = np.zeros((3, positions))
+        padded[:, : len(self.ids)] = self.positions
+        angles = padded[np.repeat(np.arange(3), SECTION)].T * frequency
+        table[..., 0], table[..., 1] = np.cos(angles), np.sin(angles)
+        return table
+
+
+@cache
+def small(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
+    """The decoder of ``seed``, run once by transformers."""
+    import torch
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "mrope_section": list(SECTION), "rope_theta": THETA}
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=VOCABULARY,
+        rms_norm_eps=EPS,
+        rope_parameters=rope,
+        use_sliding_window=False,
+        attn_implementation="eager",
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Qwen2_5_VLTextModel(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():  # as spread as real ones, so that every part of a layer counts
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+        elif parameter.ndim == 1:
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+        else:
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+    inputs: dict[str, float] = {}
+
+    def observe(name: str) -> Any:
+        def hook(_: Any, arguments: tuple[Any, ...]) -> None:
+            inputs[name] = float(arguments[0].abs().max())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(observe(f"language_model.{name}"))
+    generator = np.random.default_rng(seed)
+    before, rows, columns, after = 7, 3, 4, 9
+    places = np.arange(rows * columns)
+    image_positions = before + np.stack([0 * places, places // columns, places % columns])
+    text = [np.tile(np.arange(n), (3, 1)) + start for n, start in ((before, 0), (after, before + max(rows, columns)))]
+    positions = np.concatenate([text[0], image_positions, text[1]], axis=1)
+    words = [generator.integers(0, VOCABULARY, n) for n in (before, after)]
+    ids = np.concatenate([words[0], VOCABULARY + places, words[1]]).astype(np.int32)
+    image = generator.standard_normal((len(places), WIDTH)).astype(np.float32)
+    embedding = model.embed_tokens.weight.numpy()
+    embedded = embedding[np.where(ids < VOCABULARY, ids, 0)]
+    embedded[ids >= VOCABULARY] = image
+    hidden = model(
+        inputs_embeds=torch.from_numpy(embedded)[None],
+        position_ids=torch.from_numpy(positions)[:, None],
+        use_cache=False,
+    ).last_hidden_state[0]
+    return Small(
+        weights={f"language_model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()},
+        heads=heads,
+        kv_heads=kv_heads,
+        ids=ids,
+        image=image,
+        positions=positions,
+        expected=hidden.numpy(),
+        inputs=inputs,
+    )
