@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.trtllm.config import read_config
+from tests.support.trtllm.config import Config, read_config
 from tests.support.trtllm.decoder import Decoder, Layer, make_linear
 from tests.support.trtllm.parameters import load
 from tests.support.trtllm.stored import Array, Floats, read_tensors
@@ -44,6 +44,11 @@ def open_decoder(folder: Path, *, strict: bool = True) -> Decoder:
         ranks.append(load(read_tensors(path), config, strict=strict))
     if len(list(folder.glob("rank*.safetensors"))) != config.tp:
         raise ValueError(f"{folder} has files of more ranks than tp_size = {config.tp}")
+    return make_decoder(config, ranks)
+
+
+def make_decoder(config: Config, ranks: list[dict[str, Array]]) -> Decoder:
+    """The decoder of the loaded parameters of every rank."""
 
     def shared(name: str) -> Array:
         if any(not np.array_equal(rank[name], ranks[0][name]) for rank in ranks):

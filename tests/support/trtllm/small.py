@@ -1,6 +1,6 @@
 """A small Qwen2.5-VL decoder of transformers with random weights, a prompt with an image, and its hidden states."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -52,14 +52,59 @@ class Small:
 
 
 @cache
+def prompt_of(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
+    """The decoder of ``seed`` with its prompt, not yet run: without hidden states, and with 8 for every input."""
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Floats:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    weights = {"embed_tokens.weight": normal(VOCABULARY, WIDTH), "norm.weight": 1 + 0.3 * normal(WIDTH)}
+    inputs = {}
+    linears = {
+        "self_attn.q_proj": (heads * HEAD, WIDTH),
+        "self_attn.k_proj": (kv_heads * HEAD, WIDTH),
+        "self_attn.v_proj": (kv_heads * HEAD, WIDTH),
+        "self_attn.o_proj": (WIDTH, heads * HEAD),
+        "mlp.gate_proj": (INTERMEDIATE, WIDTH),
+        "mlp.up_proj": (INTERMEDIATE, WIDTH),
+        "mlp.down_proj": (WIDTH, INTERMEDIATE),
+    }
+    for layer in (f"layers.{i}." for i in range(LAYERS)):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{layer}{name}.weight"] = 1 + 0.3 * normal(WIDTH)
+        for name, shape in linears.items():  # as spread as real ones, so that every part of a layer counts
+            weights[f"{layer}{name}.weight"] = normal(*shape) * np.float32(shape[1] ** -0.5)
+            inputs[f"language_model.{layer}{name}"] = 8.0
+            if name[-6] in "qkv":
+                weights[f"{layer}{name}.bias"] = 0.5 * normal(shape[0])
+    before, rows, columns, after = 7, 3, 4, 9
+    places = np.arange(rows * columns)
+    image_positions = before + np.stack([0 * places, places // columns, places % columns])
+    text = [np.tile(np.arange(n), (3, 1)) + start for n, start in ((before, 0), (after, before + max(rows, columns)))]
+    words = [generator.integers(0, VOCABULARY, n) for n in (before, after)]
+    return Small(
+        weights={f"language_model.{name}": weight.astype(np.float32) for name, weight in weights.items()},
+        heads=heads,
+        kv_heads=kv_heads,
+        ids=np.concatenate([words[0], VOCABULARY + places, words[1]]).astype(np.int32),
+        image=normal(len(places), WIDTH),
+        positions=np.concatenate([text[0], image_positions, text[1]], axis=1),
+        expected=np.empty(0, np.float32),
+        inputs=inputs,
+    )
+
+
+@cache
 def small(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
-    """The decoder of ``seed``, run once by transformers."""
+    """``prompt_of`` with transformers' hidden states, and the largest inputs of its linears."""
     import torch
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    torch.manual_seed(seed)
+    prompt = prompt_of(heads, kv_heads, seed)
     rope = {"rope_type": "default", "mrope_section": list(SECTION), "rope_theta": THETA}
+    options: dict[str, Any] = {"attn_implementation": "eager"}
     config = Qwen2_5_VLTextConfig(
         hidden_size=WIDTH,
         intermediate_size=INTERMEDIATE,
@@ -70,19 +115,15 @@ def small(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
         rms_norm_eps=EPS,
         rope_parameters=rope,
         use_sliding_window=False,
-        attn_implementation="eager",
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
+        **options,
     )
-    model = Qwen2_5_VLTextModel(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():  # as spread as real ones, so that every part of a layer counts
-        if name.endswith("norm.weight"):
-            parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-        elif parameter.ndim == 1:
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-        else:
-            parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+    model: Any = Qwen2_5_VLTextModel(config)
+    model.eval().requires_grad_(False)
+    prefix = "language_model."
+    model.load_state_dict({k.removeprefix(prefix): torch.from_numpy(v) for k, v in prompt.weights.items()})
     inputs: dict[str, float] = {}
 
     def observe(name: str) -> Any:
@@ -93,31 +134,12 @@ def small(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(observe(f"language_model.{name}"))
-    generator = np.random.default_rng(seed)
-    before, rows, columns, after = 7, 3, 4, 9
-    places = np.arange(rows * columns)
-    image_positions = before + np.stack([0 * places, places // columns, places % columns])
-    text = [np.tile(np.arange(n), (3, 1)) + start for n, start in ((before, 0), (after, before + max(rows, columns)))]
-    positions = np.concatenate([text[0], image_positions, text[1]], axis=1)
-    words = [generator.integers(0, VOCABULARY, n) for n in (before, after)]
-    ids = np.concatenate([words[0], VOCABULARY + places, words[1]]).astype(np.int32)
-    image = generator.standard_normal((len(places), WIDTH)).astype(np.float32)
-    embedding = model.embed_tokens.weight.numpy()
-    embedded = embedding[np.where(ids < VOCABULARY, ids, 0)]
-    embedded[ids >= VOCABULARY] = image
+            module.register_forward_pre_hook(observe(prefix + name))
+    embedded = prompt.weights[f"{prefix}embed_tokens.weight"][np.where(prompt.ids < VOCABULARY, prompt.ids, 0)]
+    embedded[prompt.ids >= VOCABULARY] = prompt.image
     hidden = model(
         inputs_embeds=torch.from_numpy(embedded)[None],
-        position_ids=torch.from_numpy(positions)[:, None],
+        position_ids=torch.from_numpy(prompt.positions)[:, None],
         use_cache=False,
     ).last_hidden_state[0]
-    return Small(
-        weights={f"language_model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()},
-        heads=heads,
-        kv_heads=kv_heads,
-        ids=ids,
-        image=image,
-        positions=positions,
-        expected=hidden.numpy(),
-        inputs=inputs,
-    )
+    return replace(prompt, expected=hidden.numpy(), inputs=inputs)

@@ -30,7 +30,11 @@ BYTES = {dtype: code for code, dtype in DTYPES.items()}
 
 def read_tensors(path: Path) -> dict[str, Array]:
     """Every tensor of the file."""
-    content = path.read_bytes()
+    return parse_tensors(path.read_bytes())
+
+
+def parse_tensors(content: bytes) -> dict[str, Array]:
+    """Every tensor of a file with this content."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header.pop("__metadata__", None)
@@ -40,13 +44,13 @@ def read_tensors(path: Path) -> dict[str, Array]:
         start, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
         if end - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{name} of {path} has {end - start} bytes for {entry['dtype']} {entry['shape']}")
+            raise ValueError(f"{name} has {end - start} bytes for {entry['dtype']} {entry['shape']}")
         tensors[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
     return tensors
 
 
 def write_tensors(path: Path, tensors: dict[str, Array]) -> None:
-    """A file of ``tensors``, for checkpoints that a test makes or changes."""
+    """Write a file of ``tensors``, for checkpoints that a test makes or changes."""
     header, data, offset = {}, [], 0
     for name, tensor in tensors.items():
         content = np.ascontiguousarray(tensor).tobytes()
