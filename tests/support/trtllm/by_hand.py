@@ -16,7 +16,7 @@ from tests.support.trtllm.small import EPS, HEAD, INTERMEDIATE, LAYERS, SECTION,
 from tests.support.trtllm.stored import Array, Floats, read_tensors, write_tensors
 
 POSITIONS = 64
-GROUP = 64
+GROUP = 128
 
 
 def config_of(small: Small, algorithm: str | None = None, tp: int = 1, **changes: Any) -> dict[str, Any]:

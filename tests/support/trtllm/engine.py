@@ -227,10 +227,8 @@ class LlmContext(Owned):
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], host: Arrays) -> None:
         """The run itself, when its turn has come."""
         self.in_flight -= 1
-        for name, values in host.items():
-            if not np.array_equal(
-                values, np.frombuffer(ctypes.string_at(addresses[name], values.nbytes), values.dtype)
-            ):
+        for name, before in host.items():
+            if ctypes.string_at(addresses[name], before.nbytes) != before.tobytes():
                 raise Misuse(f"{name} changed, or was freed, while the run was in flight")
         values: Arrays = {}
         for name in self.engine.inputs.keys() - HOST - UNREAD:

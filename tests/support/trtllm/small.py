@@ -11,7 +11,8 @@ from tests.support.trtllm.stored import Array, Floats
 SECTION = (4, 6, 6)
 """Pairs of a head of 32 that turn with the frame, the height and the width."""
 
-HEAD, WIDTH, INTERMEDIATE, LAYERS, VOCABULARY, EPS, THETA = 32, 256, 512, 2, 96, 1e-6, 1_000_000.0
+HEAD, WIDTH, INTERMEDIATE, LAYERS, VOCABULARY, EPS, THETA = 32, 512, 1024, 2, 96, 1e-6, 1_000_000.0
+"""Widths that four ranks can divide into groups of 128 inputs, which 4-bit weights share a scale in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class Small:
 
 
 @cache
-def prompt_of(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
+def prompt_of(heads: int = 16, kv_heads: int = 8, seed: int = 0) -> Small:
     """The decoder of ``seed`` with its prompt, not yet run: without hidden states, and with 8 for every input."""
     generator = np.random.default_rng(seed)
 
@@ -96,7 +97,7 @@ def prompt_of(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
 
 
 @cache
-def small(heads: int = 8, kv_heads: int = 4, seed: int = 0) -> Small:
+def small(heads: int = 16, kv_heads: int = 8, seed: int = 0) -> Small:
     """``prompt_of`` with transformers' hidden states, and the largest inputs of its linears."""
     import torch
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig

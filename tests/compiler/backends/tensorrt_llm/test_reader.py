@@ -34,9 +34,9 @@ def test_float32_is_transformers(decoder: Small, tmp_path: Path) -> None:
     assert np.abs(decoder.expected).max() > 1
 
 
-@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("tp", [2, 4, 16])
 def test_ranks_together_are_the_whole(decoder: Small, tmp_path: Path, tp: int) -> None:
-    """With 8 ranks two of them share each of the 4 key heads."""
+    """With 16 ranks two of them share each of the 8 key heads."""
     hidden = run(write_by_hand(tmp_path / "made", decoder, tp=tp), decoder)
     np.testing.assert_allclose(hidden, decoder.expected, atol=1e-4)
 
@@ -74,7 +74,7 @@ def swap(one: str, other: str) -> Callable[[Tensors], None]:
 
 def swap_key_and_value(tensors: Tensors) -> None:
     for kind in ("weight", "bias"):
-        q, k, v = np.split(tensors[f"{LAYER}attention.qkv.{kind}"], [256, 384])
+        q, k, v = np.split(tensors[f"{LAYER}attention.qkv.{kind}"], [512, 768])
         tensors[f"{LAYER}attention.qkv.{kind}"] = np.concatenate([q, v, k])
 
 
@@ -139,7 +139,7 @@ def test_what_loading_refuses(decoder: Small, tmp_path: Path) -> None:
     extra = refused(lambda t: t.update({"lm_head.bias": np.zeros(1, np.float32)}), "extra")
     assert extra == "Provided but not required tensors: {'lm_head.bias'}"
     shape = refused(lambda t: t.update({name: t[name].T.copy()}), "shape")
-    assert "Updated: (256, 512), original: (512, 256)' for parameter" in shape
+    assert "Updated: (512, 1024), original: (1024, 512)' for parameter" in shape
     assert "set to float16" in refused(lambda t: t.update({name: t[name].astype(np.float16)}), "dtype")
 
 
