@@ -8,7 +8,9 @@ quantization/layers.py (Q/DQ of activations). Sums over ranks are float32 here a
 Shapes: S tokens, D width, H heads, E head size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,19 @@ from tests.support.trtllm.config import Config
 from tests.support.trtllm.stored import Array, Floats
 
 E4M3_MAX = np.float32(448)
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Inside the block, products use one thread: they are so small that waiting for another takes longer."""
+    return THREADS.limit(limits=1, user_api="blas") if THREADS is not None else nullcontext()
+
+
+try:
+    from threadpoolctl import ThreadpoolController
+except ImportError:  # it comes with scikit-learn
+    THREADS = None
+else:
+    THREADS = ThreadpoolController()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +117,10 @@ class Decoder:
 
     def __call__(self, x_SD: Floats, rotary: Floats) -> Floats:
         """Embedded tokens and the table [positions, E / 2, 2] -> hidden states after the final norm."""
+        with one_thread():
+            return self._run(x_SD, rotary)
+
+    def _run(self, x_SD: Floats, rotary: Floats) -> Floats:
         cos, sin = rotary[: len(x_SD), None, :, 0], rotary[: len(x_SD), None, :, 1]
         for layer in self.layers:
             normed = rms_norm(x_SD, layer.input_norm, self.config.eps)
