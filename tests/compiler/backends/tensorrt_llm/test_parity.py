@@ -6,7 +6,6 @@ case for quantization: they have no structure that a scale could follow.
 
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,6 @@ def write(decoder: Small, reader: TensorReader, tmp_path_factory: pytest.TempPat
     """The checkpoint of a scheme, written once and not to be changed: ``write("fp8", tensor_parallel=2)``."""
     root = tmp_path_factory.mktemp("written")
 
-    @cache
     def call(
         scheme: SchemeName, *, dtype: DType = "float32", tensor_parallel: int = 1, only: str = "language_model."
     ) -> Path:
@@ -65,6 +63,9 @@ def write(decoder: Small, reader: TensorReader, tmp_path_factory: pytest.TempPat
             rope_theta=THETA,
             mrope_section=SECTION,
         )
+        folder = root / f"{scheme}-{dtype}-{tensor_parallel}-{only}"
+        if folder.exists():
+            return folder
         settings = Settings(
             config=config,
             dtype=dtype,
@@ -73,7 +74,6 @@ def write(decoder: Small, reader: TensorReader, tmp_path_factory: pytest.TempPat
             positions=POSITIONS,
             tensor_parallel=tensor_parallel,
         )
-        folder = root / f"{scheme}-{dtype}-{tensor_parallel}-{only}"
         folder.mkdir()
         names = write_checkpoint(settings, reader, folder)
         assert sorted(names) == sorted(["config.json", *(f"rank{rank}.safetensors" for rank in range(tensor_parallel))])
