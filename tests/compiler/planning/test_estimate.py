@@ -248,7 +248,10 @@ def test_the_workspace_counts_where_the_compiler_takes_one(tiny: Plan) -> None:
 
 
 def built_by(plan: Plan, backend: BackendName, finish: BackendName | None = None) -> Plan:
-    return replace(plan, components=tuple(replace(p, backend=backend, finish=finish) for p in plan.components))
+    return replace(
+        plan,
+        components=tuple(replace(p, backend=backend, finish=finish, finish_bytes=p.bytes) for p in plan.components),
+    )
 
 
 def test_what_is_finished_elsewhere_counts_too(tiny: Plan) -> None:
