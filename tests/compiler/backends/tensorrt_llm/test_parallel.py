@@ -38,8 +38,7 @@ def join(name: str, parts: list[np.ndarray], scheme: str) -> np.ndarray:
     return np.concatenate([piece[number] for number in range(3) for piece in pieces])
 
 
-@pytest.mark.parametrize("scheme", ["none", "fp8", "int8-smooth", "w8a16", "w4a16"])
-@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize(("scheme", "gpus"), [("none", 4), ("fp8", 4), ("int8-smooth", 4), ("w4a16", 4), ("fp8", 2)])
 def test_parts_join_to_the_whole(tmp_path: Path, scheme: Any, gpus: int) -> None:
     whole, split = language_settings(scheme=scheme), language_settings(scheme=scheme, tensor_parallel=gpus)
     for name, settings in (("whole", whole), ("split", split)):
