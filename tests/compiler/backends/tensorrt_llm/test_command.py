@@ -47,12 +47,13 @@ def test_fp8_without_the_gemm_plugin() -> None:
 
 
 def test_short_prompts_without_images() -> None:
-    """TensorRT-LLM has at least a block of 32 tokens; a prompt table of 0 rows would leave out its inputs."""
+    """TensorRT-LLM has at least a block of 32 tokens; a prompt table of 0 rows would leave out its inputs,
+    and one of 1 row is tuned for 0."""
     found = flags(build_command(CHECKPOINT, ENGINE, prompt_tokens=10, image_tokens=0, scheme="none", dtype="float32"))
     assert {found[f"--{name}"] for name in ("max_input_len", "max_seq_len", "max_num_tokens", "opt_num_tokens")} == {
         "32"
     }
-    assert found["--max_prompt_embedding_table_size"] == "1"
+    assert found["--max_prompt_embedding_table_size"] == "2"
     assert found["--gemm_plugin"] == found["--gpt_attention_plugin"] == "float32"
 
 
