@@ -61,6 +61,8 @@ class Backend:
         host_factor: host memory of the building process in bytes per byte of weights; None where a build holds one
             tensor at a time.
         adds_workspace: the recipe's build workspace comes on top of the activations when an engine runs.
+        trial: the command, in a clone of qie on a machine with the GPU, that tries what no GPU has run yet; None where
+            everything was run.
         fp8_attention: the lowest compute capability for which its attention kernels compute in FP8; None where there is
             none.
     """
@@ -86,6 +88,7 @@ class Backend:
     compiles: bool = True
     host_factor: float | None = None
     adds_workspace: bool = False
+    trial: str | None = None
     fp8_attention: str | None = None
 
 
@@ -108,6 +111,7 @@ BACKENDS: dict[str, Backend] = {
         distributions=((12, "tensorrt-rtx-cu12"), (13, "tensorrt-rtx-cu13")),
         shares_device=True,
         version_locked=True,
+        trial="make test-gpu",
         build_module="tensorrt_rtx",
         build_install="pip install 'qie[compile]'",
         host_factor=1.6,
@@ -118,6 +122,7 @@ BACKENDS: dict[str, Backend] = {
         distributions=((12, "tensorrt-cu12"), (13, "tensorrt-cu13")),
         shares_device=True,
         version_locked=True,
+        trial="make test-gpu",
         build_module="tensorrt",
         build_install="pip install 'qie[tensorrt]'",
         builds_on_gpu=True,
@@ -136,6 +141,7 @@ BACKENDS: dict[str, Backend] = {
         shares_device=True,
         imports_slowly=True,
         version_locked=True,
+        trial="make test-gpu-trtllm",
         build_module="tensorrt_llm",
         build_install="pip install 'qie[trtllm]'",
         builds_on_gpu=True,
