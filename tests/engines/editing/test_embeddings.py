@@ -25,6 +25,7 @@ from qie.engines.errors import EngineError
 from qie.engines.sessions import identity as identity_module
 from qie.engines.sessions.session import Session
 from tests.support.editors import uncached_editor
+from tests.support.fake_gpu import Gpu
 from tests.support.images import smooth_image
 
 ENCODERS = ("vision", "language")
@@ -246,6 +247,24 @@ def test_images_are_those_without_a_cache(opened: Bundle) -> None:
         edits = [editor.edit(asked), editor.edit(asked), uncached.edit(asked)]
         assert editor.encoder_cache.hits == 2
     assert len({edit.images[0].tobytes() for edit in edits}) == 1
+
+
+def test_images_of_a_gpu_are_those_without_a_cache(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where engines are unloaded after their stage, and one is never loaded in an edit."""
+    gpu = Gpu()
+    gpu.install(monkeypatch, "tensorrt-rtx")
+    on_gpu = open_bundle(gpu.retarget(bundle, tmp_path / "gpu", "tensorrt-rtx"))
+    asked = [request("make it red"), request("make it blue")]
+    with uncached_editor(on_gpu, residency="sequential") as uncached:
+        wanted = [uncached.edit(each).images[0].tobytes() for each in asked]
+    with Editor(on_gpu, residency="sequential") as editor:
+        gpu.log.clear()
+        assert [editor.edit(each).images[0].tobytes() for each in (*asked, asked[0])] == [*wanted, wanted[0]]
+    ran = [detail for name, detail in gpu.log if name == "queue"]
+    assert (ran.count("run vision"), ran.count("run language")) == (1, 2)
+    assert gpu.in_use == 0
 
 
 def test_embeddings_cannot_be_written_to(editor: Editor) -> None:

@@ -165,6 +165,7 @@ def test_the_peak_of_a_gpu_is_what_an_edit_adds_to_what_is_in_use(
     class OnGpu(Editor):
         def edit(self, request: Request, *, progress: Progress = no_progress, **_: object) -> Edit:
             assert len(request.images) == 3
+            assert not self.encoder_cache.keeps
             progress("vision", 0, 1)
             progress("vision", 1, 1)
             return cast(Edit, None)
