@@ -114,7 +114,9 @@ class Estimate:
 
         All weights and the largest working set; with sequential residency the largest engine with its inputs and
         outputs, and the largest activations, whose memory all engines share and keep. On a CPU the engines share an
-        arena, in which the blocks of one do not always serve another: the three largest working sets count.
+        arena, in which the blocks of one do not always serve another: the three largest working sets count. It is
+        the peak of one edit: what the encoder cache of an editor keeps of others comes on top, at most its
+        ``bytes_max``.
         """
         if self.plan.recipe.compute_capability is None:
             weights = [c.weights_bytes for c in self.components]
