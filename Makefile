@@ -77,9 +77,10 @@ $(VENV)/gpu.txt: $(VENV)/bin/python FORCE
 	@$(BIN)/python tests/gpu/requirements.py > $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
-# Neither a tool nor a constraint: the wheel of TensorRT-LLM pins what it needs. mpi4py wants libopenmpi.
+# Neither a tool nor a constraint: TensorRT-LLM pins what it needs, numpy among it. mpi4py wants libopenmpi-dev.
 $(TRTLLM)/trtllm.stamp: $(TRTLLM)/trtllm.txt pyproject.toml
 	$(TRTLLM)/bin/python -m pip --quiet --disable-pip-version-check install --requirement $<
+	$(TRTLLM)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --editable .
 	@touch $@
 
 $(TRTLLM)/trtllm.txt: $(TRTLLM)/bin/python FORCE

@@ -1,12 +1,16 @@
 """Print what pip must install for the tests of TensorRT-LLM on the GPU of this machine.
 
 It runs before anything is installed, as tests/gpu/requirements.py does, whose functions it uses by their path.
-TensorRT-LLM has an environment of its own, because its wheel pins the versions of torch, TensorRT and numpy. Sources:
-NVIDIA's guide "Installing on Linux via pip" (Python 3.10 or 3.12, PyTorch for CUDA 13, libopenmpi-dev).
+TensorRT-LLM has an environment of its own, because it pins torch, TensorRT (10.14), and numpy below 2, where qie's
+metadata asks for numpy 2: qie itself is installed without its dependencies, which are listed here but for numpy.
+Sources: TensorRT-LLM's requirements.txt, and NVIDIA's guide "Installing on Linux via pip" (Python 3.12, PyTorch for
+CUDA 13, libopenmpi-dev).
 """
 
 import importlib.util
+import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +21,7 @@ PYTHON = (3, 12)
 INDEX = "https://pypi.nvidia.com"
 TORCH_INDEX = "https://download.pytorch.org/whl/cu130"
 MAIN = Path(__file__).parents[1] / "requirements.py"
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def main() -> None:
@@ -53,12 +58,11 @@ def requirements(driver: Any, python: tuple[int, ...]) -> list[str]:
         raise ValueError(
             f"Python is {found}, expected {expected}; name it, as in: make test-gpu-trtllm PYTHON=python{expected}"
         )
-    return [
-        f"--extra-index-url {INDEX}",
-        f"--extra-index-url {TORCH_INDEX}",
-        "--editable .[compile,trtllm]",
-        "pytest",
-    ]
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*extras["trtllm"], *project["dependencies"], *extras["compile"], "pytest"]
+    indices = [f"--extra-index-url {index}" for index in (INDEX, TORCH_INDEX)]
+    return [*indices, *(line for line in wanted if not re.match(r"numpy\b", line))]
 
 
 if __name__ == "__main__":

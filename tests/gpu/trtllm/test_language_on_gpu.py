@@ -1,6 +1,7 @@
 """The language model as a real engine of TensorRT-LLM: its inputs, its hidden states, an edit, time and memory."""
 
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -82,10 +83,11 @@ def test_the_inputs_are_those_of_the_stand_in(
         name = engine.get_tensor_name(index)
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
             ranges = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
-            real[name] = (str(np.dtype(trt.nptype(dtype))) if (dtype := engine.get_tensor_dtype(name)) != trt.bfloat16
-                          else "bfloat16", len(engine.get_tensor_shape(name)), ranges)  # fmt: skip
-    built = import_module("tensorrt_llm").builder.EngineConfig.from_json_file(str(path.with_name("config.json")))
-    expected = inputs_of(read_config(on_trtllm.path / CHECKPOINT), built.build_config.to_dict())
+            dtype = engine.get_tensor_dtype(name)
+            kind = "bfloat16" if dtype == trt.bfloat16 else np.dtype(trt.nptype(dtype)).name
+            real[name] = (kind, len(engine.get_tensor_shape(name)), ranges)
+    built = json.loads(path.with_name("config.json").read_text())["build_config"]
+    expected = inputs_of(read_config(on_trtllm.path / CHECKPOINT), built)
     measured(f"inputs: {', '.join(sorted(real))}")
     assert real == {t.name: (t.dtype, len(t.dims), (t.low, t.opt, t.high)) for t in expected}
     elsewhere = [name for name in real if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE]

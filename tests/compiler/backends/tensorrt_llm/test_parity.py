@@ -13,13 +13,20 @@ import pytest
 
 from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
 from qie.compiler.backends.tensorrt_llm.settings import Settings
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.safetensors import TensorReader, open_file
 from qie.compiler.metrics.error import relative_l2
 from qie.compiler.recipe.schema import SchemeName
+from qie.compiler.selftest.recording import RecordingStages, Run
 from qie.compiler.weights.weight import DType
+from qie.engines.bundle.bundle import open_bundle
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
+from tests.support.images import smooth_image
 from tests.support.trtllm.by_hand import POSITIONS, rewrite, write_by_hand
 from tests.support.trtllm.checkpoint import open_decoder
+from tests.support.trtllm.prompt import hidden_states
 from tests.support.trtllm.small import EPS, INTERMEDIATE, LAYERS, SECTION, THETA, VOCABULARY, WIDTH, Small
 from tests.support.trtllm.stored import Array, Floats, write_tensors
 
@@ -199,3 +206,22 @@ def test_a_tensor_less_does_not_load(write: Write, tmp_path: Path, scheme: Schem
     rewrite(folder, lambda tensors: tensors.pop(f"{LAYER}attention.qkv.bias"))
     with pytest.raises(RuntimeError, match="Required but not provided"):
         open_decoder(folder)
+
+
+def test_the_prompt_of_an_edit_as_in_qies_own_graph(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    """What onnxruntime computes from the language model's graph in an edit of two images."""
+    runs: list[Run] = []
+    opened = open_bundle(str(bundle))
+    editor = Editor(opened)
+    editor.stages = RecordingStages(opened, runs)
+    images = [smooth_image(150, 90), smooth_image(60, 80, 1)]
+    editor.edit(Request(images=images, instructions=["make it red"], seeds=[3], steps=1, guidance=1.0))
+    editor.close()
+    (run,) = [run for run in runs if run.component == "language"]
+    source = open_checkpoint(str(checkpoint))
+    settings = Settings(config=source.model.language, dtype="float32", scheme="none", amax={}, positions=512)
+    write_checkpoint(settings, source.reader("text_encoder"), tmp_path)
+    (expected_BLD,) = run.outputs.values()
+    hidden_SD = hidden_states(tmp_path, run.inputs)
+    assert len(set(map(tuple, run.inputs["position_ids"][:, 0].T[64:]))) > 20
+    assert relative_l2(hidden_SD[-expected_BLD.shape[1] :], expected_BLD[0]) < 1e-5
