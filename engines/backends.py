@@ -52,6 +52,7 @@ class Backend:
         gpu_install: commands that install ``gpu_package``, whatever is installed before them.
         quantized_bfloat16: executes quantized graphs on a GPU that compute in bfloat16.
         shares_device: its sessions share one stream and one arena on a GPU.
+        keeps_activations: its engines keep memory of their own for activations as long as they are loaded.
         imports_slowly: its module brings PyTorch, and takes seconds to import.
         version_locked: an engine runs only with the version that built it.
         build_module: Python module that builds engines.
@@ -80,6 +81,7 @@ class Backend:
     gpu_install: str | None = None
     quantized_bfloat16: bool = True
     shares_device: bool = False
+    keeps_activations: bool = False
     imports_slowly: bool = False
     version_locked: bool = False
     build_module: str
@@ -139,6 +141,7 @@ BACKENDS: dict[str, Backend] = {
         schemes=("fp8", "int8-smooth", "w8a16", "w4a16"),
         source="tensorrt-llm",
         shares_device=True,
+        keeps_activations=True,
         imports_slowly=True,
         version_locked=True,
         trial="make test-gpu-trtllm",
@@ -153,9 +156,9 @@ BACKENDS: dict[str, Backend] = {
 ``host_factor`` was measured with tensorrt-rtx 1.7.1 on a 2-core machine, on blocks of the published transformer.
 Streamed to a file, 0.68 GB of weights took 1.24 GB, 1.27 GB took 2.14, 2.04 GB 3.43, 3.99 GB 6.30 and 4.76 GB 7.74. Not
 streamed, 0.68 GB took 1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was not measured: it is assumed to take as
-much as TensorRT for RTX when that does not stream. The mapped weights come on top, as pages that the system may take
-back. ``adds_workspace`` is false for TensorRT for RTX, because its workspace holds the activations (1.7.1 reports both
-as one figure at any limit).
+much as TensorRT for RTX when that does not stream, and TensorRT-LLM to hold the weights that it read beside that. The
+mapped weights come on top, as pages that the system may take back. ``adds_workspace`` is false for TensorRT for RTX,
+because its workspace holds the activations (1.7.1 reports both as one figure at any limit).
 
 ``fp8_attention``: engines that tensorrt-rtx 1.7.1 compiled for 8.9 and 12.0 with FP8 around attention dequantize
 queries, keys and values again and contain a bfloat16 kernel. TensorRT was not compiled: its release notes (10.6) limit
