@@ -188,7 +188,7 @@ def test_a_damaged_engine(on_gpu: tuple[Gpu, Bundle], tmp_path: Path, content: b
     _, bundle = on_gpu
     path = copied(bundle, tmp_path) / "rank0.engine"
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    with pytest.raises(BundleError, match=r"TensorRT-LLM cannot load .*rank0\.engine .*build the bundle again"):
+    with pytest.raises(BundleError, match=r"tensorrt-llm cannot load .*rank0\.engine .*build the bundle again"):
         TensorRtLlmSession(tmp_path, record_of(bundle), Device("8.9"))
 
 
