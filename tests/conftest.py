@@ -18,6 +18,11 @@ from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from tests.support.bundles import build
 from tests.support.damage import change_manifest
 from tests.support.images import smooth_image
+from tests.support.threads import one_thread_in_libraries, one_thread_in_onnxruntime
+
+
+def pytest_configure() -> None:
+    one_thread_in_libraries()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +33,7 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("COLUMNS", "100")
+        one_thread_in_onnxruntime(patch)
         yield
 
 
