@@ -1,6 +1,7 @@
 """What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -23,6 +24,14 @@ from tests.support.threads import one_thread_in_libraries, one_thread_in_onnxrun
 
 def pytest_configure() -> None:
     one_thread_in_libraries()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked with ``soak`` to ``make test-soak``."""
+    if not os.environ.get("QIE_SOAK"):
+        long = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session", autouse=True)
