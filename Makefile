@@ -11,6 +11,10 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
+# What takes long under QIE_SOAK=1 or is marked with soak.
+SOAK := tests/faults tests/parity/test_mutants.py tests/engines/cli/test_results.py tests/pocket/test_training.py \
+	tests/compiler/backends/tensorrt/test_full_width.py tests/compiler/backends/tensorrt/test_memory.py
+
 .PHONY: demo test test-soak test-gpu test-gpu-trtllm pocket check format clean FORCE
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
@@ -21,8 +25,8 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; all faults and mutants.
-	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults tests/parity/test_mutants.py --numprocesses 2 --dist worksteal
+test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; all faults and mutants; full widths.
+	QIE_SOAK=1 $(BIN)/python -m pytest $(SOAK) --numprocesses 2 --dist worksteal
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the packages for this machine's GPU and driver.
 	$(BIN)/python -m pytest tests/gpu --require-gpu
