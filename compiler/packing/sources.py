@@ -1,4 +1,4 @@
-"""Writes what engines are made from into a bundle's folder: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
+"""Writes what engines are made from into a bundle: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, parse_size, print_json
+from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, VllmUrlOption, parse_size, print_json
 from qie.engines.errors import RequestError
 from qie.engines.terminal import Bars, human_seconds, say
 
@@ -52,6 +52,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
     device: DeviceOption = None,
+    vllm_url: VllmUrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Edit images with an instruction.
@@ -83,7 +84,9 @@ def run(
         size=requested_size,
         match_input=match_input,
     )
-    with Editor(bundle, device=device, residency="sequential") as editor:  # one edit needs each engine once
+    with Editor(
+        bundle, device=device, residency="sequential", vllm_url=vllm_url
+    ) as editor:  # one edit needs each engine once
         try:
             with Bars(enabled=not as_json) as bars:
                 edit = editor.edit(request, progress=bars, on_image=results.save)

@@ -46,6 +46,7 @@ class Editor:
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
         threads: int = 0,
+        vllm_url: str | None = None,
     ) -> None:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
 
@@ -59,6 +60,7 @@ class Editor:
             specialization: kernels of TensorRT for RTX: "none" are those that serve every shape, "eager" are compiled
                 for every new shape before its first run; None is the bundle's default.
             threads: of engines on the CPU; 0 is one per core.
+            vllm_url: URL of a vLLM server that runs the language model in place of the bundle's engine (docs/vllm.md).
 
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.
@@ -66,11 +68,11 @@ class Editor:
             RequestError: see ``Stages``.
         """
         from qie.engines.editing.conditioning import open_tokenizer
-        from qie.engines.editing.stages import Stages
+        from qie.engines.editing.stages import Stages, elsewhere
         from qie.engines.sessions.choose import newest_runnable
 
         if bundle is None:
-            bundle = newest_runnable(device)
+            bundle = newest_runnable(device, elsewhere=elsewhere(vllm_url))
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
         self.stages = Stages(
@@ -80,6 +82,7 @@ class Editor:
             cuda_graphs=cuda_graphs,
             specialization=specialization,
             threads=threads,
+            vllm_url=vllm_url,
         )
         self.tokenizer = open_tokenizer(self.bundle)
         self._lock, self._edits, self._closes = threading.RLock(), False, False
