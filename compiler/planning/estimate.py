@@ -13,7 +13,7 @@ from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
-from qie.compiler.planning.sources import language_io_bytes, source_bytes
+from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.compiler.weights.stream import total_bytes
@@ -290,6 +290,8 @@ def _estimate(
     activation, io = at_largest.activation_bytes, at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph)
     if BACKENDS[backend].source == "tensorrt-llm":
         io = language_io_bytes(plan.model.language, largest)
+    if BACKENDS[backend].source == "transformers" and planned.component == "language":
+        io += text_encoder_settings(plan.model, plan.recipe, ()).cache_bytes
     if on_cpu:
         activation += (CPU_COPIES - 1) * (activation - at_largest.scores_bytes) + CPU_RUN
         io += steps * _step_bytes(planned.graph)  # the tables as they are stored

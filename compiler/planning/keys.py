@@ -24,10 +24,13 @@ __all__ = ["engine_key", "graph_keys", "reusable_engines", "source_key"]
 
 
 def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
-    """The key of each component's graph and weights; ``digest`` is the checkpoint's."""
+    """The key of each component's graph and weights; ``digest`` is the checkpoint's.
+
+    Components whose engines are made from one text encoder share its files, so all of them decide each one's key.
+    """
     loras = [[lora.digest(), lora.weight] for lora in plan.loras]
     versions = {"qie": qie.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
-    return {
+    keys = {
         planned.component: _sha256(
             {
                 "graph": planned.graph.digest(),
@@ -40,6 +43,8 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
         )
         for planned in plan.components
     }
+    shared = {planned.component: keys[planned.component] for planned in plan.components if planned.in_text_encoder}
+    return keys | {component: _sha256({"component": component, "text_encoder": shared}) for component in shared}
 
 
 def source_key(graph: str, source: Source, shapes: tuple[ProfileRecord, ...]) -> str:

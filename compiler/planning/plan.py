@@ -95,6 +95,11 @@ class PlannedComponent:
         return ", ".join([self.precision, *(scheme for scheme in (self.scheme, attention) if scheme != "none")])
 
     @property
+    def in_text_encoder(self) -> bool:
+        """Whether its engine is made from a text encoder as transformers stores it, as others of the plan may be."""
+        return self.backend is not None and BACKENDS[self.backend].source == "transformers"
+
+    @property
     def bundle_bytes(self) -> int:
         """Size in the bundle: the engine, and what stays for ``qie build --finish``."""
         if self.finish is None:

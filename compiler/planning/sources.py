@@ -1,9 +1,11 @@
-"""What engines are made from, as the plan of a build counts it: a graph, or a checkpoint of TensorRT-LLM."""
+"""What engines are made from, as a plan counts it: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qie.compiler.backends.tensorrt_llm.settings import Settings
 from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes
+from qie.compiler.backends.vllm.checkpoint import text_encoder_bytes
+from qie.compiler.backends.vllm.settings import Settings as TextEncoderSettings
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import graph_dtype
@@ -13,7 +15,7 @@ from qie.compiler.recipe.schema import Recipe
 from qie.compiler.weights.stream import total_bytes
 from qie.engines.backends import Source
 
-__all__ = ["language_io_bytes", "language_settings", "source_bytes"]
+__all__ = ["language_io_bytes", "language_settings", "source_bytes", "text_encoder_settings"]
 
 
 def source_bytes(source: Source, graph: Graph, amax: Mapping[str, float], model: Model, recipe: Recipe) -> int:
@@ -35,7 +37,7 @@ def source_bytes(source: Source, graph: Graph, amax: Mapping[str, float], model:
         case "tensorrt-llm":
             return checkpoint_bytes(language_settings(model, recipe, amax))
         case "transformers":
-            raise NotImplementedError
+            return text_encoder_bytes(graph.weights, graph.dtype)
 
 
 def language_settings(model: Model, recipe: Recipe, amax: Mapping[str, float], *, tensor_parallel: int = 1) -> Settings:
@@ -57,6 +59,26 @@ def language_settings(model: Model, recipe: Recipe, amax: Mapping[str, float], *
         amax=amax,
         positions=largest_dims("language", recipe, model)["prompt_tokens"],
         tensor_parallel=tensor_parallel,
+    )
+
+
+def text_encoder_settings(model: Model, recipe: Recipe, graphs: Sequence[Graph]) -> TextEncoderSettings:
+    """The text encoder that ``recipe`` asks for, for vLLM.
+
+    Args:
+        model: the model.
+        recipe: the recipe.
+        graphs: of the components that vLLM runs.
+
+    Raises:
+        RecipeError: the format does not express the recipe's precision.
+    """
+    return TextEncoderSettings(
+        model=model,
+        dtype=graph_dtype(recipe, "language"),
+        positions=largest_dims("language", recipe, model)["prompt_tokens"],
+        components=tuple(graph.component for graph in graphs),
+        weights=[weight for graph in graphs for weight in graph.weights],
     )
 
 

@@ -239,10 +239,17 @@ class Recipe:
             return f"does not execute the scheme {section.scheme}"
         if row.schemes is not None and section.attention != "none":
             return "does not compute attention in FP8"
+        if component == "vision" and row.source == "transformers" and not self._is_beside_language(backend):
+            return "runs vision only beside language in the same precision"
         needs_kernels = quantized and section.precision == "bfloat16" and self.compute_capability is not None
         if needs_kernels and not row.quantized_bfloat16:
             return "has no kernels for quantized linears in bfloat16 on a GPU"
         return None
+
+    def _is_beside_language(self, backend: BackendName) -> bool:
+        """Whether ``backend`` is the first for language too, in the precision of vision."""
+        same = self.components.vision.precision == self.components.language.precision
+        return same and self.backends_of("language")[:1] == (backend,)
 
     def buckets(self, area: int) -> tuple[Size, ...]:
         """The distinct sizes of the aspect ratios at ``area`` square pixels, in the recipe's order."""

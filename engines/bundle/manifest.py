@@ -169,14 +169,15 @@ class EngineRecord:
 class GraphRecord:
     """What a builder turns into an engine, here or on another machine: one component, or one part of it.
 
-    It is an ONNX graph, or a checkpoint in the format of TensorRT-LLM (``qie.engines.backends.Source``).
+    It is an ONNX graph, a checkpoint in the format of TensorRT-LLM, or a text encoder as transformers stores it (
+    ``qie.engines.backends.Source``).
 
     Attributes:
         component: what it computes.
         backend: that the engine is for.
         precision: dtype in which it computes.
         key: sha256 of everything that decided the graph and its weights.
-        path: the .onnx file, or the checkpoint's config.json.
+        path: the .onnx file, or the config.json of a checkpoint or text encoder.
         files: that file and all others, such as its weights.
         inputs: in the order of the graph.
         outputs: in the order of the graph.

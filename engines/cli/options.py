@@ -16,6 +16,7 @@ __all__ = [
     "BundleOption",
     "DeviceOption",
     "JsonOption",
+    "VllmUrlOption",
     "check_out",
     "examples",
     "parse_size",
@@ -30,6 +31,15 @@ DeviceOption = Annotated[
     int | None,
     typer.Option(
         "--device", metavar="N", min=0, help="GPU, as `qie doctor` lists them.", show_default="the first that fits"
+    ),
+]
+VllmUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm-url",
+        metavar="URL",
+        help="vLLM server that runs the language model.",
+        show_default="the bundle's engine",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, parse_size, print_json
+from qie.engines.cli.options import BundleOption, DeviceOption, JsonOption, VllmUrlOption, parse_size, print_json
 from qie.engines.errors import RequestError
 from qie.engines.terminal import Bars, human_seconds, say
 
@@ -56,6 +56,7 @@ def run(
         bool,
         typer.Option("--encoder-cache", help="Keep embeddings of images and instruction on disk for later runs."),
     ] = False,
+    vllm_url: VllmUrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Edit images with an instruction.
@@ -91,7 +92,7 @@ def run(
     )
     cache = EncoderCache(bytes_max=0, disk=encoder_cache_on_disk() if encoder_cache else None)
     # one edit needs each engine once
-    with Editor(bundle, device=device, residency="sequential", encoder_cache=cache) as editor:
+    with Editor(bundle, device=device, residency="sequential", encoder_cache=cache, vllm_url=vllm_url) as editor:
         try:
             with Bars(enabled=not as_json) as bars:
                 edit = editor.edit(request, progress=bars, on_image=results.save)

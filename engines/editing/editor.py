@@ -49,6 +49,7 @@ class Editor:
         specialization: Specialization | None = None,
         threads: int = 0,
         encoder_cache: EncoderCache | None = None,
+        vllm_url: str | None = None,
     ) -> None:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
 
@@ -64,6 +65,7 @@ class Editor:
             threads: of engines on the CPU; 0 is one per core.
             encoder_cache: of embeddings of images and prompts, which may be shared with other editors; None is one of
                 its own, in memory. ``EncoderCache(bytes_max=0)`` keeps none.
+            vllm_url: URL of a vLLM server that runs the language model in place of the bundle's engine (docs/vllm.md).
 
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.
@@ -71,11 +73,11 @@ class Editor:
             RequestError: see ``Stages``.
         """
         from qie.engines.editing.conditioning import open_tokenizer
-        from qie.engines.editing.stages import Stages
+        from qie.engines.editing.stages import Stages, elsewhere
         from qie.engines.sessions.choose import newest_runnable
 
         if bundle is None:
-            bundle = newest_runnable(device)
+            bundle = newest_runnable(device, elsewhere=elsewhere(vllm_url))
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.model = self.bundle.manifest.model
         self.stages = Stages(
@@ -85,6 +87,7 @@ class Editor:
             cuda_graphs=cuda_graphs,
             specialization=specialization,
             threads=threads,
+            vllm_url=vllm_url,
         )
         self.tokenizer = open_tokenizer(self.bundle)
         self.encoder_cache = EncoderCache() if encoder_cache is None else encoder_cache

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, Residency, Specialization
+from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, GraphRecord, Residency, Specialization
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.errors import BundleError, RequestError
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
@@ -24,12 +24,13 @@ from qie.engines.sessions.identity import engine_identity
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.read_ahead import read_ahead
 from qie.engines.sessions.session import Session, Tensor
+from qie.engines.sessions.vllm.connection import parse_url
 
 if TYPE_CHECKING:
     from qie.engines.editing.denoise import UploadedSchedule
     from qie.engines.sessions.device import Device
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "elsewhere"]
 
 Float32 = NDArray[np.float32]
 
@@ -52,6 +53,7 @@ class Stages:
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
         threads: int = 0,
+        vllm_url: str | None = None,
     ) -> None:
         """Choose the engines; none is loaded.
 
@@ -64,10 +66,12 @@ class Stages:
                 RTX, see ``DeviceOptions``.
             specialization: kernels of TensorRT for RTX for shapes that vary; None is the bundle's default.
             threads: of engines on the CPU; 0 is one per core.
+            vllm_url: URL of a vLLM server that runs the language model, whose engine is then neither chosen nor loaded.
 
         Raises:
             EngineMismatchError, BackendMissingError, BundleError: see ``choose_engines``.
-            RequestError: there is no such residency or specialization, or threads are less than none.
+            RequestError: there is no such residency or specialization, threads are less than none, or
+                ``vllm_url`` is no URL.
         """
         for option, value, kinds in (
             ("residency", residency, get_args(Residency)),
@@ -77,8 +81,11 @@ class Stages:
                 raise RequestError(f"the {option} is {value!r}; choose {' or '.join(kinds)}", option=option)
         if threads < 0:
             raise RequestError(f"{threads} threads were requested; give 0 for one per core, or more", option="threads")
+        self._vllm_url = None if vllm_url is None else parse_url(vllm_url)
         self.bundle = bundle
-        self.engines = choose_engines(bundle, device) if engines is None else dict(engines)
+        served = elsewhere(vllm_url)
+        chosen = choose_engines(bundle, device, elsewhere=served) if engines is None else engines
+        self.engines = {component: engine for component, engine in chosen.items() if component not in served}
         self.residency: Residency = residency or bundle.manifest.defaults.residency
         self._index, self._cuda_graphs, self._threads = device, cuda_graphs, threads
         self._specialization: Specialization = specialization or bundle.manifest.defaults.specialization
@@ -219,9 +226,18 @@ class Stages:
                 self._read_next(component)
             yield self._sessions[component]
         finally:
-            released = loads and self.residency == "sequential"
-            if released and component in self._sessions:  # unless the block closed everything
-                self._release(component)
+            if loads and self.residency == "sequential":
+                for done in self._done_with(component):
+                    self._release(done)
+
+    def _done_with(self, component: Component) -> list[Component]:
+        """The loaded components to release behind ``component``, the last to be loaded first.
+
+        Components that share an engine, such as a text encoder in vLLM, are released together behind the last of them.
+        """
+        path = self.engines[component].path if component in self.engines else None
+        sharing = [c for c in COMPONENTS if c in self.engines and self.engines[c].path == path] or [component]
+        return [c for c in reversed(sharing) if c in self._sessions] if component == sharing[-1] else []
 
     def _load(self, component: Component) -> None:
         if self._device is None:
@@ -232,10 +248,14 @@ class Stages:
                 specialization=self._specialization,
                 unloads=self.residency == "sequential",
             )
+        if component not in self.engines:
+            self._sessions[component] = self._connect(component)
+            return
         engine, device, index, threads = self.engines[component], self._device, self._index, self._threads
         if device is not None and self.residency == "resident":
-            others = [self.engines[c] for c in COMPONENTS if c != component and c not in self._sessions]
-            device.weights_to_come = sum(file.bytes for other in others for file in other.files)
+            others = [e for c, e in self.engines.items() if c != component and c not in self._sessions]
+            to_come = {file.path: file.bytes for other in others for file in other.files}
+            device.weights_to_come = sum(to_come.values())
         try:
             self._sessions[component] = self.bundle.folder.read(
                 lambda folder: load(folder, engine, device, index, threads), discard=lambda session: session.close()
@@ -245,6 +265,19 @@ class Stages:
                 f"the bundle {self.bundle.path} cannot be read any more ({problem.strerror or problem}); build it "
                 "again with `qie build`"
             ) from problem
+
+    def _connect(self, component: Component) -> Session:
+        """The session of ``component`` on the server."""
+        from qie.engines.editing.conditioning import open_tokenizer
+        from qie.engines.sessions.vllm.server import VllmServerSession
+
+        assert self._vllm_url is not None, f"{component} has no engine"
+        manifest = self.bundle.manifest
+        every: list[EngineRecord | GraphRecord] = [*manifest.engines, *manifest.graphs]
+        records = [record for record in every if record.component == component and record.part == 0]
+        if not records:
+            raise BundleError(f"bundle {self.bundle.path} has no {component}; build it again with `qie build`")
+        return VllmServerSession(self._vllm_url, records[0], open_tokenizer(self.bundle), manifest.model.prompt)
 
     def _release(self, component: Component) -> None:
         """Unload the weights, or close the session where they cannot be unloaded alone."""
@@ -260,7 +293,8 @@ class Stages:
     def _read_next(self, component: Component) -> None:
         """Read the file of the engine that an edit needs after ``component`` ahead, where a GPU takes engines whole."""
         following = COMPONENTS[COMPONENTS.index(component) + 1 :]
-        if self._device is not None and following and following[0] not in self.loaded:
+        awaited = bool(following) and following[0] in self.engines and following[0] not in self.loaded
+        if self._device is not None and awaited:
             path = self.engines[following[0]].path
             with suppress(OSError):  # whoever loads it tells what is wrong
                 self.bundle.folder.read(lambda folder: read_ahead(folder / path))
@@ -274,6 +308,11 @@ class Stages:
             for session in self._sessions.values():
                 stack.callback(session.close)
             self._sessions, self._unloaded, self._device = {}, set(), None
+
+
+def elsewhere(vllm_url: str | None) -> tuple[Component, ...]:
+    """The components that a server runs where ``vllm_url`` names one."""
+    return () if vllm_url is None else ("language",)
 
 
 def _run(

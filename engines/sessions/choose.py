@@ -1,6 +1,6 @@
 """Choose the engines of a bundle that this machine can run, and explain why it cannot run others."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -13,20 +13,24 @@ from qie.engines.machine import Machine, gpu_misfit, this_machine
 __all__ = ["choose_engines", "newest_runnable", "refusal"]
 
 
-def choose_engines(bundle: Bundle, device: int | None = None) -> dict[Component, EngineRecord]:
+def choose_engines(
+    bundle: Bundle, device: int | None = None, *, elsewhere: Collection[Component] = ()
+) -> dict[Component, EngineRecord]:
     """The first engine of each component that this machine can run, those for a GPU all for one.
 
     Args:
         bundle: an opened bundle.
         device: CUDA index of the GPU to run on; None for any.
+        elsewhere: components that a server runs, of which no engine is chosen.
 
     Raises:
         EngineMismatchError: a component has engines, and this machine, or that GPU, can run none of them.
         BackendMissingError: it could, with a package that is not installed.
         BundleError: a component has no engine.
     """
-    machine = this_machine() if any(e.compute_capability != "cpu" for e in bundle.manifest.engines) else None
-    chosen = _chosen(bundle, machine, device)
+    used = [engine for engine in bundle.manifest.engines if engine.component not in elsewhere]
+    machine = this_machine() if any(e.compute_capability != "cpu" for e in used) else None
+    chosen = _chosen(bundle, machine, device, elsewhere)
     targets = list(dict.fromkeys(e.compute_capability for e in chosen.values() if e.compute_capability != "cpu"))
     if device is not None and not targets:
         raise EngineMismatchError(
@@ -39,17 +43,19 @@ def choose_engines(bundle: Bundle, device: int | None = None) -> dict[Component,
     for target in targets:
         with suppress(QieError):
             gpus = tuple(gpu for gpu in machine.gpus if gpu.compute_capability == target)
-            return _chosen(bundle, replace(machine, gpus=gpus), None)
+            return _chosen(bundle, replace(machine, gpus=gpus), None, elsewhere)
     raise EngineMismatchError(
         f"the engines of {bundle.path} that run here are for GPUs of compute capability {' and '.join(targets)}, and "
         "an edit uses one GPU; build the bundle again with `qie build`"
     )
 
 
-def _chosen(bundle: Bundle, machine: Machine | None, device: int | None) -> dict[Component, EngineRecord]:
+def _chosen(
+    bundle: Bundle, machine: Machine | None, device: int | None, elsewhere: Collection[Component]
+) -> dict[Component, EngineRecord]:
     """The first engine of each component that ``machine`` can run; raises as ``choose_engines`` does."""
     chosen: dict[Component, EngineRecord] = {}
-    for component in COMPONENTS:
+    for component in (component for component in COMPONENTS if component not in elsewhere):
         engines = [e for e in bundle.manifest.engines if e.component == component]
         if not engines and any(graph.component == component for graph in bundle.manifest.graphs):
             raise BundleError(
@@ -69,7 +75,7 @@ def _chosen(bundle: Bundle, machine: Machine | None, device: int | None) -> dict
     return chosen
 
 
-def newest_runnable(device: int | None = None) -> Bundle:
+def newest_runnable(device: int | None = None, *, elsewhere: Collection[Component] = ()) -> Bundle:
     """The newest bundle that has a name and whose engines this machine, or its GPU ``device``, can run.
 
     Raises:
@@ -79,7 +85,7 @@ def newest_runnable(device: int | None = None) -> Bundle:
     for path in bundles():
         try:
             bundle = open_bundle(path)
-            choose_engines(bundle, device)
+            choose_engines(bundle, device, elsewhere=elsewhere)
         except QieError as problem:
             refused = refused or problem
         else:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.bundle.manifest import EngineRecord, TensorSpec
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord, TensorSpec
 
 __all__ = ["HostTensors"]
 
@@ -19,7 +19,7 @@ class HostTensors:
 
     rebinds = True  # nothing is bound
 
-    def __init__(self, record: EngineRecord) -> None:
+    def __init__(self, record: EngineRecord | GraphRecord) -> None:
         self._inputs_by_name = {spec.name: spec for spec in record.inputs}
         self._outputs_by_name = {spec.name: spec for spec in record.outputs}
         self._component = record.component

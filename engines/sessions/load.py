@@ -104,10 +104,20 @@ def _tensorrt_llm(
     return TensorRtLlmSession(folder, engine, device)
 
 
+def _vllm(folder: Path, engine: EngineRecord, device: Device | None, index: int | None, threads: int) -> Session:
+    from qie.engines.sessions.vllm.session import VllmSession
+
+    if engine.compute_capability == "cpu":
+        return VllmSession(folder, engine, threads=threads)
+    gpu = choose_gpu(this_machine(), engine.compute_capability, index)
+    return VllmSession(folder, engine, index=gpu.index)
+
+
 SESSIONS: dict[str, Callable[[Path, EngineRecord, Device | None, int | None, int], Session]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt,
     "tensorrt": _tensorrt,
     "tensorrt-llm": _tensorrt_llm,
+    "vllm": _vllm,
 }
 """Backend to what makes its session, from the arguments of ``load``."""

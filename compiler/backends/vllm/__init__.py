@@ -1,0 +1,1 @@
+"""Builder for vLLM, and the text encoder as it reads it."""

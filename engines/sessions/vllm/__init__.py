@@ -1,0 +1,1 @@
+"""Sessions of vLLM: the text encoder in this process, or the language model on a server."""
