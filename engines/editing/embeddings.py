@@ -34,7 +34,7 @@ def prompt_embeds(
     """Prompt embeddings float32 [B, L, D] of each of ``prompts``, which are batches about the same images.
 
     The bytes are the same with and without a cache: every prompt is a run of its own. A stage that is not needed is
-    neither loaded nor metered.
+    neither loaded nor metered. Prompts that a server embeds are not cached: it may have other weights the next time.
 
     Args:
         stages: the engines.
@@ -55,6 +55,10 @@ def prompt_embeds(
             return stages.language(prompts, image_embeds_VD, progress=report)
 
     image_key = _image_key(stages, vision)
+    if stages.identity("language") is None:
+        image_embeds_VD = _image_embeds(stages, vision, image_key, meter, cache)
+        with meter("language") as report:
+            return stages.language(prompts, image_embeds_VD, progress=report)
     keys = [_prompt_key(stages, image_key, tokens) for tokens in prompts]
     found: dict[EncoderKey, Float32] = {}
     missing: dict[EncoderKey, PromptTokens] = {}
@@ -65,21 +69,27 @@ def prompt_embeds(
         else:
             found[key] = embeds_BLD
     if missing:
-        cached_VD = cache.load(image_key)
-        if cached_VD is None:
-            with meter("vision") as report:
-                cached_VD = cache.store(image_key, stages.vision(vision, progress=report))
+        image_embeds_VD = _image_embeds(stages, vision, image_key, meter, cache)
         with meter("language") as report:
-            computed = stages.language(list(missing.values()), cached_VD, progress=report)
+            computed = stages.language(list(missing.values()), image_embeds_VD, progress=report)
             found |= {key: cache.store(key, array) for key, array in zip(missing, computed, strict=True)}
     return [found[key] for key in keys]
+
+
+def _image_embeds(stages: Stages, vision: VisionInputs, key: EncoderKey, meter: Meter, cache: EncoderCache) -> Float32:
+    """Image embeddings float32 [V, D] from the cache, or from the engine and then in the cache."""
+    cached_VD = cache.load(key)
+    if cached_VD is None:
+        with meter("vision") as report:
+            cached_VD = cache.store(key, stages.vision(vision, progress=report))
+    return cached_VD
 
 
 def _image_key(stages: Stages, vision: VisionInputs) -> EncoderKey:
     """The key of the image embeddings: the engine and everything that it reads."""
     return EncoderKey(
         engine=stages.engines["vision"].key,
-        digest=_digest(["vision", stages.identity("vision")], vision_feed(vision)),
+        digest=_digest(["vision", str(stages.identity("vision"))], vision_feed(vision)),
     )
 
 
@@ -89,7 +99,7 @@ def _prompt_key(stages: Stages, image_key: EncoderKey, tokens: PromptTokens) -> 
     del feed["image_embeds"]
     return EncoderKey(
         engine=stages.engines["language"].key,
-        digest=_digest(["language", stages.identity("language"), image_key.digest], feed),
+        digest=_digest(["language", str(stages.identity("language")), image_key.digest], feed),
     )
 
 

@@ -111,12 +111,16 @@ class Stages:
         on_cpu = all(engine.compute_capability == "cpu" for engine in self.engines.values())
         return self.residency == "resident" or on_cpu
 
-    def identity(self, component: Component) -> str:
+    def identity(self, component: Component) -> str | None:
         """Everything but its inputs that decides the numbers of ``component``, see ``engine_identity``.
+
+        None where a server runs it, of which that is not known.
 
         Raises:
             EngineMismatchError: the GPU is gone.
         """
+        if component not in self.engines:
+            return None
         if component not in self._identities:
             self._identities[component] = engine_identity(
                 self.engines[component],
