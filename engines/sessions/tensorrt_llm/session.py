@@ -25,7 +25,7 @@ from qie.engines.sessions.tensorrt_llm.feed import ON_HOST, OUTPUT, engine_input
 
 __all__ = ["TensorRtLlmSession"]
 
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 
 class TensorRtLlmSession(HostTensors):
@@ -42,7 +42,7 @@ class TensorRtLlmSession(HostTensors):
         super().__init__(record)
         path = folder / record.path
         self._record, self._device = record, device
-        self._config = read_config(path.with_name(CONFIG))
+        self._config = read_config(path.with_name(_CONFIG))
         device.use()
         self._runtime = _runtime()
         self._session: Any = self._load(path)
