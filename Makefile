@@ -28,7 +28,7 @@ test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the package
 	$(BIN)/python -m pytest tests/gpu --require-gpu
 
 test-gpu-trtllm: $(TRTLLM)/trtllm.stamp ## Run what needs a GPU and TensorRT-LLM, in an environment of its own.
-	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu
+	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu -W default
 
 pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where it was stopped.
 	$(BIN)/python -m pocket.training.vae $(DEMO)/pocket/vae
