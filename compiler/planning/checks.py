@@ -87,12 +87,8 @@ def other_bundle(plan: Plan) -> Bundle | None:
     model = old.manifest.model
     recipe, weights = old.manifest.recipe, [lora.weight for lora in plan.loras]
     made = (model.name, model.revision, recipe.name, _language_backend(recipe.toml))
-    planned = (
-        plan.checkpoint.name,
-        plan.checkpoint.revision,
-        plan.recipe_name,
-        plan.recipe.components.language.backend,
-    )
+    backend = plan.recipe.components.language.backend
+    planned = (plan.checkpoint.name, plan.checkpoint.revision, plan.recipe_name, backend)
     if made != planned or weights != [lora.weight for lora in old.manifest.loras]:
         return old
     same = all(lora.digest() == o.sha256 for lora, o in zip(plan.loras, old.manifest.loras, strict=True))
