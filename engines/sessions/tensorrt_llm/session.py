@@ -117,8 +117,8 @@ class TensorRtLlmSession(HostTensors):
                 raise RuntimeError("TensorRT gives no engine; it logged the reason")
         except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as problem:
             reason, (free, total) = first_line(problem), cuda.memory()
-            if "memory" in reason.lower():
-                size = sum(file.bytes for file in self._record.files)
+            size = sum(file.bytes for file in self._record.files)
+            if size > free or "memory" in reason.lower():  # it logs the reason and raises another one
                 raise EngineError(
                     f"language has {size:,} bytes, the GPU {free:,} of {total:,} bytes free ({reason}); build with "
                     'residency = "sequential", or for a larger GPU'
