@@ -33,8 +33,8 @@ FROM_THE_READER = {"none": 0.03, "fp8": 0.05, "int8-smooth": 0.05, "w8a16": 0.03
 """The same from the reader's result for the checkpoint that the engine was built from: what is left is bfloat16, and
 quantized inputs that it moves to the next step."""
 
-BOUND_DB = 28.0
-"""PSNR of an edit: the recipes' default gate."""
+BOUND_DB = {"w4a16": 15.0}
+"""PSNR of an edit in dB; elsewhere 28, the default gate of recipes. 4-bit random weights move embeddings by a fifth."""
 
 REPEATS = 20
 
@@ -139,7 +139,7 @@ def test_an_edit_is_close_to_the_cpus(
     decibels = psnr_db(*images)
     measured(f"{decibels:.1f} dB (standard deviation {images[1].std():.1f})")
     assert images[1].std() > 5  # a flat image would prove nothing
-    assert scheme == "w4a16" or decibels >= BOUND_DB
+    assert decibels >= BOUND_DB.get(scheme, 28.0)
 
 
 def test_two_instructions(on_trtllm: Bundle) -> None:
