@@ -14,10 +14,11 @@ from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
-from qie.engines.errors import EngineError, RequestError
+from qie.engines.errors import BackendMissingError, EngineError, RequestError
 from qie.engines.sessions.load import SESSIONS
 from qie.engines.sessions.vllm import connection
 from tests.engines.sessions.vllm.conftest import Inputs
+from tests.support.bundles import build
 from tests.support.images import smooth_image
 from tests.support.vllm.server import Served, serve
 
@@ -65,11 +66,17 @@ def test_an_edit_equals_that_of_the_bundle_and_its_own_engine_is_not_loaded(
 
 
 def test_a_bundle_whose_language_model_does_not_run_here_runs_with_a_server(
-    vllm_bundle: Path, bundle: Path, server: Served, inputs: Inputs
+    checkpoint: Path, server: Served, inputs: Inputs, tmp_path: Path
 ) -> None:
-    stages = Stages(open_bundle(vllm_bundle), engines=open_engines(bundle), vllm_url=server.url)
+    recipe = 'extends = "cpu"\n[components.language]\nbackend = "vllm"\n'
+    bundle = build(checkpoint, tmp_path / "language", recipe)
+    with pytest.raises(BackendMissingError, match="language is built for vllm"):
+        Stages(bundle)
     vision, prompts = inputs(1)
-    stages.language(prompts, stages.vision(vision))
+    stages = Stages(bundle, vllm_url=server.url)
+    embeds = stages.vision(vision)
+    expected = server.reference.stages.language(prompts, embeds)
+    np.testing.assert_array_equal(stages.language(prompts, embeds)[0], expected[0])
 
 
 def test_what_is_sent_is_what_docs_vllm_md_says(opened: Bundle, server: Served, inputs: Inputs) -> None:
@@ -150,8 +157,3 @@ def test_the_command_line_takes_a_server(
     server.use_activation = True
     assert "normalizes the hidden states" in refusal(qie(*words, "--vllm-url", server.url))
     assert "http://127.0.0.1:8000" in refusal(qie(*words, "--vllm-url", "nowhere"))
-
-
-def open_engines(path: Path) -> Any:
-    """The engines of a bundle by component."""
-    return {engine.component: engine for engine in open_bundle(path).manifest.engines}
