@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+TRTLLM := $(VENV)-trtllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO   := out
@@ -10,7 +11,11 @@ export QIE_HOME ?= $(CURDIR)/$(DEMO)/home
 # The versions that the checks ran with. Users are not bound to them.
 CONSTRAINTS := --constraint .ci/constraints.txt
 
-.PHONY: demo test test-soak test-gpu pocket check format clean FORCE
+# What takes long under QIE_SOAK=1 or is marked with soak.
+SOAK := tests/faults tests/parity/test_mutants.py tests/engines/cli/test_results.py tests/pocket/test_training.py \
+	tests/compiler/backends/tensorrt/test_full_width.py tests/compiler/backends/tensorrt/test_memory.py
+
+.PHONY: demo test test-soak test-gpu test-gpu-trtllm pocket check format clean FORCE
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
@@ -20,11 +25,14 @@ test: $(VENV)/dev.stamp                ## Install everything for development and
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; all faults and mutants.
-	QIE_SOAK=1 $(BIN)/python -m pytest tests/faults tests/parity/test_mutants.py --numprocesses 2 --dist worksteal
+test-soak: $(VENV)/dev.stamp           ## Attack bundles, builds and edits as often as docs/bundles.md says; all faults and mutants; full widths.
+	QIE_SOAK=1 $(BIN)/python -m pytest $(SOAK) --numprocesses 2 --dist worksteal
 
 test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the packages for this machine's GPU and driver.
 	$(BIN)/python -m pytest tests/gpu --require-gpu
+
+test-gpu-trtllm: $(TRTLLM)/trtllm.stamp ## Run what needs a GPU and TensorRT-LLM, in an environment of its own.
+	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu
 
 pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where it was stopped.
 	$(BIN)/python -m pocket.training.vae $(DEMO)/pocket/vae
@@ -46,11 +54,11 @@ format: $(VENV)/dev.stamp              ## Rewrite the code as ruff wants it.
 	$(BIN)/ruff format .
 
 clean:                                 ## Remove everything that the commands above made.
-	rm -rf $(VENV) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(TRTLLM) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(TRTLLM)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("qie needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/compile.stamp: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	$(PIP) install $(CONSTRAINTS) --editable '.[compile]'
@@ -71,6 +79,16 @@ $(VENV)/gpu.stamp: $(VENV)/gpu.txt pyproject.toml .ci/constraints.txt
 
 $(VENV)/gpu.txt: $(VENV)/bin/python FORCE
 	@$(BIN)/python tests/gpu/requirements.py > $@.new
+	@cmp -s $@.new $@ || mv $@.new $@
+
+# Neither a tool nor a constraint: TensorRT-LLM pins what it needs, numpy among it. mpi4py wants libopenmpi-dev.
+$(TRTLLM)/trtllm.stamp: $(TRTLLM)/trtllm.txt pyproject.toml
+	$(TRTLLM)/bin/python -m pip --quiet --disable-pip-version-check install --requirement $<
+	$(TRTLLM)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --editable .
+	@touch $@
+
+$(TRTLLM)/trtllm.txt: $(TRTLLM)/bin/python FORCE
+	@$(TRTLLM)/bin/python tests/gpu/trtllm/requirements.py > $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
 
 FORCE:

@@ -25,6 +25,7 @@ from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
 from qie.engines.editing.edit import start_noise
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import transformer_feed
@@ -59,7 +60,7 @@ def main() -> None:
 
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    editor = Editor(open_bundle(options.bundle))
+    editor = Editor(open_bundle(options.bundle), encoder_cache=EncoderCache(bytes_max=0))
     print(f"{threads} threads, torch {torch.__version__}, medians of {options.runs} runs")
     figures = {
         "threads": threads,

@@ -24,6 +24,7 @@ from pocket.judge import Case, Score, capped_psnr_db, cases, pair_cases, score, 
 from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.terminal import table
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="SVG file for the PSNR over the number of steps")
     options = parser.parse_args()
     started = time.perf_counter()
-    editor = Editor(open_bundle(options.bundle))
+    editor = Editor(open_bundle(options.bundle), encoder_cache=EncoderCache(bytes_max=0))
     steps = options.steps or editor.bundle.manifest.defaults.steps
     figures: dict[str, Any] = {"bundle": editor.bundle.path.name, "steps": steps}
 

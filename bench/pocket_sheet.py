@@ -16,6 +16,7 @@ from pocket.data.scenes import scene
 from pocket.judge import views
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.terminal import table
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3, help="seed of noise, colors, shapes and places, default: 3")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    editor = Editor(open_bundle(options.bundle))
+    editor = Editor(open_bundle(options.bundle), encoder_cache=EncoderCache(bytes_max=0))
     photos = views()
     with_foreground = scene(rng, SIDE, SIDE)
     edits = []

@@ -46,6 +46,7 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.editing.conditioning import Conditioning, condition
 from qie.engines.editing.denoise import Denoiser, StepState, upload_schedule
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import Feed, transformer_feed
@@ -125,7 +126,7 @@ def main() -> None:
     languages: dict[str, Any] = {}
     figures: dict[str, Any] = {"edits": len(evaluated), "variants": transformers, "language": languages}
     with tempfile.TemporaryDirectory() as folder:
-        exact = Editor(build(options.checkpoint, VARIANTS[0], calibration, Path(folder) / "exact"))
+        exact = uncached_editor(build(options.checkpoint, VARIANTS[0], calibration, Path(folder) / "exact"))
         recordings = [record(exact, case) for case in forced]
         for variant in VARIANTS:
             with variant_editor(options.checkpoint, variant, calibration, Path(folder)) as editor:
@@ -157,7 +158,7 @@ def variant_editor(checkpoint: Path, variant: Variant, calibration: Calibration,
     with (
         replaced_scheme(variant),
         tempfile.TemporaryDirectory(dir=folder) as temporary,
-        Editor(build(checkpoint, variant, calibration, Path(temporary) / "bundle")) as editor,
+        uncached_editor(build(checkpoint, variant, calibration, Path(temporary) / "bundle")) as editor,
     ):
         yield editor
 
@@ -178,6 +179,11 @@ def evaluate(editor: Editor, variant: Variant, evaluated: Sequence[Case]) -> dic
 def prompt_embeds(editor: Editor, case: Case) -> np.ndarray:
     """The prompt embeddings of an edit, [1, L, D]."""
     return conditioning_of(editor, case).prompts[0]
+
+
+def uncached_editor(bundle: Bundle) -> Editor:
+    """An editor whose every edit runs every engine."""
+    return Editor(bundle, encoder_cache=EncoderCache(bytes_max=0))
 
 
 @contextmanager
@@ -370,7 +376,7 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
         write_calibration(of_name, folder / f"{name}.npz")
         stored = read_calibration(folder / f"{name}.npz")
         variant = Variant(name=name, scheme="int8-smooth")
-        with Editor(build(options.checkpoint, variant, stored, folder / name)) as editor:
+        with uncached_editor(build(options.checkpoint, variant, stored, folder / name)) as editor:
             scores = score(partial(edit, editor, editor.bundle.manifest.defaults.steps), plain)
         figures[f"psnr_db, {name}"] = fmean(s.psnr_db for s in scores)
     print("\nCalibration on noised latents of images against denoising trajectories")

@@ -28,6 +28,8 @@ class Capability:
         requirements: the packages that were found, with their versions.
         missing: packages, GPU or driver that were not found.
         fix: how to get what is missing; None where nothing is.
+        trial: the command, in a clone of qie, that tries what has not run with the real packages and a GPU yet; None
+            where it has.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Capability:
     requirements: tuple[str, ...]
     missing: tuple[str, ...]
     fix: str | None
+    trial: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,7 @@ class _Need:
         fix: command that installs them.
         gpu_backend: the backend whose engines it runs on a GPU; None for another capability.
         gpu_package: the package that must have taken the place of the backend's own; None where there is no such one.
+        trial: see ``Capability``.
     """
 
     name: str
@@ -54,6 +58,7 @@ class _Need:
     fix: str
     gpu_backend: str | None = None
     gpu_package: str | None = None
+    trial: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +120,7 @@ def _needs() -> list[_Need]:
             packages=backend.modules,
             fix=backend.install,
             gpu_backend=None if backend.on_cpu else name,
+            trial=backend.trial,
         )
         for name, backend in BACKENDS.items()
     ]
@@ -160,6 +166,7 @@ def _capability(need: _Need, machine: Machine) -> Capability:
         requirements=tuple(f"{package} {_version(package)}".rstrip() for package in present),
         missing=missing,
         fix=fix if missing else None,
+        trial=need.trial,
     )
 
 

@@ -53,6 +53,7 @@ class Backend:
         gpu_install: commands that install ``gpu_package``, whatever is installed before them.
         quantized_bfloat16: executes quantized graphs on a GPU that compute in bfloat16.
         shares_device: its sessions share one stream and one arena on a GPU.
+        keeps_activations: its engines keep memory of their own for activations as long as they are loaded.
         imports_slowly: its module brings PyTorch, and takes seconds to import.
         version_locked: an engine runs only with the version that built it.
         build_module: Python module that builds engines.
@@ -62,6 +63,8 @@ class Backend:
         host_factor: host memory of the building process in bytes per byte of weights; None where a build holds one
             tensor at a time.
         adds_workspace: the recipe's build workspace comes on top of the activations when an engine runs.
+        trial: the command, in a clone of qie on a machine with the GPU, that tries what no GPU has run yet; None where
+            everything was run.
         fp8_attention: the lowest compute capability for which its attention kernels compute in FP8; None where there is
             none.
     """
@@ -79,6 +82,7 @@ class Backend:
     gpu_install: str | None = None
     quantized_bfloat16: bool = True
     shares_device: bool = False
+    keeps_activations: bool = False
     imports_slowly: bool = False
     version_locked: bool = False
     build_module: str
@@ -87,6 +91,7 @@ class Backend:
     compiles: bool = True
     host_factor: float | None = None
     adds_workspace: bool = False
+    trial: str | None = None
     fp8_attention: str | None = None
 
 
@@ -109,6 +114,7 @@ BACKENDS: dict[str, Backend] = {
         distributions=((12, "tensorrt-rtx-cu12"), (13, "tensorrt-rtx-cu13")),
         shares_device=True,
         version_locked=True,
+        trial="make test-gpu",
         build_module="tensorrt_rtx",
         build_install="pip install 'qie[compile]'",
         host_factor=1.6,
@@ -119,6 +125,7 @@ BACKENDS: dict[str, Backend] = {
         distributions=((12, "tensorrt-cu12"), (13, "tensorrt-cu13")),
         shares_device=True,
         version_locked=True,
+        trial="make test-gpu",
         build_module="tensorrt",
         build_install="pip install 'qie[tensorrt]'",
         builds_on_gpu=True,
@@ -135,8 +142,10 @@ BACKENDS: dict[str, Backend] = {
         schemes=("fp8", "int8-smooth", "w8a16", "w4a16"),
         source="tensorrt-llm",
         shares_device=True,
+        keeps_activations=True,
         imports_slowly=True,
         version_locked=True,
+        trial="make test-gpu-trtllm",
         build_module="tensorrt_llm",
         build_install="pip install 'qie[trtllm]'",
         builds_on_gpu=True,
@@ -162,9 +171,9 @@ BACKENDS: dict[str, Backend] = {
 ``host_factor`` was measured with tensorrt-rtx 1.7.1 on a 2-core machine, on blocks of the published transformer.
 Streamed to a file, 0.68 GB of weights took 1.24 GB, 1.27 GB took 2.14, 2.04 GB 3.43, 3.99 GB 6.30 and 4.76 GB 7.74. Not
 streamed, 0.68 GB took 1.54 GB, 1.27 GB took 2.69 and 2.04 GB 4.39. TensorRT was not measured: it is assumed to take as
-much as TensorRT for RTX when that does not stream. The mapped weights come on top, as pages that the system may take
-back. ``adds_workspace`` is false for TensorRT for RTX, because its workspace holds the activations (1.7.1 reports both
-as one figure at any limit).
+much as TensorRT for RTX when that does not stream, and TensorRT-LLM to hold the weights that it read beside that. The
+mapped weights come on top, as pages that the system may take back. ``adds_workspace`` is false for TensorRT for RTX,
+because its workspace holds the activations (1.7.1 reports both as one figure at any limit).
 
 ``fp8_attention``: engines that tensorrt-rtx 1.7.1 compiled for 8.9 and 12.0 with FP8 around attention dequantize
 queries, keys and values again and contain a bfloat16 kernel. TensorRT was not compiled: its release notes (10.6) limit

@@ -9,10 +9,15 @@ from pathlib import Path
 from qie.engines.errors import BundleError
 from qie.engines.files import qie_home, replacing
 
-__all__ = ["Cache", "tables_cache"]
+__all__ = ["Cache", "encoder_cache_on_disk", "tables_cache"]
 
 _TABLES_BYTES = 8 << 30
 """Most that the cache of modulation tables holds: thirty schedules of 40 steps of the published model."""
+
+_ENCODER_BYTES = 2 << 30
+"""Most that the cache of embeddings holds: those of 300 edits of the published model, each of another image (an image
+alone has 2.8 MB, 196 tokens of 3584 float32 values, and an instruction about it 3.7 MB), and of 50 of its first
+generation (19.6 MB and 20.5 MB)."""
 
 _DIGEST_BYTES = 32
 
@@ -59,7 +64,11 @@ class Cache:
         return self._root / _name(group) / _name(made_from)
 
     def _trim(self, newest: Path) -> None:
-        entries = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._root.glob("*/*"))
+        entries = []
+        for path in self._root.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                entries.append(((found := path.stat()).st_mtime_ns, found.st_size, path))
+        entries.sort()
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if total <= self._bytes_max:
@@ -74,12 +83,25 @@ def tables_cache(folder: Path | None = None) -> Cache:
 
     ``folder`` None is ``modulation`` in ``qie_home()``.
     """
-    if folder is None:
-        try:
-            folder = qie_home() / "modulation"
-        except BundleError:  # nothing is kept
-            folder = Path(os.devnull) / "modulation"
-    return Cache(folder, bytes_max=_TABLES_BYTES)
+    return Cache(folder or _in_home("modulation"), bytes_max=_TABLES_BYTES)
+
+
+def encoder_cache_on_disk(folder: Path | None = None) -> Cache:
+    """The cache of embeddings of images and prompts, one group per key of the engine that computed them.
+
+    They tell about the images and instructions that they were made from, so nothing is kept here unless a person chose
+    it. It holds at most 2 GiB.
+
+    ``folder`` None is ``encoder`` in ``qie_home()``.
+    """
+    return Cache(folder or _in_home("encoder"), bytes_max=_ENCODER_BYTES)
+
+
+def _in_home(name: str) -> Path:
+    try:
+        return qie_home() / name
+    except BundleError:  # nothing is kept
+        return Path(os.devnull) / name
 
 
 def _name(text: str) -> str:

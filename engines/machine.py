@@ -11,7 +11,18 @@ from pathlib import Path
 from qie.engines.errors import EngineMismatchError
 from qie.engines.gpus import NO_GPU, Gpu, find_driver
 
-__all__ = ["GIB", "Machine", "absent_gpu", "choose_gpu", "gpu_misfit", "memory_bytes", "this_machine", "version_of"]
+__all__ = [
+    "GIB",
+    "Machine",
+    "absent_gpu",
+    "choose_gpu",
+    "cores",
+    "cpu_name",
+    "gpu_misfit",
+    "memory_bytes",
+    "this_machine",
+    "version_of",
+]
 
 GIB = 2**30
 """Bytes of a GiB."""
@@ -45,11 +56,10 @@ class Machine:
 def this_machine() -> Machine:
     """Examine this machine; without a driver it has no GPU."""
     driver = find_driver()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=f"{platform.system()} {platform.release()}",
-        cpu=_cpu(),
-        cores=cores,
+        cpu=cpu_name(),
+        cores=cores(),
         memory_gib=round(memory_bytes() / GIB, 1),
         gpus=driver.gpus,
         cuda=driver.cuda,
@@ -144,7 +154,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The name of the CPU."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             for line in file:

@@ -1,6 +1,7 @@
 """What the tests share: a small checkpoint, a bundle of it, a home of their own, and the command line."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -18,6 +19,19 @@ from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from tests.support.bundles import build
 from tests.support.damage import change_manifest
 from tests.support.images import smooth_image
+from tests.support.threads import one_thread_in_libraries, one_thread_in_onnxruntime
+
+
+def pytest_configure() -> None:
+    one_thread_in_libraries()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked with ``soak`` to ``make test-soak``."""
+    if not os.environ.get("QIE_SOAK"):
+        long = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +42,7 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("COLUMNS", "100")
+        one_thread_in_onnxruntime(patch)
         yield
 
 

@@ -6,6 +6,7 @@ from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.terminal import human_bytes, say, table
 
 if TYPE_CHECKING:
+    from qie.compiler.doctor import Capability
     from qie.engines.machine import Machine
 
 __all__ = ["doctor"]
@@ -31,14 +32,24 @@ def doctor(as_json: JsonOption = False) -> None:
         ["home", f"{report.home} ({human_bytes(report.free_bytes)} free)"],
     ]
     capabilities = [[c.name, "yes" if c.ready else "no", ", ".join(c.requirements) or "-"] for c in report.capabilities]
-    fixes = [None if c.ready else f"missing: {', '.join(c.missing)}\nfix: {c.fix}" for c in report.capabilities]
-    sections = [table(facts), table(capabilities, header=["capability", "ready", "found"], notes=fixes)]
+    notes = [_note(capability) for capability in report.capabilities]
+    sections = [table(facts), table(capabilities, header=["capability", "ready", "found"], notes=notes)]
     if report.bundles:
         rows = [[bundle.name, "yes" if bundle.reason is None else "no"] for bundle in report.bundles]
         reasons = [bundle.reason for bundle in report.bundles]
         sections.append(table(rows, header=["bundle", "runs here"], notes=reasons))
     say("\n\n".join(sections))
     return None
+
+
+def _note(capability: "Capability") -> str | None:
+    """What is missing and how to get it, and what nobody has tried yet."""
+    lines = []
+    if not capability.ready:
+        lines += [f"missing: {', '.join(capability.missing)}", f"fix: {capability.fix}"]
+    if capability.trial is not None:
+        lines.append(f"not run on a GPU yet: `{capability.trial}` in a clone of qie tries it there")
+    return "\n".join(lines) or None
 
 
 def _gpus(machine: "Machine") -> list[list[str]]:

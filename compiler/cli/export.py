@@ -27,6 +27,9 @@ def export(
     gpu: GpuOption = "cpu",
     language: LanguageOption = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Write the weights too.")] = True,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, metavar="GPUS", help="GPUs to split a checkpoint for TensorRT-LLM over: 1, 2 or 4.")
+    ] = 1,
     lora: LoraOption = None,
     calibration: CalibrationOption = None,
     revision: RevisionOption = None,
@@ -35,7 +38,8 @@ def export(
 ) -> None:
     """Write the graphs of a model as ONNX files.
 
-    They are the graphs that `qie build` compiles: precision, quantization and LoRAs included.
+    They are the graphs that `qie build` compiles: precision, quantization and LoRAs included. With `--language
+    tensorrt-llm` the checkpoint for TensorRT-LLM is written too.
     """
     from qie.compiler.planning.resolve import plan_build
 
@@ -53,7 +57,7 @@ def export(
     from qie.compiler.packing.export import export_graphs
 
     with Bars(enabled=not as_json) as bars:
-        files = export_graphs(plan, weights=weights, progress=bars)
+        files = export_graphs(plan, weights=weights, tensor_parallel=tensor_parallel, progress=bars)
     if as_json:
         return print_json({"files": [str(file) for file in files]})
     for file in files:

@@ -201,15 +201,14 @@ def _language(estimated: "Estimate") -> list[str]:
             str(preferred.index(c.backend) + 1) if c.backend in preferred else "-",
             human_memory(c.host_bytes),
             human_memory(c.weights_bytes),
-            human_memory(c.largest_activation_bytes),
-            human_memory(c.largest_io_bytes),
+            human_memory(c.working_bytes),
             "-" if c.seconds is None else human_seconds(c.seconds),
         ]
         for c in estimated.language
     ]
-    header = ["backend", "choice", "host memory", "weights", "activations", "inputs, outputs", "time at peak"]
+    header = ["backend", "choice", "host memory", "weights", "working memory", "time at peak"]
     title = "The language model by backend, and the recipe's order of choice"
-    return ["", title, "", table(rows, header=header, right=range(1, 7))]
+    return ["", title, "", table(rows, header=header, right=range(1, 6))]
 
 
 def _operations(count: int) -> str:

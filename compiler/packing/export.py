@@ -1,5 +1,9 @@
-"""Writes the graphs of a checkpoint into a folder, with or without their weights, for other tools to read."""
+"""Writes the graphs of a checkpoint into a folder, with or without their weights, for other tools to read.
 
+Where the language model is for TensorRT-LLM, its checkpoint is written beside its graph.
+"""
+
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,31 +13,49 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import checkpoint_readers, writing
+from qie.compiler.packing.sources import LLM_FOLDER, write_tensorrt_llm
 from qie.compiler.planning.checks import check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.errors import BuildError
+from qie.engines.errors import BuildError, ExportError
 from qie.engines.folders import WORK_LOCK
 from qie.engines.progress import Progress, no_progress
 
 __all__ = ["export_graphs"]
 
+_LLM_FILE = re.compile(r"config\.json|encoder\.py|build\.sh|rank\d+\.safetensors")
 
-def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress) -> tuple[Path, ...]:
+
+def export_graphs(
+    plan: Plan, *, weights: bool, tensor_parallel: int = 1, progress: Progress = no_progress
+) -> tuple[Path, ...]:
     """Write every graph of ``plan`` to its destination.
 
-    Without ``weights`` the graphs name their parameters and hold none: they can be read, counted and drawn, not run.
+    Args:
+        plan: of a build.
+        weights: write the weights too. Without them the graphs name their parameters and hold none: they can be read,
+            counted and drawn, not run.
+        tensor_parallel: GPUs over which the checkpoint for TensorRT-LLM is split.
+        progress: called with (component, bytes done, bytes in all).
 
     Returns:
-        The .onnx files.
+        The .onnx files, and the config.json of a checkpoint for TensorRT-LLM.
 
     Raises:
+        ExportError: the language model is not for TensorRT-LLM, or cannot be split over so many GPUs.
         CheckpointError: the weights are incomplete or do not belong to the configs.
         BuildError: the destination holds something else than graphs, or a disk is too small.
     """
+    llm = [planned for planned in plan.components if "tensorrt-llm" in (planned.backend, planned.finish)]
+    if tensor_parallel != 1 and not llm:
+        raise ExportError(
+            f"tensor_parallel is {tensor_parallel}, and the language model is not for TensorRT-LLM; choose "
+            "tensorrt-llm as its backend",
+            option="language",
+        )
     _check_destination(plan.destination)
-    output_bytes = sum(planned.bytes for planned in plan.components)
+    output_bytes = sum(planned.bytes + planned.finish_bytes for planned in plan.components)
     readers: Mapping[Subfolder, TensorReader] = {}
     if weights:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)
@@ -48,12 +70,24 @@ def export_graphs(plan: Plan, *, weights: bool, progress: Progress = no_progress
                 )
                 places = written.places
             write_graph(planned.graph, folder / f"{planned.component}.onnx", location, places)
+        names = [f"{planned.component}.onnx" for planned in plan.components]
+        for planned in llm if weights else ():
+            of_component = partial(progress, f"{planned.component} for TensorRT-LLM")
+            config, _ = write_tensorrt_llm(planned, plan, readers, folder, of_component, tensor_parallel)
+            names.append(config)
         _check_destination(plan.destination)  # what came meanwhile is not lost
-    return tuple(plan.destination / f"{planned.component}.onnx" for planned in plan.components)
+    return tuple(plan.destination / name for name in names)
 
 
 def _check_destination(path: Path) -> None:
     """An export replaces its folder: nothing but an earlier export may be lost."""
-    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")} | {WORK_LOCK}
-    if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= names):
+    if path.exists() and not (path.is_dir() and all(_is_exported(file.relative_to(path)) for file in path.rglob("*"))):
         raise BuildError(f"{path} holds files that are not exported graphs; choose another folder", option="out")
+
+
+def _is_exported(name: Path) -> bool:
+    """Whether an export writes a file or folder of that name."""
+    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")} | {WORK_LOCK}
+    if name.parts[0] == LLM_FOLDER:
+        return len(name.parts) == 1 or (len(name.parts) == 2 and _LLM_FILE.fullmatch(name.parts[1]) is not None)
+    return str(name) in names

@@ -23,7 +23,10 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["write_source"]
+__all__ = ["LLM_FOLDER", "write_source", "write_tensorrt_llm"]
+
+LLM_FOLDER = "language.tensorrt-llm"
+"""Folder of the checkpoint for TensorRT-LLM."""
 
 Readers = Mapping[Subfolder, TensorReader]
 
@@ -90,15 +93,35 @@ def _write_graph(
     return graph_name, (file_record(folder, graph_name), weights)
 
 
-def _write_tensorrt_llm(
-    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
+def write_tensorrt_llm(
+    planned: PlannedComponent,
+    plan: Plan,
+    readers: Readers,
+    folder: Path,
+    progress: StageProgress,
+    tensor_parallel: int = 1,
 ) -> tuple[str, tuple[FileRecord, ...]]:
-    name = f"{planned.component}.tensorrt-llm"
-    settings = language_settings(plan.model, plan.recipe, planned.amax)
-    (folder / name).mkdir()
-    files = write_checkpoint(settings, readers["text_encoder"], folder / name, progress=progress)
-    files += write_files(folder / name, profiles(planned.graph, plan.recipe, plan.model), plan.recipe)
-    return f"{name}/config.json", tuple(file_record(folder, f"{name}/{file}") for file in files)
+    """Write the checkpoint of the language model for TensorRT-LLM, and what building its engine takes.
+
+    Args:
+        planned: the language model.
+        plan: of the build.
+        readers: of the checkpoint, with everything folded into its tensors.
+        folder: in which ``LLM_FOLDER`` is made.
+        progress: called with (bytes done, bytes in all).
+        tensor_parallel: GPUs over which the model is split.
+
+    Returns:
+        The path of its config.json in ``folder``, and the records of all files.
+
+    Raises:
+        QieError: see ``write_checkpoint``.
+    """
+    settings = language_settings(plan.model, plan.recipe, planned.amax, tensor_parallel=tensor_parallel)
+    (folder / LLM_FOLDER).mkdir()
+    files = write_checkpoint(settings, readers["text_encoder"], folder / LLM_FOLDER, progress=progress)
+    files += write_files(folder / LLM_FOLDER, profiles(planned.graph, plan.recipe, plan.model), plan.recipe)
+    return f"{LLM_FOLDER}/config.json", tuple(file_record(folder, f"{LLM_FOLDER}/{file}") for file in files)
 
 
 def _write_transformers(
@@ -119,7 +142,7 @@ def _write_transformers(
 
 WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
     "graph": _write_graph,
-    "tensorrt-llm": _write_tensorrt_llm,
+    "tensorrt-llm": write_tensorrt_llm,
     "transformers": _write_transformers,
 }
 """Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""

@@ -16,6 +16,7 @@ from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import BackendName, Recipe
+from qie.compiler.weights.stream import total_bytes
 from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, ExportError, RecipeError
@@ -112,9 +113,12 @@ class Estimate:
     def gpu_bytes(self) -> int:
         """Peak memory of the device, on a CPU that of the whole process.
 
-        All weights and the largest working set; with sequential residency the largest engine with its inputs and
+        All weights, the largest working set, and the activations of engines that share their memory with no other;
+        with sequential residency the largest engine with its inputs and
         outputs, and the largest activations, whose memory all engines share and keep. On a CPU the engines share an
-        arena, in which the blocks of one do not always serve another: the three largest working sets count.
+        arena, in which the blocks of one do not always serve another: the three largest working sets count. It is
+        the peak of one edit: what the encoder cache of an editor keeps of others comes on top, at most its
+        ``bytes_max``.
         """
         if self.plan.recipe.compute_capability is None:
             weights = [c.weights_bytes for c in self.components]
@@ -125,7 +129,10 @@ class Estimate:
         if self.plan.recipe.residency == "sequential":
             engines = [c.weights_bytes + c.working_bytes - c.largest_activation_bytes for c in self.components]
             return max(engines) + max(c.largest_activation_bytes for c in self.components)
-        return sum(c.weights_bytes for c in self.components) + max(c.working_bytes for c in self.components)
+        own = [c for c in self.components if BACKENDS[c.backend].keeps_activations]
+        sharing = [c for c in self.components if c not in own]
+        kept = sum(c.largest_activation_bytes for c in own) + max(c.working_bytes for c in sharing)
+        return sum(c.weights_bytes for c in self.components) + kept
 
     @property
     def host_bytes(self) -> int:
@@ -293,7 +300,7 @@ def _estimate(
         component=planned.component,
         backend=backend,
         disk_bytes=planned.bundle_bytes if builds else weights,
-        weights_bytes=weights + _expanded_bytes(plan, planned),
+        weights_bytes=_engine_bytes(planned, backend, weights) + _expanded_bytes(plan, planned),
         largest_activation_bytes=activation,
         largest_io_bytes=io,
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
@@ -302,6 +309,16 @@ def _estimate(
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,
     )
+
+
+def _engine_bytes(planned: PlannedComponent, backend: BackendName, weights: int) -> int:
+    """Memory of the weights of an engine, where what it is made from has ``weights`` bytes of them.
+
+    TensorRT-LLM quantizes some weights only when it builds the engine; the graph has them quantized already.
+    """
+    if BACKENDS[backend].source == "tensorrt-llm":
+        return min(weights, total_bytes(planned.graph.weights))
+    return weights
 
 
 def _expanded_bytes(plan: Plan, planned: PlannedComponent) -> int:

@@ -19,6 +19,7 @@ from qie.engines.bundle.manifest import Component, EngineRecord
 from qie.engines.editing.conditioning import open_tokenizer
 from qie.engines.editing.edit import edit
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Edit, Request
 from qie.engines.progress import no_progress
 
@@ -86,8 +87,8 @@ class Case:
 
     @contextmanager
     def editor(self, **options: Any) -> Iterator[Editor]:
-        """An editor on the GPU, closed afterwards."""
-        with Editor(self.on_gpu, device=self.device, **options) as editor:
+        """An editor on the GPU, closed afterwards; every edit runs every engine."""
+        with Editor(self.on_gpu, device=self.device, encoder_cache=EncoderCache(bytes_max=0), **options) as editor:
             yield editor
 
     @contextmanager

@@ -19,6 +19,7 @@ from PIL import Image
 
 from qie.engines.bundle.specs import MAX_INSTRUCTION_TOKENS
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.errors import BackendMissingError, EngineError, QieError, RequestError
 from qie.engines.inputs.image import prepare
@@ -136,7 +137,7 @@ def main(words: list[str], write: Callable[[str], object]) -> None:
     """
     try:
         device = int(words[1]) if len(words) > 1 else None
-        with Editor(Path(words[0]), device=device) as editor:
+        with Editor(Path(words[0]), device=device, encoder_cache=EncoderCache(bytes_max=0)) as editor:
             on_cpu = all(engine.compute_capability == "cpu" for engine in editor.stages.engines.values())
             peak = _peak_of_process(editor) if on_cpu else _peak_of_gpu(editor, device)
         answer: dict[str, str | int] = {"bytes": peak}

@@ -238,11 +238,14 @@ def _check_bisect(subject: Subject, options: Options) -> None:
 
 
 def _of_backend(bundle: Bundle, backend: str | None) -> Bundle | None:
-    """``bundle`` with the engines of ``backend`` alone; None where it has none."""
+    """``bundle`` with the engines of ``backend`` alone, and all of what that cannot run; None where it has none."""
     if backend is None:
         return bundle
-    engines = tuple(engine for engine in bundle.manifest.engines if engine.backend == backend)
-    return replace(bundle, manifest=replace(bundle.manifest, engines=engines)) if engines else None
+    runs = BACKENDS[backend].components
+    engines = tuple(e for e in bundle.manifest.engines if e.backend == backend or e.component not in runs)
+    if not any(engine.backend == backend for engine in engines):
+        return None
+    return replace(bundle, manifest=replace(bundle.manifest, engines=engines))
 
 
 def _rebuild(subject: Subject, options: Options, stack: ExitStack, progress: Progress) -> None:

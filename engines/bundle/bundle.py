@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qie.engines.bundle.manifest import MANIFEST, FileRecord, Manifest
 from qie.engines.bundle.sealed import parse_manifest, read_manifest
-from qie.engines.cache import tables_cache
+from qie.engines.cache import encoder_cache_on_disk, tables_cache
 from qie.engines.errors import BundleError
 from qie.engines.files import is_leftover, qie_home, sha256_of
 from qie.engines.folders import HeldFolder, remove_folder, restore_moved
@@ -154,7 +154,7 @@ def verify(bundle: Bundle, *, progress: StageProgress = no_progress) -> None:
 
 
 def remove_bundle(path: Path) -> bool:
-    """Delete the bundle in the folder ``path``, and the modulation tables that were cached for it.
+    """Delete the bundle in the folder ``path``, and the tables and embeddings that were cached for it.
 
     Its name is free at once. Where somebody has it open, its files are deleted when they close it. Of a link, the link
     and the folder are deleted.
@@ -171,7 +171,10 @@ def remove_bundle(path: Path) -> bool:
     if foreign:
         raise BundleError(f"{path} also holds {foreign[0]}, which is not the bundle's; move it away")
     with suppress(BundleError):  # a damaged bundle is deleted like any other
-        tables_cache().drop(read_manifest(path).model.modulation.file.sha256)
+        manifest = read_manifest(path)
+        tables_cache().drop(manifest.model.modulation.file.sha256)
+        for engine in manifest.engines:
+            encoder_cache_on_disk().drop(engine.key)
     deleted = remove_folder(path.resolve())
     if path.is_symlink():
         path.unlink()

@@ -12,6 +12,7 @@ __all__ = ["Unneeded", "remove", "unneeded"]
 
 _CACHES = {
     "modulation": "modulation tables of edits",
+    "encoder": "embeddings of images and instructions",
     "digests.json": "digests of checkpoints",
     "cache/tensorrt-rtx": "kernels compiled for this GPU",
     "cache/tensorrt": "kernels compiled for this GPU",

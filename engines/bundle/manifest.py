@@ -324,8 +324,8 @@ class Manifest:
         engines: of every component.
         graphs: those whose engines are not built yet, because they need the machine with the GPU.
         calibration: source of the scales of quantized components; None without one.
-        planned_bytes: peak memory of the device in the largest edit, on a CPU of the whole process, as ``qie plan``
-            says; None in bundles of earlier versions.
+        planned_bytes: peak memory of the device in the largest edit, on a CPU of the whole process without what an
+            encoder cache keeps of other edits, as ``qie plan`` says; None in bundles of earlier versions.
     """
 
     schema: int

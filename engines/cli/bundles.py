@@ -197,7 +197,7 @@ def _graphs(graphs: Sequence["GraphRecord"]) -> str:
         [g.component, g.backend, g.precision, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
         for g in graphs
     ]
-    return table(rows, header=["graph of", "to build for", "precision", "parameters", "size"], right=[3, 4])
+    return table(rows, header=["source of", "to build for", "precision", "parameters", "size"], right=[3, 4])
 
 
 def _precision(engine: "EngineRecord") -> str:

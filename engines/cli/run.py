@@ -52,6 +52,10 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --out to name an input image.")] = False,
     bundle: BundleOption = None,
     device: DeviceOption = None,
+    encoder_cache: Annotated[
+        bool,
+        typer.Option("--encoder-cache", help="Keep embeddings of images and instruction on disk for later runs."),
+    ] = False,
     vllm_url: VllmUrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,8 +71,10 @@ def run(
         )
     requested_size = parse_size(size)
 
+    from qie.engines.cache import encoder_cache_on_disk
     from qie.engines.cli.results import Results
     from qie.engines.editing.editor import Editor
+    from qie.engines.editing.encoder_cache import EncoderCache
     from qie.engines.editing.request import Request
     from qie.engines.inputs.image import load_image
 
@@ -84,9 +90,9 @@ def run(
         size=requested_size,
         match_input=match_input,
     )
-    with Editor(
-        bundle, device=device, residency="sequential", vllm_url=vllm_url
-    ) as editor:  # one edit needs each engine once
+    cache = EncoderCache(bytes_max=0, disk=encoder_cache_on_disk() if encoder_cache else None)
+    # one edit needs each engine once
+    with Editor(bundle, device=device, residency="sequential", encoder_cache=cache, vllm_url=vllm_url) as editor:
         try:
             with Bars(enabled=not as_json) as bars:
                 edit = editor.edit(request, progress=bars, on_image=results.save)
@@ -140,9 +146,11 @@ def _report_run(
     if editor.model.about:
         say(f"{editor.model.name}: {editor.model.about}", err=True)
     guidance = f"guidance {edit.guidance:g} away from {negative!r}" if guided else "no guidance"
+    skipped = [stage for stage in ("vision", "language") if stage not in edit.seconds]
+    cached = f", {' and '.join(skipped)} from the cache" if skipped else ""
     say(
         f"{editor.model.name} ({editor.bundle.name}), {edit.size}, {edit.steps} steps, {guidance}, "
-        f"{human_seconds(sum(edit.seconds.values()))}",
+        f"{human_seconds(sum(edit.seconds.values()))}{cached}",
         err=True,
     )
     for path, (_, seed) in zip(outputs, edit.samples, strict=True):

@@ -1,7 +1,7 @@
 """What the transformer reads of a request: prompt embeddings and the latents of the reference images.
 
-Shape suffixes: V image tokens of the prompt, L text tokens, R reference tokens, D width of the language model,
-C = 64 latent channels of a token, h w latent tokens of an image.
+Shape suffixes: L text tokens, R reference tokens, D width of the language model, C = 64 latent channels of a token,
+h w latent tokens of an image.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.specs import SIDE_MULTIPLE, Areas
+from qie.engines.editing.embeddings import prompt_embeds
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import Settings, check_prompts, check_references
@@ -47,9 +49,23 @@ class Conditioning:
 
 
 def condition(
-    stages: Stages, tokenizer: Tokenizer, request: Request, settings: Settings, *, meter: Meter | None = None
+    stages: Stages,
+    tokenizer: Tokenizer,
+    request: Request,
+    settings: Settings,
+    *,
+    meter: Meter | None = None,
+    encoder_cache: EncoderCache | None = None,
 ) -> Conditioning:
     """Run the stages before denoising; everything is checked before an engine is loaded.
+
+    Args:
+        stages: the engines.
+        tokenizer: of the bundle.
+        request: what to edit.
+        settings: of the request.
+        meter: of the edit.
+        encoder_cache: of embeddings that need not be computed again; None computes them all.
 
     Raises:
         RequestError: an image or instruction cannot be used.
@@ -68,11 +84,8 @@ def condition(
         prompts.append(tokens([request.negative], allow_blank=True))
     check_prompts(prompts, stages.bundle.manifest)
 
-    # 2. Images, then prompts, to embeddings.
-    with meter("vision") as report:
-        image_embeds_VD = stages.vision(vision, progress=report)
-    with meter("language") as report:
-        embeds = stages.language(prompts, image_embeds_VD, progress=report)
+    # 2. Images, then prompts, to embeddings, as far as they are not cached.
+    embeds = prompt_embeds(stages, vision, prompts, meter=meter, cache=encoder_cache)
 
     # 3. Reference images to latents.
     with meter("encode") as report:

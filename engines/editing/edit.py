@@ -19,6 +19,7 @@ from qie.engines.bundle.manifest import EngineRecord, Manifest
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import Settings, resolve
@@ -46,8 +47,11 @@ def edit(
     progress: Progress,
     observer: StepObserver | None = None,
     on_image: ImageObserver | None = None,
+    encoder_cache: EncoderCache | None = None,
 ) -> Edit:
     """Edit ``request.images`` by every instruction with every seed; see ``Editor.edit``.
+
+    Without ``encoder_cache`` every engine runs.
 
     Raises:
         RequestError: an image, instruction, seed or option cannot be used.
@@ -62,7 +66,7 @@ def edit(
     schedule_S = sigmas(model.scheduler, steps=settings.steps, noise_tokens=settings.size.tokens)
 
     # 2. Images and instructions to prompt embeddings and reference latents.
-    conditioning = condition(stages, tokenizer, request, settings, meter=meter)
+    conditioning = condition(stages, tokenizer, request, settings, meter=meter, encoder_cache=encoder_cache)
 
     # 3. The modulation of every step, unless the GPU has it of the edit before.
     schedule = stages.schedule(schedule_S)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import Residency, Specialization
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Edit, Request
 from qie.engines.errors import QieError, RequestError
 from qie.engines.progress import Progress, no_progress
@@ -35,6 +36,7 @@ class Editor:
         model: constants of its model.
         stages: its engines as functions.
         tokenizer: of its model.
+        encoder_cache: of embeddings of its images and prompts.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Editor:
         cuda_graphs: bool | None = None,
         specialization: Specialization | None = None,
         threads: int = 0,
+        encoder_cache: EncoderCache | None = None,
         vllm_url: str | None = None,
     ) -> None:
         """Open a bundle and choose the engines for this machine; they are loaded when first needed.
@@ -60,6 +63,8 @@ class Editor:
             specialization: kernels of TensorRT for RTX: "none" are those that serve every shape, "eager" are compiled
                 for every new shape before its first run; None is the bundle's default.
             threads: of engines on the CPU; 0 is one per core.
+            encoder_cache: of embeddings of images and prompts, which may be shared with other editors; None is one of
+                its own, in memory. ``EncoderCache(bytes_max=0)`` keeps none.
             vllm_url: URL of a vLLM server that runs the language model in place of the bundle's engine (docs/vllm.md).
 
         Raises:
@@ -85,6 +90,7 @@ class Editor:
             vllm_url=vllm_url,
         )
         self.tokenizer = open_tokenizer(self.bundle)
+        self.encoder_cache = EncoderCache() if encoder_cache is None else encoder_cache
         self._lock, self._edits, self._closes = threading.RLock(), False, False
         weakref.finalize(self, _close_quietly, self.stages)  # also at interpreter exit
 
@@ -117,7 +123,13 @@ class Editor:
             self._edits = True
             try:
                 return edit(
-                    self.stages, self.tokenizer, request, progress=progress, observer=observer, on_image=on_image
+                    self.stages,
+                    self.tokenizer,
+                    request,
+                    progress=progress,
+                    observer=observer,
+                    on_image=on_image,
+                    encoder_cache=self.encoder_cache,
                 )
             finally:
                 self._edits = False

@@ -20,6 +20,7 @@ from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.vision import VisionInputs
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.choose import choose_engines
+from qie.engines.sessions.identity import engine_identity
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.read_ahead import read_ahead
 from qie.engines.sessions.session import Session, Tensor
@@ -92,6 +93,7 @@ class Stages:
         self._unloaded: set[Component] = set()
         self._device: Device | None = None
         self._schedule: tuple[bytes, UploadedSchedule] | None = None
+        self._identities: dict[Component, str] = {}
 
     @property
     def loaded(self) -> tuple[Component, ...]:
@@ -108,6 +110,25 @@ class Stages:
         """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the memory of a CPU."""
         on_cpu = all(engine.compute_capability == "cpu" for engine in self.engines.values())
         return self.residency == "resident" or on_cpu
+
+    def identity(self, component: Component) -> str | None:
+        """Everything but its inputs that decides the numbers of ``component``, see ``engine_identity``.
+
+        None where a server runs it, of which that is not known.
+
+        Raises:
+            EngineMismatchError: the GPU is gone.
+        """
+        if component not in self.engines:
+            return None
+        if component not in self._identities:
+            self._identities[component] = engine_identity(
+                self.engines[component],
+                device=self._index,
+                specialization=self._specialization,
+                threads=self._threads,
+            )
+        return self._identities[component]
 
     def schedule(self, sigmas: Float32) -> "UploadedSchedule | None":
         """The schedule ``sigmas`` [S + 1] as the edit before left it on the GPU; None where it left another or none.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qie.compiler.planning.resolve import plan_build
     from qie.engines.bundle.bundle import Bundle, open_bundle
     from qie.engines.editing.editor import Editor
+    from qie.engines.editing.encoder_cache import EncoderCache
     from qie.engines.editing.request import Edit, Request
     from qie.engines.errors import (
         BackendMissingError,
@@ -47,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "Edit",
     "Editor",
+    "EncoderCache",
     "EngineError",
     "EngineMismatchError",
     "ExportError",
@@ -70,6 +72,7 @@ _HOMES = {
     "Bundle": "qie.engines.bundle.bundle",
     "Edit": "qie.engines.editing.request",
     "Editor": "qie.engines.editing.editor",
+    "EncoderCache": "qie.engines.editing.encoder_cache",
     "Plan": "qie.compiler.planning.plan",
     "Progress": "qie.engines.progress",
     "Request": "qie.engines.editing.request",

@@ -14,15 +14,19 @@ from qie.engines.inputs.sizes import fits
 from tests.support.repository import ROOT
 
 README = ROOT / "recipes" / "README.md"
-NAMES = ("a100", "a100-40gb", "a100-int8", "cpu", "h100", "l4", "l40s", "rtx4090", "rtx5090")
+NAMES = (
+    "a100", "a100-40gb", "a100-int8", "a100-trtllm", "cpu", "h100", "l4", "l40s", "l40s-trtllm", "rtx4090", "rtx5090"
+)  # fmt: skip
 CAPABILITIES = {
     "a100": "8.0",
     "a100-40gb": "8.0",
     "a100-int8": "8.0",
+    "a100-trtllm": "8.0",
     "cpu": None,
     "h100": "9.0",
     "l4": "8.9",
     "l40s": "8.9",
+    "l40s-trtllm": "8.9",
     "rtx4090": "8.9",
     "rtx5090": "12.0",
 }
@@ -101,7 +105,9 @@ def test_the_longest_prompts_of_the_models_fit(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_quantization_and_what_it_leaves_alone(name: str) -> None:
     components = load_recipe(name).components
-    expected = {"a100-int8": "int8-smooth", "a100": "none", "a100-40gb": "none", "cpu": "none"}.get(name, "fp8")
+    expected = {"a100-int8": "int8-smooth", **dict.fromkeys(("a100", "a100-40gb", "a100-trtllm", "cpu"), "none")}.get(
+        name, "fp8"
+    )
     assert components.transformer.scheme == expected
     assert components.language.scheme == "none"
     if expected == "none":

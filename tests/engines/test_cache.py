@@ -1,11 +1,12 @@
 """A cache that proves what it holds, within its size."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qie.engines.cache import Cache, tables_cache
+from qie.engines.cache import Cache, encoder_cache_on_disk, tables_cache
 
 
 def content(text: str) -> memoryview:
@@ -79,8 +80,22 @@ def test_dropping_a_group_leaves_the_others(tmp_path: Path, group: str) -> None:
     assert (tmp_path / "mine").exists()
 
 
-def test_tables_are_in_the_home(qie_home: Path, tmp_path: Path) -> None:
-    tables_cache().store("group", "one", content("1"))
-    assert len(list((qie_home / "modulation").glob("*/*"))) == 1
-    tables_cache(tmp_path / "mine").store("group", "one", content("1"))
+@pytest.mark.parametrize(("cache", "name"), [(tables_cache, "modulation"), (encoder_cache_on_disk, "encoder")])
+def test_a_cache_is_in_the_home(qie_home: Path, tmp_path: Path, cache: Callable[..., Cache], name: str) -> None:
+    cache().store("group", "one", content("1"))
+    assert len(list((qie_home / name).glob("*/*"))) == 1
+    cache(tmp_path / "mine").store("group", "one", content("1"))
     assert len(list((tmp_path / "mine").glob("*/*"))) == 1
+    assert [path.name for path in qie_home.iterdir()] == [name]
+
+
+def test_an_entry_that_vanishes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process deleted it between the listing and the look at its size; the bound holds."""
+    cache = Cache(tmp_path, bytes_max=100)
+    cache.store("group", "one", content("x" * 60))
+    listed = list(tmp_path.glob("*/*"))
+    gone = listed[0].with_name("gone")
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [gone, *glob(path, pattern)])
+    cache.store("group", "two", content("x" * 60))
+    assert (cache.load("group", "one"), text(cache.load("group", "two"))) == (None, "x" * 60)

@@ -12,9 +12,9 @@ import pytest
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import open_bundle, remove_bundle, verify
 from qie.engines.bundle.manifest import Residency
-from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
 from tests.support.bundles import build
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 from tests.support.soak import spread
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pure(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What each model makes of the request."""
     folder = tmp_path_factory.mktemp("pure")
-    return {name: image(Editor(build(models / name, folder / name)).edit(REQUEST)) for name in "AB"}
+    return {name: image(uncached_editor(build(models / name, folder / name)).edit(REQUEST)) for name in "AB"}
 
 
 def image(edit: Edit) -> bytes:
@@ -84,7 +84,7 @@ def test_an_editor_stays_with_what_it_opened(
             done.append(stage)
             act(action, models, same)
 
-    editor = Editor(open_bundle("same"), residency=residency)
+    editor = uncached_editor(open_bundle("same"), residency=residency)
     if moment == "between":
         assert image(editor.edit(REQUEST)) == pure["A"]
     if moment in ("before", "between"):
@@ -97,10 +97,10 @@ def test_an_editor_stays_with_what_it_opened(
     del editor, hook
     if action != "rm":
         verify(open_bundle("same"))
-        assert image(Editor(open_bundle("same")).edit(REQUEST)) == pure["B"]
+        assert image(uncached_editor(open_bundle("same")).edit(REQUEST)) == pure["B"]
     build(models / "A", same)  # whose tables must be those of A again
     verify(open_bundle("same"))
-    assert image(Editor(open_bundle("same")).edit(REQUEST)) == pure["A"]
+    assert image(uncached_editor(open_bundle("same")).edit(REQUEST)) == pure["A"]
 
 
 def test_a_running_command_stays_with_what_it_opened(models: Path, same: Path, workplace: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import Residency
-from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.errors import RequestError
 from tests.support.command_line import opened
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 from tests.support.soak import attempts
 
@@ -32,14 +32,14 @@ def request(number: int) -> Request:
 
 @pytest.fixture(scope="module")
 def wanted(bundle: Path) -> list[bytes]:
-    editor = Editor(open_bundle(bundle), residency="resident")
+    editor = uncached_editor(open_bundle(bundle), residency="resident")
     return [editor.edit(request(number)).images[0].tobytes() for number in range(6)]
 
 
 @pytest.mark.parametrize("residency", ["resident", "sequential"])
 @pytest.mark.parametrize("editors", [1, 2, THREADS])
 def test_threads_share_editors(bundle: Path, wanted: list[bytes], residency: Residency, editors: int) -> None:
-    shared = [Editor(open_bundle(bundle), residency=residency) for _ in range(editors)]
+    shared = [uncached_editor(open_bundle(bundle), residency=residency) for _ in range(editors)]
     count = attempts(48, 216)
 
     def edit(number: int) -> bytes:
@@ -51,7 +51,7 @@ def test_threads_share_editors(bundle: Path, wanted: list[bytes], residency: Res
 
 
 def test_closing_waits_for_the_edit_of_another_thread(bundle: Path, wanted: list[bytes]) -> None:
-    editor = Editor(open_bundle(bundle), residency="resident")
+    editor = uncached_editor(open_bundle(bundle), residency="resident")
     began, results = threading.Event(), []
 
     def edit() -> None:
@@ -69,7 +69,7 @@ def test_closing_waits_for_the_edit_of_another_thread(bundle: Path, wanted: list
 
 @pytest.mark.parametrize("where", ["progress", "observer", "on_image"])
 def test_an_edit_inside_an_edit_is_refused(bundle: Path, wanted: list[bytes], where: str) -> None:
-    editor = Editor(open_bundle(bundle))
+    editor = uncached_editor(open_bundle(bundle))
     refused: list[str] = []
 
     def again(*_: object) -> None:
@@ -85,7 +85,7 @@ def test_an_edit_inside_an_edit_is_refused(bundle: Path, wanted: list[bytes], wh
 
 
 def test_a_failed_edit_leaves_the_editor_usable(bundle: Path, wanted: list[bytes]) -> None:
-    editor = Editor(open_bundle(bundle))
+    editor = uncached_editor(open_bundle(bundle))
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError

@@ -15,6 +15,7 @@ from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
+from tests.support.editors import uncached_editor
 from tests.support.gpu_bundles import WIDE, build_for_gpu, edit_request
 from tests.support.images import smooth_image
 
@@ -92,7 +93,7 @@ def runs_on_cpu(bundle: Path) -> list[Run]:
     """Every run of an edit of two images with a batch of two results, in float32 on the CPU."""
     runs: list[Run] = []
     opened = open_bundle(str(bundle))
-    editor = Editor(opened)
+    editor = uncached_editor(opened)
     editor.stages = RecordingStages(opened, runs)
     editor.edit(edit_request(images=[smooth_image(150, 90), smooth_image(60, 80, 1)], seeds=[3, 4], steps=2))
     return runs
@@ -100,4 +101,4 @@ def runs_on_cpu(bundle: Path) -> list[Run]:
 
 @pytest.fixture(scope="session")
 def cpu_editor(bundle: Path) -> Editor:
-    return Editor(open_bundle(str(bundle)))
+    return uncached_editor(open_bundle(str(bundle)))

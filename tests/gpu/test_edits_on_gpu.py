@@ -12,6 +12,7 @@ from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit
+from tests.support.editors import uncached_editor
 from tests.support.gpu_bundles import build_for_gpu, edit_request
 from tests.support.images import smooth_image
 
@@ -29,7 +30,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def editor(on_gpu: Bundle) -> Iterator[Editor]:
-    editor = Editor(on_gpu)
+    editor = uncached_editor(on_gpu)
     yield editor
     editor.close()
 
@@ -76,7 +77,7 @@ def test_an_edit_is_the_same_every_time(editor: Editor) -> None:
 def test_cuda_graphs_change_no_byte(on_tensorrt: Bundle, name: str) -> None:
     edits = []
     for graphs in (True, False):
-        editor = Editor(on_tensorrt, cuda_graphs=graphs)
+        editor = uncached_editor(on_tensorrt, cuda_graphs=graphs)
         edits.append(editor.edit(edit_request(**REQUESTS[name])))
         editor.close()
     assert same(*edits)
@@ -89,7 +90,7 @@ def test_engines_one_after_another_change_no_byte(
     sequential = build_for_gpu(checkpoint, tmp_path / "sequential", backend, residency="sequential")
     edits = []
     for bundle in (on_tensorrt, sequential):
-        editor = Editor(bundle)
+        editor = uncached_editor(bundle)
         edits.append(editor.edit(edit_request()))
         assert editor.stages.loaded == (() if bundle is sequential else COMPONENTS)
         editor.close()

@@ -8,10 +8,10 @@ import pytest
 
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.editing.editor import Editor
 from qie.engines.sessions import cuda
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.tensorrt.session import TensorRtSession
+from tests.support.editors import uncached_editor
 from tests.support.gpu_bundles import build_for_gpu, edit_request
 
 MIB = 1 << 20
@@ -43,7 +43,7 @@ def test_the_manifests_activations_are_tensorrts(on_tensorrt: Bundle, measured: 
 
 
 def test_the_arena_is_one_and_within_the_manifests_largest(on_tensorrt: Bundle) -> None:
-    editor = Editor(on_tensorrt)
+    editor = uncached_editor(on_tensorrt)
     editor.edit(edit_request(seeds=[1, 2, 3, 4]))
     device, needs = editor.stages.device, [e.activation_bytes or 0 for e in on_tensorrt.manifest.engines]
     for component in editor.stages.loaded:
@@ -58,7 +58,7 @@ def test_the_arena_is_one_and_within_the_manifests_largest(on_tensorrt: Bundle) 
 
 def test_edits_do_not_grow(on_tensorrt: Bundle, measured: Measured) -> None:
     """The second half of many edits takes no more than the first half did."""
-    editor, samples = Editor(on_tensorrt), []
+    editor, samples = uncached_editor(on_tensorrt), []
     for _ in range(12):
         editor.edit(edit_request())
         samples.append(used())
@@ -68,11 +68,11 @@ def test_edits_do_not_grow(on_tensorrt: Bundle, measured: Measured) -> None:
 
 
 def test_a_closed_editor_keeps_nothing(on_tensorrt: Bundle, measured: Measured) -> None:
-    Editor(on_tensorrt).edit(edit_request())
+    uncached_editor(on_tensorrt).edit(edit_request())
     gc.collect()
     samples = []
     for _ in range(4):
-        editor = Editor(on_tensorrt)
+        editor = uncached_editor(on_tensorrt)
         editor.edit(edit_request())
         editor.close()
         gc.collect()
@@ -88,7 +88,7 @@ def test_one_after_another_takes_less(wide_checkpoint: Path, tmp_path: Path, bac
     peaks = {}
     for residency in ("resident", "sequential"):
         bundle = build_for_gpu(wide_checkpoint, tmp_path / residency, backend, residency)
-        editor, samples = Editor(bundle), []
+        editor, samples = uncached_editor(bundle), []
         before = used()
         editor.edit(edit_request(), progress=lambda *_, samples=samples: samples.append(used()))
         peaks[residency] = max(samples) - before

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.editing.editor import Editor
 from tests.support import gpu_bundles
+from tests.support.editors import uncached_editor
 from tests.support.gpu_bundles import edit_request
 from tests.support.python import run_python
 
@@ -50,7 +50,7 @@ def test_a_process_that_closes_nothing_ends_as_it_should(
 
 def test_processes_share_the_kernels_of_an_engine(on_tensorrt: Bundle, tmp_path: Path) -> None:
     """One after another, and two at once; all give the bytes of this process."""
-    with Editor(on_tensorrt) as editor:
+    with uncached_editor(on_tensorrt) as editor:
         expected = np.asarray(editor.edit(edit_request()).images[0])
     script, _ = ENDS["at exit"]
     paths = [tmp_path / f"{number}.npy" for number in range(3)]
@@ -66,7 +66,7 @@ def test_an_interrupt_leaves_an_editor_that_works(on_tensorrt: Bundle) -> None:
         if stage == "denoise" and done == 2:
             raise KeyboardInterrupt
 
-    with Editor(on_tensorrt) as editor:
+    with uncached_editor(on_tensorrt) as editor:
         first = editor.edit(edit_request())
         with pytest.raises(KeyboardInterrupt):
             editor.edit(edit_request(), progress=interrupt)
@@ -76,7 +76,7 @@ def test_an_interrupt_leaves_an_editor_that_works(on_tensorrt: Bundle) -> None:
 
 def test_threads_share_an_editor(on_tensorrt: Bundle) -> None:
     seeds = [1, 2, 1, 2]
-    with Editor(on_tensorrt) as editor:
+    with uncached_editor(on_tensorrt) as editor:
         expected = {seed: np.asarray(editor.edit(edit_request(seeds=[seed])).images[0]) for seed in set(seeds)}
         with ThreadPoolExecutor(2) as pool:
             edits = list(pool.map(lambda seed: editor.edit(edit_request(seeds=[seed])), seeds))

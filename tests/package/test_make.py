@@ -1,6 +1,7 @@
 """The Makefile on machines that lack what it needs: one sentence, and nothing is installed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,19 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("make is not installed")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(["make", *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_the_soak_runs_every_file_that_leaves_something_to_it() -> None:
+    words = make("--dry-run", "test-soak").stdout.split()
+    folders = {ROOT / word for word in words if word.startswith("tests/")}
+    leaving = [
+        path
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^from tests\.support\.soak import|pytest\.mark\.soak\b", path.read_text(), re.MULTILINE)
+        and path != Path(__file__)
+    ]
+    assert len(leaving) > 10
+    assert [path for path in leaving if not folders & {path, *path.parents}] == []
 
 
 def test_an_old_python(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ FUNCTIONS_AND_CLASSES = {
     "Bundle",
     "Edit",
     "Editor",
+    "EncoderCache",
     "Plan",
     "Progress",
     "Request",

@@ -21,6 +21,7 @@ from qie.compiler.validation.reference import load_reference
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from tests.support.bundles import build
+from tests.support.editors import uncached_editor
 
 SEED = 7
 
@@ -35,7 +36,7 @@ def built(destination: Path, scheme: SchemeName) -> Editor:
     recipe = load_recipe("cpu")
     section = ComponentRecipe(precision="float32", scheme=scheme)
     recipe = replace(recipe, components=replace(recipe.components, transformer=section))
-    return Editor(build("pocket", destination, recipe, calibration=POCKET / "calibration.npz"))
+    return uncached_editor(build("pocket", destination, recipe, calibration=POCKET / "calibration.npz"))
 
 
 def edit(editor: Editor, images: Sequence[np.ndarray], text: str) -> np.ndarray:

@@ -30,6 +30,7 @@ from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.validation.reference import load_reference
 from qie.engines.inputs.prompt import PREFIX_TOKENS
+from tests.support.soak import attempts
 
 
 @pytest.fixture(scope="module")
@@ -156,17 +157,18 @@ def test_the_trained_modules_are_those_that_diffusers_runs(
     np.testing.assert_allclose(velocity, expected[0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_text_encoder_learns(training: Path) -> None:
+def test_the_text_encoder_learns(training: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder_training, "BATCH", attempts(8, text_encoder_training.BATCH))
     torch.manual_seed(0)
     encoder, tokenizer = TextEncoder(training / "configs"), PromptTokenizer(training / "configs")
     matrices, rest = split_parameters(encoder, text_encoder_training.ADAMW)
     optimizer = Muon([{"params": matrices, "matrices": True, "lr": 0.03}, {"params": rest, "lr": 1e-3}])
     losses = []
-    for step in range(25):
+    for step in range(attempts(6, 25)):
         losses.append(text_encoder_training.train_step(encoder, tokenizer, step))
         optimizer.step()
         optimizer.zero_grad()
-    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert np.mean(losses[-attempts(2, 5) :]) < attempts(90, 50) / 100 * losses[0]
 
 
 def test_mentions_end_at_the_last_token_of_an_instruction_or_an_option(training: Path) -> None:

@@ -13,7 +13,6 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
 from qie.engines.editing.edit import start_noise, table_dtype
-from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.image import prepare
@@ -21,6 +20,7 @@ from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 
 __all__ = ["own_case", "write_own_golden"]
@@ -33,7 +33,7 @@ def own_case(
     images = [smooth_image(150, 90, seed=1)]
     request = Request(images=images, instructions=["make it red"], seeds=[3], steps=steps, guidance=guidance)
     tensors: dict[str, Any] = {}
-    with Editor(bundle) as editor:
+    with uncached_editor(bundle) as editor:
         settings = resolve(request, bundle.manifest)
         conditioning = condition(editor.stages, editor.tokenizer, request, settings)
         noise = start_noise(request, settings, bundle.manifest)

@@ -16,6 +16,7 @@ from qie.compiler.validation.reference import Reference, load_reference
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.editor import Editor
 from tests.support.bundles import build
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 
 TINY = ARCHITECTURES["tiny"]
@@ -74,7 +75,7 @@ class Side:
 
     @cached_property
     def editor(self) -> Editor:
-        return Editor(self.bundle)
+        return uncached_editor(self.bundle)
 
 
 def make_side(name: str, folder: Path) -> Side:

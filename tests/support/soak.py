@@ -1,4 +1,4 @@
-"""How often an attack is tried: a few times in the suite, as often as it takes in ``make test-soak``."""
+"""What `make test` leaves to ``make test-soak``: most of the tries of an attack, and what compiles for long."""
 
 import os
 from collections.abc import Sequence

@@ -124,7 +124,8 @@ def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: R
         "#!/bin/sh",
         "# Builds the engine of the language model into a folder, with TensorRT-LLM on the GPU of the recipe.",
         "# `qie build --finish` runs the same command and puts the engine into the bundle.",
-        'engine=$(realpath -m "${1:?name the folder to write the engine to}")',
+        ': "${1:?name the folder to write the engine to}"',
+        'engine=$(realpath -m "$1") || exit',
         'cd "$(dirname "$0")" || exit',
         f"exec {' '.join(words)}",
     ]

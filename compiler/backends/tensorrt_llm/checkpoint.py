@@ -5,6 +5,7 @@ Shape suffixes: O outputs, I inputs of a linear.
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,9 +173,12 @@ class _WeightAmax:
         return max(self._known[source.name] for source in linears)
 
 
-def _read(reader: TensorReader, name: str, dtype: DType, part: Any = ...) -> Array:
-    """A tensor, or a part of it, rounded to ``dtype`` and finite."""
-    raw = reader.read(name)[part]
+def _read(reader: TensorReader, name: str, dtype: DType) -> Array:
+    """A tensor, rounded to ``dtype`` and finite."""
+    return _prepare(name, reader.read(name), dtype)
+
+
+def _prepare(name: str, raw: Array, dtype: DType) -> Array:
     return prepare(Weight(name=name, subfolder="text_encoder", shape=raw.shape, dtype=dtype), raw)
 
 
@@ -216,12 +220,15 @@ def _plain(module: Module, settings: Settings, reader: TensorReader) -> Iterator
         if module.split is not None:
             yield from _split(module, settings, "weight", _read(reader, name, settings.dtype), before)
             continue
-        row = int(np.prod(source.shape[1:]))
+        raw, row = reader.read(name), math.prod(source.shape[1:])
         step = max(1, CHUNK_BYTES // (row * 4))
         for start in range(0, source.shape[0], step):
-            values = _read(reader, name, settings.dtype, slice(start, start + step))
-            everywhere = range(settings.tensor_parallel)
-            yield _Piece(ranks=everywhere, name=f"{module.name}.weight", start=start * row, values=values)
+            yield _Piece(
+                ranks=range(settings.tensor_parallel),
+                name=f"{module.name}.weight",
+                start=start * row,
+                values=_prepare(name, raw[start : start + step], settings.dtype),
+            )
 
 
 def _per_tensor(
@@ -275,7 +282,7 @@ def _split(module: Module, settings: Settings, kind: str, values: Array, before:
     split, what has no inputs is the same everywhere.
     """
     gpus, name = settings.tensor_parallel, f"{module.name}.{kind}"
-    row = int(np.prod(values.shape[1:]))
+    row = math.prod(values.shape[1:])
     if module.split == "in":
         assert before == 0, f"{module.name} splits inputs and has several sources"
         if values.ndim == 1:

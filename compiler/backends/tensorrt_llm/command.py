@@ -1,6 +1,7 @@
 """The command that builds an engine of TensorRT-LLM from a checkpoint.
 
-Flags: TensorRT-LLM 1.2.1, commands/build.py and plugin/plugin.py.
+Flags: TensorRT-LLM 1.2.1, commands/build.py and plugin/plugin.py. Its guide to build options recommends the GEMM plugin
+for bfloat16 and TensorRT's own kernels for FP8, except for a few tokens at a time.
 """
 
 from pathlib import Path
@@ -20,6 +21,10 @@ ENCODER_CLASS = "TextEncoder"
 
 _LEAST_TOKENS = 32
 """Tokens of a block: TensorRT-LLM raises a smaller limit to it (builder.py, check_max_num_tokens)."""
+
+_LEAST_ROWS = 2
+"""Rows of the prompt table: kernels are chosen for half of them, which must be 1 at least (models/generation_mixin.py,
+prepare_basic_inputs)."""
 
 
 def build_command(
@@ -41,7 +46,7 @@ def build_command(
         checkpoint: folder with config.json, the tensors and ENCODER_FILE.
         engine: folder of the engine; it is made if it does not exist.
         prompt_tokens: tokens of the longest prompt, those of the images included.
-        image_tokens: tokens of the images of that prompt; rows of the prompt table. At least 1 is used.
+        image_tokens: tokens of the images of that prompt; rows of the prompt table.
         scheme: quantization scheme of the checkpoint.
         dtype: the checkpoint's.
         tuned_tokens: tokens for which kernels are chosen; None for the longest prompt.
@@ -59,14 +64,14 @@ def build_command(
         "max_seq_len": longest,
         "max_num_tokens": longest,
         "opt_num_tokens": min(max(tuned_tokens or longest, 1), longest),
-        "max_prompt_embedding_table_size": max(image_tokens, 1),
+        "max_prompt_embedding_table_size": max(image_tokens, _LEAST_ROWS),
         "kv_cache_type": "disabled",
         "remove_input_padding": "enable",
         "context_fmha": "enable",
         "use_paged_context_fmha": "disable",
         "use_fp8_context_fmha": "disable",  # attention stays in dtype
         "gpt_attention_plugin": dtype,
-        "gemm_plugin": "fp8" if scheme == "fp8" else dtype,
+        "gemm_plugin": "disable" if scheme == "fp8" else dtype,
         "output_timing_cache": str(engine / "model.cache"),
         "workers": 1,
     }

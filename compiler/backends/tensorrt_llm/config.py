@@ -59,10 +59,9 @@ def checkpoint_config(settings: Settings) -> dict[str, Any]:
 
 
 def _quantization(settings: Settings) -> dict[str, Any]:
-    algorithm = settings.format.quant_algo
+    algorithm, excluded = settings.format.quant_algo, excluded_modules(settings)
     if algorithm is None:
         return {"quant_algo": None, "kv_cache_quant_algo": None, "exclude_modules": None}
-    excluded = excluded_modules(settings)
     if algorithm == "W8A16":  # modules are compared with these patterns, and tensors too (convert_utils.py)
         excluded = tuple(pattern for name in excluded for pattern in (name, f"{name}.weight"))
     fields: dict[str, Any] = {

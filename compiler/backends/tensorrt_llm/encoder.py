@@ -45,24 +45,30 @@ class TextEncoder(QWenForCausalLM):
         lora_params: Any = None,
         spec_decoding_params: Any = None,
     ) -> Any:
-        """Mark the hidden states of all tokens as the output; the arguments are what ``prepare_inputs`` returns."""
+        """Mark the hidden states of all tokens as the output.
+
+        Args and their order are those of DecoderModelForCausalLM.forward: what ``prepare_inputs`` returns.
+        ``last_token_ids`` stays an input of the engine, and nothing reads it.
+        """
         if use_cache:
             raise ValueError("the text encoder has no key-value cache; build it with --kv_cache_type disabled")
-        attention_params = Attention.fill_attention_params(self, attention_params)
+        optional = {
+            "mrope_params": mrope_params,
+            "hidden_states": hidden_states,
+            "prompt_embedding_table": prompt_embedding_table,
+            "prompt_tasks": prompt_tasks,
+            "prompt_vocab_size": prompt_vocab_size,
+            "lora_params": lora_params,
+            "spec_decoding_params": spec_decoding_params,
+        }
         states = self.transformer.forward(
-            input_ids,
+            input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
-            spec_decoding_params=spec_decoding_params,
             attention_mask=attention_mask,
             kv_cache_params=kv_cache_params,
-            attention_params=attention_params,
-            mrope_params=mrope_params,
-            hidden_states=hidden_states,
-            prompt_embedding_table=prompt_embedding_table,
-            prompt_tasks=prompt_tasks,
-            prompt_vocab_size=prompt_vocab_size,
-            lora_params=lora_params,
+            attention_params=Attention.fill_attention_params(self, attention_params),
+            **{name: value for name, value in optional.items() if value is not None},
         )
         states.mark_output("hidden_states", "float32")
         return states

@@ -16,6 +16,7 @@ from qie.compiler.validation.timing.record import WHOLE, Conditions, StageTime, 
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.specs import Size
 from qie.engines.editing.editor import Editor
+from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
 from qie.engines.inputs.sizes import resolve_size
@@ -115,7 +116,8 @@ def time_bundle(work: Workload, *, warm_up: int, repeats: int, progress: StagePr
         def edit() -> Mapping[str, float]:
             if editors:
                 return editors[0].edit(work.request).seconds
-            editor = stack.enter_context(Editor(work.bundle, device=work.device))
+            uncached = EncoderCache(bytes_max=0)  # all edits are equal, and every stage of each is timed
+            editor = stack.enter_context(Editor(work.bundle, device=work.device, encoder_cache=uncached))
             editors.append(editor)
             watch = (lambda *_: used.append(_gpu_bytes(editor))) if work.conditions.gpu is not None else _ignore
             return editor.edit(work.request, progress=watch).seconds

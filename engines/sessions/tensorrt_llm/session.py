@@ -124,7 +124,7 @@ class TensorRtLlmSession(HostTensors):
                     'residency = "sequential", or for a larger GPU'
                 ) from problem
             raise BundleError(
-                f"TensorRT-LLM cannot load {path} ({reason}); build the bundle again with `qie build`, and see "
+                f"tensorrt-llm cannot load {path} ({reason}); build the bundle again with `qie build`, and see "
                 "`qie doctor` on GPU and driver"
             ) from problem
         return session
@@ -145,7 +145,7 @@ class TensorRtLlmSession(HostTensors):
         return {name: dtype for name, dtype in dtypes.items() if name != OUTPUT}
 
     def _failed(self, reason: str) -> str:
-        return f"TensorRT-LLM failed in language ({reason}); use a shorter instruction or fewer images"
+        return f"tensorrt-llm failed in language ({reason}); use a shorter instruction or fewer images"
 
 
 _SMALLEST: dict[str, NDArray[Any]] = {

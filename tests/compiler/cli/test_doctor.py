@@ -9,6 +9,7 @@ import pytest
 from qie.engines import gpus
 from tests.support.command_line import Qie
 from tests.support.libcuda import Libcuda, StandIn
+from tests.support.repository import ROOT
 
 L40S = StandIn(name="NVIDIA L40S", capability="8.9", bytes=47_576_711_168, pci="0000:65:00.0")
 GB10 = StandIn(name="NVIDIA GB10", capability="12.1", integrated=1, pci="000F:01:00.0")
@@ -21,9 +22,21 @@ def test_doctor(qie: Qie, named_bundle: str, qie_home: Path) -> None:
     report = json.loads(qie("doctor", "--json").stdout)
     assert set(report) >= {"qie", "python", "machine", "home", "free_bytes", "capabilities", "bundles"}
     (cpu,) = [c for c in report["capabilities"] if c["name"] == "run engines of onnxruntime"]
-    assert cpu == {"name": cpu["name"], "ready": True, "requirements": cpu["requirements"], "missing": [], "fix": None}
+    needed = {"ready": True, "missing": [], "fix": None, "trial": None}
+    assert cpu == {"name": cpu["name"], "requirements": cpu["requirements"], **needed}
     assert report["home"] == str(qie_home)
     assert report["bundles"] == [{"name": named_bundle, "reason": None}]
+
+
+def test_what_no_gpu_has_run_is_told(qie: Qie) -> None:
+    """With the command that tries it, which the Makefile has."""
+    trials = {c["name"]: c["trial"] for c in json.loads(qie("doctor", "--json").stdout)["capabilities"]}
+    assert trials["run engines of tensorrt-llm"] == "make test-gpu-trtllm"
+    assert trials["run engines of tensorrt"] == trials["run engines of tensorrt-rtx"] == "make test-gpu"
+    targets = (ROOT / "Makefile").read_text()
+    for trial in filter(None, trials.values()):
+        assert f"\n{trial.removeprefix('make ')}: " in targets
+        assert f"not run on a GPU yet: `{trial}` in a clone of qie tries it there" in qie("doctor").stdout
 
 
 @pytest.fixture

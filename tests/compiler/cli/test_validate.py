@@ -71,7 +71,7 @@ def test_lpips_without_its_package_is_not_run(qie: Qie, pocket_bundle: Path, tmp
         (["--level", "all"], "there is no level 'all'; choose one of structure, components, trajectory, edits"),
         (
             ["--backend", "openvino"],
-            "there is no backend 'openvino'; choose one of onnxruntime, tensorrt-rtx, tensorrt (--backend)",
+            "there is no backend 'openvino'; choose one of onnxruntime, tensorrt-rtx, tensorrt,",
         ),
         (["--html", "none/report.html"], "none/report.html cannot be written; choose a file in an existing folder"),
         (["--golden", "none.safetensors"], "the golden file none.safetensors cannot be read"),

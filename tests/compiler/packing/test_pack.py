@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
-from qie.compiler.packing import pack
+from qie.compiler.packing import pack, take_over
 from qie.compiler.recipe.load import load_recipe
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
@@ -287,7 +287,7 @@ def test_files_are_copied_where_they_cannot_be_linked(build: Build, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise OSError(18, "cross-device link")
 
-    monkeypatch.setattr(pack.os, "link", fail)
+    monkeypatch.setattr(take_over.os, "link", fail)
     after = build()
     assert after.manifest.engines == before.manifest.engines
     verify(after)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qie.compiler.cli.app import app
 from qie.compiler.selftest import run as module
-from qie.compiler.selftest.case import recipe_text
+from qie.compiler.selftest.case import Case, recipe_text
 from qie.compiler.selftest.checks import CHECKS
 from qie.compiler.selftest.report import Report
 from qie.engines import backends
@@ -43,6 +43,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     monkeypatch.setattr(module, "_build", build)
     return gpu
+
+
+def test_every_edit_of_a_check_runs_every_engine(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    with Case(backend="onnxruntime", on_gpu=opened, on_cpu=opened).editor() as editor:
+        assert not editor.encoder_cache.keeps
 
 
 def results(report: Report) -> dict[str, str]:

@@ -197,6 +197,9 @@ def test_a_bundle_is_timed(bundle: Path) -> None:
     """Its stages and settings; no time is asserted."""
     work = workload(open_bundle(bundle), size=(64, 96), steps=2, guidance=3.0)
     found = time_bundle(work, warm_up=0, repeats=2)
+    timed = {stage.stage: (stage.first, *stage.seconds) for stage in found.stages}
+    assert min(timed["vision"]) > 0  # an edit of a cache would be timed in its place
+    assert min(timed["language"]) > 0
     assert [stage.stage for stage in found.stages] == [
         "vision", "language", "encode", "modulation", "denoise", "decode", "other", "edit",
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from qie.engines.bundle.bundle import (
     verify,
 )
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.cache import tables_cache
+from qie.engines.cache import encoder_cache_on_disk, tables_cache
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError
 from qie.engines.folders import leftovers, remove_leftover
 from qie.engines.sessions.choose import choose_engines, refusal
@@ -226,6 +226,16 @@ def test_cached_tables_go_with_their_bundle(copied: Path) -> None:
     remove_bundle(copied)
     assert cache.load(group, "some steps") is None
     assert cache.load("0" * 64, "some steps") is not None
+
+
+def test_cached_embeddings_go_with_their_bundle(copied: Path) -> None:
+    groups = [engine.key for engine in open_bundle(copied).manifest.engines[:2]]
+    cache = encoder_cache_on_disk()
+    for group in (*groups, "0" * 64):
+        cache.store(group, "an image", memoryview(b"embeddings"))
+    remove_bundle(copied)
+    assert [cache.load(group, "an image") for group in groups] == [None, None]
+    assert cache.load("0" * 64, "an image") is not None
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"schema": 1, "name": "app"}', '{"manifest_version": 3}'])

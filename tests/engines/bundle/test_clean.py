@@ -8,7 +8,7 @@ import pytest
 
 from qie.engines.bundle.bundle import bundles, bundles_folder, open_bundle, remove_bundle
 from qie.engines.bundle.clean import remove, unneeded
-from qie.engines.cache import tables_cache
+from qie.engines.cache import encoder_cache_on_disk, tables_cache
 from qie.engines.files import temporary_name
 from tests.support.command_line import Qie
 
@@ -20,6 +20,7 @@ def home(bundle: Path, qie_home: Path) -> Path:
     (temporary_name(bundles_folder() / "stopped") / "half").mkdir(parents=True)
     shutil.copytree(bundle, temporary_name(bundles_folder() / "deleted", "removed"))
     tables_cache().store("group", "made from", memoryview(bytes(968)))
+    encoder_cache_on_disk().store("group", "made from", memoryview(bytes(1968)))
     (qie_home / "digests.json").write_text("{}")
     return qie_home
 
@@ -30,9 +31,11 @@ def test_what_is_unneeded(home: Path) -> None:
         "left by a stopped build or deletion of deleted",
         "left by a stopped build or deletion of stopped",
         "modulation tables of edits",
+        "embeddings of images and instructions",
         "digests of checkpoints",
     ]
-    assert {item.path.name: item.bytes for item in items}["modulation"] == 1000
+    sizes = {item.path.name: item.bytes for item in items}
+    assert (sizes["modulation"], sizes["encoder"]) == (1000, 2000)
     assert all(remove(item) for item in items)
     assert unneeded() == ()
     assert sorted(path.name for path in home.iterdir()) == ["bundles"]
@@ -60,13 +63,14 @@ def test_nothing_is_deleted_without_a_yes(qie: Qie, home: Path) -> None:
     done = qie("clean")
     assert done.returncode == 0
     assert "modulation" in done.stdout
+    assert "embeddings" in done.stdout
     assert "delete it with `qie clean --yes`" in done.stdout
     assert sorted(home.rglob("*")) == before
     items = json.loads(qie("clean", "--json").stdout)["items"]
-    assert [item["deleted"] for item in items] == [False] * 4
+    assert [item["deleted"] for item in items] == [False] * 5
     assert sorted(home.rglob("*")) == before
     items = json.loads(qie("clean", "--json", "--yes").stdout)["items"]
-    assert [item["deleted"] for item in items] == [True] * 4
+    assert [item["deleted"] for item in items] == [True] * 5
     assert qie("clean").stdout == "nothing to delete\n"
     assert qie("clean", "--yes").stdout == "nothing to delete\n"
     assert qie("inspect", "mine", "--verify").returncode == 0

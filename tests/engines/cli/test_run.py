@@ -183,6 +183,22 @@ def test_size(qie: Qie, workplace: Path, bundle: Path, wanted: str, made: tuple[
         assert reason in note
 
 
+def test_embeddings_are_kept_on_disk_by_choice(qie: Qie, workplace: Path, bundle: Path, qie_home: Path) -> None:
+    common = ("--bundle", bundle, *RUN, "--seed", "1")
+    assert qie("run", "photo.png", "make it red", *common, "-o", "plain.png").returncode == 0
+    assert not (qie_home / "encoder").exists()
+    for instruction, said in (("make it red", ""), ("make it blue", ", vision from the cache"),
+                              ("make it red", ", vision and language from the cache")):  # fmt: skip
+        done = qie("run", "photo.png", instruction, *common, "--encoder-cache", "-o", "cached.png")
+        assert re.search(rf"no guidance, [\d.]+ m?s{said}$", done.stderr, re.MULTILINE), done.stderr
+    assert Path("cached.png").read_bytes() == Path("plain.png").read_bytes()
+    assert len(list((qie_home / "encoder").glob("*/*"))) == 3
+    again = json.loads(qie("run", "photo.png", "make it red", *common, "--encoder-cache", "--json").stdout)
+    assert set(again["seconds"]) == {"encode", "modulation", "denoise", "decode"}
+    without = json.loads(qie("run", "photo.png", "make it red", *common, "--json").stdout)
+    assert set(without["seconds"]) - set(again["seconds"]) == {"vision", "language"}
+
+
 def test_several_images(qie: Qie, workplace: Path, bundle: Path) -> None:
     """The last one gives the size; all of them count."""
     opened("photo.png").rotate(90, expand=True).save("tall.png")

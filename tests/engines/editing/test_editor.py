@@ -27,6 +27,7 @@ from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.sessions.load import load as load_session
 from qie.engines.sessions.session import Session
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 
 INSTRUCTIONS = ["make it red", "replace the cat with a dog in winter", "add snow"]
@@ -92,7 +93,7 @@ def opened(bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def editor(opened: Bundle) -> Editor:
-    return Editor(opened)
+    return uncached_editor(opened)
 
 
 def request(**changes: Any) -> Request:
@@ -131,7 +132,7 @@ def test_a_batch_gives_what_its_members_give_alone(
 
 
 def test_prompts_of_one_length_share_a_batch_up_to_the_limit(opened: Bundle, log: Log) -> None:
-    editor = Editor(changed(opened, limits={"batch_max": 3}))
+    editor = uncached_editor(changed(opened, limits={"batch_max": 3}))
     two_lengths = ["make it red", "add snow", "make it blue"]
     editor.edit(request(instructions=two_lengths, seeds=[1, 2], steps=1, guidance=1.0))
     assert [size for component, size in log.batches if component == "transformer"] == [2, 3, 1]
@@ -143,7 +144,7 @@ def test_prompts_of_one_length_share_a_batch_up_to_the_limit(opened: Bundle, log
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_the_limit_of_a_batch_changes_nothing(opened: Bundle, editor: Editor, most: int) -> None:
     wanted = request(instructions=INSTRUCTIONS[:2], seeds=SEEDS)
-    assert same(Editor(changed(opened, limits={"batch_max": most})).edit(wanted), editor.edit(wanted))
+    assert same(uncached_editor(changed(opened, limits={"batch_max": most})).edit(wanted), editor.edit(wanted))
 
 
 # Passes
@@ -151,7 +152,7 @@ def test_the_limit_of_a_batch_changes_nothing(opened: Bundle, editor: Editor, mo
 
 @pytest.mark.parametrize(("guidance", "passes"), [(4.0, 2), (1.1, 2), (1.0, 1), (0.0, 1), (-3.0, 1)])
 def test_guidance_decides_the_passes_of_a_step(opened: Bundle, log: Log, guidance: float, passes: int) -> None:
-    edit = Editor(opened).edit(request(steps=3, guidance=guidance))
+    edit = uncached_editor(opened).edit(request(steps=3, guidance=guidance))
     assert log.runs["transformer"] == 3 * passes
     assert log.runs["language"] == passes  # the negative prompt is encoded only where it counts
     assert edit.guidance == guidance
@@ -196,7 +197,7 @@ def test_an_observer_without_guidance(editor: Editor) -> None:
 
 
 def test_resident_engines_are_loaded_once(opened: Bundle, log: Log) -> None:
-    editor = Editor(opened)
+    editor = uncached_editor(opened)
     assert log.loads == []
     editor.edit(request())
     editor.edit(request(instructions=INSTRUCTIONS, seeds=SEEDS))
@@ -206,7 +207,7 @@ def test_resident_engines_are_loaded_once(opened: Bundle, log: Log) -> None:
 
 def test_sequential_engines_are_loaded_one_at_a_time(opened: Bundle, editor: Editor, log: Log) -> None:
     """Each once an edit, however many prompts and references there are, and gone before the next one."""
-    sequential = Editor(changed(opened, defaults={"residency": "sequential"}))
+    sequential = uncached_editor(changed(opened, defaults={"residency": "sequential"}))
     wanted = request(images=[IMAGE, smooth_image(60, 80, 1)], instructions=INSTRUCTIONS[:1], seeds=SEEDS)
     edit = sequential.edit(wanted)
     assert log.loads == list(COMPONENTS)
@@ -221,7 +222,7 @@ def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, mon
         raise EngineError("no memory")
 
     monkeypatch.setattr(edit_module, "denoise", fail)
-    sequential = Editor(opened, residency="sequential")
+    sequential = uncached_editor(opened, residency="sequential")
     with pytest.raises(EngineError, match="no memory"):
         sequential.edit(request())
     gc.collect()
@@ -232,7 +233,7 @@ def test_a_failed_edit_releases_sequential_engines(opened: Bundle, log: Log, mon
 
 
 def test_what_is_not_asked_for_comes_from_the_manifest(opened: Bundle) -> None:
-    editor = Editor(changed(opened, defaults={"steps": 3, "guidance": 1.0}))
+    editor = uncached_editor(changed(opened, defaults={"steps": 3, "guidance": 1.0}))
     edit = editor.edit(Request(images=[IMAGE], instructions=["make it red"]))
     assert (edit.steps, edit.guidance) == (3, 1.0)
     ((instruction, seed),) = edit.samples
@@ -282,7 +283,7 @@ def test_noise_can_be_given(editor: Editor) -> None:
 
 
 def test_the_noise_has_the_dtype_of_the_manifest(opened: Bundle, editor: Editor) -> None:
-    edit = Editor(changed(opened, defaults={"noise": "bfloat16"})).edit(request())
+    edit = uncached_editor(changed(opened, defaults={"noise": "bfloat16"})).edit(request())
     noise: NDArray[np.float32] = noise_latents([3], 96, 160, 16, "bfloat16")
     assert same(edit, editor.edit(request(noise=noise)))
 
@@ -329,12 +330,12 @@ FOUR, THIN = [IMAGE] * 4, [Image.new("RGB", (3000, 5))]
 )
 def test_refused_before_an_engine_is_loaded(opened: Bundle, log: Log, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        Editor(opened).edit(request(**changes))
+        uncached_editor(opened).edit(request(**changes))
     assert log.loads == []
 
 
 def test_a_prompt_that_the_engines_do_not_take(opened: Bundle, log: Log) -> None:
-    editor = Editor(changed(opened, limits={"prompt_tokens_max": 40}))
+    editor = uncached_editor(changed(opened, limits={"prompt_tokens_max": 40}))
     with pytest.raises(RequestError, match=r"a prompt has \d+ tokens .* at most 40; shorten"):
         editor.edit(request(instructions=["make it red " * 20]))
     assert log.loads == []
@@ -349,7 +350,7 @@ def test_an_image_that_the_encoder_does_not_take(opened: Bundle, log: Log) -> No
 
     manifest = opened.manifest
     narrow = replace(opened, manifest=replace(manifest, engines=tuple(map(bound, manifest.engines))))
-    editor = Editor(narrow)
+    editor = uncached_editor(narrow)
     assert editor.edit(request(images=[smooth_image(90, 80)])).images
     log.runs.clear()
     with pytest.raises(RequestError, match=r"image 2 would be encoded at \d+x\d+ pixels.* from 64 to 128; crop"):
@@ -358,7 +359,7 @@ def test_an_image_that_the_encoder_does_not_take(opened: Bundle, log: Log) -> No
 
 
 def test_the_first_generation_takes_one_image(edit_bundle: Path) -> None:
-    editor = Editor(open_bundle(str(edit_bundle)))
+    editor = uncached_editor(open_bundle(str(edit_bundle)))
     assert editor.edit(request()).images[0].size == (160, 96)
     with pytest.raises(RequestError, match="2 images were given, this bundle takes at most 1"):
         editor.edit(request(images=[IMAGE, IMAGE]))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
+from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 
 
@@ -28,7 +28,7 @@ def request(image: tuple[int, int], **changes: Any) -> Request:
 def test_an_image_beyond_the_buckets_is_brought_to_the_grid_of_its_result(
     opened: Bundle, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    editor = Editor(opened)
+    editor = uncached_editor(opened)
     encoded: list[tuple[int, ...]] = []
     encode = editor.stages.encode
 
@@ -48,7 +48,7 @@ def test_an_image_beyond_the_buckets_is_brought_to_the_grid_of_its_result(
 
 
 def test_only_the_image_that_gives_the_size_is_moved(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = Editor(opened)
+    editor = uncached_editor(opened)
     encoded: list[tuple[int, ...]] = []
     encode = editor.stages.encode
 
@@ -90,7 +90,7 @@ def test_a_grid_that_is_not_the_images_own_is_said(opened: Bundle, size: tuple[i
 
 def test_a_narrow_result_is_the_whole_image(opened: Bundle) -> None:
     """An identity would be a picture of equal means left and right; here the reference's own latents say the same."""
-    editor = Editor(opened)
+    editor = uncached_editor(opened)
     image = smooth_image(400, 100)
     size = editor.edit(request((400, 100))).size
     first = editor.edit(request((400, 100), images=[image]))

@@ -18,6 +18,7 @@ from qie.engines.errors import BundleError, EngineError, EngineMismatchError
 from qie.engines.inputs.image import prepare
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.vision import vision_inputs
+from tests.support.editors import uncached_editor
 from tests.support.fake_gpu import Gpu
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8))
@@ -25,7 +26,7 @@ REQUEST = Request(images=[IMAGE], instructions=["make it red"], seeds=[1], steps
 
 
 def test_shapes_and_types(bundle: Path) -> None:
-    with Editor(bundle) as editor:
+    with uncached_editor(bundle) as editor:
         stages, model = editor.stages, editor.model
         prepared = prepare(IMAGE, model.areas)
         inputs = vision_inputs([prepared.vision], model.vision)
@@ -79,7 +80,7 @@ def test_an_editor_takes_a_bundle_a_name_a_folder_or_the_newest(bundle: Path, qi
 
 
 def test_an_editor_closes_what_it_opened(bundle: Path) -> None:
-    with Editor(bundle, residency="resident") as editor:
+    with uncached_editor(bundle, residency="resident") as editor:
         editor.edit(REQUEST)
         assert editor.stages.loaded == COMPONENTS
     assert editor.stages.loaded == ()
@@ -92,7 +93,7 @@ def test_an_editor_is_closed_with_the_last_reference_to_it(
 ) -> None:
     gpu = Gpu()
     gpu.install(monkeypatch, "tensorrt")
-    editor = Editor(gpu.retarget(bundle, tmp_path / "gpu", "tensorrt"))
+    editor = uncached_editor(gpu.retarget(bundle, tmp_path / "gpu", "tensorrt"))
     editor.edit(REQUEST)
     assert gpu.in_use > 0
     del editor
@@ -106,7 +107,7 @@ def test_an_editor_runs_on_the_gpu_that_was_chosen(
     gpu.install(monkeypatch, "tensorrt")
     folder = gpu.retarget(bundle, tmp_path / "gpu", "tensorrt")
     for chosen, expected in ((None, 0), (1, 1)):
-        with Editor(folder, device=chosen) as editor:
+        with uncached_editor(folder, device=chosen) as editor:
             editor.edit(REQUEST)
             assert editor.stages.device is not None
             assert editor.stages.device.gpu.index == gpu.device == expected

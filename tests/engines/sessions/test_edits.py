@@ -23,6 +23,7 @@ from qie.engines.editing.request import Edit, Request
 from qie.engines.errors import BundleError, EngineError
 from qie.engines.inputs.modulation import Tables
 from qie.engines.inputs.schedule import sigmas
+from tests.support.editors import uncached_editor
 from tests.support.fake_gpu import Code, Gpu, need
 from tests.support.images import smooth_image
 
@@ -52,7 +53,7 @@ def same(one: Edit, other: Edit) -> bool:
 
 @pytest.fixture(scope="module")
 def on_cpu(bundle: Path) -> Editor:
-    return Editor(open_bundle(str(bundle)))
+    return uncached_editor(open_bundle(str(bundle)))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def folder(gpu: Gpu, bundle: Path, tmp_path: Path, backend: str) -> Path:
 
 
 def editor_of(folder: Path, **options: Any) -> Editor:
-    return Editor(open_bundle(str(folder)), **options)
+    return uncached_editor(open_bundle(str(folder)), **options)
 
 
 def loop_of(gpu: Gpu) -> list[str]:
@@ -168,7 +169,7 @@ def test_tables_in_bfloat16_go_to_the_gpu_as_they_are_stored(
         for name, dtype, dims in description["inputs"]
     ]
     (folder / record.path).write_text(json.dumps(description))
-    with Editor(opened) as editor:
+    with uncached_editor(opened) as editor:
         edit = editor.edit(request())
         uploaded = editor.stages.schedule(sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=edit.size.tokens))
         assert uploaded is not None
@@ -176,7 +177,7 @@ def test_tables_in_bfloat16_go_to_the_gpu_as_they_are_stored(
         uploaded = None
     inner = edit_module.modulation_tables
     monkeypatch.setattr(edit_module, "modulation_tables", rounded)
-    assert same(edit, Editor(open_bundle(str(bundle))).edit(request()))
+    assert same(edit, uncached_editor(open_bundle(str(bundle))).edit(request()))
 
 
 def test_the_next_engines_file_is_read_while_one_runs(
@@ -230,7 +231,7 @@ def test_the_arena_is_reserved_once_for_the_largest_of_the_five(folder: Path, gp
         limits = {profile.input: profile.max for profile in record.profiles}
         needs.append(need({spec.name: limits.get(spec.name, spec.dims) for spec in record.inputs}))
         object.__setattr__(record, "activation_bytes", needs[-1])
-    editor = Editor(bundle, residency=residency)
+    editor = uncached_editor(bundle, residency=residency)
     editor.edit(request())
     assert editor.stages.device is not None
     assert len(set(needs)) == len(COMPONENTS)

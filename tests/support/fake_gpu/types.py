@@ -6,7 +6,7 @@ Members and values are those of the installed tensorrt_rtx (tests/engines/sessio
 from enum import Enum, IntEnum
 from typing import Any
 
-DataType = Enum("DataType", ["FLOAT", "INT64", "UINT8", "BF16"])
+DataType = Enum("DataType", ["FLOAT", "INT64", "UINT8", "BF16", "INT32", "HALF"])
 DTYPES = {
     "float32": DataType.FLOAT,
     "int64": DataType.INT64,

@@ -16,6 +16,14 @@ from tests.support.full_width import full_width_graph, full_width_model, write_f
 pytest.importorskip("tensorrt_rtx")
 
 
+CASES = [
+    pytest.param(component, gpu, marks=[pytest.mark.soak] if gpu == "a100" or component == "transformer" else [])
+    for component in COMPONENTS
+    for gpu in ("l40s", "a100")
+]
+"""``test_full_width.py`` compares the transformer for the L40S, whose engine it compiles."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The transformer's last block is unlike the others; the vision tower has windows in all blocks but the last."""
@@ -23,8 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["l40s", "a100"])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(("component", "gpu"), CASES)
 def test_a_plan_counts_what_the_compiler_reserves(model: Model, component: Any, gpu: str, tmp_path: Path) -> None:
     """Within 10 %, with the recipe's profiles.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def test_results_that_vary_fail(batched: Subject, golden: Golden, monkeypatch: p
     assert found["repeats"].detail == "the same request again gives other bytes (and 1 more)"
     assert found["batches"].detail == "seed 1 gives other bytes among 3 than alone (and 2 more)"
     assert found["threads"].detail == "2 threads give other bytes than 1 (and 1 more)"
+
+
+def test_encoders_that_vary_fail(sound: Subject, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every edit of a check runs every engine: no embeddings of the one before are taken."""
+    vision, runs = Stages.vision, count()
+
+    def restless(stages: Stages, inputs: Any, **options: Any) -> Any:
+        return vision(stages, inputs, **options) + np.float32(next(runs))
+
+    monkeypatch.setattr(Stages, "vision", restless)
+    (check,) = checked(using(sound, only(golden, "wide")), "repeats")
+    assert (check.result, check.value) == ("failed", 2)
 
 
 def test_engines_of_one_image_a_run_have_no_batches(sound: Subject) -> None:

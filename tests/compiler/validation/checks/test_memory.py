@@ -23,6 +23,7 @@ from qie.engines.errors import BackendMissingError, EngineError
 from qie.engines.machine import this_machine
 from qie.engines.progress import Progress, no_progress
 from tests.support.bundles import planned
+from tests.support.editors import uncached_editor
 from tests.support.subjects import checked, shown
 
 
@@ -43,7 +44,7 @@ def test_a_sound_bundle_takes_no_more_than_was_planned(sound: Subject) -> None:
 
 
 def test_the_largest_edit_is_what_the_plan_counts(bundle: Path) -> None:
-    with Editor(bundle) as editor:
+    with uncached_editor(bundle) as editor:
         request = measure.largest_request(editor)
         limits = editor.bundle.manifest.limits
         settings = resolve(request, editor.bundle.manifest)
@@ -164,6 +165,7 @@ def test_the_peak_of_a_gpu_is_what_an_edit_adds_to_what_is_in_use(
     class OnGpu(Editor):
         def edit(self, request: Request, *, progress: Progress = no_progress, **_: object) -> Edit:
             assert len(request.images) == 3
+            assert not self.encoder_cache.keeps
             progress("vision", 0, 1)
             progress("vision", 1, 1)
             return cast(Edit, None)

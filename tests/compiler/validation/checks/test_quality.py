@@ -13,8 +13,8 @@ from qie.compiler.validation.checks import quality
 from qie.compiler.validation.golden.file import Golden, GoldenCase
 from qie.compiler.validation.report import CaseImages, Measurement
 from qie.compiler.validation.subject import Subject, request_of
-from qie.engines.editing.editor import Editor
 from qie.engines.errors import BackendMissingError
+from tests.support.editors import uncached_editor
 from tests.support.lpips import SCALE, install
 from tests.support.subjects import ON, checked, only, reasons, shown, using, with_images
 
@@ -121,7 +121,7 @@ def test_a_shift_and_a_scale_are_measured(sound: Subject, golden: Golden) -> Non
 
 def test_noise_of_another_seed_fails(sound: Subject, golden: Golden) -> None:
     def other(case: GoldenCase) -> dict[str, Image.Image]:
-        with Editor(sound.bundle) as editor:
+        with uncached_editor(sound.bundle) as editor:
             return {"edit": editor.edit(request_of(case, noise=None, seeds=[case.record.seed + 1])).images[0]}
 
     assert failing(using(sound, with_images(only(golden, PARTLY), other))) >= {"psnr", "ssim", "delta_e"}
