@@ -65,10 +65,16 @@ def open_engine(folder: Path, dtype: str, index: int | None, threads: int) -> tu
     Raises:
         BackendMissingError: vLLM does not load, or the installed one is for another device.
         BundleError: vLLM does not load the text encoder.
-        EngineError: memory ran out.
+        EngineError: memory ran out, or another text encoder is loaded: engines of vLLM share the state of a process, and
+            one that ends takes it away from the others.
     """
     key = _Key(folder.resolve(), dtype, index)
     with _lock:
+        if other := next((each for each in _engines if each != key), None):
+            raise EngineError(
+                f"vLLM has {other.folder} loaded, and a process takes one text encoder at a time; close its editor first, "
+                "or use a process of its own"
+            )
         if key not in _engines:
             _engines[key] = _Shared(Engine(key.folder, dtype, index, threads), 0)
         shared = _engines[key]
@@ -92,6 +98,7 @@ class Engine:
     def __init__(self, folder: Path, dtype: str, index: int | None, threads: int) -> None:
         """Load the text encoder in ``folder``; see ``open_engine``."""
         self.settings = read_settings(folder / SETTINGS_FILE)
+        self._busy = threading.Lock()  # sessions of several editors may share it
         self._llm: Any = None
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -128,7 +135,8 @@ class Engine:
         if ids != prompt.expanded_ids or len(hidden) != len(ids):
             raise EngineError(
                 f"vLLM computed {len(hidden)} hidden states of a prompt of {len(ids)} tokens, expected those of "
-                f"{len(prompt.expanded_ids)}; install the version of vLLM that qie is tested with, as docs/vllm.md says"
+                f"{len(prompt.expanded_ids)}; install the version of vLLM that qie is tested with, as docs/language.md "
+                "says"
             )
         return hidden
 
@@ -210,7 +218,7 @@ class Engine:
             )
         return BundleError(
             f"vLLM cannot load {folder} ({reason}); build the bundle again with `qie build`, or install the version of "
-            "vLLM that qie is tested with, as docs/vllm.md says"
+            "vLLM that qie is tested with, as docs/language.md says"
         )
 
     @contextlib.contextmanager
@@ -221,7 +229,7 @@ class Engine:
             EngineError: it failed.
         """
         try:
-            with _quiet():
+            with self._busy, _quiet():
                 yield
         except Exception as problem:  # vLLM documents none
             fix = "use a shorter instruction or fewer images" if _is_memory(problem) else "see what it printed"

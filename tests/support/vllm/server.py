@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, body = served.answers[self.path]
             if status:
                 self._send(status, {}, body)
-            return
+            return None
         if served.key and self.headers["Authorization"] != f"Bearer {served.key}":
             return self._send(401, {}, b'{"error": "Unauthorized"}')
         try:

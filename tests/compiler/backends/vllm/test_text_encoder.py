@@ -130,8 +130,14 @@ def test_a_text_encoder_without_a_tower_is_no_engine_of_vision(both: Bundle, lan
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"positions": 1}', '{"positions": 0, "images": 0, "cache_bytes": 1, "image_token_id": 1, "merge_size": 2}']
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "[]",
+        '{"positions": 1}',
+        '{"positions": 0, "images": 0, "cache_bytes": 1, "image_token_id": 1, "merge_size": 2}',
+    ],
+)
 def test_settings_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "qie.json").write_text(text)
     with pytest.raises(BundleError, match="does not say how vLLM runs the text encoder"):

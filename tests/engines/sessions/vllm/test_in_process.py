@@ -84,6 +84,29 @@ def test_vllm_computes_a_prompt_in_one_piece_and_without_a_cache_of_prefixes(
     stages.close()
 
 
+def test_a_process_takes_one_text_encoder_at_a_time(vllm: Any, vllm_bundle: Path, inputs: Inputs) -> None:
+    stages = Stages(open_bundle(vllm_bundle))
+    stages.vision(inputs()[0])
+    folder = vllm_bundle / "text_encoder.vllm"
+    with pytest.raises(EngineError, match=r"vLLM has .* loaded, and a process takes one .*; close its editor first"):
+        vllm_engine.open_engine(folder, "bfloat16", None, 0)
+    stages.close()
+    _, give_back = vllm_engine.open_engine(folder, "bfloat16", None, 0)
+    give_back()
+    assert all(llm.closed for llm in vllm.opened)
+
+
+def test_two_editors_of_a_bundle_share_it(vllm: Any, vllm_bundle: Path, inputs: Inputs) -> None:
+    vision, prompts = inputs()
+    one, other = (Stages(open_bundle(vllm_bundle)) for _ in range(2))
+    embeds = one.vision(vision)
+    np.testing.assert_array_equal(other.vision(vision), embeds)
+    one.close()
+    other.language(prompts, embeds)
+    other.close()
+    assert len(vllm.opened) == 1 and vllm.opened[0].closed
+
+
 def test_a_prompt_longer_than_the_limit_is_refused(
     vllm: Any, vllm_bundle: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
