@@ -39,7 +39,7 @@ def find_model(bundle: Bundle) -> str | None:
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
     """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates."""
-    sections = {name: replace(recipe.components[name], precision="float32") for name in COMPONENTS}
+    sections = {name: replace(recipe.components[name], precision="float32", backend=None) for name in COMPONENTS}
     return replace(
         recipe,
         gpu="CPU",

