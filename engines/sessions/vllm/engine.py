@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -258,6 +259,7 @@ def _package(name: str, target: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What is printed goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
+    """What is printed goes to stderr; warnings of packages about each other are not shown."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

@@ -104,6 +104,16 @@ def test_a_plan_counts_the_key_value_cache(both: Bundle, checkpoint: Path, tmp_p
     assert counted[LANGUAGE].largest_io_bytes - counted["cpu"].largest_io_bytes == cache
 
 
+def test_a_plan_counts_vllm_itself_on_a_cpu(checkpoint: Path, tmp_path: Path) -> None:
+    plain, with_vllm = (estimate(planned(checkpoint, tmp_path / "x", gpu)).gpu_bytes for gpu in ("cpu", LANGUAGE))
+    assert 0.9e9 < with_vllm - plain < 1.2e9  # measured: 0.94 GB
+
+
+def test_the_key_of_language_says_what_else_is_in_the_text_encoder(both: Bundle, language: Bundle) -> None:
+    one, other = ({e.component: e.key for e in bundle.manifest.engines} for bundle in (both, language))
+    assert one["language"] != other["language"] and one["transformer"] == other["transformer"]
+
+
 def test_a_second_build_takes_the_text_encoder_over(both: Bundle, checkpoint: Path, tmp_path: Path) -> None:
     first = build(checkpoint, tmp_path / "again", BOTH)
     inode = (first.path / "text_encoder.vllm/model.safetensors").stat().st_ino
@@ -114,8 +124,6 @@ def test_a_second_build_takes_the_text_encoder_over(both: Bundle, checkpoint: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
     third = build(checkpoint, tmp_path / "again", BOTH)
     assert [e.files for e in third.manifest.engines] == [e.files for e in first.manifest.engines]
-    fourth = build(checkpoint, tmp_path / "again", LANGUAGE)
-    assert fourth.manifest.engines[1].key != first.manifest.engines[1].key
 
 
 def test_an_export_writes_it_beside_the_graphs_and_replaces_itself(

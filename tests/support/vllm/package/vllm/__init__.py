@@ -21,7 +21,7 @@ KNOWN = (
     "runner", "convert", "pooler_config", "dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
     "kv_cache_memory_bytes", "gpu_memory_utilization", "limit_mm_per_prompt", "enable_mm_embeds",
     "mm_processor_cache_gb", "skip_mm_profiling", "mm_device_do_normalize", "enable_prefix_caching",
-    "enable_chunked_prefill", "enforce_eager",
+    "enable_chunked_prefill", "enforce_eager", "use_tqdm_on_load",
 )  # fmt: skip
 """Keyword arguments of the real ``LLM``."""
 
