@@ -1,6 +1,8 @@
 """The language model on a server of vLLM: the same numbers, nothing half, a sentence for everything that is wrong."""
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -146,6 +148,12 @@ def test_no_server_and_a_server_that_does_not_answer_are_errors(
 def test_what_is_no_url_is_the_callers_mistake(url: str, opened: Bundle) -> None:
     with pytest.raises(RequestError, match="the URL of the vLLM server is .*; give one such as http://127"):
         Stages(opened, vllm_url=url)
+
+
+def test_an_edit_without_a_server_imports_nothing_of_http() -> None:
+    code = "import sys, qie.engines.editing.stages; print(sorted({'urllib.request', 'http.client'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_command_line_takes_a_server(
