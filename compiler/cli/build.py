@@ -290,9 +290,11 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     if unfinished:
         say(f"on the machine with the GPU, run: qie build --finish {where}")
     if bundle.manifest.engines:
-        runs_here = all(refusal(engine) is None for engine in bundle.manifest.engines)
-        if runs_here:
+        refusals = [reason for engine in bundle.manifest.engines if (reason := refusal(engine)) is not None]
+        if not refusals:
             say(f'edit with: qie run photo.png "make it grayscale" --bundle {where}')
+        elif all(engine.compute_capability == "cpu" for engine in bundle.manifest.engines):
+            say(wrap(f"this machine cannot run it yet: {refusals[0]}"))
         else:
             say("this machine cannot run it; copy the folder to the machine with the GPU, for example with")
             say(f"    rsync -a {bundle.path} MACHINE:")

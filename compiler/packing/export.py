@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes
+from qie.compiler.backends.vllm.checkpoint import FILES
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import checkpoint_readers, writing
-from qie.compiler.packing.sources import LLM_FOLDER, write_tensorrt_llm
+from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_tensorrt_llm, write_transformers
 from qie.compiler.planning.checks import check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.sources import language_settings
@@ -42,7 +43,7 @@ def export_graphs(
         progress: called with (component, bytes done, bytes in all).
 
     Returns:
-        The .onnx files, and the config.json of a checkpoint for TensorRT-LLM.
+        The .onnx files, and the config.json of a checkpoint for TensorRT-LLM or of a text encoder for vLLM.
 
     Raises:
         ExportError: the language model is not for TensorRT-LLM, or cannot be split over so many GPUs.
@@ -67,6 +68,7 @@ def export_graphs(
     ]
     output_bytes = sum(total_bytes(planned.graph.weights) for planned in plan.components)
     output_bytes += sum(checkpoint_bytes(each) for each in settings)
+    output_bytes += sum(planned.bytes for planned in plan.components if planned.in_text_encoder)
     readers: Mapping[Subfolder, TensorReader] = {}
     if weights:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)
@@ -86,6 +88,9 @@ def export_graphs(
             of_component = partial(progress, f"{planned.component} for TensorRT-LLM")
             config, _ = write_tensorrt_llm(planned, plan, readers, folder, of_component, tensor_parallel)
             names.append(config)
+        for planned in [planned for planned in plan.components if planned.in_text_encoder][:1] if weights else ():
+            config, _ = write_transformers(planned, plan, readers, folder, partial(progress, "text encoder for vLLM"))
+            names.append(config)
         _check_destination(plan.destination)  # what came meanwhile is not lost
     return tuple(plan.destination / name for name in names)
 
@@ -101,4 +106,6 @@ def _is_exported(name: Path) -> bool:
     names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")} | {WORK_LOCK}
     if name.parts[0] == LLM_FOLDER:
         return len(name.parts) == 1 or (len(name.parts) == 2 and _LLM_FILE.fullmatch(name.parts[1]) is not None)
+    if name.parts[0] == TEXT_ENCODER:
+        return len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[1] in FILES)
     return str(name) in names

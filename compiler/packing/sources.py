@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qie.compiler.backends.tensorrt_llm.builder import write_files
 from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
-from qie.compiler.backends.vllm.checkpoint import write_text_encoder
+from qie.compiler.backends.vllm.checkpoint import FILES, write_text_encoder
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
@@ -23,7 +23,7 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["LLM_FOLDER", "write_source", "write_tensorrt_llm"]
+__all__ = ["LLM_FOLDER", "TEXT_ENCODER", "write_source", "write_tensorrt_llm", "write_transformers"]
 
 LLM_FOLDER = "language.tensorrt-llm"
 """Folder of the checkpoint for TensorRT-LLM."""
@@ -124,10 +124,24 @@ def write_tensorrt_llm(
     return f"{LLM_FOLDER}/config.json", tuple(file_record(folder, f"{LLM_FOLDER}/{file}") for file in files)
 
 
-def _write_transformers(
+def write_transformers(
     planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
 ) -> tuple[str, tuple[FileRecord, ...]]:
-    """The text encoder, which vision and language share where vLLM runs both: the first to come writes it."""
+    """Write the text encoder, which vision and language share where vLLM runs both: the first to come writes it.
+
+    Args:
+        planned: vision or language.
+        plan: of the build.
+        readers: of the checkpoint.
+        folder: in which ``TEXT_ENCODER`` is made.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The path of its config.json in ``folder``, and the records of all files.
+
+    Raises:
+        QieError: see ``write_text_encoder``.
+    """
     place = folder / TEXT_ENCODER
     if not (place / "config.json").is_file():  # the last file, of this build
         place.mkdir(exist_ok=True)
@@ -136,14 +150,13 @@ def _write_transformers(
         )
         tokenizer = load_tokenizer(plan.checkpoint.path)
         write_text_encoder(settings, readers["text_encoder"], tokenizer, place, progress=progress)
-    names = sorted(file.name for file in place.iterdir())
-    return f"{TEXT_ENCODER}/config.json", tuple(file_record(folder, f"{TEXT_ENCODER}/{name}") for name in names)
+    return f"{TEXT_ENCODER}/config.json", tuple(file_record(folder, f"{TEXT_ENCODER}/{name}") for name in FILES)
 
 
 _WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
     "graph": _write_graph,
     "tensorrt-llm": write_tensorrt_llm,
-    "transformers": _write_transformers,
+    "transformers": write_transformers,
 }
 """Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
 

@@ -65,7 +65,8 @@ class Editor:
             threads: of engines on the CPU; 0 is one per core.
             encoder_cache: of embeddings of images and prompts, which may be shared with other editors; None is one of
                 its own, in memory. ``EncoderCache(bytes_max=0)`` keeps none.
-            vllm_url: URL of a vLLM server that runs the language model in place of the bundle's engine (docs/vllm.md).
+            vllm_url: URL of a vLLM server that runs the language model in place of the bundle's engine
+                (docs/language.md).
 
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.

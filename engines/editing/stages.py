@@ -24,7 +24,6 @@ from qie.engines.sessions.identity import engine_identity
 from qie.engines.sessions.load import load, open_device
 from qie.engines.sessions.read_ahead import read_ahead
 from qie.engines.sessions.session import Session, Tensor
-from qie.engines.sessions.vllm.connection import parse_url
 
 if TYPE_CHECKING:
     from qie.engines.editing.denoise import UploadedSchedule
@@ -81,7 +80,11 @@ class Stages:
                 raise RequestError(f"the {option} is {value!r}; choose {' or '.join(kinds)}", option=option)
         if threads < 0:
             raise RequestError(f"{threads} threads were requested; give 0 for one per core, or more", option="threads")
-        self._vllm_url = None if vllm_url is None else parse_url(vllm_url)
+        self._vllm_url = vllm_url
+        if vllm_url is not None:
+            from qie.engines.sessions.vllm.connection import parse_url
+
+            self._vllm_url = parse_url(vllm_url)
         self.bundle = bundle
         served = elsewhere(vllm_url)
         chosen = choose_engines(bundle, device, elsewhere=served) if engines is None else engines

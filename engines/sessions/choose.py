@@ -4,7 +4,16 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from qie.engines.backends import BACKENDS, available, cuda_fix, cuda_lacking, distribution, serves_gpu, version
+from qie.engines.backends import (
+    BACKENDS,
+    available,
+    cuda_fix,
+    cuda_lacking,
+    distribution,
+    install_command,
+    serves_gpu,
+    version,
+)
 from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
@@ -121,7 +130,9 @@ def _obstacle(engine: EngineRecord, machine: Machine | None, device: int | None 
         if obstacle := _gpu_obstacle(target, engine, machine, device):
             return obstacle
     if not available(engine.backend):
-        return BackendMissingError(f"{target}, which is not installed here; run `{backend.install}`")
+        return BackendMissingError(
+            f"{target}, which is not installed here; run `{install_command(engine.backend, engine.compute_capability)}`"
+        )
     if on_gpu and backend.gpu_package is not None and not serves_gpu():
         return BackendMissingError(
             f"{target}, and the {engine.backend} that is installed here uses only the CPU; run `{backend.gpu_install}`"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qie.engines.backends import BACKENDS, available
+from qie.engines.backends import BACKENDS, available, install_command
 from qie.engines.bundle.manifest import EngineRecord, Specialization
 from qie.engines.errors import BackendMissingError
 from qie.engines.machine import choose_gpu, this_machine
@@ -71,10 +71,10 @@ def load(
         EngineError: the GPU is out of memory.
     """
     if not available(engine.backend):
-        backend = BACKENDS.get(engine.backend)
+        known = engine.backend in BACKENDS
+        install = install_command(engine.backend, engine.compute_capability) if known else "pip install --upgrade qie"
         raise BackendMissingError(
-            f"{engine.component} is built for {engine.backend}, which is not installed here; "
-            f"run `{backend.install if backend else 'pip install --upgrade qie'}`"
+            f"{engine.component} is built for {engine.backend}, which is not installed here; run `{install}`"
         )
     return SESSIONS[engine.backend](folder, engine, device, index, threads)
 

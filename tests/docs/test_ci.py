@@ -15,6 +15,7 @@ import yaml
 from tests.support.repository import ROOT
 
 GITHUB = ROOT / ".github" / "workflows" / "engine-validation.yml"
+VLLM = ROOT / ".github" / "workflows" / "vllm.yml"
 GITLAB = ROOT / "docs" / "ci" / "gitlab-engine-validation.yml"
 
 EXPRESSIONS = {
@@ -49,6 +50,8 @@ def check_schema(schema: str, path: Path) -> "subprocess.CompletedProcess[str]":
     [
         ("vendor.github-workflows", GITHUB),
         ("custom.github-workflows-require-timeout", GITHUB),
+        ("vendor.github-workflows", VLLM),
+        ("custom.github-workflows-require-timeout", VLLM),
         ("vendor.gitlab-ci", GITLAB),
     ],
 )

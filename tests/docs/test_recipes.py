@@ -15,7 +15,8 @@ from tests.support.repository import ROOT
 
 README = ROOT / "recipes" / "README.md"
 NAMES = (
-    "a100", "a100-40gb", "a100-int8", "a100-trtllm", "cpu", "h100", "l4", "l40s", "l40s-trtllm", "rtx4090", "rtx5090"
+    "a100", "a100-40gb", "a100-int8", "a100-trtllm", "cpu", "h100", "l4", "l40s", "l40s-trtllm", "l40s-vllm",
+    "rtx4090", "rtx5090",
 )  # fmt: skip
 CAPABILITIES = {
     "a100": "8.0",
@@ -27,6 +28,7 @@ CAPABILITIES = {
     "l4": "8.9",
     "l40s": "8.9",
     "l40s-trtllm": "8.9",
+    "l40s-vllm": "8.9",
     "rtx4090": "8.9",
     "rtx5090": "12.0",
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from qie.compiler.backends.vllm.config import SCRIPT, files
+from qie.compiler.backends.vllm.config import SCRIPT, SMALL_FILES, files
 from qie.compiler.backends.vllm.settings import Settings
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.weights.stream import CHUNK_BYTES, check_weights, disk_error, prepare
@@ -20,9 +20,12 @@ from qie.compiler.weights.weight import Weight
 from qie.engines.files import replacing
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["WEIGHTS_FILE", "text_encoder_bytes", "write_text_encoder"]
+__all__ = ["FILES", "WEIGHTS_FILE", "text_encoder_bytes", "write_text_encoder"]
 
 WEIGHTS_FILE = "model.safetensors"
+
+FILES = (WEIGHTS_FILE, *SMALL_FILES)
+"""Everything that ``write_text_encoder`` writes, in that order."""
 
 _CODES = {"float32": "F32", "bfloat16": "BF16"}
 """dtype -> its name in a safetensors header."""
@@ -55,7 +58,7 @@ def write_text_encoder(
         progress: called with the bytes done and the bytes in all.
 
     Returns:
-        The names of the files, config.json last; it is written last too.
+        ``FILES``.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not floating-point or finite.
@@ -84,7 +87,7 @@ def write_text_encoder(
         (folder / SCRIPT).chmod(0o755)
     except OSError as error:
         raise disk_error(error, path, total) from error
-    return (WEIGHTS_FILE, *small)
+    return FILES
 
 
 def _by_source(weights: Sequence[Weight]) -> dict[str, Weight]:

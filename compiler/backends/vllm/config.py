@@ -9,12 +9,23 @@ from tokenizers import Tokenizer
 from qie.compiler.backends.vllm.settings import Settings
 from qie.engines.sessions.vllm.settings import SETTINGS_FILE, VllmSettings, arguments, flags
 
-__all__ = ["SCRIPT", "TEMPLATE", "TEMPLATE_FILE", "files"]
+__all__ = ["SCRIPT", "SMALL_FILES", "TEMPLATE", "TEMPLATE_FILE", "files"]
 
 SCRIPT = "serve.sh"
 """Name of the script that starts a server."""
 
 TEMPLATE_FILE = "chat_template.jinja"
+
+SMALL_FILES = (
+    SETTINGS_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    TEMPLATE_FILE,
+    SCRIPT,
+    "config.json",
+)
+"""Names of the files, in the order in which they are written."""
 
 TEMPLATE = (
     "{%- for message in messages -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
@@ -38,7 +49,7 @@ _TOKENS = {
 
 
 def files(settings: Settings, tokenizer: Tokenizer) -> dict[str, str]:
-    """The content of every small file by name; config.json is the last.
+    """The content of every small file by name, ``SMALL_FILES``.
 
     Args:
         settings: of the text encoder.
@@ -51,15 +62,16 @@ def files(settings: Settings, tokenizer: Tokenizer) -> dict[str, str]:
         image_token_id=settings.model.image_token_id,
         merge_size=settings.model.processor.merge_size,
     )
-    return {
-        SETTINGS_FILE: limits.text(),
-        "tokenizer.json": tokenizer.to_str(pretty=False),
-        "tokenizer_config.json": _json(_tokenizer_config()),
-        "preprocessor_config.json": _json(_preprocessor_config(settings)),
-        TEMPLATE_FILE: TEMPLATE,
-        SCRIPT: _script(limits, settings.dtype),
-        "config.json": _json(_model_config(settings, tokenizer)),
-    }
+    texts = (
+        limits.text(),
+        tokenizer.to_str(pretty=False),
+        _json(_tokenizer_config()),
+        _json(_preprocessor_config(settings)),
+        TEMPLATE,
+        _script(limits, settings.dtype),
+        _json(_model_config(settings, tokenizer)),
+    )
+    return dict(zip(SMALL_FILES, texts, strict=True))
 
 
 def _model_config(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:

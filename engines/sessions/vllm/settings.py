@@ -90,6 +90,7 @@ def arguments(settings: VllmSettings, dtype: str, *, images: int | None = None) 
         "enable_prefix_caching": False,
         "enable_chunked_prefill": False,
         "enforce_eager": True,
+        "use_tqdm_on_load": False,
     }
 
 
