@@ -137,6 +137,23 @@ def test_the_same_pair_runs_no_encoder(editor: Editor) -> None:
     assert (editor.encoder_cache.hits, editor.encoder_cache.misses) == (1, 2)
 
 
+def test_what_a_server_embeds_is_not_kept(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have other weights the next time; the bundle's vision tower has not."""
+    real = editor.stages.identity
+    unknown = {"language": None}
+    monkeypatch.setattr(editor.stages, "identity", lambda c: unknown[c] if c in unknown else real(c))
+    first = contents(conditioned(editor, request()))
+    assert runs(editor)[1] == ["vision", "language"]
+    assert contents(conditioned(editor, request())) == first
+    assert runs(editor)[1] == ["language"]
+
+
+def test_the_stages_do_not_know_a_servers_identity(opened: Bundle) -> None:
+    stages = Stages(opened, vllm_url="http://127.0.0.1:9")
+    assert stages.identity("language") is None
+    assert stages.identity("vision") == Stages(opened).identity("vision")
+
+
 def test_a_new_instruction_runs_the_language_model_alone(editor: Editor) -> None:
     editor.edit(request())
     runs(editor)
