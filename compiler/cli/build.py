@@ -195,7 +195,8 @@ def _later(plan: "Plan") -> list[str]:
             )
         )
     if any("tensorrt-llm" in (c.backend, c.finish) for c in plan.components):
-        sections.append("\n".join(["TensorRT-LLM is called as", "", *_command(plan)]))
+        caller = "`qie build --finish`" if any(c.finish == "tensorrt-llm" for c in plan.components) else "this build"
+        sections.append("\n".join([f"for TensorRT-LLM {caller} runs", "", *_command(plan)]))
     return sections
 
 
@@ -235,7 +236,7 @@ def _download(plan: "Plan") -> str:
 
 def _components(plan: "Plan") -> str:
     rows = [
-        [c.component, _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bytes)]
+        [c.component, _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bundle_bytes)]
         for c in plan.components
     ]
     nodes, parameters = sum(c.nodes for c in plan.components), sum(c.parameters for c in plan.components)
@@ -281,14 +282,13 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     from qie.engines.sessions.choose import refusal
 
     unfinished = sorted({graph.backend for graph in bundle.manifest.graphs})
+    waiting = [f"{graph.component} for {graph.backend}" for graph in bundle.manifest.graphs]
     if as_json:
         return print_json(
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}
         )
     where = bundle.name if bundle.path.parent == bundles_folder() else str(bundle.path)
     say(f"{bundle.path}: {human_bytes(bundle.bytes)}")
-    if unfinished:
-        say(f"on the machine with the GPU, run: qie build --finish {where}")
     if bundle.manifest.engines:
         refusals = [reason for engine in bundle.manifest.engines if (reason := refusal(engine)) is not None]
         if not refusals:
@@ -299,4 +299,7 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
             say("this machine cannot run it; copy the folder to the machine with the GPU, for example with")
             say(f"    rsync -a {bundle.path} MACHINE:")
             say(f'and edit there with: qie run photo.png "make it grayscale" --bundle {bundle.path.name}')
+    if unfinished:
+        say(f"on the machine with the GPU, run: qie build --finish {where}")
+        say(wrap(f"it adds {', '.join(waiting)}"))
     return None

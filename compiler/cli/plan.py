@@ -207,7 +207,7 @@ def _language(estimated: "Estimate") -> list[str]:
         for c in estimated.language
     ]
     header = ["backend", "choice", "host memory", "weights", "working memory", "time at peak"]
-    title = "The language model by backend, and the recipe's order of choice"
+    title = "The language model by backend; choice is the recipe's order, and - is none of it"
     return ["", title, "", table(rows, header=header, right=range(1, 6))]
 
 

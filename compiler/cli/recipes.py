@@ -42,6 +42,8 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
         transformer = recipe.components.transformer
         scheme = transformer.precision if transformer.scheme == "none" else transformer.scheme
         memory, backends = f"{recipe.memory_gib:g} GiB", ", ".join(recipe.backends)
+        language = recipe.components.language.backend
+        backends += "" if language is None else f"; language: {language}"
         lines.append([name, recipe.gpu, recipe.compute_capability or "-", memory, scheme, backends])
     header = ["recipe", "GPU", "compute capability", "memory", "transformer", "backends"]
     say(table(lines, header=header, right=[3]))

@@ -16,7 +16,7 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.pack import checkpoint_readers, writing
 from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_tensorrt_llm, write_transformers
-from qie.compiler.planning.checks import check_download
+from qie.compiler.planning.checks import check_calibrated, check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.sources import language_settings
 from qie.compiler.weights.stream import total_bytes, write_weights
@@ -43,9 +43,10 @@ def export_graphs(
         progress: called with (component, bytes done, bytes in all).
 
     Returns:
-        The .onnx files, and the config.json of a checkpoint for TensorRT-LLM or of a text encoder for vLLM.
+        The .onnx files, and those of a checkpoint for TensorRT-LLM or of a text encoder for vLLM.
 
     Raises:
+        CalibrationError: a component is quantized, and there is no calibration.
         ExportError: the language model is not for TensorRT-LLM, or cannot be split over so many GPUs.
         CheckpointError: the weights are incomplete or do not belong to the configs.
         BuildError: the destination holds something else than graphs, or a disk is too small.
@@ -71,6 +72,7 @@ def export_graphs(
     output_bytes += sum(planned.bytes for planned in plan.components if planned.in_text_encoder)
     readers: Mapping[Subfolder, TensorReader] = {}
     if weights:
+        check_calibrated(plan)
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)
         plan = replace(plan, checkpoint=plan.checkpoint.with_weights(progress=partial(progress, "download")))
         readers = checkpoint_readers(plan)
@@ -86,11 +88,11 @@ def export_graphs(
         names = [f"{planned.component}.onnx" for planned in plan.components]
         for planned in llm if weights else ():
             of_component = partial(progress, f"{planned.component} for TensorRT-LLM")
-            config, _ = write_tensorrt_llm(planned, plan, readers, folder, of_component, tensor_parallel)
-            names.append(config)
+            _, files = write_tensorrt_llm(planned, plan, readers, folder, of_component, tensor_parallel)
+            names += [file.path for file in files]
         for planned in [planned for planned in plan.components if planned.in_text_encoder][:1] if weights else ():
-            config, _ = write_transformers(planned, plan, readers, folder, partial(progress, "text encoder for vLLM"))
-            names.append(config)
+            _, files = write_transformers(planned, plan, readers, folder, partial(progress, "text encoder for vLLM"))
+            names += [file.path for file in files]
         _check_destination(plan.destination)  # what came meanwhile is not lost
     return tuple(plan.destination / name for name in names)
 

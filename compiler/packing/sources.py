@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qie.compiler.backends.tensorrt_llm.builder import write_files
 from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
+from qie.compiler.backends.tensorrt_llm.tensors import whole_groups
 from qie.compiler.backends.vllm.checkpoint import FILES, write_text_encoder
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
@@ -78,7 +79,7 @@ def write_source(
         inputs=planned.graph.inputs,
         outputs=planned.graph.outputs,
         parameters=planned.graph.parameters(),
-        quantization=_quantization(planned),
+        quantization=_quantization(planned, source),
         profiles=shapes,
     )
 
@@ -161,7 +162,8 @@ _WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
 """Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
 
 
-def _quantization(planned: PlannedComponent) -> QuantizationRecord | None:
+def _quantization(planned: PlannedComponent, source: Source) -> QuantizationRecord | None:
     if planned.scheme == "none":
         return None
-    return QuantizationRecord(scheme=planned.scheme, quantized=planned.quantized, linears=planned.linears)
+    quantized = len(whole_groups(planned.amax)) if source == "tensorrt-llm" else planned.quantized
+    return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=planned.linears)

@@ -14,7 +14,7 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, CalibrationError
 from qie.engines.files import existing, is_leftover
 
-__all__ = ["check_buildable", "check_download", "missing_builder", "other_bundle"]
+__all__ = ["check_buildable", "check_calibrated", "check_download", "missing_builder", "other_bundle"]
 
 
 def check_buildable(plan: Plan) -> None:
@@ -32,14 +32,7 @@ def check_buildable(plan: Plan) -> None:
             raise BackendMissingError(
                 f"{reason}; build on a machine that meets this, or use the recipe cpu", option="gpu"
             )
-        section = plan.recipe.components[planned.component]
-        schemes = [scheme for scheme in (section.scheme, section.attention) if scheme != "none"]
-        if schemes and plan.calibration is None:
-            raise CalibrationError(
-                f'the recipe {plan.recipe_name} quantizes {planned.component} ("{schemes[0]}"), which needs a '
-                "calibration of this model; make one with `qie calibrate`",
-                option="calibration",
-            )
+    check_calibrated(plan)
     check_tokenizer(plan.checkpoint)
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):
@@ -58,6 +51,23 @@ def check_buildable(plan: Plan) -> None:
             "free some space or choose a folder on another disk",
             option="out",
         )
+
+
+def check_calibrated(plan: Plan) -> None:
+    """Reject a plan whose scales would be placeholders.
+
+    Raises:
+        CalibrationError: a component is quantized, and there is no calibration.
+    """
+    for planned in plan.components:
+        section = plan.recipe.components[planned.component]
+        schemes = [scheme for scheme in (section.scheme, section.attention) if scheme != "none"]
+        if schemes and plan.calibration is None:
+            raise CalibrationError(
+                f'the recipe {plan.recipe_name} quantizes {planned.component} ("{schemes[0]}"), which needs a '
+                "calibration of this model; make one with `qie calibrate`",
+                option="calibration",
+            )
 
 
 def _is_utf8(path: Path) -> bool:

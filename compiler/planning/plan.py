@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.backends import BUILDERS
+from qie.compiler.backends.tensorrt_llm.tensors import whole_groups
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.distilled import CHECKPOINT, distilled_model, find_schedule
 from qie.compiler.checkpoint.lora import Lora, fused_reader
@@ -157,12 +158,20 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before the build."""
-        return tuple(
+        notes = [
             f"the weight of {lora.name} is {lora.weight:g}: LoRAs are made for weights near 1, and a result that is no "
             "number is refused"
             for lora in self.loras
             if abs(lora.weight) > LORA_WEIGHT_USUAL
-        )
+        ]
+        for planned in self.components:
+            left_out = len(planned.amax) - len(whole_groups(planned.amax))
+            if left_out and "tensorrt-llm" in (planned.backend, planned.finish):
+                notes.append(
+                    f"TensorRT-LLM quantizes {len(planned.amax) - left_out} linears of {planned.component} and not "
+                    f"{len(planned.amax)}, because the others are executed together with excluded ones"
+                )
+        return tuple(notes)
 
     @property
     def read(self) -> dict[Subfolder, set[str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from qie.compiler.backends.tensorrt_llm.settings import Settings
-from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes
+from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes, whole_groups
 from qie.compiler.backends.vllm.checkpoint import text_encoder_bytes
 from qie.compiler.backends.vllm.settings import Settings as TextEncoderSettings
 from qie.compiler.checkpoint.configs import LanguageConfig
@@ -43,6 +43,8 @@ def source_bytes(source: Source, graph: Graph, amax: Mapping[str, float], model:
 def language_settings(model: Model, recipe: Recipe, amax: Mapping[str, float], *, tensor_parallel: int = 1) -> Settings:
     """The checkpoint of TensorRT-LLM that ``recipe`` asks for of the language model.
 
+    A linear that is executed together with one that is not quantized is not quantized either.
+
     Args:
         model: the model.
         recipe: the recipe.
@@ -56,7 +58,7 @@ def language_settings(model: Model, recipe: Recipe, amax: Mapping[str, float], *
         config=model.language,
         dtype=graph_dtype(recipe, "language"),
         scheme=recipe.components.language.scheme,
-        amax=amax,
+        amax=whole_groups(amax),
         positions=largest_dims("language", recipe, model)["prompt_tokens"],
         tensor_parallel=tensor_parallel,
     )

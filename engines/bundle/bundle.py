@@ -200,14 +200,16 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return folder in file.parents or (blobs is not None and file.parent == blobs)
 
 
+def _is_small(path: str) -> bool:
+    """Whether a file of an engine, or of what it is built from, is a graph, a config or code, and no weights."""
+    return path.endswith((".onnx", ".json", ".py", ".sh"))
+
+
 def _small_files(manifest: Manifest) -> list[FileRecord]:
     """What every opening reads: all but weights, compiled engines, tables and calibration."""
     files = [manifest.tokenizer, *(engine.structure for engine in manifest.engines if engine.structure is not None)]
-    for path, records in [
-        *((e.path, e.files) for e in manifest.engines),
-        *((g.path, g.files) for g in manifest.graphs),
-    ]:
-        files += [record for record in records if record.path == path and path.endswith((".onnx", ".json"))]
+    for built in (*manifest.engines, *manifest.graphs):
+        files += [record for record in built.files if _is_small(record.path)]
     return files
 
 

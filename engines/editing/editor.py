@@ -71,12 +71,16 @@ class Editor:
         Raises:
             BundleError: there is no such bundle, or it is incomplete or damaged.
             EngineMismatchError, BackendMissingError: see ``choose_engines``.
-            RequestError: see ``Stages``.
+            RequestError: see ``Stages``; or ``encoder_cache`` is none.
         """
         from qie.engines.editing.conditioning import open_tokenizer
         from qie.engines.editing.stages import Stages, elsewhere
         from qie.engines.sessions.choose import newest_runnable
 
+        if not isinstance(encoder_cache, EncoderCache | None):
+            raise RequestError(
+                f"the encoder cache is {encoder_cache!r}; give an EncoderCache, or None", option="encoder_cache"
+            )
         if bundle is None:
             bundle = newest_runnable(device, elsewhere=elsewhere(vllm_url))
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)

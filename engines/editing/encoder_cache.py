@@ -56,11 +56,12 @@ class EncoderCache:
             disk: keeps entries beyond this process, such as ``encoder_cache_on_disk()``; None keeps none.
 
         Raises:
-            RequestError: ``bytes_max`` is less than nothing.
+            RequestError: ``bytes_max`` is no whole number, or less than nothing.
         """
-        if bytes_max < 0:
+        if type(bytes_max) is not int or bytes_max < 0:
             raise RequestError(
-                f"an encoder cache of {bytes_max} bytes was requested; give 0 for none, or more", option="bytes_max"
+                f"an encoder cache of {bytes_max!r} bytes was requested; give 0 for none, or a larger whole number",
+                option="bytes_max",
             )
         self._bytes_max, self._disk = bytes_max, disk
         self._entries: OrderedDict[EncoderKey, NDArray[np.float32]] = OrderedDict()

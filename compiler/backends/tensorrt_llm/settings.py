@@ -92,16 +92,18 @@ def check_settings(settings: Settings) -> None:
     gpus, config = settings.tensor_parallel, settings.config
     if gpus not in TENSOR_PARALLEL:
         raise ExportError(
-            f"tensor_parallel = {gpus}, expected one of {', '.join(map(str, TENSOR_PARALLEL))}; use one of these"
+            f"{gpus} GPUs were requested, expected one of {', '.join(map(str, TENSOR_PARALLEL))}; use one of these",
+            option="tensor_parallel",
         )
     for what, count in (
         ("attention heads", config.heads),
         ("heads of keys and values", config.kv_heads),
-        ("channels between the linears of its MLP", config.intermediate),
+        ("channels of its MLP", config.intermediate),
     ):
         if count % gpus:
             fitting = [number for number in TENSOR_PARALLEL if number < gpus and count % number == 0]
             raise ExportError(
-                f"the language model has {count} {what}, which cannot be split over {gpus} GPUs; set "
-                f"tensor_parallel to {' or '.join(map(str, fitting))}"
+                f"the {what} of the language model, {count}, cannot be split over {gpus} GPUs; use "
+                f"{' or '.join(map(str, fitting))}",
+                option="tensor_parallel",
             )

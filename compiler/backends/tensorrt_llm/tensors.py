@@ -6,6 +6,7 @@ tensors. Weights are [out, in] as in the checkpoint of Qwen2.5-VL.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,17 @@ from qie.compiler.backends.tensorrt_llm.settings import FORMATS, Format, Setting
 from qie.compiler.weights.weight import Stored, Weight
 from qie.engines.errors import ExportError, RecipeError
 
-__all__ = ["Module", "Source", "Tensor", "checkpoint_bytes", "excluded_modules", "modules", "sources", "tensors"]
+__all__ = [
+    "Module",
+    "Source",
+    "Tensor",
+    "checkpoint_bytes",
+    "excluded_modules",
+    "modules",
+    "sources",
+    "tensors",
+    "whole_groups",
+]
 
 Split = Literal["out", "in"]
 """The dim of a weight that is split over GPUs: as in a ColumnLinear or a RowLinear."""
@@ -176,6 +187,17 @@ def excluded_modules(settings: Settings) -> tuple[str, ...]:
         ExportError, RecipeError: as in ``modules``.
     """
     return tuple(module.name for module in modules(settings) if module.split and module.format.quant_algo is None)
+
+
+def whole_groups(amax: Mapping[str, float]) -> dict[str, float]:
+    """``amax`` of the linears that can be quantized: those whose partners in execution are all in it."""
+    found = {}
+    for name, value in amax.items():
+        *layer, module, linear = name.split(".")
+        partners = next((group for group in _SHARED_SCALES if f"{module}.{linear}" in group), ())
+        if all(".".join([*layer, partner]) in amax for partner in partners):
+            found[name] = value
+    return found
 
 
 def _module(settings: Settings, layer: int, name: str, parts: tuple[str, ...]) -> Module:

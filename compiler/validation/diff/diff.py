@@ -203,7 +203,7 @@ def _pairs(old: Sequence[Piece], new: Sequence[Piece]) -> list[tuple[Piece | Non
 def _target(piece: Piece) -> str:
     if isinstance(piece, EngineRecord):
         return f"{piece.backend}/{piece.compute_capability}"
-    return f"graph for {piece.backend}"
+    return f"source for {piece.backend}"
 
 
 def _engine(old: Bundle, new: Bundle, before: Piece | None, after: Piece | None) -> EngineDiff:
