@@ -33,7 +33,7 @@ test-gpu: $(VENV)/gpu.stamp            ## Run what needs a GPU, with the package
 	$(BIN)/python -m pytest tests/gpu --require-gpu
 
 test-gpu-trtllm: $(TRTLLM)/trtllm.stamp ## Run what needs a GPU and TensorRT-LLM, in an environment of its own.
-	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu
+	PATH="$(CURDIR)/$(TRTLLM)/bin:$$PATH" $(TRTLLM)/bin/python -m pytest tests/gpu/trtllm --require-gpu -W default
 
 test-vllm: $(VLLM)/vllm.stamp           ## Compare the text encoder in vLLM with the graphs, in an environment of its own.
 	$(VLLM)/bin/python -m pytest tests/vllm --require-vllm

@@ -131,6 +131,7 @@ def _needs() -> list[_Need]:
             fix=backend.gpu_install,
             gpu_backend=name,
             gpu_package=backend.gpu_package,
+            trial="make test-gpu",
         )
         for name, backend in BACKENDS.items()
         if backend.gpu_package is not None and backend.gpu_install is not None

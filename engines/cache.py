@@ -29,8 +29,9 @@ class Cache:
     None, and one that cannot be written is not kept.
     """
 
-    def __init__(self, root: Path, *, bytes_max: int) -> None:
-        self._root, self._bytes_max = root, bytes_max
+    def __init__(self, root: Path, *, bytes_max: int, private: bool = False) -> None:
+        """A cache of at most ``bytes_max`` in ``root``, which only its owner can open where it is ``private``."""
+        self._root, self._bytes_max, self._mode = root, bytes_max, 0o700 if private else 0o777
 
     def load(self, group: str, made_from: str) -> memoryview | None:
         """The content of the entry that was made from ``made_from``, a text that decides it completely."""
@@ -50,7 +51,8 @@ class Cache:
         """Keep ``content`` under what it was made from."""
         path = self._path(group, made_from)
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(mode=self._mode, parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with replacing(path) as temporary, temporary.open("wb") as file:
                 file.write(_digest(made_from, content))
                 file.write(content)
@@ -94,7 +96,7 @@ def encoder_cache_on_disk(folder: Path | None = None) -> Cache:
 
     ``folder`` None is ``encoder`` in ``qie_home()``.
     """
-    return Cache(folder or _in_home("encoder"), bytes_max=_ENCODER_BYTES)
+    return Cache(folder or _in_home("encoder"), bytes_max=_ENCODER_BYTES, private=True)
 
 
 def _in_home(name: str) -> Path:

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from qie.compiler.backends import onnxruntime
 from qie.compiler.backends.tensorrt.builder import TensorRT
-from qie.compiler.backends.tensorrt_llm import builder as tensorrt_llm
-from qie.compiler.backends.vllm import builder as vllm
+from qie.compiler.backends.tensorrt_llm import builder as tensorrt_llm_builder
+from qie.compiler.backends.vllm import builder as vllm_builder
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.progress import StageProgress
@@ -61,7 +61,7 @@ BUILDERS: dict[str, Builder] = {
     "onnxruntime": onnxruntime,
     "tensorrt-rtx": TensorRT("tensorrt-rtx"),
     "tensorrt": TensorRT("tensorrt"),
-    "tensorrt-llm": tensorrt_llm,
-    "vllm": vllm,
+    "tensorrt-llm": tensorrt_llm_builder,
+    "vllm": vllm_builder,
 }
 """Backend -> its builder. ``qie.engines.backends`` has the facts of a backend, such as the module that builds."""

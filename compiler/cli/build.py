@@ -59,6 +59,10 @@ def build(
     The plan is printed first. A build that cannot run, does not fit or lacks disk space stops there, before any weights
     are downloaded.
     """
+    if finish is not None and language is not None:
+        raise BuildError(
+            "a bundle is finished by its own recipe; build it again for another backend", option="language"
+        )
     if finish is not None:
         return _finish(finish, device=device, dry_run=dry_run, as_json=as_json)
     from qie.compiler.packing.build import build as build_bundle

@@ -67,8 +67,8 @@ class Decoder(nn.Module):
         zero = constant(op, 0, "int64")
         image_embeds_VD = cast(op, image_embeds_VD, "float32", self.dtype)
         image_embeds_BSD = op.Gather(image_embeds_VD, op.Max(image_index_BS, zero), axis=0)
-        is_image_BS1 = op.Unsqueeze(op.GreaterOrEqual(image_index_BS, zero), [-1])
-        x_BSD = op.Where(is_image_BS1, image_embeds_BSD, self.embed_tokens(op, input_ids_BS))
+        is_text_BS1 = op.Unsqueeze(op.Less(image_index_BS, zero), [-1])  # onnx 1.19 does not infer GreaterOrEqual
+        x_BSD = op.Where(is_text_BS1, self.embed_tokens(op, input_ids_BS), image_embeds_BSD)
         for layer in self.layers:
             x_BSD = layer(op, x_BSD, rotary)
         x_BLD = op.Slice(x_BSD, [PREFIX_TOKENS], [2**63 - 1], [1])

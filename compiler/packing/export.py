@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes
 from qie.compiler.backends.vllm.checkpoint import FILES
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
@@ -17,7 +18,8 @@ from qie.compiler.packing.pack import checkpoint_readers, writing
 from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_tensorrt_llm, write_transformers
 from qie.compiler.planning.checks import check_download
 from qie.compiler.planning.plan import Plan
-from qie.compiler.weights.stream import write_weights
+from qie.compiler.planning.sources import language_settings
+from qie.compiler.weights.stream import total_bytes, write_weights
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError, ExportError
 from qie.engines.folders import WORK_LOCK
@@ -56,7 +58,17 @@ def export_graphs(
             option="language",
         )
     _check_destination(plan.destination)
-    output_bytes = sum(planned.bytes + planned.finish_bytes for planned in plan.components)
+    if tensor_parallel != 1 and not weights:
+        raise ExportError(
+            f"tensor_parallel is {tensor_parallel}, and no weights are written to split; write them",
+            option="weights",
+        )
+    settings = [
+        language_settings(plan.model, plan.recipe, planned.amax, tensor_parallel=tensor_parallel) for planned in llm
+    ]
+    output_bytes = sum(total_bytes(planned.graph.weights) for planned in plan.components)
+    output_bytes += sum(checkpoint_bytes(each) for each in settings)
+    output_bytes += sum(planned.bytes for planned in plan.components if planned.in_text_encoder)
     readers: Mapping[Subfolder, TensorReader] = {}
     if weights:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=output_bytes)

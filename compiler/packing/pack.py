@@ -42,7 +42,7 @@ from qie.engines.bundle.manifest import (
     file_record,
 )
 from qie.engines.bundle.sealed import write_manifest
-from qie.engines.cache import tables_cache
+from qie.engines.cache import encoder_cache_on_disk, tables_cache
 from qie.engines.errors import BuildError, BundleError
 from qie.engines.files import is_disk_full
 from qie.engines.folders import replacing_folder
@@ -172,8 +172,8 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         planned_bytes=estimate(plan).gpu_bytes,
     )
     write_manifest(manifest, folder)
-    if old is not None and old.manifest.model.modulation.file != modulation.file:
-        tables_cache().drop(old.manifest.model.modulation.file.sha256)
+    if old is not None:
+        _drop_cached(old, manifest)
 
 
 def build_engine(
@@ -234,6 +234,17 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
     assert plan.calibration.source is not None
     shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
     return file_record(folder, calibration.FILE)
+
+
+def _drop_cached(old: Bundle, manifest: Manifest) -> None:
+    """Drop what was cached for the modulation and the engines of ``old`` that the new bundle does not have."""
+    modulation = old.manifest.model.modulation.file
+    if modulation != manifest.model.modulation.file:
+        tables_cache().drop(modulation.sha256)
+    kept = {engine.key for engine in manifest.engines}
+    for engine in old.manifest.engines:
+        if engine.key not in kept:
+            encoder_cache_on_disk().drop(engine.key)
 
 
 def _same_source(one: str, other: str) -> bool:

@@ -67,7 +67,7 @@ def write_source(
         for graph in old.manifest.graphs:
             if graph.key == key and take_over(graph.files, old, folder):
                 return replace(graph, backend=backend, profiles=shapes)
-    path, files = WRITERS[source](planned, plan, readers, folder, partial(progress, planned.component))
+    path, files = _WRITERS[source](planned, plan, readers, folder, partial(progress, planned.component))
     return GraphRecord(
         component=planned.component,
         backend=backend,
@@ -118,7 +118,7 @@ def write_tensorrt_llm(
         QieError: see ``write_checkpoint``.
     """
     settings = language_settings(plan.model, plan.recipe, planned.amax, tensor_parallel=tensor_parallel)
-    (folder / LLM_FOLDER).mkdir()
+    (folder / LLM_FOLDER).mkdir(exist_ok=True)
     files = write_checkpoint(settings, readers["text_encoder"], folder / LLM_FOLDER, progress=progress)
     files += write_files(folder / LLM_FOLDER, profiles(planned.graph, plan.recipe, plan.model), plan.recipe)
     return f"{LLM_FOLDER}/config.json", tuple(file_record(folder, f"{LLM_FOLDER}/{file}") for file in files)
@@ -153,7 +153,7 @@ def write_transformers(
     return f"{TEXT_ENCODER}/config.json", tuple(file_record(folder, f"{TEXT_ENCODER}/{name}") for name in FILES)
 
 
-WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
+_WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
     "graph": _write_graph,
     "tensorrt-llm": write_tensorrt_llm,
     "transformers": write_transformers,

@@ -35,4 +35,4 @@ def _link(name: str, target: Path, old: Path) -> None:
     try:
         os.link(old / name, target)
     except OSError:
-        shutil.copyfile(old / name, target)
+        shutil.copy(old / name, target)

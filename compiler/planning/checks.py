@@ -1,6 +1,8 @@
 """What keeps a plan from being built on this machine, found before anything heavy starts."""
 
 import shutil
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 from qie.compiler.backends import BUILDERS
@@ -70,8 +72,8 @@ def _is_utf8(path: Path) -> bool:
 def other_bundle(plan: Plan) -> Bundle | None:
     """The bundle that ``plan`` would replace and that is not an earlier build of the same; None where there is none.
 
-    The same are a model of equal name and revision, LoRAs of equal content and weights, and a recipe of equal name; a
-    bundle that does not open is not counted.
+    The same are a model of equal name and revision, LoRAs of equal content and weights, and a recipe of equal name with
+    the same backend for the language model; a bundle that does not open is not counted.
 
     Raises:
         CheckpointError: a LoRA was changed since it was opened.
@@ -83,12 +85,21 @@ def other_bundle(plan: Plan) -> Bundle | None:
     except BundleError:
         return None
     model = old.manifest.model
-    made = (model.name, model.revision, old.manifest.recipe.name, [lora.weight for lora in old.manifest.loras])
-    weights = [lora.weight for lora in plan.loras]
-    if made != (plan.checkpoint.name, plan.checkpoint.revision, plan.recipe_name, weights):
+    recipe, weights = old.manifest.recipe, [lora.weight for lora in plan.loras]
+    made = (model.name, model.revision, recipe.name, _language_backend(recipe.toml))
+    backend = plan.recipe.components.language.backend
+    planned = (plan.checkpoint.name, plan.checkpoint.revision, plan.recipe_name, backend)
+    if made != planned or weights != [lora.weight for lora in old.manifest.loras]:
         return old
     same = all(lora.digest() == o.sha256 for lora, o in zip(plan.loras, old.manifest.loras, strict=True))
     return None if same else old
+
+
+def _language_backend(toml: str) -> object:
+    """The backend that a recipe in TOML names for the language model; None where it names none."""
+    with suppress(ValueError, AttributeError):  # no recipe of this version
+        return tomllib.loads(toml).get("components", {}).get("language", {}).get("backend")
+    return None
 
 
 def check_download(checkpoint: Checkpoint, *, destination: Path, output_bytes: int) -> None:

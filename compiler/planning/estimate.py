@@ -89,6 +89,11 @@ class ComponentEstimate:
         """GPU memory beside the weights, while it runs."""
         return self.largest_activation_bytes + self.largest_io_bytes + self.workspace_bytes
 
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether it shares the memory of its activations with no other engine."""
+        return BACKENDS[self.backend].keeps_activations
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -133,10 +138,13 @@ class Estimate:
         if self.plan.recipe.residency == "sequential":
             engines = [c.weights_bytes + c.working_bytes - c.largest_activation_bytes for c in self.components]
             return max(engines) + max(c.largest_activation_bytes for c in self.components)
-        own = [c for c in self.components if BACKENDS[c.backend].keeps_activations]
-        sharing = [c for c in self.components if c not in own]
-        kept = sum(c.largest_activation_bytes for c in own) + max(c.working_bytes for c in sharing)
-        return sum(c.weights_bytes for c in self.components) + kept
+        shared = max(c.working_bytes for c in self.components if not c.keeps_activations)
+        return sum(c.weights_bytes for c in self.components) + shared + self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Activations that resident engines keep to themselves."""
+        return sum(c.largest_activation_bytes for c in self.components if c.keeps_activations)
 
     @property
     def host_bytes(self) -> int:
@@ -252,7 +260,8 @@ def refusal(estimated: Estimate) -> RecipeError | BuildError | None:
 def _gpu_refusal(estimated: Estimate) -> str:
     recipe = estimated.plan.recipe
     if recipe.residency == "resident":
-        worst = max(estimated.components, key=lambda c: c.working_bytes)
+        sharing = [c for c in estimated.components if not c.keeps_activations]
+        worst = max(sharing, key=lambda c: c.working_bytes)
         terms = [("all weights", sum(c.weights_bytes for c in estimated.components))]
         fix = 'set residency = "sequential" in the recipe'
     else:
@@ -267,6 +276,8 @@ def _gpu_refusal(estimated: Estimate) -> str:
         ("its inputs and outputs", worst.largest_io_bytes),
         ("workspace", worst.workspace_bytes),
     ]
+    if recipe.residency == "resident":
+        terms.append(("activations that engines keep", estimated.kept_bytes))
     if recipe.compute_capability is None:
         terms.append(("the rest of the process", estimated.gpu_bytes - sum(count for _, count in terms)))
     total = " + ".join(f"{name} {_gib(count)}" for name, count in terms if count >= 0.05 * GIB)
@@ -287,7 +298,11 @@ def _estimate(
 ) -> ComponentEstimate:
     chosen = backend == _backend(plan, planned)
     builds = [name for name in (planned.finish, planned.backend) if name is not None] if chosen else []
-    weights = source_bytes(BACKENDS[backend].source, planned.graph, planned.amax, plan.model, plan.recipe)
+
+    def source(name: BackendName) -> int:
+        return source_bytes(BACKENDS[name].source, planned.graph, planned.amax, plan.model, plan.recipe)
+
+    weights = source(backend)
     on_cpu = plan.recipe.compute_capability is None
     once = cost(planned.graph, sizes, scores=on_cpu)
     at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu and BACKENDS[backend].compiles)
@@ -308,7 +323,7 @@ def _estimate(
         largest_activation_bytes=activation,
         largest_io_bytes=io,
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
-        host_bytes=max(_host_bytes(planned, name, weights) for name in builds or [backend]),
+        host_bytes=max(_host_bytes(planned, name, source(name)) for name in builds or [backend]),
         runs=runs,
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,

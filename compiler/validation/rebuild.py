@@ -137,8 +137,9 @@ def _other_keys(bundle: Bundle, plan: Plan, progress: Progress) -> Iterator[str]
             yield f"{engine.component} was built from another graph, or by another version of qie or ONNX"
     for waiting in bundle.manifest.graphs:
         source = BACKENDS[waiting.backend].source
-        if waiting.key != source_key(graphs[waiting.component], source, waiting.profiles):
-            yield f"the graph of {waiting.component} is another one, or of another version of qie or ONNX"
+        shapes = profiles(planned[waiting.component].graph, plan.recipe, plan.model)
+        if waiting.key != source_key(graphs[waiting.component], source, shapes):
+            yield f"what {waiting.component} is built from is another one, or of another version of qie or ONNX"
 
 
 def _other_files(bundle: Bundle, plan: Plan, folder: Path, progress: Progress) -> Iterator[str]:

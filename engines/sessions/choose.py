@@ -68,7 +68,7 @@ def _chosen(
         engines = [e for e in bundle.manifest.engines if e.component == component]
         if not engines and any(graph.component == component for graph in bundle.manifest.graphs):
             raise BundleError(
-                f"bundle {bundle.path} has the graph of {component} and no engine yet; run `qie build --finish "
+                f"bundle {bundle.path} has no engine for {component} yet; run `qie build --finish "
                 f"{bundle.path}` on the machine with its GPU"
             )
         if not engines:

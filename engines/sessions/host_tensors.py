@@ -10,7 +10,7 @@ from qie.engines.bundle.manifest import EngineRecord, GraphRecord, TensorSpec
 
 __all__ = ["HostTensors"]
 
-NUMPY_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int64": "int64", "uint8": "uint8"}
+_NUMPY_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int64": "int64", "uint8": "uint8"}
 """NumPy's names of the manifest's dtypes: it has no bfloat16, so that is held as its bits."""
 
 
@@ -31,7 +31,7 @@ class HostTensors:
     def empty(self, name: str, sizes: Mapping[str, int]) -> NDArray[Any]:
         """An array for the output ``name`` where ``sizes`` gives the free dims."""
         spec = self._outputs_by_name[name]
-        return np.empty(spec.shape(sizes), NUMPY_DTYPES[spec.dtype])
+        return np.empty(spec.shape(sizes), _NUMPY_DTYPES[spec.dtype])
 
     def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
         """Copy between arrays."""
@@ -61,4 +61,4 @@ def _fits(array: NDArray[Any], spec: TensorSpec) -> bool:
     same = len(dims) == len(spec.dims) and all(
         isinstance(d, str) or d == n for d, n in zip(spec.dims, dims, strict=True)
     )
-    return same and array.dtype == np.dtype(NUMPY_DTYPES[spec.dtype])
+    return same and array.dtype == np.dtype(_NUMPY_DTYPES[spec.dtype])

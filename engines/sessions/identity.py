@@ -2,6 +2,7 @@
 
 import json
 
+import qie
 from qie.engines.backends import package_versions
 from qie.engines.bundle.manifest import EngineRecord, Specialization
 from qie.engines.machine import choose_gpu, cores, cpu_name, this_machine
@@ -27,6 +28,7 @@ def engine_identity(
         EngineMismatchError: there is no such GPU.
     """
     facts: dict[str, object] = {
+        "qie": qie.__version__,
         "component": engine.component,
         "part": engine.part,
         "backend": engine.backend,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qie.compiler.backends import local_gpu
 from qie.compiler.backends.tensorrt import builder as tensorrt
 from qie.engines.backends import BACKENDS
 from qie.engines.gpus import Gpu
@@ -46,6 +47,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             for index, c in enumerate(capabilities)
         )
         machine = Machine(system="Linux", cpu="CPU", cores=2, memory_gib=24.0, gpus=pretended)
-        monkeypatch.setattr(tensorrt, "this_machine", lambda: machine)
+        for module in (tensorrt, local_gpu):
+            monkeypatch.setattr(module, "this_machine", lambda: machine)
 
     return pretend

@@ -5,6 +5,7 @@ import re
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from qie.engines import gpus
 from tests.support.libcuda import Libcuda, StandIn
@@ -31,14 +32,18 @@ def driver(monkeypatch: pytest.MonkeyPatch, cuda: int, *capabilities: str) -> gp
     return gpus.find_driver()
 
 
-def test_everything_but_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT-LLM decides on its version."""
+PINNED = {"numpy": "1.26.4", "onnx": "1.19.1"}
+"""The latest versions that TensorRT-LLM 1.2.1 allows (its requirements.txt), of those that are not the latest."""
+
+
+def test_what_is_installed_goes_with_tensorrt_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = SCRIPT.requirements(driver(monkeypatch, 13000, "8.9"), (3, 12))
     assert lines[0] == "--extra-index-url https://pypi.nvidia.com"
-    names = [re.split(r"[<>=!\[;]", line)[0] for line in lines if not line.startswith("--")]
-    assert {"tensorrt-llm", "cuda-python", "onnxruntime", "tokenizers", "onnxscript", "pytest"} <= set(names)
-    assert "numpy" not in names
-    assert any(line.startswith("tensorrt-llm==1.2.1") for line in lines)
+    wanted = {each.name: each for each in map(Requirement, (line for line in lines if not line.startswith("--")))}
+    assert {"tensorrt-llm", "cuda-python", "onnxruntime", "tokenizers", "onnxscript", "pytest"} <= wanted.keys()
+    assert str(wanted["tensorrt-llm"].specifier) == "==1.2.1"
+    for name, version in PINNED.items():
+        assert wanted[name].specifier.contains(version)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,17 @@ WIDE = replace(
 )
 """Two transformer layers of the published width and a language model of a similar size: about 1.5 GB in bfloat16."""
 
+HEADS = replace(
+    ARCHITECTURES["tiny"],
+    text_hidden_size=512,
+    text_layers=3,
+    text_heads=4,
+    text_kv_heads=2,
+    text_intermediate_size=1024,
+    text_mrope_section=(16, 24, 24),
+)
+"""Heads of 128 channels, for which attention has kernels; widths are whole groups of 128 inputs (W4A16_AWQ)."""
+
 RECIPE = """\
 schema = 2
 gpu = "the GPU at hand"

@@ -1,7 +1,6 @@
 """The builder for TensorRT-LLM: ``trtllm-build`` turns the checkpoint of a bundle into an engine, on its GPU."""
 
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -79,9 +78,11 @@ def build(
     gpu = choose_gpu(this_machine(), str(recipe.compute_capability), device)
     checkpoint = (folder / graph.path).parent
     engine = folder / f"{graph.component}.{BACKEND}-{recipe.compute_capability}"
-    command = command_of(checkpoint, engine, graph.profiles, recipe, program=program)
+    command = command_of(
+        checkpoint, engine, graph.profiles, recipe, program=program, model_class=ENCODER_SOURCE
+    )  # its own file, not one of the bundle: the program executes it
     progress(0, 1)
-    _run(command, graph, recipe, {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid})
+    peak = _run(command, graph, recipe, {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid})
     missing = [name for name in ENGINE_FILES if not (engine / name).is_file()]
     if missing:
         raise BuildError(
@@ -106,7 +107,7 @@ def build(
         parameters=graph.parameters,
         quantization=graph.quantization,
         build_seconds=round(time.perf_counter() - start, 3),
-        build_peak_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        build_peak_bytes=peak,
         profiles=graph.profiles,
     )
 
@@ -135,7 +136,13 @@ def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: R
 
 
 def command_of(
-    checkpoint: Path, engine: Path, profiles: tuple[ProfileRecord, ...], recipe: Recipe, *, program: str = PROGRAM
+    checkpoint: Path,
+    engine: Path,
+    profiles: tuple[ProfileRecord, ...],
+    recipe: Recipe,
+    *,
+    program: str = PROGRAM,
+    model_class: Path | None = None,
 ) -> list[str]:
     """The command that builds the engine of the folder ``checkpoint`` into the folder ``engine``.
 
@@ -145,6 +152,7 @@ def command_of(
         profiles: of the language model's graph.
         recipe: the recipe.
         program: name or path of trtllm-build.
+        model_class: file of the model's class; None for the one beside the checkpoint.
     """
     shapes = {profile.input: profile for profile in profiles}
     return build_command(
@@ -155,6 +163,7 @@ def command_of(
         image_tokens=shapes["image_embeds"].max[0],
         scheme=recipe.components.language.scheme,
         program=program,
+        model_class=model_class,
     )
 
 
@@ -164,8 +173,8 @@ def _program() -> str | None:
     return str(beside) if beside.is_file() else shutil.which(PROGRAM)
 
 
-def _run(command: list[str], graph: GraphRecord, recipe: Recipe, environment: dict[str, str]) -> None:
-    """Run the program in a folder of its own, to which it writes a cache of timings.
+def _run(command: list[str], graph: GraphRecord, recipe: Recipe, environment: dict[str, str]) -> int:
+    """Run the program in a folder of its own, for whatever it writes where it is; returns its peak memory in bytes.
 
     Raises:
         BuildError: it fails.
@@ -184,21 +193,22 @@ def _run(command: list[str], graph: GraphRecord, recipe: Recipe, environment: di
             start_new_session=True,
         ) as process:
             try:
-                code = process.wait()
+                _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
+            code = process.returncode = os.waitstatus_to_exitcode(status)
         if code == 0:
-            return
+            return usage.ru_maxrss * 1024
         log.seek(0)
-        lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+        lines = [line.strip() for line in log.read().splitlines() if line.strip()][-SHOWN:]
     weights = sum(file.bytes for file in graph.files) / GIB
     if code == -signal.SIGKILL or any(OUT_OF_MEMORY.search(line) for line in lines):
         raise BuildError(
             f"memory ran out while {PROGRAM} compiled {graph.component}, whose weights take {weights:.1f} GiB on the "
             f"{recipe.gpu} and again in host memory; build on a machine with more memory, or with another backend"
         )
-    reason = ", ".join(lines[-SHOWN:]) or f"it ended {ending(code)} without a message"
+    reason = ", ".join(lines) or f"it ended {ending(code)} without a message"
     raise BuildError(
         f"{PROGRAM} built no engine of {graph.component} ({reason}); set another backend for it in the recipe"
     )

@@ -7,7 +7,6 @@ for bfloat16 and TensorRT's own kernels for FP8, except for a few tokens at a ti
 from pathlib import Path
 
 from qie.compiler.recipe.schema import SchemeName
-from qie.compiler.weights.weight import DType
 
 __all__ = ["ENCODER_CLASS", "ENCODER_FILE", "ENCODER_SOURCE", "build_command"]
 
@@ -33,10 +32,10 @@ def build_command(
     *,
     prompt_tokens: int,
     image_tokens: int,
+    tuned_tokens: int,
     scheme: SchemeName,
-    dtype: DType = "bfloat16",
-    tuned_tokens: int | None = None,
     program: str = "trtllm-build",
+    model_class: Path | None = None,
 ) -> list[str]:
     """The program and its arguments, for one prompt at a time.
 
@@ -47,31 +46,31 @@ def build_command(
         engine: folder of the engine; it is made if it does not exist.
         prompt_tokens: tokens of the longest prompt, those of the images included.
         image_tokens: tokens of the images of that prompt; rows of the prompt table.
-        scheme: quantization scheme of the checkpoint.
-        dtype: the checkpoint's.
-        tuned_tokens: tokens for which kernels are chosen; None for the longest prompt.
+        tuned_tokens: tokens for which kernels are chosen.
+        scheme: quantization scheme of the checkpoint, whose other tensors are bfloat16.
         program: name or path of trtllm-build.
+        model_class: file of the model class; None for that of the checkpoint.
     """
     longest = max(prompt_tokens, _LEAST_TOKENS)
     flags: dict[str, str | int] = {
         "checkpoint_dir": str(checkpoint),
         "output_dir": str(engine),
-        "model_cls_file": str(checkpoint / ENCODER_FILE),
+        "model_cls_file": str(model_class or checkpoint / ENCODER_FILE),
         "model_cls_name": ENCODER_CLASS,
         "max_batch_size": 1,
         "max_beam_width": 1,
         "max_input_len": longest,
         "max_seq_len": longest,
         "max_num_tokens": longest,
-        "opt_num_tokens": min(max(tuned_tokens or longest, 1), longest),
+        "opt_num_tokens": min(max(tuned_tokens, 1), longest),
         "max_prompt_embedding_table_size": max(image_tokens, _LEAST_ROWS),
         "kv_cache_type": "disabled",
         "remove_input_padding": "enable",
         "context_fmha": "enable",
         "use_paged_context_fmha": "disable",
-        "use_fp8_context_fmha": "disable",  # attention stays in dtype
-        "gpt_attention_plugin": dtype,
-        "gemm_plugin": "disable" if scheme == "fp8" else dtype,
+        "use_fp8_context_fmha": "disable",  # attention stays in bfloat16
+        "gpt_attention_plugin": "bfloat16",
+        "gemm_plugin": "disable" if scheme == "fp8" else "bfloat16",
         "output_timing_cache": str(engine / "model.cache"),
         "workers": 1,
     }

@@ -194,8 +194,9 @@ def fused_attention(subject: Subject) -> Iterator[Outcome]:
 
 
 def _compiled(bundle: Bundle) -> list[EngineRecord]:
-    """The compiled engines, which have a description of their layers and kernels."""
-    return [engine for engine in bundle.manifest.engines if _is_compiled(engine)]
+    """The engines that were compiled from graphs, which have a description of their layers and kernels."""
+    compiled = [engine for engine in bundle.manifest.engines if _is_compiled(engine)]
+    return [engine for engine in compiled if BACKENDS[engine.backend].source == "graph"]
 
 
 def _undescribed(engine: EngineRecord) -> Finding:

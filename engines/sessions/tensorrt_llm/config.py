@@ -10,7 +10,7 @@ from qie.engines.errors import BundleError, first_line
 
 __all__ = ["EngineConfig", "read_config"]
 
-LARGEST = 1 << 20
+_LARGEST = 1 << 20
 """Bytes of a config.json; those of TensorRT-LLM have a few thousand."""
 
 
@@ -19,9 +19,7 @@ class EngineConfig:
     """An engine's config.json (TensorRT-LLM, builder.py, ``EngineConfig``).
 
     Attributes:
-        version: of the TensorRT-LLM that built it.
         layers: of the model.
-        width: of the model.
         head_dim: channels of a head.
         vocabulary: rows of the embedding; ids from here on are rows of the prompt table.
         rope_theta: base of the rotary embedding.
@@ -30,9 +28,7 @@ class EngineConfig:
         table_rows: most rows of the prompt table.
     """
 
-    version: str
     layers: int
-    width: int
     head_dim: int
     vocabulary: int
     rope_theta: float
@@ -48,12 +44,12 @@ def read_config(path: Path) -> EngineConfig:
         BundleError: it cannot be read, lacks a field, or is of an engine for several GPUs.
     """
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         model, built = content["pretrained_config"], content["build_config"]
         ranks = model["mapping"]["world_size"]
-        config = _config(content["version"], model, built)
+        config = _config(model, built)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as problem:
         raise BundleError(
             f"{path} is not the config of an engine of TensorRT-LLM ({first_line(problem)}); build the bundle again "
@@ -64,11 +60,9 @@ def read_config(path: Path) -> EngineConfig:
     return config
 
 
-def _config(version: str, model: Mapping[str, Any], built: Mapping[str, Any]) -> EngineConfig:
+def _config(model: Mapping[str, Any], built: Mapping[str, Any]) -> EngineConfig:
     config = EngineConfig(
-        version=str(version),
         layers=int(model["num_hidden_layers"]),
-        width=int(model["hidden_size"]),
         head_dim=int(model["rotary_embedding_dim"]),
         vocabulary=int(model["vocab_size"]),
         rope_theta=float(model["rotary_base"]),

@@ -25,7 +25,7 @@ from qie.engines.sessions.tensorrt_llm.feed import ON_HOST, OUTPUT, engine_input
 
 __all__ = ["TensorRtLlmSession"]
 
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 
 class TensorRtLlmSession(HostTensors):
@@ -42,7 +42,7 @@ class TensorRtLlmSession(HostTensors):
         super().__init__(record)
         path = folder / record.path
         self._record, self._device = record, device
-        self._config = read_config(path.with_name(CONFIG))
+        self._config = read_config(path.with_name(_CONFIG))
         device.use()
         self._runtime = _runtime()
         self._session: Any = self._load(path)
@@ -117,8 +117,8 @@ class TensorRtLlmSession(HostTensors):
                 raise RuntimeError("TensorRT gives no engine; it logged the reason")
         except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as problem:
             reason, (free, total) = first_line(problem), cuda.memory()
-            if "memory" in reason.lower():
-                size = sum(file.bytes for file in self._record.files)
+            size = sum(file.bytes for file in self._record.files)
+            if size > free or "memory" in reason.lower():  # it logs the reason and raises another one
                 raise EngineError(
                     f"language has {size:,} bytes, the GPU {free:,} of {total:,} bytes free ({reason}); build with "
                     'residency = "sequential", or for a larger GPU'

@@ -9,9 +9,15 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from qie.compiler.backends.tensorrt_llm.command import ENCODER_SOURCE
+from qie.compiler.packing import export
 from qie.compiler.packing.export import export_graphs
 from qie.compiler.packing.finish import finish_bundle
+from qie.compiler.planning.checks import other_bundle
 from qie.compiler.planning.resolve import plan_build
+from qie.compiler.recipe.load import parse_recipe
+from qie.compiler.recipe.schema import to_toml
+from qie.compiler.validation.rebuild import cpu_recipe
 from qie.compiler.validation.run import Options, validate
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, ExportError
@@ -117,6 +123,10 @@ def test_another_gpu(copy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("kill -9 $$", "memory ran out while trtllm-build compiled language, whose weights take"),
         ("echo one; echo two; exit 3", r"built no engine of language \(one, two\); set another backend for it"),
         ("exit 3", r"built no engine of language \(it ended with code 3 without a message\)"),
+        (
+            "echo 'warning: insufficient memory on requested size 9, skipped'; echo a; echo b; echo c; exit 1",
+            r"built no engine of language \(a, b, c\)",
+        ),
         ("exit 0", r"trtllm-build ended well and wrote no rank0\.engine; install the version"),
     ],
 )
@@ -146,6 +156,28 @@ def test_the_next_build_keeps_the_checkpoint(checkpoint: Path, copy: Bundle) -> 
     assert (again.path / waiting.files[1].path).stat().st_ino == inode
 
 
+def test_the_next_build_replaces_a_damaged_checkpoint(checkpoint: Path, copy: Bundle) -> None:
+    path = copy.path / "language.tensorrt-llm" / "rank0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    again = bundles.built(checkpoint, copy.path)
+    assert again.manifest.graphs == copy.manifest.graphs
+    verify(again)
+
+
+def test_finishing_executes_nothing_of_the_bundle(copy: Bundle, gpu: Gpu, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "trtllm-build"
+    program.write_text(
+        program.read_text().replace(
+            "import sys", f"import sys; open({str(tmp_path / 'words')!r}, 'w').write(repr(sys.argv))", 1
+        )
+    )
+    finish_bundle(copy)
+    assert str(ENCODER_SOURCE) in (tmp_path / "words").read_text()
+
+
 def test_longer_prompts_are_another_checkpoint(checkpoint: Path, copy: Bundle) -> None:
     (waiting,) = copy.manifest.graphs
     again = bundles.built(checkpoint, copy.path, "[shapes]\nprompt_tokens = { max = 600 }\n")
@@ -173,6 +205,13 @@ def test_the_runtime_takes_the_engine_that_it_can_load(copy: Bundle, gpu: Gpu, m
     assert choose_engines(finished)["language"].backend == "onnxruntime"
 
 
+def test_another_backend_of_the_language_model_is_another_bundle(copy: Bundle, checkpoint: Path) -> None:
+    """Under the same name of a recipe: it is not replaced without being asked for."""
+    name, (plain, _, _) = copy.manifest.recipe.name, bundles.RECIPE.partition("[components")
+    assert other_bundle(replace(planned(checkpoint, copy.path, bundles.RECIPE), recipe_name=name)) is None
+    assert other_bundle(replace(planned(checkpoint, copy.path, plain), recipe_name=name)) is not None
+
+
 def test_a_plan_by_name(qie_home: Path) -> None:
     plan = plan_build("pocket", gpu="l40s", language="tensorrt-llm")
     assert plan.destination.name == "pocket-l40s-tensorrt-llm"
@@ -196,13 +235,39 @@ def test_validation_leaves_out_what_is_no_graph(left: Bundle) -> None:
     assert [check for check in report.checks if check.result == "failed"] == []
 
 
-def test_an_export(checkpoint: Path, tmp_path: Path) -> None:
+def test_everything_that_reads_bundles_takes_a_finished_one(
+    copy: Bundle, gpu: Gpu, bundle: Path, qie: Callable[..., CompletedProcess[str]]
+) -> None:
+    finish_bundle(copy)
+    assert "tensorrt-llm/8.9  bfloat16" in qie("inspect", copy.path).stdout
+    assert qie("inspect", copy.path, "--verify").returncode == 0
+    assert qie("diff", bundle, copy.path).returncode in (0, 1)
+    report = validate(copy.path, Options(level="structure"))
+    assert [check for check in report.checks if check.result == "failed"] == []
+    assert not any("tensorrt-llm" in check.detail for check in report.checks if check.result == "not run")
+    assert qie("rm", copy.path, "--yes").returncode == 0
+    assert not copy.path.exists()
+
+
+def test_the_rebuilt_graphs_are_for_the_cpu(left: Bundle) -> None:
+    recipe = cpu_recipe(parse_recipe(left.manifest.recipe.toml, left.path))
+    assert recipe.backends_of("language") == ("onnxruntime",)
+    assert parse_recipe(to_toml(recipe), left.path) == recipe
+
+
+def test_an_export(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(checkpoint, tmp_path / "mine", bundles.RECIPE)
     plan = replace(plan, destination=tmp_path / "out")
     files = export_graphs(plan, weights=True)
     assert files[-1] == tmp_path / "out" / "language.tensorrt-llm" / "config.json"
     assert {file.name for file in files[-1].parent.iterdir()} == FILES
+    needed: list[int] = []
+    monkeypatch.setattr(export, "check_download", lambda *_, output_bytes, **__: needed.append(output_bytes))
     export_graphs(plan, weights=True)  # an earlier export is replaced
+    written = sum(
+        file.stat().st_size for file in plan.destination.rglob("*") if file.suffix in (".weights", ".safetensors")
+    )
+    assert needed[0] == pytest.approx(written, abs=20_000)
     (files[-1].parent / "notes.txt").write_text("mine")
     with pytest.raises(BuildError, match="holds files that are not exported graphs"):
         export_graphs(plan, weights=True)
@@ -218,6 +283,8 @@ def test_an_export_that_cannot_be_split(checkpoint: Path, tmp_path: Path) -> Non
             weights=True,
             tensor_parallel=2,
         )
+    with pytest.raises(ExportError, match="no weights are written to split"):
+        export_graphs(plan, weights=False, tensor_parallel=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -226,6 +293,8 @@ def test_the_commands(qie: Callable[..., CompletedProcess[str]]) -> None:
     assert "tensorrt-rtx, checkpoint" in shown
     assert "the checkpoint of language," in shown and "        --kv_cache_type disabled \\\n" in shown
     plan = qie("plan", "pocket", "--gpu", "l40s-trtllm").stdout
+    refused = qie("build", "--finish", "any", "--language", "tensorrt")
+    assert refused.returncode == 2 or "finished by its own recipe" in refused.stderr
     table = plan[plan.index("The language model by backend") :]
     assert [line.split()[:2] for line in table.splitlines()[4:7]] == [
         ["tensorrt-llm", "1"],

@@ -10,32 +10,22 @@ from pathlib import Path
 import pytest
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.packing import build as packing
+from qie.compiler.packing.export import export_graphs
+from qie.compiler.planning.plan import Plan
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.measure import calibrate_model
 from qie.compiler.quantization.samples import draw_samples, read_images
 from qie.compiler.selftest.recording import RecordingStages, Run
-from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.editing.editor import Editor
 from qie.engines.machine import this_machine
-from tests.support.bundles import build
-from tests.support.gpu_bundles import edit_request, recipe_for
+from tests.support.bundles import build, planned
+from tests.support.gpu_bundles import HEADS, edit_request, recipe_for
 from tests.support.images import smooth_image
 
-HEADS = replace(
-    ARCHITECTURES["tiny"],
-    text_hidden_size=512,
-    text_layers=3,
-    text_heads=4,
-    text_kv_heads=2,
-    text_intermediate_size=1024,
-    text_mrope_section=(16, 24, 24),
-)
-"""Heads of 128 channels, for which attention has kernels; widths are whole groups of 128 inputs (W4A16_AWQ)."""
-
 SCHEMES = ("none", "fp8", "int8-smooth", "w8a16", "w4a16")
-CHECKPOINT = "language.tensorrt-llm"
 
 LANGUAGE = """
 [components.language]
@@ -62,7 +52,7 @@ def calibration(wide_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for number, size in enumerate([(150, 90), (80, 120)]):
         smooth_image(*size, number).save(folder / f"{number}.png")
     path = folder / "c.npz"
-    calibrate_model(open_checkpoint(str(wide_heads)), draw_samples(read_images(folder, 32), INSTRUCTIONS, 8), path)
+    calibrate_model(open_checkpoint(str(wide_heads)), draw_samples(read_images(folder, 2), INSTRUCTIONS, 4), path)
     return path
 
 
@@ -93,8 +83,22 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def on_trtllm(scheme: str, wide_heads: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the small checkpoint, built once per scheme; the other components are TensorRT's."""
+def plan(scheme: str, wide_heads: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """The bundle of the small checkpoint for this GPU; the components but the language model are TensorRT's."""
     recipe = recipe_for("tensorrt", "resident") + LANGUAGE.format(scheme=scheme)
     used = None if scheme == "none" else calibration
-    return build(wide_heads, tmp_path_factory.mktemp("trtllm") / scheme, recipe, calibration=used)
+    return planned(wide_heads, tmp_path_factory.mktemp("trtllm") / scheme, recipe, calibration=used)
+
+
+@pytest.fixture(scope="session")
+def on_trtllm(plan: Plan) -> Bundle:
+    """The bundle of ``plan``, built once per scheme."""
+    return packing.build(plan)
+
+
+@pytest.fixture(scope="session")
+def llm_checkpoint(plan: Plan) -> Path:
+    """What the engine of TensorRT-LLM is built from, which the bundle does not keep."""
+    exported = replace(plan, destination=plan.destination.with_name(f"{plan.destination.name}-exported"))
+    (config,) = (path for path in export_graphs(exported, weights=True) if path.name == "config.json")
+    return config.parent

@@ -1,14 +1,13 @@
 """Print what pip must install for the tests of TensorRT-LLM on the GPU of this machine.
 
 It runs before anything is installed, as tests/gpu/requirements.py does, whose functions it uses by their path.
-TensorRT-LLM has an environment of its own, because it pins torch, TensorRT (10.14), and numpy below 2, where qie's
-metadata asks for numpy 2: qie itself is installed without its dependencies, which are listed here but for numpy.
+TensorRT-LLM has an environment of its own, because it pins torch, TensorRT, numpy below 2 and onnx below 1.20, all of
+which qie's metadata allows.
 Sources: TensorRT-LLM's requirements.txt, and NVIDIA's guide "Installing on Linux via pip" (Python 3.12, PyTorch for
 CUDA 13, libopenmpi-dev).
 """
 
 import importlib.util
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -60,9 +59,8 @@ def requirements(driver: Any, python: tuple[int, ...]) -> list[str]:
         )
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*extras["trtllm"], *project["dependencies"], *extras["compile"], "pytest"]
     indices = [f"--extra-index-url {index}" for index in (INDEX, TORCH_INDEX)]
-    return [*indices, *(line for line in wanted if not re.match(r"numpy\b", line))]
+    return [*indices, *extras["trtllm"], *project["dependencies"], *extras["compile"], "pytest"]
 
 
 if __name__ == "__main__":

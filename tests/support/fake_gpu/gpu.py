@@ -11,7 +11,7 @@ import pytest
 
 from qie.engines import backends, gpus
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.bundle.manifest import EngineRecord, FileRecord, ProfileRecord
+from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord, ProfileRecord
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.files import sha256_of
 from tests.support.fake_gpu.cuda import runtime
@@ -70,19 +70,8 @@ class Gpu(Device):
             for spec in record.inputs
             if any(isinstance(dim, str) for dim in spec.dims)
         )
-        content = {
-            "fake": MODULES[backend],
-            "version": self.version,
-            "capability": self.capability,
-            "component": record.component,
-            "onnx": str(folder / record.path),
-            "weights": sum(file.bytes for file in record.files),
-            "inputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.inputs],
-            "outputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.outputs],
-            "profiles": [{p.input: [p.min, p.opt, p.max] for p in profiles}],
-        }
         path = folder / f"{record.component}.engine"
-        path.write_text(json.dumps(content))
+        path.write_text(self.content(record, folder / record.path, backend, profiles))
         file = FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
         return replace(
             record,
@@ -93,3 +82,20 @@ class Gpu(Device):
             files=(file, *record.files),
             profiles=profiles,
         )
+
+    def content(
+        self, record: EngineRecord | GraphRecord, onnx: Path, backend: str, profiles: tuple[ProfileRecord, ...]
+    ) -> str:
+        """The file of an engine that executes the graph ``onnx`` of ``record``."""
+        content = {
+            "fake": MODULES[backend],
+            "version": self.version,
+            "capability": self.capability,
+            "component": record.component,
+            "onnx": str(onnx),
+            "weights": sum(file.bytes for file in record.files),
+            "inputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.inputs],
+            "outputs": [[s.name, s.dtype, [-1 if isinstance(d, str) else d for d in s.dims]] for s in record.outputs],
+            "profiles": [{p.input: [p.min, p.opt, p.max] for p in profiles}],
+        }
+        return json.dumps(content)

@@ -1,12 +1,18 @@
-"""A small Qwen2.5-VL decoder of transformers with random weights, a prompt with an image, and its hidden states."""
+"""A small Qwen2.5-VL decoder of transformers with random weights, a prompt with an image, and its hidden states.
+
+``python -m tests.support.trtllm.small`` records what transformers computes, which takes seconds to import.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.support.trtllm.stored import Array, Floats
+
+RECORDED = Path(__file__).with_name("small.npz")
 
 SECTION = (4, 6, 6)
 """Pairs of a head of 32 that turn with the frame, the height and the width."""
@@ -97,6 +103,15 @@ def prompt_of(heads: int = 16, kv_heads: int = 8, seed: int = 0) -> Small:
 
 
 @cache
+def recorded() -> Small:
+    """``small()`` as it was recorded (tests/compiler/backends/tensorrt_llm/test_reader.py compares them)."""
+    prompt = prompt_of()
+    with np.load(RECORDED) as file:
+        inputs = dict(zip(prompt.inputs, file["inputs"].tolist(), strict=True))
+        return replace(prompt, expected=file["expected"], inputs=inputs)
+
+
+@cache
 def small(heads: int = 16, kv_heads: int = 8, seed: int = 0) -> Small:
     """``prompt_of`` with transformers' hidden states, and the largest inputs of its linears."""
     import torch
@@ -144,3 +159,8 @@ def small(heads: int = 16, kv_heads: int = 8, seed: int = 0) -> Small:
         use_cache=False,
     ).last_hidden_state[0]
     return replace(prompt, expected=hidden.numpy(), inputs=inputs)
+
+
+if __name__ == "__main__":
+    made = small()
+    np.savez_compressed(RECORDED, expected=made.expected, inputs=[made.inputs[name] for name in prompt_of().inputs])

@@ -41,7 +41,9 @@ def test_the_whole_command() -> None:
 
 
 def test_fp8_without_the_gemm_plugin() -> None:
-    command = build_command(CHECKPOINT, ENGINE, prompt_tokens=2624, image_tokens=1369, scheme="fp8", program="/x/t")
+    command = build_command(
+        CHECKPOINT, ENGINE, prompt_tokens=2624, image_tokens=1369, tuned_tokens=9999, scheme="fp8", program="/x/t"
+    )
     assert command[0] == "/x/t"
     assert flags(command) == {**FLAGS, "--gemm_plugin": "disable", "--opt_num_tokens": "2624"}
 
@@ -49,12 +51,17 @@ def test_fp8_without_the_gemm_plugin() -> None:
 def test_short_prompts_without_images() -> None:
     """TensorRT-LLM has at least a block of 32 tokens; a prompt table of 0 rows would leave out its inputs,
     and one of 1 row is tuned for 0."""
-    found = flags(build_command(CHECKPOINT, ENGINE, prompt_tokens=10, image_tokens=0, scheme="none", dtype="float32"))
-    assert {found[f"--{name}"] for name in ("max_input_len", "max_seq_len", "max_num_tokens", "opt_num_tokens")} == {
-        "32"
-    }
-    assert found["--max_prompt_embedding_table_size"] == "2"
-    assert found["--gemm_plugin"] == found["--gpt_attention_plugin"] == "float32"
+    found = flags(build_command(CHECKPOINT, ENGINE, prompt_tokens=10, image_tokens=0, tuned_tokens=10, scheme="none"))
+    assert {found[f"--{name}"] for name in ("max_input_len", "max_seq_len", "max_num_tokens")} == {"32"}
+    assert (found["--opt_num_tokens"], found["--max_prompt_embedding_table_size"]) == ("10", "2")
+
+
+def test_another_file_with_the_model_class() -> None:
+    """Finishing executes qie's own, not the one in the bundle."""
+    command = build_command(
+        CHECKPOINT, ENGINE, prompt_tokens=99, image_tokens=9, tuned_tokens=9, scheme="none", model_class=ENCODER_SOURCE
+    )
+    assert flags(command)["--model_cls_file"] == str(ENCODER_SOURCE)
 
 
 def test_the_model_class_is_there() -> None:

@@ -12,7 +12,7 @@ import pytest
 from qie.compiler.metrics.error import relative_l2
 from tests.support.trtllm.by_hand import GROUP, POSITIONS, rewrite, write_by_hand
 from tests.support.trtllm.checkpoint import open_decoder
-from tests.support.trtllm.small import VOCABULARY, Small, small
+from tests.support.trtllm.small import VOCABULARY, Small, prompt_of, small
 from tests.support.trtllm.stored import Array, Floats
 
 LAYER = "transformer.layers.0."
@@ -28,7 +28,15 @@ def distance(folder: Path, prompt: Small) -> float:
     return relative_l2(run(folder, prompt), prompt.expected)
 
 
-def test_float32_is_transformers(decoder: Small, tmp_path: Path) -> None:
+def test_what_is_recorded_is_transformers(decoder: Small) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    computed = small()
+    np.testing.assert_allclose(decoder.expected, computed.expected, atol=1e-4)
+    assert decoder.inputs == pytest.approx(computed.inputs, rel=1e-4)
+
+
+def test_float32_is_the_recorded(decoder: Small, tmp_path: Path) -> None:
     hidden = run(write_by_hand(tmp_path / "made", decoder), decoder)
     np.testing.assert_allclose(hidden, decoder.expected, atol=1e-4)
     assert np.abs(decoder.expected).max() > 1
@@ -121,7 +129,7 @@ def test_text_positions_for_an_image_show(decoder: Small, tmp_path: Path) -> Non
     loaded = open_decoder(write_by_hand(tmp_path / "made", decoder))
     rotary = decoder.rotary(POSITIONS)
     embedded = loaded.embed(decoder.ids, decoder.image)
-    text = small().rotary(POSITIONS).copy()
+    text = prompt_of().rotary(POSITIONS).copy()
     text[:, 4:] = text[:, 4:][:, ::-1]  # height and width exchanged
     assert relative_l2(loaded(embedded, text), loaded(embedded, rotary)) > 0.01
 
