@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,34 @@ def _width(stages: Stages) -> int:
     (spec,) = stages.engines["language"].outputs
     assert isinstance(spec.dims[2], int)
     return spec.dims[2]
+
+
+@pytest.fixture
+def gpu(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU with 80 GB, of which ``free`` are free."""
+    import torch
+    from vllm import platforms
+
+    memory = SimpleNamespace(free=80_000_000_000)
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory.free, 80_000_000_000))
+    return memory
+
+
+def test_a_gpu_is_not_filled_with_a_cache(vllm: Any, gpu: Any, vllm_bundle: Path) -> None:
+    folder = vllm_bundle / "text_encoder.vllm"
+    _, give_back = vllm_engine.open_engine(folder, "bfloat16", 0, 0)
+    give_back()
+    arguments = vllm.opened[0].arguments
+    needed = (folder / "model.safetensors").stat().st_size + arguments["kv_cache_memory_bytes"]
+    assert needed / 80e9 < arguments["gpu_memory_utilization"] < 1.2 * needed / 80e9
+
+
+def test_a_gpu_without_room_and_a_second_gpu_are_refused(vllm: Any, gpu: Any, vllm_bundle: Path) -> None:
+    folder = vllm_bundle / "text_encoder.vllm"
+    with pytest.raises(BackendMissingError, match="GPU 1 was chosen; set CUDA_VISIBLE_DEVICES to it"):
+        vllm_engine.open_engine(folder, "bfloat16", 1, 0)
+    gpu.free = 1000
+    with pytest.raises(EngineError, match="the text encoder takes .* bytes, the GPU has 1,000 of 80,000,000,000"):
+        vllm_engine.open_engine(folder, "bfloat16", 0, 0)
+    assert vllm.opened == []
