@@ -1,8 +1,10 @@
 """A cache that proves what it holds: each entry is stored with a digest of what it was made from and of its content."""
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +23,11 @@ generation (19.6 MB and 20.5 MB)."""
 
 _DIGEST_BYTES = 32
 
+_LARGEST = 1 << 30
+"""Bytes that an entry may have in a cache that holds less: it is kept alone."""
+
+_PRIVATE = 0o700
+
 
 class Cache:
     """Entries in the folder ``root``, in groups; the least recently used are deleted beyond ``bytes_max``.
@@ -31,14 +38,14 @@ class Cache:
 
     def __init__(self, root: Path, *, bytes_max: int, private: bool = False) -> None:
         """A cache of at most ``bytes_max`` in ``root``, which only its owner can open where it is ``private``."""
-        self._root, self._bytes_max, self._mode = root, bytes_max, 0o700 if private else 0o777
+        self._root, self._bytes_max, self._mode = root, bytes_max, _PRIVATE if private else 0o777
 
     def load(self, group: str, made_from: str) -> memoryview | None:
         """The content of the entry that was made from ``made_from``, a text that decides it completely."""
         path = self._path(group, made_from)
         try:
-            stored = memoryview(path.read_bytes())
-        except OSError:
+            stored = memoryview(self._read(path))
+        except (OSError, MemoryError):
             return None
         digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
         if bytes(digest) != _digest(made_from, content):
@@ -52,6 +59,8 @@ class Cache:
         path = self._path(group, made_from)
         with suppress(OSError):
             self._root.mkdir(mode=self._mode, parents=True, exist_ok=True)
+            if self._mode == _PRIVATE:
+                self._root.chmod(_PRIVATE)
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as temporary, temporary.open("wb") as file:
                 file.write(_digest(made_from, content))
@@ -61,6 +70,14 @@ class Cache:
     def drop(self, group: str) -> None:
         """Delete all entries of ``group``."""
         shutil.rmtree(self._root / _name(group), ignore_errors=True)
+
+    def _read(self, path: Path) -> bytes:
+        """The content of a file that may be an entry, which is no pipe or device and not larger than all entries."""
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode) or state.st_size > max(self._bytes_max, _LARGEST):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return file.read()
 
     def _path(self, group: str, made_from: str) -> Path:
         return self._root / _name(group) / _name(made_from)

@@ -73,6 +73,12 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
             f"the tokenizer splits the template's prefix into {prefix} tokens, expected {PREFIX_TOKENS}; restore the "
             "tokenizer of the checkpoint"
         )
+    largest, vocabulary = max(tokenizer.get_vocab().values()), checkpoint.model.language.vocabulary
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer has the id {largest}, and text_encoder/config.json a vocab_size of {vocabulary}; take both "
+            "from the same checkpoint"
+        )
     image_token_id, expected = checkpoint.model.image_token_id, tokenizer.token_to_id("<|image_pad|>")
     if image_token_id != expected:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -287,7 +288,7 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
         return print_json(
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}
         )
-    where = bundle.name if bundle.path.parent == bundles_folder() else str(bundle.path)
+    where = quote(bundle.name if bundle.path.parent == bundles_folder() else str(bundle.path))
     say(f"{bundle.path}: {human_bytes(bundle.bytes)}")
     if bundle.manifest.engines:
         refusals = [reason for engine in bundle.manifest.engines if (reason := refusal(engine)) is not None]
@@ -297,8 +298,8 @@ def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
             say(wrap(f"this machine cannot run it yet: {refusals[0]}"))
         else:
             say("this machine cannot run it; copy the folder to the machine with the GPU, for example with")
-            say(f"    rsync -a {bundle.path} MACHINE:")
-            say(f'and edit there with: qie run photo.png "make it grayscale" --bundle {bundle.path.name}')
+            say(f"    rsync -a {quote(str(bundle.path))} MACHINE:")
+            say(f'and edit there with: qie run photo.png "make it grayscale" --bundle {quote(bundle.path.name)}')
     if unfinished:
         say(f"on the machine with the GPU, run: qie build --finish {where}")
         say(wrap(f"it adds {', '.join(waiting)}"))

@@ -237,14 +237,15 @@ def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
 
 
 def _drop_cached(old: Bundle, manifest: Manifest) -> None:
-    """Drop what was cached for the modulation and the engines of ``old`` that the new bundle does not have."""
+    """Drop what was cached for modulation that the new bundle does not have, and for every engine of ``old``.
+
+    Engines of an equal key may have been damaged when their embeddings were computed.
+    """
     modulation = old.manifest.model.modulation.file
     if modulation != manifest.model.modulation.file:
         tables_cache().drop(modulation.sha256)
-    kept = {engine.key for engine in manifest.engines}
     for engine in old.manifest.engines:
-        if engine.key not in kept:
-            encoder_cache_on_disk().drop(engine.key)
+        encoder_cache_on_disk().drop(engine.key)
 
 
 def _same_source(one: str, other: str) -> bool:

@@ -208,9 +208,8 @@ def _is_small(path: str) -> bool:
 def _small_files(manifest: Manifest) -> list[FileRecord]:
     """What every opening reads: all but weights, compiled engines, tables and calibration."""
     files = [manifest.tokenizer, *(engine.structure for engine in manifest.engines if engine.structure is not None)]
-    for built in (*manifest.engines, *manifest.graphs):
-        files += [record for record in built.files if _is_small(record.path)]
-    return files
+    every = [*(engine.files for engine in manifest.engines), *(graph.files for graph in manifest.graphs)]
+    return files + [record for records in every for record in records if _is_small(record.path)]
 
 
 _AGAIN = "build the bundle again with `qie build`"

@@ -13,7 +13,7 @@ from qie.engines.editing.encoder_cache import EncoderCache, EncoderKey
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.stages import Stages
 from qie.engines.inputs.feeds import Feed, language_feed, vision_feed
-from qie.engines.inputs.prompt import PromptTokens
+from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.vision import VisionInputs
 
 __all__ = ["prompt_embeds"]
@@ -48,7 +48,7 @@ def prompt_embeds(
         BackendMissingError, BundleError: an engine cannot be loaded.
         EngineError: a backend failed or memory ran out.
     """
-    if cache is None or not cache.keeps:
+    if cache is None or not cache.keeps or stages.identity("vision") is None:
         with meter("vision") as report:
             image_embeds_VD = stages.vision(vision, progress=report)
         with meter("language") as report:
@@ -62,8 +62,11 @@ def prompt_embeds(
     keys = [_prompt_key(stages, image_key, tokens) for tokens in prompts]
     found: dict[EncoderKey, Float32] = {}
     missing: dict[EncoderKey, PromptTokens] = {}
+    (prompt_spec,) = stages.engines["language"].outputs
     for key, tokens in dict(zip(keys, prompts, strict=True)).items():
-        embeds_BLD = cache.load(key)
+        batch, length = tokens.input_ids.shape
+        sizes = {"batch": batch, "text_tokens": length - PREFIX_TOKENS}
+        embeds_BLD = _loaded(cache, key, prompt_spec.shape(sizes))
         if embeds_BLD is None:
             missing[key] = tokens
         else:
@@ -78,11 +81,18 @@ def prompt_embeds(
 
 def _image_embeds(stages: Stages, vision: VisionInputs, key: EncoderKey, meter: Meter, cache: EncoderCache) -> Float32:
     """Image embeddings float32 [V, D] from the cache, or from the engine and then in the cache."""
-    cached_VD = cache.load(key)
+    (image_spec,) = stages.engines["vision"].outputs
+    cached_VD = _loaded(cache, key, image_spec.shape({"image_tokens": len(vision.raster_index)}))
     if cached_VD is None:
         with meter("vision") as report:
             cached_VD = cache.store(key, stages.vision(vision, progress=report))
     return cached_VD
+
+
+def _loaded(cache: EncoderCache, key: EncoderKey, shape: tuple[int, ...]) -> Float32 | None:
+    """The entry of ``key`` where it has the shape that its inputs lead to."""
+    entry = cache.load(key)
+    return entry if entry is not None and entry.shape == shape else None
 
 
 def _image_key(stages: Stages, vision: VisionInputs) -> EncoderKey:

@@ -6,13 +6,23 @@ model, H W pixels, h w = H / 16, W / 16 latent tokens, C = 64 latent channels of
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord, GraphRecord, Residency, Specialization
+from qie.engines.bundle.manifest import (
+    COMPONENTS,
+    Component,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    Residency,
+    Specialization,
+)
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.errors import BundleError, RequestError
 from qie.engines.inputs.feeds import Feed, decoder_feed, encoder_feed, language_feed, vision_feed
@@ -117,7 +127,7 @@ class Stages:
     def identity(self, component: Component) -> str | None:
         """Everything but its inputs that decides the numbers of ``component``, see ``engine_identity``.
 
-        None where a server runs it, of which that is not known.
+        None where that is not known, such as of a server.
 
         Raises:
             EngineMismatchError: the GPU is gone.
@@ -125,8 +135,14 @@ class Stages:
         if component not in self.engines:
             return None
         if component not in self._identities:
+            engine = self.engines[component]
+            try:
+                written = self.bundle.folder.read(partial(_written, engine.files))
+            except OSError:  # whoever loads the engine tells what is wrong
+                return None
             self._identities[component] = engine_identity(
-                self.engines[component],
+                engine,
+                written=written,
                 device=self._index,
                 specialization=self._specialization,
                 threads=self._threads,
@@ -315,6 +331,11 @@ class Stages:
             for session in self._sessions.values():
                 stack.callback(session.close)
             self._sessions, self._unloaded, self._device = {}, set(), None
+
+
+def _written(files: Sequence[FileRecord], folder: Path) -> list[int]:
+    """When each of ``files`` was written, in nanoseconds."""
+    return [(folder / file.path).stat().st_mtime_ns for file in files]
 
 
 def elsewhere(vllm_url: str | None) -> tuple[Component, ...]:

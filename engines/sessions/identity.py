@@ -1,6 +1,7 @@
 """The identity of an engine on this machine: what decides the numbers that it gives."""
 
 import json
+from collections.abc import Sequence
 
 import qie
 from qie.engines.backends import package_versions
@@ -11,7 +12,12 @@ __all__ = ["engine_identity"]
 
 
 def engine_identity(
-    engine: EngineRecord, *, device: int | None = None, specialization: Specialization = "none", threads: int = 0
+    engine: EngineRecord,
+    *,
+    written: Sequence[int] = (),
+    device: int | None = None,
+    specialization: Specialization = "none",
+    threads: int = 0,
 ) -> str:
     """JSON of everything but its inputs that decides the numbers of ``engine``.
 
@@ -20,6 +26,8 @@ def engine_identity(
 
     Args:
         engine: of a bundle.
+        written: when each of its files was written: one that was damaged and then repaired has the same digest in the
+            manifest all the time.
         device: CUDA index of the GPU; None for the first that fits.
         specialization: kernels of TensorRT for RTX, which sum in another order where they are compiled for a shape.
         threads: on the CPU, 0 for one per core: sums of ``w8a16`` depend on their number.
@@ -35,6 +43,7 @@ def engine_identity(
         "compute_capability": engine.compute_capability,
         "key": engine.key,
         "files": [(file.path, file.sha256) for file in engine.files],
+        "written": list(written),
         "packages": package_versions(),
     }
     if engine.compute_capability == "cpu":

@@ -59,6 +59,31 @@ def test_the_least_recently_used_go(tmp_path: Path) -> None:
     assert sum(p.stat().st_size for p in tmp_path.glob("*/*")) <= 3 * 132
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "sparse"])
+def test_what_is_no_entry_is_none(tmp_path: Path, what: str) -> None:
+    """It neither waits nor fills the memory."""
+    cache = Cache(tmp_path, bytes_max=1 << 20)
+    cache.store("group", "one", memoryview(b"content"))
+    (path,) = tmp_path.glob("*/*")
+    path.unlink()
+    match what:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "sparse":
+            path.touch()
+            os.truncate(path, 1 << 40)
+    assert cache.load("group", "one") is None
+
+
+def test_a_private_cache_is_closed_to_others(tmp_path: Path) -> None:
+    root = tmp_path / "private"
+    root.mkdir(mode=0o777)
+    Cache(root, bytes_max=1 << 20, private=True).store("group", "one", memoryview(b"content"))
+    assert root.stat().st_mode & 0o777 == 0o700
+
+
 def test_what_is_larger_than_the_cache_is_kept_alone(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bytes_max=100)
     cache.store("group", "one", content("1"))

@@ -1,5 +1,6 @@
 """The builder for TensorRT-LLM: ``trtllm-build`` turns the checkpoint of a bundle into an engine, on its GPU."""
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from qie.compiler.backends.failures import OUT_OF_MEMORY, ending
@@ -17,9 +20,10 @@ from qie.compiler.recipe.schema import Recipe
 from qie.engines import backends
 from qie.engines.backends import BACKENDS, installed
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord, ProfileRecord, file_record
-from qie.engines.errors import BackendMissingError, BuildError
+from qie.engines.errors import BackendMissingError, BuildError, BundleError
 from qie.engines.machine import GIB, choose_gpu, this_machine
 from qie.engines.progress import StageProgress, no_progress
+from qie.engines.sessions.tensorrt_llm.config import read_config
 
 __all__ = ["build", "command_of", "unavailable", "version", "write_files"]
 
@@ -38,6 +42,14 @@ _ENGINE = "ENGINE"
 
 SHOWN = 3
 """Lines of the program's log in an error."""
+
+_TAIL, _LONGEST = 1 << 16, 500
+"""Bytes of the log that are read, and characters of a line that are shown."""
+
+_LIBC = ctypes.CDLL(None)
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends (linux/prctl.h)."""
 
 
 def version() -> str:
@@ -89,9 +101,19 @@ def build(
             f"{PROGRAM} ended well and wrote no {missing[0]}; install the version of {BACKEND} that qie is for with "
             f"`{BACKENDS[BACKEND].build_install}`"
         )
+    try:
+        read_config(engine / "config.json")
+        if not (engine / "rank0.engine").stat().st_size:
+            raise BundleError("rank0.engine is empty")
+    except BundleError as problem:
+        reason, _, _ = str(problem).partition(";")
+        raise BuildError(
+            f"{PROGRAM} ended well, and its engine cannot be used ({reason}); install the version of {BACKEND} that "
+            f"qie is for with `{BACKENDS[BACKEND].build_install}`"
+        ) from problem
     for file in engine.iterdir():
         if file.name not in ENGINE_FILES:  # timings
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
     progress(1, 1)
     return EngineRecord(
         component=graph.component,
@@ -126,8 +148,8 @@ def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: R
         "# Builds the engine of the language model into a folder, with TensorRT-LLM on the GPU of the recipe.",
         "# `qie build --finish` runs the same command and puts the engine into the bundle.",
         ': "${1:?name the folder to write the engine to}"',
-        'engine=$(realpath -m "$1") || exit',
-        'cd "$(dirname "$0")" || exit',
+        'engine=$(realpath -m -- "$1") || exit',
+        'CDPATH= cd -- "$(dirname -- "$(realpath -- "$0")")" || exit',
         f"exec {' '.join(words)}",
     ]
     (checkpoint / SCRIPT).write_text("\n".join([*lines, ""]))
@@ -170,7 +192,8 @@ def command_of(
 def _program() -> str | None:
     """The program that builds, beside this Python or on the PATH; None where there is none."""
     beside = Path(sys.executable).with_name(PROGRAM)
-    return str(beside) if beside.is_file() else shutil.which(PROGRAM)
+    found = str(beside) if beside.is_file() else shutil.which(PROGRAM)
+    return None if found is None else str(Path(found).absolute())
 
 
 def _run(command: list[str], graph: GraphRecord, recipe: Recipe, environment: dict[str, str]) -> int:
@@ -181,32 +204,42 @@ def _run(command: list[str], graph: GraphRecord, recipe: Recipe, environment: di
     """
     with (
         tempfile.TemporaryDirectory() as place,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        tempfile.TemporaryFile() as log,
     ):
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=place,
-            env=environment,
-            start_new_session=True,
-        ) as process:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=place,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=partial(_LIBC.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL),  # it ends with this process
+            )
+        except OSError as problem:
+            raise BuildError(
+                f"{command[0]} cannot be started ({problem.strerror or problem}); install {BACKEND} again with "
+                f"`{BACKENDS[BACKEND].build_install}`"
+            ) from problem
+        with process:
             try:
                 _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            code = process.returncode = os.waitstatus_to_exitcode(status)
+                code = process.returncode = os.waitstatus_to_exitcode(status)
+            finally:
+                with suppress(ProcessLookupError):  # nobody of it is left
+                    os.killpg(process.pid, signal.SIGKILL)
         if code == 0:
             return usage.ru_maxrss * 1024
-        log.seek(0)
-        lines = [line.strip() for line in log.read().splitlines() if line.strip()][-SHOWN:]
+        log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
+        lines = [line.strip()[:_LONGEST] for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = lines[-SHOWN:]
     weights = sum(file.bytes for file in graph.files) / GIB
     if code == -signal.SIGKILL or any(OUT_OF_MEMORY.search(line) for line in lines):
         raise BuildError(
-            f"memory ran out while {PROGRAM} compiled {graph.component}, whose weights take {weights:.1f} GiB on the "
-            f"{recipe.gpu} and again in host memory; build on a machine with more memory, or with another backend"
+            f"memory ran out while {PROGRAM} compiled {graph.component} ({', '.join(lines) or 'it was killed'}), whose "
+            f"weights take {weights:.1f} GiB on the {recipe.gpu} and again in host memory; build on a machine with "
+            "more memory, or with another backend"
         )
     reason = ", ".join(lines) or f"it ended {ending(code)} without a message"
     raise BuildError(

@@ -98,7 +98,7 @@ def check_settings(settings: Settings) -> None:
     for what, count in (
         ("attention heads", config.heads),
         ("heads of keys and values", config.kv_heads),
-        ("channels of its MLP", config.intermediate),
+        ("channels of the MLPs", config.intermediate),
     ):
         if count % gpus:
             fitting = [number for number in TENSOR_PARALLEL if number < gpus and count % number == 0]

@@ -56,6 +56,7 @@ class TensorRtLlmSession(HostTensors):
         """Compute ``prompt_embeds`` float32 [1, L, D] of one prompt of S tokens: the last L of its hidden states.
 
         Raises:
+            BundleError: the tokenizer is of another model.
             RequestError: the prompt is longer than the engine takes, or has more image tokens.
             EngineError: TensorRT-LLM failed, or the GPU is out of memory.
         """
@@ -72,6 +73,12 @@ class TensorRtLlmSession(HostTensors):
                     "images, or build with a larger shapes.prompt_tokens.max in the recipe",
                     option="instructions",
                 )
+        largest = int(inputs["input_ids"].max())
+        if largest >= self._config.vocabulary:
+            raise BundleError(
+                f"the tokenizer makes the id {largest}, and the language model has {self._config.vocabulary} of them; "
+                "build the bundle again from a checkpoint whose tokenizer belongs to it"
+            )
         assert len(target_1LD) == 1, f"{len(target_1LD)} prompts in a run, expected 1"
         hidden_SD = self._hidden_states(engine_inputs(inputs, self._config))
         np.copyto(target_1LD[0], hidden_SD[tokens - target_1LD.shape[1] :])

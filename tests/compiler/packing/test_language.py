@@ -120,7 +120,13 @@ def test_another_gpu(copy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             "echo torch.OutOfMemoryError: CUDA out of memory >&2; exit 1",
             "memory ran out while trtllm-build compiled",
         ),
-        ("kill -9 $$", "memory ran out while trtllm-build compiled language, whose weights take"),
+        ("kill -9 $$", r"memory ran out while trtllm-build compiled language \(it was killed\), whose weights take"),
+        ("python3 -c 'print(\"x\" * 3000000)'; exit 1", r"built no engine of language \(x{500}\)"),
+        ("exec /none/such", "built no engine of language"),
+        (
+            "mkdir ${4}; : > ${4}/rank0.engine; : > ${4}/config.json",
+            "its engine cannot be used .*config.json is not the config",
+        ),
         ("echo one; echo two; exit 3", r"built no engine of language \(one, two\); set another backend for it"),
         ("exit 3", r"built no engine of language \(it ended with code 3 without a message\)"),
         (
@@ -137,6 +143,30 @@ def test_a_program_that_fails(copy: Bundle, gpu: Gpu, tmp_path: Path, script: st
         finish_bundle(copy)
     assert {path: sha256_of(path) for path in copy.path.rglob("*") if path.is_file()} == before
     assert [path.name for path in copy.path.parent.iterdir() if path.is_dir() and path.name != "bin"] == ["bundle"]
+
+
+def test_nothing_of_the_program_is_left(copy: Bundle, gpu: Gpu, tmp_path: Path) -> None:
+    """Its children end with it, and what it wrote beside its engine goes."""
+    program, noted = tmp_path / "bin" / "trtllm-build", tmp_path / "child"
+    real = program.rename(program.with_name("real"))
+    program.write_text(f'#!/bin/sh\nsleep 300 & echo $! > "{noted}"\nmkdir -p "$4/sub/sub"\n"{real}" "$@"\n')
+    program.chmod(0o755)
+    finish_bundle(copy)
+    assert {file.name for file in (copy.path / ENGINE).iterdir()} == {"rank0.engine", "config.json"}
+    status = Path(f"/proc/{noted.read_text().strip()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_program_that_cannot_be_started(copy: Bundle, gpu: Gpu, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "trtllm-build").write_text("#!/none/such/python\n")
+    with pytest.raises(BuildError, match=r"trtllm-build cannot be started \(No such file .*install tensorrt-llm again"):
+        finish_bundle(copy)
+
+
+def test_a_relative_path_of_programs(copy: Bundle, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "bin:/usr/bin:/bin")
+    assert finish_bundle(copy).manifest.graphs == ()
 
 
 def test_a_damaged_checkpoint(copy: Bundle, gpu: Gpu) -> None:
@@ -259,8 +289,8 @@ def test_an_export(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     plan = planned(checkpoint, tmp_path / "mine", bundles.RECIPE)
     plan = replace(plan, destination=tmp_path / "out")
     files = export_graphs(plan, weights=True)
-    assert files[-1] == tmp_path / "out" / "language.tensorrt-llm" / "config.json"
-    assert {file.name for file in files[-1].parent.iterdir()} == FILES
+    llm = {file for file in files if file.parent == tmp_path / "out" / "language.tensorrt-llm"}
+    assert {file.name for file in llm} == FILES and all(file.is_file() for file in files)
     needed: list[int] = []
     monkeypatch.setattr(export, "check_download", lambda *_, output_bytes, **__: needed.append(output_bytes))
     export_graphs(plan, weights=True)  # an earlier export is replaced
@@ -275,7 +305,7 @@ def test_an_export(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_export_that_cannot_be_split(checkpoint: Path, tmp_path: Path) -> None:
     plan = replace(planned(checkpoint, tmp_path / "mine", bundles.RECIPE), destination=tmp_path / "out")
-    with pytest.raises(ExportError, match="1 heads of keys and values, which cannot be split over 2 GPUs"):
+    with pytest.raises(ExportError, match="values of the language model, 1, cannot be split over 2 GPUs; use 1"):
         export_graphs(plan, weights=True, tensor_parallel=2)
     with pytest.raises(ExportError, match="the language model is not for TensorRT-LLM"):
         export_graphs(

@@ -92,7 +92,7 @@ def test_a_cache_of_no_bytes_keeps_nothing(tmp_path: Path) -> None:
     assert (cache.keeps, cache.bytes, cache.load(key("one"))) == (False, 0, None)
     assert EncoderCache().keeps
     assert on_disk(tmp_path).keeps
-    with pytest.raises(RequestError, match="an encoder cache of -1 bytes was requested; give 0 for none, or more"):
+    with pytest.raises(RequestError, match="an encoder cache of -1 bytes was requested; give 0 for none, or a"):
         EncoderCache(bytes_max=-1)
 
 

@@ -37,9 +37,10 @@ def test_another_engine_is_another_one(engine: EngineRecord, changes: dict[str, 
 
 
 def test_threads_are_its_own(bundle: Path, engine: EngineRecord) -> None:
-    identities = {engine_identity(engine, threads=threads) for threads in (0, 1, 2)}
-    assert len(identities) == 3
     opened = open_bundle(bundle)
+    written = [(bundle / file.path).stat().st_mtime_ns for file in engine.files]
+    identities = {engine_identity(engine, written=written, threads=threads) for threads in (0, 1, 2)}
+    assert len(identities) == 3
     assert {Stages(opened, threads=threads).identity("vision") for threads in (0, 1, 2)} == identities
 
 

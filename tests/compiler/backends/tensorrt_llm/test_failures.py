@@ -34,25 +34,22 @@ SMALL = replace(LANGUAGE, width=64, heads=1, kv_heads=1, mrope_section=(8, 12, 1
         (
             {"tensor_parallel": 3},
             ExportError,
-            "tensor_parallel = 3, expected one of 1, 2, 4; use one of these",
+            "3 GPUs were requested, expected one of 1, 2, 4; use one of these",
         ),
         (
             {"config": replace(LANGUAGE, heads=2, kv_heads=2, mrope_section=(64, 32, 32)), "tensor_parallel": 4},
             ExportError,
-            "the language model has 2 attention heads, which cannot be split over 4 GPUs; set tensor_parallel to "
-            "1 or 2",
+            "the attention heads of the language model, 2, cannot be split over 4 GPUs; use 1 or 2",
         ),
         (
             {"config": replace(LANGUAGE, kv_heads=1), "tensor_parallel": 2},
             ExportError,
-            "the language model has 1 heads of keys and values, which cannot be split over 2 GPUs; set "
-            "tensor_parallel to 1",
+            "the heads of keys and values of the language model, 1, cannot be split over 2 GPUs; use 1",
         ),
         (
             {"config": replace(LANGUAGE, intermediate=1002), "tensor_parallel": 4},
             ExportError,
-            "the language model has 1002 channels between the linears of its MLP, which cannot be split over 4 GPUs; "
-            "set tensor_parallel to 1 or 2",
+            "the channels of the MLPs of the language model, 1002, cannot be split over 4 GPUs; use 1 or 2",
         ),
         (
             {"config": SMALL, "scheme": "w4a16"},

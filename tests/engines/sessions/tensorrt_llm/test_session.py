@@ -128,6 +128,14 @@ def test_a_prompt_that_is_too_long(
         run(session, tokens, images.repeat(100, axis=0))
 
 
+def test_ids_beyond_the_vocabulary_are_no_images(
+    session: TensorRtLlmSession, prompt: tuple[PromptTokens, np.ndarray, np.ndarray]
+) -> None:
+    tokens, images, _ = prompt
+    with pytest.raises(BundleError, match="the tokenizer makes the id 768, and the language model has 768 of them"):
+        run(session, changed(tokens, input_ids=np.where(tokens.image_index < 0, 768, tokens.input_ids)), images)
+
+
 def test_other_tensors_are_our_own_mistake(session: TensorRtLlmSession) -> None:
     with pytest.raises(AssertionError, match="language: image_embeds, image_index, position_ids missing or unknown"):
         session.run({"input_ids": np.zeros((1, 70), np.int64)}, {"prompt_embeds": np.zeros((1, 6, 64), np.float32)})
@@ -171,6 +179,14 @@ def copied(bundle: Bundle, folder: Path) -> Path:
         ({"rotary_scaling": {}}, "is not the config of an engine of TensorRT-LLM"),
         ({"rotary_scaling": {"mrope_section": [1, 2, 3]}}, r"mrope_section \[1, 2, 3\] for heads of"),
         ({"max_position_embeddings": "many"}, "is not the config of an engine of TensorRT-LLM"),
+        ({"max_position_embeddings": 10**12}, "expected a number from 1 to 131072"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, expected a whole number"),
+        ({"rotary_base": float("inf")}, "rotary_base is inf"),
+        ({"rotary_base": 10**400}, "is not the config of an engine of TensorRT-LLM"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"rotary_scaling": {"mrope_section": [4, 6, 6, 0]}}, "expected three numbers"),
+        ({"rotary_scaling": {"mrope_section": "888"}}, "expected three numbers"),
     ],
 )
 def test_another_config(on_gpu: tuple[Gpu, Bundle], tmp_path: Path, change: dict[str, object], message: str) -> None:
