@@ -158,11 +158,7 @@ def _unpacked(content: memoryview) -> "NDArray[np.float32] | None":
         return None
     dims, *sizes = np.frombuffer(content[: 8 * _HEADER], "<i8").tolist()
     numbers = content[8 * _HEADER :]
-    if (
-        not 0 <= dims < _HEADER
-        or min(sizes) < 0
-        or max(sizes) > len(numbers)
-        or 4 * math.prod(sizes[:dims]) != len(numbers)
-    ):
+    possible = 0 <= dims < _HEADER and min(sizes) >= 0 and max(sizes) < 1 << 31
+    if not possible or 4 * math.prod(sizes[:dims]) != len(numbers):
         return None
     return np.frombuffer(numbers, "<f4").reshape(sizes[:dims]).astype(np.float32, copy=False)

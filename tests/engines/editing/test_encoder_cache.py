@@ -28,6 +28,32 @@ def on_disk(folder: Path, bytes_max: int = 1 << 20) -> EncoderCache:
     return EncoderCache(bytes_max=0, disk=Cache(folder, bytes_max=bytes_max))
 
 
+@pytest.mark.parametrize(
+    "header", [(3, 0, 1 << 62, 1 << 62), (3, 1 << 62, 4, 0), (9, 1, 1, 1), (-1, 1, 1, 1), (1, -4, 0, 0)]
+)
+def test_a_header_that_no_array_has_is_none(tmp_path: Path, header: tuple[int, ...]) -> None:
+    """With a digest that is right: whoever can write the folder can make one."""
+    disk = Cache(tmp_path, bytes_max=1 << 20)
+    cache = EncoderCache(bytes_max=0, disk=disk)
+    cache.store(key("one"), numbers(1, (2, 2)))
+    made: list[str] = []
+    spied = EncoderCache(bytes_max=0, disk=Noted(disk, made))  # type: ignore[arg-type]
+    spied.load(key("one"))
+    disk.store(key("one").engine, made[0], memoryview(np.array(header, "<i8").tobytes()))
+    assert cache.load(key("one")) is None
+
+
+class Noted:
+    """A cache that notes what it is asked for."""
+
+    def __init__(self, disk: Cache, made: list[str]) -> None:
+        self.disk, self.made = disk, made
+
+    def load(self, group: str, made_from: str) -> memoryview | None:
+        self.made.append(made_from)
+        return self.disk.load(group, made_from)
+
+
 @pytest.mark.parametrize("disk", [False, True])
 def test_what_is_stored_is_found(tmp_path: Path, disk: bool) -> None:
     cache = on_disk(tmp_path) if disk else EncoderCache()
