@@ -156,7 +156,7 @@ def evaluated(text: str, gpu: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["l40s", "a100"])
+@pytest.mark.parametrize("gpu", ["l40s", pytest.param("a100", marks=pytest.mark.soak)])
 def test_the_job_without_a_gpu_runs(gpu: str, tmp_path: Path) -> None:
     """Every command but the installation, in order, as GitHub runs them."""
     text = workflow()

@@ -1,6 +1,6 @@
 """The parity tests can fail: each of these, broken in a copy of the project, turns the named test red.
 
-``make test`` breaks three of them, ``make test-soak`` all. ``tests/faults/injection`` does the same to `qie validate`.
+``make test`` breaks one of them, ``make test-soak`` all. ``tests/faults/injection`` does the same to `qie validate`.
 """
 
 import os
@@ -119,7 +119,7 @@ def test_the_copy_passes_unbroken(copy: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", spread(list(MUTANTS), 3))
+@pytest.mark.parametrize("name", spread(list(MUTANTS), 1))
 def test_breaking_it_turns_a_test_red(copy: Path, name: str) -> None:
     mutant = MUTANTS[name]
     source = copy / mutant.file

@@ -101,16 +101,12 @@ def build(
             f"{PROGRAM} ended well and wrote no {missing[0]}; install the version of {BACKEND} that qie is for with "
             f"`{BACKENDS[BACKEND].build_install}`"
         )
-    try:
-        read_config(engine / "config.json")
-        if not (engine / "rank0.engine").stat().st_size:
-            raise BundleError("rank0.engine is empty")
-    except BundleError as problem:
-        reason, _, _ = str(problem).partition(";")
+    unusable = _unusable(engine)
+    if unusable is not None:
         raise BuildError(
-            f"{PROGRAM} ended well, and its engine cannot be used ({reason}); install the version of {BACKEND} that "
+            f"{PROGRAM} ended well, and its engine cannot be used ({unusable}); install the version of {BACKEND} that "
             f"qie is for with `{BACKENDS[BACKEND].build_install}`"
-        ) from problem
+        )
     for file in engine.iterdir():
         if file.name not in ENGINE_FILES:  # timings
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
@@ -132,6 +128,17 @@ def build(
         build_peak_bytes=peak,
         profiles=graph.profiles,
     )
+
+
+def _unusable(engine: Path) -> str | None:
+    """Why no session can load what is in the folder ``engine``; None where one may."""
+    if not (engine / "rank0.engine").stat().st_size:
+        return "rank0.engine is empty"
+    try:
+        read_config(engine / "config.json")
+    except BundleError as problem:
+        return str(problem).partition(";")[0]
+    return None
 
 
 def write_files(checkpoint: Path, profiles: tuple[ProfileRecord, ...], recipe: Recipe) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ _LARGEST = 1 << 20
 """Bytes of a config.json; those of TensorRT-LLM have a few thousand."""
 
 _MOST_TOKENS = 1 << 17
-"""Tokens of a prompt: fifty times those of the longest one of qie's recipes."""
+"""Tokens of a prompt: fifty times those of the longest prompt that a recipe allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,7 +124,7 @@ def test_another_gpu(copy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("python3 -c 'print(\"x\" * 3000000)'; exit 1", r"built no engine of language \(x{500}\)"),
         ("exec /none/such", "built no engine of language"),
         (
-            "mkdir ${4}; : > ${4}/rank0.engine; : > ${4}/config.json",
+            "mkdir ${4}; echo a > ${4}/rank0.engine; : > ${4}/config.json",
             "its engine cannot be used .*config.json is not the config",
         ),
         ("echo one; echo two; exit 3", r"built no engine of language \(one, two\); set another backend for it"),

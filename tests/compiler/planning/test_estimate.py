@@ -336,6 +336,7 @@ def test_plan_prints_four_tables(qie: Qie, tiny_folder: Path) -> None:
     assert "not known" in done.stdout
 
 
+@pytest.mark.soak
 def test_eight_bits_are_counted(published_folder: Path) -> None:
     """Half the weights of what is quantized, and twice the rate where it is."""
     section = ComponentRecipe(scheme="fp8", exclude=("transformer_blocks.0.*",))

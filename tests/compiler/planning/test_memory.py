@@ -63,7 +63,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "batch", "references", "guidance", "residency"),
-    [(256, 4, 3, 4, "resident"), (512, 2, 2, 4, "sequential"), (768, 1, 1, 1, "resident")],
+    [
+        pytest.param(256, 4, 3, 4, "resident", marks=pytest.mark.soak),
+        pytest.param(512, 2, 2, 4, "sequential", marks=pytest.mark.soak),
+        (768, 1, 1, 1, "resident"),
+    ],
 )  # fmt: skip
 def test_an_edit_takes_no_more_than_was_planned(
     demo: Path, tmp_path: Path, side: int, batch: int, references: int, guidance: int, residency: Residency

@@ -66,7 +66,10 @@ def test_sensitivity(rank: Rank, component: Any, scheme: Any) -> None:
     assert tight.errors == whole.errors
 
 
-@pytest.mark.parametrize(("component", "scheme"), [("transformer", "int8-smooth"), ("language", "int8-smooth")])
+@pytest.mark.parametrize(
+    ("component", "scheme"),
+    [pytest.param("transformer", "int8-smooth", marks=pytest.mark.soak), ("language", "int8-smooth")],
+)
 def test_each_linear_alone(
     tiny_checkpoint: Checkpoint,
     readers: dict[Any, TensorReader],

@@ -282,7 +282,7 @@ def test_an_unfinished_bundle(opened: Bundle) -> None:
     kept = {f: getattr(record, f) for f in ("component", "key", "path", "files", "inputs", "outputs", "parameters")}
     graph = GraphRecord(**kept, backend="tensorrt", precision="bfloat16", profiles=())
     manifest = replace(opened.manifest, engines=opened.manifest.engines[:-1], graphs=(graph,))
-    with pytest.raises(BundleError, match=f"graph of {record.component} and no engine yet; run `qie build --finish "):
+    with pytest.raises(BundleError, match=f"no engine for {record.component} yet; run `qie build --finish "):
         choose_engines(replace(opened, manifest=manifest))
 
 

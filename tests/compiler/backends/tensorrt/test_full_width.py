@@ -70,7 +70,10 @@ def test_attention_at_full_width(full_width: Callable[..., tuple[GraphRecord, Pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "gpu"),
-    [("fp8", "l40s"), pytest.param("int8-smooth", "a100-int8", marks=pytest.mark.soak)],
+    [
+        pytest.param("fp8", "l40s", marks=pytest.mark.soak),
+        pytest.param("int8-smooth", "a100-int8", marks=pytest.mark.soak),
+    ],
 )
 def test_quantized_products_are_bfloat16(
     full_width: Callable[..., tuple[GraphRecord, Path, int]], scheme: str, gpu: str
