@@ -386,16 +386,3 @@ def test_plan_refuses_a_size_that_is_none(
     qie: Qie, refusal: Callable[[CompletedProcess[str]], str], tiny_folder: Path, size: str
 ) -> None:
     assert "size" in refusal(qie("plan", tiny_folder, "--size", size))
-
-
-def test_an_engine_that_keeps_its_activations(tiny: Plan) -> None:
-    """They come on top of what the other engines share."""
-    plan = replace(tiny, recipe=replace(tiny.recipe, compute_capability="8.9", residency="resident"))
-    language = next(p for p in plan.components if p.component == "language")
-    others = tuple(p for p in built_by(plan, "tensorrt-rtx").components if p.component != "language")
-    shared = estimate(replace(plan, components=(*others, replace(language, backend="tensorrt-rtx"))))
-    own = estimate(replace(plan, components=(*others, replace(language, backend="tensorrt-llm"))))
-    difference = own.gpu_bytes - shared.gpu_bytes
-    weights = of(own, "language").weights_bytes - of(shared, "language").weights_bytes
-    assert of(shared, "language").working_bytes < max(c.working_bytes for c in shared.components)
-    assert difference - weights == of(own, "language").largest_activation_bytes
