@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.engines.bundle.manifest import EngineRecord, GraphRecord, TensorSpec
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord
+from qie.engines.sessions.tensorrt.contract import NUMPY_DTYPES, matches
 
 __all__ = ["HostTensors"]
-
-_NUMPY_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int64": "int64", "uint8": "uint8"}
-"""NumPy's names of the manifest's dtypes: it has no bfloat16, so that is held as its bits."""
 
 
 class HostTensors:
@@ -31,7 +29,7 @@ class HostTensors:
     def empty(self, name: str, sizes: Mapping[str, int]) -> NDArray[Any]:
         """An array for the output ``name`` where ``sizes`` gives the free dims."""
         spec = self._outputs_by_name[name]
-        return np.empty(spec.shape(sizes), _NUMPY_DTYPES[spec.dtype])
+        return np.empty(spec.shape(sizes), NUMPY_DTYPES[spec.dtype])
 
     def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
         """Copy between arrays."""
@@ -51,14 +49,7 @@ class HostTensors:
             names = tensors.keys() ^ specs.keys()
             assert not names, f"{self._component}: {', '.join(sorted(names))} missing or unknown"
             for name, spec in specs.items():
+                fits = tensors[name].dtype == NUMPY_DTYPES[spec.dtype] and matches(tensors[name].shape, spec)
                 passed = f"{tensors[name].dtype.name} {list(tensors[name].shape)}"
                 expected = f"{spec.dtype} {list(spec.dims)}"
-                assert _fits(tensors[name], spec), f"{self._component}: {name} is {passed}, expected {expected}"
-
-
-def _fits(array: NDArray[Any], spec: TensorSpec) -> bool:
-    dims = array.shape
-    same = len(dims) == len(spec.dims) and all(
-        isinstance(d, str) or d == n for d, n in zip(spec.dims, dims, strict=True)
-    )
-    return same and array.dtype == np.dtype(_NUMPY_DTYPES[spec.dtype])
+                assert fits, f"{self._component}: {name} is {passed}, expected {expected}"

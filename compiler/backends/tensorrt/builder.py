@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx
 
-from qie.compiler.backends.failures import OUT_OF_MEMORY, ending
+from qie.compiler.backends.failures import OUT_OF_MEMORY, SHOWN, ending
 from qie.compiler.backends.local_gpu import no_local_gpu
 from qie.compiler.backends.tensorrt import worker as tensorrt_worker
 from qie.compiler.backends.tensorrt.datatypes import check_datatypes
@@ -44,9 +44,6 @@ STREAMED_SHARE = 0.75
 memory: activations, inputs and outputs need GPU memory too."""
 
 WORKER = Path(tensorrt_worker.__file__)
-
-SHOWN = 3
-"""Maximum number of the compiler's messages in an error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from qie.compiler.backends.failures import OUT_OF_MEMORY, ending
+from qie.compiler.backends.failures import OUT_OF_MEMORY, SHOWN, ending
 from qie.compiler.backends.local_gpu import no_local_gpu
 from qie.compiler.backends.tensorrt_llm.command import ENCODER_FILE, ENCODER_SOURCE, build_command
 from qie.compiler.recipe.schema import Recipe
@@ -39,9 +39,6 @@ SCRIPT = "build.sh"
 
 _ENGINE = "ENGINE"
 """Stands for the folder of the engine in the script."""
-
-SHOWN = 3
-"""Lines of the program's log in an error."""
 
 _TAIL, _LONGEST = 1 << 16, 500
 """Bytes of the log that are read, and characters of a line that are shown."""

@@ -30,13 +30,13 @@ def test_rotary_tables_equal_qwen_embed_rope(axes_dims, grids, text_tokens):
     cos, sin = rotary_tables(RotarySpec(axes_dims=axes_dims), text_tokens=text_tokens, grids=grids)
     assert cos.dtype == sin.dtype == np.float32
     assert cos.shape == sin.shape == (text_tokens + sum(h * w for h, w in grids), sum(axes_dims) // 2)
-    assert_rotations_equal(cos, sin, expected)
+    assert_rotations_equal(cos, sin, expected, text_tokens + max(max(grid) for grid in grids))
 
 
-def assert_rotations_equal(cos, sin, expected):
-    """As torch on any CPU gives them: its power may be off by the last bit of a frequency, of which a position makes
-    many. Rows are text first, then images, so that no position is larger than the number of rows."""
-    tolerance = 2e-7 + len(cos) * 2.0**-24
+def assert_rotations_equal(cos, sin, expected, positions):
+    """As torch on any CPU gives them: its power may be off by the last bit of a frequency, and the largest of
+    ``positions`` makes as many bits of an angle."""
+    tolerance = 2e-7 + positions * 2.0**-24
     np.testing.assert_allclose(cos, expected.real.numpy(), atol=tolerance, rtol=0)
     np.testing.assert_allclose(sin, expected.imag.numpy(), atol=tolerance, rtol=0)
 
@@ -48,7 +48,7 @@ def test_rotary_tables_agree_at_the_end_of_the_table():
     text_tokens = MAX_POSITIONS - 10
     _, text = rope([[(1, 20, 4)]], max_txt_seq_len=text_tokens, device=torch.device("cpu"))
     cos, sin = rotary_tables(RotarySpec(axes_dims=(16, 56, 56)), text_tokens=text_tokens, grids=[(20, 4)])
-    assert_rotations_equal(cos[:text_tokens], sin[:text_tokens], text)
+    assert_rotations_equal(cos[:text_tokens], sin[:text_tokens], text, MAX_POSITIONS)
 
 
 def test_text_starts_behind_the_largest_image():
