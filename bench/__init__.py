@@ -3,6 +3,7 @@
 Each prints a table, and writes its figures with machine and versions as JSON with ``--json FILE``.
 
 - ``cpu_edit``: an edit on the CPU against diffusers, torch.compile and OpenVINO.
+- ``fullsize``: a build of the published model with random weights, stage by stage.
 - ``quantization``: accuracy and speed of every scheme on the pocket model.
 - ``calibrate_block``: time and memory that the calibration of the published transformer needs.
 - ``pocket_quality``: edits of the pocket model against the exact results.

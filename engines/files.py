@@ -23,13 +23,15 @@ __all__ = [
     "read_regular",
     "replacing",
     "sha256_of",
+    "size_of",
     "sync",
     "temporary_name",
     "try_lock",
 ]
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed)", re.DOTALL)
-"""What a process that was killed leaves: half-written (tmp), moved aside (old), or half-deleted (removed).
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{16}|\d+)\.(?P<kind>tmp|old|removed|pieces)", re.DOTALL)
+"""What a process that was killed leaves: half-written (tmp), moved aside (old), half-deleted (removed), or complete
+pieces of an unfinished whole (pieces).
 
 The token is random; the first versions of qie took the number of the process."""
 
@@ -109,6 +111,17 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_of(path: Path, *, alone: bool = False) -> int:
+    """Bytes of a file, or of all files in a folder; ``alone`` leaves out files that have other names."""
+    files = [path] if path.is_file() else path.rglob("*")
+    total = 0
+    for file in files:
+        with suppress(OSError):  # deleted meanwhile
+            stat = file.lstat()
+            total += 0 if file.is_dir() or (alone and stat.st_nlink > 1) else stat.st_size
+    return total
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qie.engines.files import is_leftover, leftovers_of, sync, temporary_name, try_lock
+from qie.engines.files import is_leftover, leftovers_of, size_of, sync, temporary_name, try_lock
 
 __all__ = [
     "WORK_LOCK",
@@ -27,6 +27,8 @@ __all__ = [
     "remove_leftover",
     "replacing_folder",
     "restore_moved",
+    "resumed_bytes",
+    "resumed_folder",
 ]
 
 T = TypeVar("T")
@@ -125,11 +127,47 @@ def replacing_folder(path: Path, *, lock: str = WORK_LOCK) -> Iterator[Path]:
         remove_leftover(folder)
 
 
+@contextmanager
+def resumed_folder(path: Path, *, worth: int) -> Iterator[Path]:
+    """A folder beside ``path`` for pieces of it, which an attempt that failed leaves to the next one.
+
+    It is the folder that an earlier attempt left, or a new one where there is none or another process has it. When the
+    block succeeds it is removed, otherwise it stays if keeping it is worth its place.
+
+    Args:
+        path: what is made of the pieces. A link is followed.
+        worth: bytes from which the pieces of a failed attempt are kept; those of a killed one stay in any case.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, descriptor = _adopt(path) or _create(path, WORK_LOCK, "pieces")
+    try:
+        yield folder
+    except BaseException:
+        os.close(descriptor)
+        if size_of(folder) < worth:
+            remove_leftover(folder)
+        raise
+    os.close(descriptor)
+    remove_leftover(folder)
+
+
+def resumed_bytes(path: Path) -> int:
+    """Bytes that ``resumed_folder`` would take up or free for ``path``."""
+    path = path.resolve()
+    found = [folder for folder, _, kind in leftovers_of(path.parent, path.name) if kind == "pieces"]
+    return sum(size_of(folder, alone=True) for folder in found if not _is_held(folder))
+
+
 def clear_leftovers(path: Path) -> None:
-    """Put ``path`` back where a killed process had moved it aside, and remove what nobody uses of its leftovers."""
+    """Put ``path`` back where a killed process had moved it aside, and remove what nobody uses of its leftovers.
+
+    Pieces stay (``resumed_folder``).
+    """
     restore_moved(path.parent, path.name)
-    for leftover, _, _ in leftovers_of(path.parent, path.name):
-        remove_leftover(leftover)
+    for leftover, _, kind in leftovers_of(path.parent, path.name):
+        if kind != "pieces":
+            remove_leftover(leftover)
 
 
 def restore_moved(parent: Path, name: str | None = None) -> None:
@@ -156,7 +194,9 @@ def remove_folder(path: Path) -> bool:
     aside = temporary_name(path, "removed")
     path.rename(aside)
     sync(path.parent)
-    return remove_leftover(aside)
+    for leftover, _, _ in leftovers_of(path.parent, path.name):
+        remove_leftover(leftover)
+    return not aside.exists()
 
 
 def remove_leftover(folder: Path) -> bool:
@@ -203,10 +243,34 @@ def _remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
-def _create(path: Path, lock: str) -> tuple[Path, int]:
+def _adopt(path: Path) -> tuple[Path, int] | None:
+    """The folder of pieces that an earlier attempt at ``path`` left, and the descriptor of its lock; None without one.
+
+    Where several were left, the others are removed.
+    """
+    found: tuple[Path, int] | None = None
+    for folder, _, kind in leftovers_of(path.parent, path.name):
+        if kind != "pieces":
+            continue
+        if found is not None:
+            remove_leftover(folder)
+            continue
+        try:
+            descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            remove_leftover(folder)
+            continue
+        if try_lock(descriptor, exclusive=True) is True and os.fstat(descriptor).st_nlink:
+            found = folder, descriptor
+        else:
+            os.close(descriptor)
+    return found
+
+
+def _create(path: Path, lock: str, kind: str = "tmp") -> tuple[Path, int]:
     """A new folder beside ``path`` with a locked file in it, and the file's descriptor."""
     while True:
-        folder = temporary_name(path)
+        folder = temporary_name(path, kind)
         folder.mkdir()
         try:
             descriptor = os.open(folder / lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qie.compiler.checkpoint import hub
 from qie.compiler.checkpoint.model import Model, parse_model
 from qie.compiler.checkpoint.safetensors import SafetensorsReader, TensorReader, open_subfolder, read_json
 from qie.compiler.checkpoint.scaled import scaled_reader
+from qie.compiler.checkpoint.shards import Fetched, ShardSource, StreamedReader
 from qie.compiler.checkpoint.subfolders import SUBFOLDERS, Subfolder
 from qie.engines.errors import CheckpointError
 from qie.engines.files import qie_home, replacing
@@ -54,6 +56,7 @@ class Checkpoint:
         revision: the hub's commit, None for a plain folder.
         complete: whether the weights are there and were checked; False where only configs and tokenizer were opened.
         model: what the configs say.
+        fetched: the shard that is on the disk, where weights are fetched one shard at a time.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Checkpoint:
     revision: str | None
     complete: bool
     model: Model = field(repr=False)
+    fetched: Fetched | None = field(default=None, repr=False, compare=False)
 
     def missing_bytes(self) -> int | None:
         """Bytes of weights that ``with_weights`` downloads; None where the hub does not answer."""
@@ -89,13 +93,28 @@ class Checkpoint:
             self.readers()
         return replace(self, complete=True)
 
+    def streamed(self, source: ShardSource, folder: Path, *, progress: StageProgress = no_progress) -> "Checkpoint":
+        """The checkpoint with weights that are fetched from ``source`` into ``folder``, one shard at a time.
+
+        Args:
+            source: of the shards.
+            folder: for one shard; it is deleted when another one is fetched, and by ``fetched.close``.
+            progress: called with the bytes fetched and the bytes of all shards, while fetching.
+
+        Raises:
+            CheckpointError: the source does not answer, or lacks a shard.
+        """
+        checkpoint = replace(self, complete=True, fetched=Fetched(source, folder, progress=progress))
+        checkpoint.readers()
+        return checkpoint
+
     def reader(self, subfolder: Subfolder) -> SafetensorsReader:
         """The tensors of a subfolder under their canonical names; only headers are read here.
 
         Raises:
             CheckpointError: the weights are missing, incomplete or damaged.
         """
-        return open_subfolder(self.path / subfolder, _canonical_text_encoder if subfolder == "text_encoder" else str)
+        return open_subfolder(self.path / subfolder, _canonical(subfolder))
 
     def readers(self) -> dict[Subfolder, TensorReader]:
         """The tensors of every subfolder, float8 weights with their scales applied; only headers are read here.
@@ -103,7 +122,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights are missing, incomplete or damaged, or a scale is of an unknown kind.
         """
-        return {subfolder: scaled_reader(self.reader(subfolder)) for subfolder in SUBFOLDERS}
+        return {subfolder: scaled_reader(self._stored(subfolder)) for subfolder in SUBFOLDERS}
+
+    def _stored(self, subfolder: Subfolder) -> SafetensorsReader | StreamedReader:
+        if self.fetched is None:
+            return self.reader(subfolder)
+        return StreamedReader(self.fetched, self.path, subfolder, _canonical(subfolder))
 
     def check_layers(self) -> None:
         """Compare the numbers of layers in the configs with the weights, as far as these are here.
@@ -118,7 +142,7 @@ class Checkpoint:
         ]
         for subfolder, prefix, key, expected in counts:
             try:
-                names = self.reader(subfolder).names()
+                names = self._stored(subfolder).names()
             except CheckpointError:  # not here yet, or damaged, which opening them says
                 continue
             numbers = {
@@ -142,18 +166,22 @@ class Checkpoint:
         """
         names = ("model_index.json", *_CONFIGS.values(), _PREPROCESSOR, *_TOKENIZER)
         files = [self.path / name for name in names if (self.path / name).is_file()]
-        if self.complete:
-            for subfolder in SUBFOLDERS:
-                reader = self.reader(subfolder)
-                files += sorted({reader.source, *reader.files})
-        total = sum(file.stat().st_size for file in files)
+        known: dict[Path, str] = {}
+        for subfolder in SUBFOLDERS if self.complete else ():
+            reader = self._stored(subfolder)
+            if isinstance(reader, StreamedReader):
+                known |= reader.sha256
+            files += sorted({reader.source, *reader.files})
+        total = sum(file.stat().st_size for file in files if file not in known)
         remembered = _load_remembered(cache)
         whole = hashlib.sha256()
         done = 0
         for file in files:
-            sha256 = _blob_sha256(file) or _remembered_sha256(file, remembered, done, total, progress)
+            sha256 = (
+                known.get(file) or _blob_sha256(file) or _remembered_sha256(file, remembered, done, total, progress)
+            )
             whole.update(f"{file.relative_to(self.path).as_posix()}\0{sha256}\n".encode())
-            done += file.stat().st_size
+            done += 0 if file in known else file.stat().st_size
             progress(done, total)
         if cache is not None:
             _store_remembered(cache, remembered)
@@ -222,6 +250,10 @@ def open_checkpoint(source: str, *, revision: str | None = None, weights: bool =
     )
     checkpoint = Checkpoint(path=path, name=name, revision=revision, complete=False, model=model)
     return checkpoint.with_weights() if weights else checkpoint
+
+
+def _canonical(subfolder: Subfolder) -> Callable[[str], str]:
+    return _canonical_text_encoder if subfolder == "text_encoder" else str
 
 
 def _canonical_text_encoder(name: str) -> str:

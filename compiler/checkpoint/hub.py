@@ -1,16 +1,19 @@
 """Hub ids: their files in huggingface_hub's cache, and what is not there yet. What is cached works offline."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from qie.compiler.checkpoint.safetensors import numpy_dtype
+from qie.compiler.checkpoint.shards import Shard, TensorFacts
 from qie.engines.errors import CheckpointError, first_line
+from qie.engines.files import is_disk_full, size_of
 from qie.engines.progress import StageProgress
 
-__all__ = ["fetch_configs", "fetch_weights", "missing_bytes"]
+__all__ = ["HubShards", "fetch_configs", "fetch_weights", "missing_bytes"]
 
 CONFIG_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.jinja")
 WEIGHT_PATTERNS = (
@@ -63,6 +66,74 @@ def missing_bytes(hub_id: str, commit: str, folder: Path) -> int | None:
     return missing
 
 
+class HubShards:
+    """The shards of a commit of a hub id, for ``qie.compiler.checkpoint.shards``."""
+
+    def __init__(self, hub_id: str, commit: str) -> None:
+        """Ask the hub for the files of the commit.
+
+        Raises:
+            CheckpointError: the hub does not answer.
+        """
+        from huggingface_hub import HfApi
+
+        self._hub_id, self._commit = hub_id, commit
+        try:
+            siblings = HfApi().model_info(hub_id, revision=commit, files_metadata=True).siblings or []
+        except Exception as problem:  # whatever the network raised
+            raise CheckpointError(
+                f"the hub does not list the files of {hub_id} ({first_line(problem)}); check the network, or give a "
+                "folder"
+            ) from problem
+        self.shards = {
+            file.rfilename: Shard(bytes=file.size or 0, sha256=file.lfs.sha256)
+            for file in siblings
+            if file.lfs is not None and any(fnmatch(file.rfilename, pattern) for pattern in WEIGHT_PATTERNS)
+        }
+
+    def tensors(self, path: str) -> Mapping[str, TensorFacts]:
+        """The tensors of a shard in the order of its bytes, from its header.
+
+        Raises:
+            CheckpointError: the hub does not answer, or a dtype is unknown.
+        """
+        from huggingface_hub import HfApi
+
+        try:
+            header = HfApi().parse_safetensors_file_metadata(self._hub_id, path, revision=self._commit)
+        except Exception as problem:
+            raise CheckpointError(
+                f"the hub does not give the header of {path} ({first_line(problem)}); check the network, or give a "
+                "folder"
+            ) from problem
+        in_order = sorted(header.tensors.items(), key=lambda item: item[1].data_offsets[0])
+        return {
+            name: TensorFacts(dtype=numpy_dtype(path, name, info.dtype).name, shape=tuple(info.shape))
+            for name, info in in_order
+        }
+
+    def fetch(self, path: str, target: Path, *, progress: StageProgress) -> None:
+        """Download a shard.
+
+        Raises:
+            CheckpointError: it cannot be downloaded.
+            OSError: it cannot be written.
+        """
+        import huggingface_hub
+
+        folder = target.parent / "download"
+        with _watched(folder, self.shards[path].bytes, progress):
+            try:
+                file = huggingface_hub.hf_hub_download(self._hub_id, path, revision=self._commit, local_dir=folder)
+            except Exception as problem:  # of the network or of the disk
+                if isinstance(problem, OSError) and is_disk_full(problem):
+                    raise
+                raise CheckpointError(
+                    f"{path} cannot be downloaded ({first_line(problem)}); check the network and start again"
+                ) from problem
+            Path(file).replace(target)
+
+
 def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str], *, cached: bool = True) -> Path:
     """The folder of a hub id in the cache, with the files that match ``patterns``.
 
@@ -96,14 +167,14 @@ def _watched(blobs: Path, total: int, progress: StageProgress) -> Iterator[None]
     """Report how ``blobs`` grows while the block runs, in place of the bars that huggingface_hub draws."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    before, done, drawn = _size(blobs), threading.Event(), not are_progress_bars_disabled()
+    before, done, drawn = size_of(blobs), threading.Event(), not are_progress_bars_disabled()
 
     failures: list[BaseException] = []
 
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
             try:
-                progress(min(_size(blobs) - before, total), total)
+                progress(min(size_of(blobs) - before, total), total)
             except BaseException as problem:  # the caller's own, for the caller's thread
                 failures.append(problem)
                 return
@@ -125,12 +196,3 @@ def _watched(blobs: Path, total: int, progress: StageProgress) -> Iterator[None]
         raise failures[0]
     if total:
         progress(total, total)
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in ``folder``; those that are being downloaded have another name when they are complete."""
-    sizes = 0
-    for file in folder.glob("*"):
-        with suppress(FileNotFoundError):
-            sizes += file.stat().st_size
-    return sizes

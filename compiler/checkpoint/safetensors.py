@@ -19,7 +19,17 @@ import numpy.typing as npt
 
 from qie.engines.errors import CheckpointError, first_line
 
-__all__ = ["SafetensorsReader", "TensorReader", "WrappedReader", "open_file", "open_subfolder", "read_json"]
+__all__ = [
+    "STEMS",
+    "SafetensorsReader",
+    "TensorReader",
+    "WrappedReader",
+    "numpy_dtype",
+    "open_file",
+    "open_subfolder",
+    "read_json",
+    "weight_map",
+]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -36,7 +46,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 
-_STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "model")
 """How diffusers and transformers name the weights of a subfolder."""
 
 _DIGITS = 300
@@ -171,13 +181,13 @@ def open_subfolder(folder: Path, canonical: Callable[[str], str] = str) -> Safet
         CheckpointError: there are no weights, a shard is missing or cut short, a header is broken, a tensor that the
             index names is not in its shard, or two tensors get the same name.
     """
-    for stem in _STEMS:
+    for stem in STEMS:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             return _open_shards(index, canonical)
         if single.is_file():
             return open_file(single, canonical)
-    names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS)
+    names = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
     raise CheckpointError(f"{folder} holds no weights, expected {names}; download the checkpoint again")
 
 
@@ -222,13 +232,37 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsReader:
+def weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor, under the names of the file ``index``.
+
+    Raises:
+        CheckpointError: the file is not an index.
+    """
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) and 0 < len(shard) < 200 and Path(shard).name == shard and "\0" not in shard
         for shard in places.values()
     ):
         raise CheckpointError(f"{index} has no usable weight_map (tensor to shard file); download it again")
+    return places
+
+
+def numpy_dtype(path: str | Path, name: str, code: str) -> np.dtype[Any]:
+    """The dtype that safetensors calls ``code``.
+
+    Raises:
+        CheckpointError: it is none that weights of a checkpoint have; ``path`` and ``name`` say which tensor has it.
+    """
+    if code not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {code}, expected one of {', '.join(_DTYPES)}; "
+            "take the checkpoint's bfloat16 original"
+        )
+    return _DTYPES[code]
+
+
+def _open_shards(index: Path, canonical: Callable[[str], str]) -> SafetensorsReader:
+    places = weight_map(index)
     headers: dict[str, dict[str, _Tensor]] = {}
     for name, shard in places.items():
         if shard in headers:
@@ -308,12 +342,7 @@ def _state(descriptor: int) -> tuple[int, ...]:
 
 
 def _parse_entry(path: Path, state: tuple[int, ...], name: str, entry: dict[str, Any], base: int) -> _Tensor:
-    if entry["dtype"] not in _DTYPES:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}; "
-            "take the checkpoint's bfloat16 original"
-        )
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = numpy_dtype(path, name, entry["dtype"]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if len(shape) > _MOST_DIMS:
         raise ValueError(f"{name}: {len(shape)} dims")

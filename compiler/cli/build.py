@@ -47,6 +47,12 @@ def build(
         typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
     ] = None,
     device: DeviceOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Fetch weights one shard at a time and delete each when it was read, to save disk."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop; downloads only the configs.")
     ] = False,
@@ -91,7 +97,7 @@ def build(
     if not overwrite:
         _ask_before_replacing(plan)
     with Bars(enabled=not as_json) as bars:
-        bundle = build_bundle(plan, progress=bars)
+        bundle = build_bundle(plan, stream=stream, progress=bars)
     return _print_built(bundle, as_json=as_json)
 
 

@@ -20,7 +20,7 @@ __all__ = ["build"]
 
 
 @overload
-def build(model: "Plan", *, progress: Progress = ...) -> Bundle: ...
+def build(model: "Plan", *, stream: bool = ..., progress: Progress = ...) -> Bundle: ...
 
 
 @overload
@@ -37,6 +37,7 @@ def build(
     allow_unread: bool = ...,
     device: int | None = ...,
     language: str | None = ...,
+    stream: bool = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
 
@@ -54,12 +55,14 @@ def build(
     allow_unread: bool = False,
     device: int | None = None,
     language: str | None = None,
+    stream: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
 
     What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines of an
-    earlier bundle with an equal key and undamaged files are kept.
+    earlier bundle with an equal key and undamaged files are kept. What a build that failed or was stopped had completed
+    is taken up by the next build of the same destination.
 
     Args:
         model: a plan, or a model as ``plan_build`` takes it; the next ten arguments belong to the latter.
@@ -73,12 +76,14 @@ def build(
         allow_unread: see ``plan_build``.
         device: see ``plan_build``.
         language: see ``plan_build``.
+        stream: fetch weights one shard at a time and delete each when it was read, so that the disk never holds the
+            checkpoint. A folder that has its weights is read as it is.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
             another thread.
 
     Raises:
         QieError: the model cannot be planned (see ``plan_build``) or built (see ``check_buildable``, ``check_fit`` and
-            ``check_download``), its weights are damaged, or a builder failed. Nothing half-written is left.
+            ``check_download``), its weights are damaged, or a builder failed. Nothing is left that loads.
     """
     if isinstance(model, str | Path):
         plan = plan_build(
@@ -102,13 +107,22 @@ def build(
         plan = model
 
     from qie.compiler.packing.pack import pack
+    from qie.compiler.packing.pieces import open_pieces
+    from qie.compiler.packing.shard_sources import shard_source
+    from qie.compiler.packing.writing import disk_errors
     from qie.compiler.planning.checks import check_buildable, check_download
     from qie.compiler.planning.estimate import check_fit
     from qie.engines.folders import clear_leftovers
 
     clear_leftovers(plan.destination.resolve())
-    check_buildable(plan)
+    source = shard_source(plan.checkpoint) if stream else None
+    check_buildable(plan, more_bytes=0 if source is None else max(shard.bytes for shard in source.shards.values()))
     check_fit(plan)
-    check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
-    checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
-    return pack(replace(plan, checkpoint=checkpoint), progress=progress)
+    if source is None:
+        check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
+    with disk_errors(plan.destination, plan.disk_bytes), open_pieces(plan.destination) as pieces:
+        if source is None:
+            checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
+        else:
+            checkpoint = plan.checkpoint.streamed(source, pieces.folder / "shard", progress=partial(progress, "fetch"))
+        return pack(replace(plan, checkpoint=checkpoint), pieces, progress=progress)

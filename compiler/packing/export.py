@@ -14,8 +14,9 @@ from qie.compiler.backends.vllm.checkpoint import FILES
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.packing.pack import checkpoint_readers, writing
+from qie.compiler.packing.readers import checkpoint_readers
 from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_tensorrt_llm, write_transformers
+from qie.compiler.packing.writing import writing
 from qie.compiler.planning.checks import check_calibrated, check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.sources import language_settings

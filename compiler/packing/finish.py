@@ -4,8 +4,9 @@ import shutil
 from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
-from qie.compiler.packing.pack import build_engine, drop_graph, writing
+from qie.compiler.packing.engines import build_engine, drop_graph
 from qie.compiler.packing.take_over import take_over
+from qie.compiler.packing.writing import writing
 from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle

@@ -1,39 +1,29 @@
-"""Carries out a plan: streams weights, builds engines and packs them into a bundle that is complete or absent."""
+"""Carries out a plan: makes the pieces of a bundle and puts them together in a folder that is complete or absent."""
 
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import qie
-from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache
-from qie.compiler.checkpoint.lora import fused_reader
-from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
-from qie.compiler.checkpoint.unread import check_unread
-from qie.compiler.packing.sources import write_source
-from qie.compiler.packing.take_over import take_over
+from qie.compiler.packing.items import items
+from qie.compiler.packing.make import make_pieces
+from qie.compiler.packing.pieces import Piece, Pieces
+from qie.compiler.packing.readers import checkpoint_readers
+from qie.compiler.packing.schedules import ModulationPiece
+from qie.compiler.packing.writing import writing
 from qie.compiler.planning.estimate import estimate
-from qie.compiler.planning.keys import engine_key, graph_keys, reusable_engines
-from qie.compiler.planning.plan import Plan, recipe_schedules
+from qie.compiler.planning.keys import graph_keys, modulation_key
+from qie.compiler.planning.plan import Plan
 from qie.compiler.quantization import calibration
-from qie.compiler.quantization.smoothing import smoothed_reader
-from qie.compiler.recipe.schema import Recipe, to_toml
-from qie.compiler.weights.modulation import write_modulation
-from qie.engines.backends import BACKENDS
+from qie.compiler.recipe.schema import to_toml
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA,
     Defaults,
-    EngineRecord,
     FileRecord,
-    GraphRecord,
     LoraRecord,
     Manifest,
     ModelRecord,
@@ -43,117 +33,65 @@ from qie.engines.bundle.manifest import (
 )
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.cache import encoder_cache_on_disk, tables_cache
-from qie.engines.errors import BuildError, BundleError
-from qie.engines.files import is_disk_full
-from qie.engines.folders import replacing_folder
-from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
+from qie.engines.errors import BundleError
 from qie.engines.progress import Progress
 
-__all__ = [
-    "build_engine",
-    "checkpoint_readers",
-    "drop_graph",
-    "pack",
-    "writing",
-]
+__all__ = ["pack"]
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def pack(plan: Plan, *, progress: Progress) -> Bundle:
+def pack(plan: Plan, pieces: Pieces, *, progress: Progress) -> Bundle:
     """Carry out ``plan``, whose checkpoint has its weights; see ``qie.compiler.packing.build.build``.
 
+    Args:
+        plan: of the build.
+        pieces: what an earlier attempt made, and where this one makes its own.
+        progress: see ``build``.
+
     Raises:
-        QieError: see ``checkpoint_readers``, ``write_weights`` and the builders; nothing half-written is left.
+        QieError: see ``checkpoint_readers``, ``make_pieces`` and the builders; nothing half-written is left.
     """
+    old = _earlier(plan.destination)
+    made, digest = _pieces(plan, pieces, old, progress)
     with writing(plan.destination, plan.disk_bytes) as folder:
-        _fill(folder, plan, progress)
+        for key, piece in made.items():
+            pieces.place(key, piece, folder)
+        manifest = _manifest(plan, folder, digest, tuple(made.values()))
+        write_manifest(manifest, folder)
+        if old is not None:
+            _drop_cached(old, manifest)
     return open_bundle(plan.destination.absolute())
 
 
-@contextmanager
-def writing(destination: Path, needed: int, *, lock: str = MANIFEST) -> Iterator[Path]:
-    """A folder that replaces ``destination`` when the block succeeds; ``needed`` bytes are for the error message.
-
-    ``lock``: see ``replacing_folder``.
-
-    Raises:
-        BuildError: the folder cannot be written, or the disk is full.
-    """
-    try:
-        with replacing_folder(destination, lock=lock) as folder:
-            yield folder
-    except OSError as problem:
-        if is_disk_full(problem):
-            raise BuildError(
-                f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose a folder "
-                "on another disk",
-                option="out",
-            ) from problem
-        raise BuildError(
-            f"{destination} cannot be written ({problem}); choose another folder", option="out"
-        ) from problem
-
-
-def checkpoint_readers(plan: Plan) -> Mapping[Subfolder, TensorReader]:
-    """Readers of all subfolders: the transformer's with the LoRAs fused, all with the smoothing of the plan.
-
-    Raises:
-        CheckpointError: weights are incomplete, or a LoRA does not belong to the model.
-    """
-    readers = plan.checkpoint.readers()
-    if not plan.allow_unread:
-        check_unread(readers, plan.read, plan.model)
-    if plan.loras:
-        readers["transformer"] = fused_reader(readers["transformer"], plan.loras)
-    for planned in plan.components:
-        if planned.smoothing_groups:
-            name = planned.graph.subfolder
-            readers[name] = smoothed_reader(readers[name], planned.smoothing_groups, planned.smoothing_scales)
-    return readers
-
-
-def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
-    checkpoint, recipe = plan.checkpoint, plan.recipe
+def _pieces(plan: Plan, pieces: Pieces, old: Bundle | None, progress: Progress) -> tuple[dict[str, Piece], str]:
+    """Make what ``pieces`` lacks: the pieces by their keys, in the order of the plan, and the checkpoint's digest."""
     readers = checkpoint_readers(plan)
-    digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
-    if plan.calibration is not None and recipe.quantizes:
+    digest = plan.checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    if plan.calibration is not None and plan.recipe.quantizes:
         plan.calibration.check_model(digest)
-    keys = graph_keys(plan, digest)
-    old = _earlier(plan.destination)
-    reusable = reusable_engines(plan, keys, old)
-    engines: list[EngineRecord] = []
-    graphs: list[GraphRecord] = []
-    for planned in plan.components:
-        start = time.perf_counter()
-        engine = reusable.get(planned.component)
-        if engine is not None and not (old is not None and take_over(engine_files(engine), old, folder)):
-            engine = None
-        source = partial(write_source, planned, plan, keys[planned.component], readers, old, folder, progress=progress)
-        if planned.finish is not None:
-            graphs.append(source(planned.finish))
-        if engine is None and planned.backend is not None:
-            kept = graphs[-1:] if planned.finish is not None and _same_source(planned.finish, planned.backend) else []
-            graph = kept[0] if kept else source(planned.backend)
-            engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
-            engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
-            if not kept:
-                drop_graph(graph, engine, folder)
-        if engine is not None:
-            engines.append(engine)
-    modulation = write_modulation(
-        plan.model.transformer,
-        readers,
-        folder,
-        tables="bfloat16" if recipe.components.transformer.precision == "bfloat16" else "float32",
-        progress=partial(progress, "modulation"),
-    )
+    wanted = items(plan, graph_keys(plan, digest))
+    modulation = modulation_key(plan, digest)
+    keys = [*(item.key for item in wanted), modulation]
+    pieces.retain(keys)
+    others = [] if pieces.find(modulation) else [ModulationPiece(plan, modulation, pieces, readers)]
+    make_pieces(plan, wanted, pieces, readers, old, others, progress=progress)
+    made = {key: pieces.find(key) for key in keys}
+    assert None not in made.values()
+    return {key: piece for key, piece in made.items() if piece is not None}, digest
+
+
+def _manifest(plan: Plan, folder: Path, digest: str, made: tuple[Piece, ...]) -> Manifest:
+    """The manifest of what is in ``folder``; writes the tokenizer and the calibration there."""
+    checkpoint, recipe = plan.checkpoint, plan.recipe
     load_tokenizer(checkpoint.path).save(str(folder / TOKENIZER_FILE), pretty=False)
     default = plan.model.schedules(recipe)[0]
-    manifest = Manifest(
+    modulation = next(piece for piece in made if piece.modulation is not None)
+    assert modulation.modulation is not None
+    return Manifest(
         schema=SCHEMA,
         qie=qie.__version__,
-        model=_model_record(checkpoint, digest=digest, modulation=modulation),
+        model=_model_record(checkpoint, digest=digest, modulation=modulation.modulation),
         loras=tuple(LoraRecord(name=o.name, sha256=o.digest(), weight=o.weight) for o in plan.loras),
         recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
         limits=plan.model.limits(recipe),
@@ -166,47 +104,11 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         ),
         tokenizer=file_record(folder, TOKENIZER_FILE),
         calibration=_calibration(folder, plan),
-        schedules=_write_schedules(folder, plan, modulation, progress),
-        engines=tuple(engines),
-        graphs=tuple(graphs),
+        schedules=modulation.files,
+        engines=tuple(engine for piece in made for engine in piece.engines),
+        graphs=tuple(graph for piece in made for graph in piece.graphs),
         planned_bytes=estimate(plan).gpu_bytes,
     )
-    write_manifest(manifest, folder)
-    if old is not None:
-        _drop_cached(old, manifest)
-
-
-def build_engine(
-    backend: str, graph: GraphRecord, folder: Path, recipe: Recipe, progress: Progress, device: int | None = None
-) -> EngineRecord:
-    """Build an engine of ``graph``, whose files lie in ``folder``, into the same folder, on the GPU ``device``.
-
-    Raises:
-        RecipeError, BuildError: see the backend's builder.
-    """
-    return BUILDERS[backend].build(
-        graph,
-        folder,
-        key=engine_key(graph.key, backend, recipe, graph.profiles),
-        recipe=recipe,
-        device=device,
-        progress=partial(progress, f"compile {graph.component}"),
-    )
-
-
-def drop_graph(graph: GraphRecord, engine: EngineRecord, folder: Path) -> None:
-    """Delete the files of ``graph`` that ``engine``, built from it, does not use."""
-    for record in graph.files:
-        if record not in engine.files:
-            (folder / record.path).unlink()
-    parent = (folder / graph.path).parent
-    if parent != folder and not any(parent.iterdir()):
-        parent.rmdir()
-
-
-def engine_files(engine: EngineRecord) -> tuple[FileRecord, ...]:
-    """All files of ``engine`` in its bundle."""
-    return engine.files if engine.structure is None else (*engine.files, engine.structure)
 
 
 def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: ModulationRecord) -> ModelRecord:
@@ -248,10 +150,6 @@ def _drop_cached(old: Bundle, manifest: Manifest) -> None:
         encoder_cache_on_disk().drop(engine.key)
 
 
-def _same_source(one: str, other: str) -> bool:
-    return BACKENDS[one].source == BACKENDS[other].source
-
-
 def _earlier(destination: Path) -> Bundle | None:
     """The bundle at ``destination``; None where there is none, or it does not open."""
     if not (destination / MANIFEST).is_file():
@@ -260,18 +158,3 @@ def _earlier(destination: Path) -> Bundle | None:
         return open_bundle(destination.absolute())
     except BundleError:
         return None
-
-
-def _write_schedules(
-    folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
-) -> tuple[FileRecord, ...]:
-    """The modulation tables of the recipe's schedules."""
-    schedules = recipe_schedules(plan.model, plan.recipe)
-    records = []
-    weights = BundleModulation(folder, modulation)
-    for number, values in enumerate(schedules):
-        name = f"{SCHEDULES}/{table_name(modulation, values)}"
-        store_tables(compute_tables(weights, modulation, values), modulation, folder / name)
-        records.append(file_record(folder, name))
-        progress("schedules", number + 1, len(schedules))
-    return tuple(records)

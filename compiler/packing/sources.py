@@ -1,7 +1,6 @@
-"""Writes what engines are made from into a bundle: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
+"""Writes what engines are made from into a folder: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,89 +8,94 @@ from qie.compiler.backends.tensorrt_llm.builder import write_files
 from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
 from qie.compiler.backends.tensorrt_llm.tensors import whole_groups
 from qie.compiler.backends.vllm.checkpoint import FILES, write_text_encoder
-from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.graph import write_graph
-from qie.compiler.packing.take_over import take_over
-from qie.compiler.planning.keys import source_key
+from qie.compiler.packing.items import Target
+from qie.compiler.packing.readers import Readers
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.sources import language_settings, text_encoder_settings
-from qie.compiler.weights.stream import write_weights
+from qie.compiler.quantization.linears import linear_inputs
+from qie.compiler.recipe.schema import BackendName
+from qie.compiler.weights.stream import WeightFile
 from qie.engines.backends import BACKENDS, Source
-from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["LLM_FOLDER", "TEXT_ENCODER", "write_source", "write_tensorrt_llm", "write_transformers"]
+__all__ = [
+    "LLM_FOLDER",
+    "TEXT_ENCODER",
+    "weights_name",
+    "write_graph_source",
+    "write_other_source",
+    "write_tensorrt_llm",
+    "write_transformers",
+]
 
 LLM_FOLDER = "language.tensorrt-llm"
 """Folder of the checkpoint for TensorRT-LLM."""
-
-Readers = Mapping[Subfolder, TensorReader]
 
 TEXT_ENCODER = "text_encoder.vllm"
 """Name of the folder of the text encoder."""
 
 
-def write_source(
-    planned: PlannedComponent,
-    plan: Plan,
-    key: str,
-    readers: Readers,
-    old: Bundle | None,
-    folder: Path,
-    backend: str,
-    *,
-    progress: Progress,
-) -> GraphRecord:
-    """Write what the engine of ``backend`` is made from into ``folder``, or take it over from an earlier bundle.
+def weights_name(target: Target) -> str:
+    """Name of the file of a graph's weights."""
+    return f"{target.stem}.weights"
+
+
+def write_graph_source(target: Target, written: WeightFile, folder: Path, backend: BackendName) -> GraphRecord:
+    """Write the graph of ``target`` beside its weights, which are in ``folder`` already.
 
     Args:
-        planned: the component.
+        target: a part of a component.
+        written: its weights.
+        folder: of the piece.
+        backend: that the engine is for.
+    """
+    name = f"{target.stem}.onnx"
+    write_graph(target.graph, folder / name, weights_name(target), written.places)
+    weights = FileRecord(path=weights_name(target), bytes=written.bytes, sha256=written.sha256)
+    return _record(target, backend, name, (file_record(folder, name), weights))
+
+
+def write_other_source(
+    target: Target, plan: Plan, readers: Readers, folder: Path, backend: BackendName, *, progress: Progress
+) -> GraphRecord:
+    """Write what the engine of ``backend`` is made from, where that is no graph.
+
+    Args:
+        target: a component.
         plan: of the build.
-        key: of the component's graph and weights.
         readers: of the checkpoint, with everything folded into its tensors.
-        old: the earlier bundle; None where there is none.
-        folder: of the new bundle.
+        folder: of the piece.
         backend: that the engine is for.
         progress: called with (component, bytes done, bytes in all).
 
     Raises:
         QieError: the weights cannot be read, or a disk is full.
     """
-    source = BACKENDS[backend].source
-    shapes = profiles(planned.graph, plan.recipe, plan.model)
-    key = source_key(key, source, shapes)
-    if old is not None:
-        for graph in old.manifest.graphs:
-            if graph.key == key and take_over(graph.files, old, folder):
-                return replace(graph, backend=backend, profiles=shapes)
-    path, files = _WRITERS[source](planned, plan, readers, folder, partial(progress, planned.component))
+    write = _WRITERS[BACKENDS[backend].source]
+    path, files = write(target.planned, plan, readers, folder, partial(progress, target.planned.component))
+    return _record(target, backend, path, files)
+
+
+def _record(target: Target, backend: BackendName, path: str, files: tuple[FileRecord, ...]) -> GraphRecord:
+    """The record of what the engine of ``backend`` is made from."""
     return GraphRecord(
-        component=planned.component,
+        component=target.planned.component,
         backend=backend,
-        precision=planned.graph.dtype,
-        key=key,
+        precision=target.graph.dtype,
+        key=target.source_key(backend),
         path=path,
         files=files,
-        inputs=planned.graph.inputs,
-        outputs=planned.graph.outputs,
-        parameters=planned.graph.parameters(),
-        quantization=_quantization(planned, source),
-        profiles=shapes,
+        inputs=target.graph.inputs,
+        outputs=target.graph.outputs,
+        parameters=target.graph.parameters(),
+        quantization=_quantization(target, BACKENDS[backend].source),
+        profiles=target.shapes,
+        part=target.number,
     )
-
-
-def _write_graph(
-    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
-) -> tuple[str, tuple[FileRecord, ...]]:
-    graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
-    written = write_weights(planned.graph.weights, readers, folder / weights_name, progress=progress)
-    write_graph(planned.graph, folder / graph_name, weights_name, written.places)
-    weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
-    return graph_name, (file_record(folder, graph_name), weights)
 
 
 def write_tensorrt_llm(
@@ -155,15 +159,19 @@ def write_transformers(
 
 
 _WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
-    "graph": _write_graph,
     "tensorrt-llm": write_tensorrt_llm,
     "transformers": write_transformers,
 }
-"""Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
+"""Source, but a graph -> what writes it into a folder: the path of the file that is opened, and the records of all."""
 
 
-def _quantization(planned: PlannedComponent, source: Source) -> QuantizationRecord | None:
+def _quantization(target: Target, source: Source) -> QuantizationRecord | None:
+    planned = target.planned
     if planned.scheme == "none":
         return None
-    quantized = len(whole_groups(planned.amax)) if source == "tensorrt-llm" else planned.quantized
-    return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=planned.linears)
+    if source == "tensorrt-llm":
+        quantized, linears = len(whole_groups(planned.amax)), planned.linears
+    else:
+        quantized = sum(w.quantizer is not None and w.scale_of is None for w in target.graph.weights)
+        linears = quantized + len(linear_inputs(target.graph))
+    return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=linears)

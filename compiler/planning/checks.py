@@ -13,12 +13,17 @@ from qie.engines.bundle.bundle import Bundle, foreign_files, is_bundle, open_bun
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, CalibrationError
 from qie.engines.files import existing, is_leftover
+from qie.engines.folders import resumed_bytes
 
 __all__ = ["check_buildable", "check_calibrated", "check_download", "missing_builder", "other_bundle"]
 
 
-def check_buildable(plan: Plan) -> None:
+def check_buildable(plan: Plan, *, more_bytes: int = 0) -> None:
     """Reject a plan that cannot be built here; no weights are read.
+
+    Args:
+        plan: of the build.
+        more_bytes: that the build needs on the disk of the destination for a while.
 
     Raises:
         BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
@@ -44,10 +49,11 @@ def check_buildable(plan: Plan) -> None:
         raise BuildError(
             f"{path} is the name of a temporary folder, or no text in UTF-8; choose another folder", option="out"
         )
-    free = shutil.disk_usage(existing(path)).free
-    if plan.disk_bytes > free:
+    free = shutil.disk_usage(existing(path)).free + resumed_bytes(path)
+    needed = plan.disk_bytes + more_bytes
+    if needed > free:
         raise BuildError(
-            f"building the bundle needs {plan.disk_bytes:,} bytes, {existing(path)} has {free:,} free; "
+            f"building the bundle needs {needed:,} bytes, {existing(path)} has {free:,} free; "
             "free some space or choose a folder on another disk",
             option="out",
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import qie
 from qie.compiler.backends import BUILDERS
-from qie.compiler.planning.plan import Plan
+from qie.compiler.planning.plan import Plan, recipe_schedules
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.backends import BACKENDS, Source
@@ -20,10 +20,10 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
 
-__all__ = ["engine_key", "graph_keys", "reusable_engines", "source_key"]
+__all__ = ["engine_key", "graph_keys", "modulation_key", "source_key"]
 
 
-def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
+def graph_keys(plan: Plan, digest: str) -> dict[Component, tuple[str, ...]]:
     """The key of each component's graph and weights; ``digest`` is the checkpoint's.
 
     Components whose engines are made from one text encoder share its files, so all of them decide each one's key.
@@ -44,7 +44,23 @@ def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
         for planned in plan.components
     }
     shared = {planned.component: keys[planned.component] for planned in plan.components if planned.in_text_encoder}
-    return keys | {component: _sha256({"component": component, "text_encoder": shared}) for component in shared}
+    keys |= {component: _sha256({"component": component, "text_encoder": shared}) for component in shared}
+    return {component: (key,) for component, key in keys.items()}
+
+
+def modulation_key(plan: Plan, digest: str) -> str:
+    """The key of the modulation's files; ``digest`` is the checkpoint's."""
+    transformer = next(planned for planned in plan.components if planned.component == "transformer")
+    return _sha256(
+        {
+            "checkpoint": digest,
+            "loras": [[lora.digest(), lora.weight] for lora in plan.loras],
+            "smoothing": {name: _sha256_of(values) for name, values in transformer.smoothing_scales.items()},
+            "schedules": [_sha256_of(values) for values in recipe_schedules(plan.model, plan.recipe)],
+            "stored": [transformer.precision],
+            "versions": {"qie": qie.__version__, "numpy": np.__version__},
+        }
+    )
 
 
 def source_key(graph: str, source: Source, shapes: tuple[ProfileRecord, ...]) -> str:
@@ -68,25 +84,6 @@ def engine_key(
         decided_by["shapes"] = to_plain(shapes)
         decided_by["limits"] = [recipe.memory_gib, recipe.limits.build_workspace_gib]
     return _sha256(decided_by)
-
-
-def reusable_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
-    """The engines of ``old``, an earlier bundle at the destination, that the plan would build again.
-
-    Args:
-        plan: the build.
-        graphs: keys of the plan's graphs.
-        old: None where there is no earlier bundle.
-    """
-    if old is None:
-        return {}
-    keys = {}
-    for planned in plan.components:
-        if planned.backend is not None:
-            shapes = profiles(planned.graph, plan.recipe, plan.model)
-            source = source_key(graphs[planned.component], BACKENDS[planned.backend].source, shapes)
-            keys[planned.component] = engine_key(source, planned.backend, plan.recipe, shapes)
-    return {e.component: e for e in old.manifest.engines if keys.get(e.component) == e.key}
 
 
 def _sha256_of(values: NDArray[np.float32]) -> str:

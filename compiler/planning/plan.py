@@ -90,6 +90,10 @@ class PlannedComponent:
     smoothing_scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
+    def parts(self) -> tuple[Graph, ...]:
+        return (self.graph,)
+
+    @property
     def computes(self) -> str:
         """Precision and schemes, for people: ``bfloat16, fp8``."""
         attention = f"{self.attention} attention" if self.attention != "none" else "none"

@@ -97,3 +97,27 @@ class CheckpointModulation:
             CheckpointError: the tensor is missing, of another shape or not finite.
         """
         return prepare(self._weights[name], self._reader.read(name)).astype(np.float32)
+
+
+class ModulationFile:
+    def __init__(self, config, reader, folder, *, schedules, tables, mode):
+        self.a = (config, reader, folder, schedules, tables)
+        self.first = ()
+        self.sources = [("transformer", w.name) for w in modulation_weights(config, reader)]
+
+    def take(self, *a):
+        pass
+
+    def finish(self):
+        from qie.engines.bundle.manifest import file_record
+        from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
+
+        config, reader, folder, schedules, tables = self.a
+        self.record = write_modulation(config, {"transformer": reader}, folder, tables=tables)
+        out = []
+        w = BundleModulation(folder, self.record)
+        for v in schedules:
+            name = f"{SCHEDULES}/{table_name(self.record, v)}"
+            store_tables(compute_tables(w, self.record, v), self.record, folder / name)
+            out.append(file_record(folder, name))
+        self.tables = tuple(out)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qie.engines.bundle.bundle import bundles_folder
-from qie.engines.files import leftovers_of, qie_home
+from qie.engines.files import leftovers_of, qie_home, size_of
 from qie.engines.folders import leftovers, remove_leftover
 
 __all__ = ["Unneeded", "remove", "unneeded"]
@@ -42,7 +42,7 @@ def unneeded() -> tuple[Unneeded, ...]:
     folders = leftovers(bundles_folder())
     found = [(path, f"left by a stopped build or deletion of {_name_of(path)}") for path in folders]
     found += [(qie_home() / name, what) for name, what in _CACHES.items() if (qie_home() / name).exists()]
-    return tuple(Unneeded(path=path, what=what, bytes=_size(path)) for path, what in found)
+    return tuple(Unneeded(path=path, what=what, bytes=size_of(path)) for path, what in found)
 
 
 def remove(item: Unneeded) -> bool:
@@ -58,14 +58,3 @@ def remove(item: Unneeded) -> bool:
 
 def _name_of(path: Path) -> str:
     return next(name for leftover, name, _ in leftovers_of(path.parent) if leftover == path)
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    total = 0
-    for file in files:
-        try:
-            total += file.lstat().st_size if not file.is_dir() else 0
-        except OSError:  # deleted meanwhile
-            continue
-    return total

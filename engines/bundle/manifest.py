@@ -85,6 +85,11 @@ class FileRecord:
             raise ValueError(f"the sha256 is {self.sha256!r}, expected 64 hex digits")
 
 
+def stem(component: Component, number: int, count: int) -> str:
+    """The beginning of the names of the files of a part."""
+    return component if count == 1 else f"{component}.{number}"
+
+
 def file_record(folder: Path, name: str) -> FileRecord:
     """The record of the file ``name`` in ``folder``, which is read for its checksum."""
     path = folder / name

@@ -21,6 +21,8 @@ from qie.engines.folders import (
     remove_leftover,
     replacing_folder,
     restore_moved,
+    resumed_bytes,
+    resumed_folder,
 )
 
 MANIFEST = "manifest.json"
@@ -327,3 +329,56 @@ def test_what_cannot_be_held(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "mine")
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Pieces that the next attempt takes up
+
+
+def test_pieces_stay_after_a_failure_and_go_after_success(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    with pytest.raises(RuntimeError), resumed_folder(path, worth=1) as first:
+        (first / "piece").write_text("12345")
+        raise RuntimeError
+    assert first.is_dir() and resumed_bytes(path) == 5
+    with resumed_folder(path, worth=1) as second:
+        assert second == first and (second / "piece").read_text() == "12345"
+        assert resumed_bytes(path) == 0  # somebody has them
+    assert names(tmp_path) == []
+
+
+def test_a_folder_of_little_worth_goes_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumed_folder(tmp_path / "mine", worth=1):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_pieces_that_another_process_has_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    with resumed_folder(path, worth=1) as one:
+        (one / "piece").touch()
+        with resumed_folder(path, worth=1) as other:
+            assert other != one and names(other) == [module.WORK_LOCK]
+        clear_leftovers(path)
+        assert (one / "piece").exists()
+
+
+def test_of_several_folders_of_pieces_one_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    for token in ("0" * 16, "1" * 16):
+        folder = tmp_path / f".mine.{token}.pieces"
+        folder.mkdir()
+        (folder / module.WORK_LOCK).touch()
+        (folder / "piece").touch()
+    with resumed_folder(path, worth=1) as folder:
+        assert names(tmp_path) == [folder.name]
+
+
+def test_pieces_outlive_a_replaced_folder_and_go_with_a_removed_one(tmp_path: Path) -> None:
+    path = make(tmp_path / "mine", "old")
+    with pytest.raises(RuntimeError), resumed_folder(path, worth=1) as folder:
+        (folder / "piece").write_text("1")
+        raise RuntimeError
+    replace_by(path, "new")
+    assert folder.exists() and folder in leftovers(tmp_path)
+    assert remove_folder(path)
+    assert names(tmp_path) == []

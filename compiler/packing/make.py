@@ -1,0 +1,179 @@
+"""Makes the pieces of a bundle: weights in one pass over the checkpoint's files, engines as soon as theirs are there."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.checkpoint.subfolders import SUBFOLDERS
+from qie.compiler.packing.engines import build_engine, engine_files
+from qie.compiler.packing.items import Item, Target
+from qie.compiler.packing.pieces import Piece, Pieces
+from qie.compiler.packing.readers import Readers
+from qie.compiler.packing.sources import weights_name, write_graph_source, write_other_source
+from qie.compiler.packing.take_over import take_over
+from qie.compiler.planning.plan import Plan
+from qie.compiler.recipe.schema import BackendName
+from qie.compiler.weights.consumer import Consumer
+from qie.compiler.weights.passes import WeightsFile, stream
+from qie.compiler.weights.stream import WeightFile
+from qie.engines.backends import BACKENDS
+from qie.engines.bundle.bundle import Bundle
+from qie.engines.bundle.manifest import EngineRecord, GraphRecord
+from qie.engines.progress import Progress
+
+__all__ = ["make_pieces"]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    """An item that is being made in the folder ``work``, with what an earlier bundle had of it."""
+
+    item: Item
+    work: Path
+    engines: dict[Target, EngineRecord] = field(default_factory=dict)
+    graphs: dict[Target, GraphRecord] = field(default_factory=dict)
+
+    def missing(self) -> list[tuple[Target, BackendName]]:
+        """The targets without an engine, and the backend that builds it."""
+        return [(t, t.planned.backend) for t in self.item.targets if t.planned.backend and t not in self.engines]
+
+    def weights(self) -> list[Target]:
+        """The targets whose graph has to be written: to stay, or for an engine."""
+        stay = [t for t in self.item.targets if _is_graph(t.planned.finish) and t not in self.graphs]
+        build = [t for t, backend in self.missing() if _is_graph(backend) and not _kept(self, t, backend)]
+        return list(dict.fromkeys((*stay, *build)))
+
+
+def make_pieces(
+    plan: Plan,
+    items: Sequence[Item],
+    pieces: Pieces,
+    readers: Readers,
+    old: Bundle | None,
+    others: Sequence[Consumer],
+    *,
+    progress: Progress,
+) -> None:
+    """Make every piece of ``items`` that ``pieces`` lacks.
+
+    The files of a subfolder are read once. An engine is built as soon as its weights are complete, and they are deleted
+    before the next ones are read.
+
+    Args:
+        plan: of the build.
+        items: what is built.
+        pieces: where the pieces go; what an earlier attempt left is in it.
+        readers: of the checkpoint, with everything folded into its tensors.
+        old: an earlier bundle, whose engines are taken over where their keys are equal; None without one.
+        others: what else reads the checkpoint in the same passes.
+        progress: called with (kind of work, bytes or units done, bytes or units in all).
+
+    Raises:
+        QieError: see the writers and builders.
+        OSError: the disk is full or cannot be written.
+    """
+    jobs = [_begin(item, pieces, old) for item in items if pieces.find(item.key) is None]
+    waiting: dict[int, tuple[_Job, dict[Target, WeightsFile]]] = {}
+    for job in jobs:
+        files = {t: WeightsFile(t.graph.weights, job.work / weights_name(t)) for t in job.weights()}
+        if files:
+            waiting[id(job)] = (job, files)
+        else:
+            _complete(job, {}, plan, readers, pieces, progress)
+    for subfolder in SUBFOLDERS:
+        owners = {
+            id(file): job
+            for job, files in waiting.values()
+            for target, file in files.items()
+            if target.graph.subfolder == subfolder
+        }
+        consumers: list[Consumer] = [
+            file for _, files in waiting.values() for file in files.values() if id(file) in owners
+        ]
+        consumers += [other for other in others if {s for s, _ in other.sources} == {subfolder}]
+        if not consumers:
+            continue
+        for consumer in stream(consumers, readers, subfolder, progress=partial(progress, f"weights of {subfolder}")):
+            job = owners.get(id(consumer))
+            if job is not None:
+                _, files = waiting[id(job)]
+                if all(file.written is not None for file in files.values()):
+                    done = {target: file.written for target, file in files.items() if file.written is not None}
+                    _complete(job, done, plan, readers, pieces, progress)
+
+
+def _begin(item: Item, pieces: Pieces, old: Bundle | None) -> _Job:
+    """Start on ``item`` with what ``old`` has of it."""
+    job = _Job(item=item, work=pieces.begin(item.key))
+    if old is None:
+        return job
+    for target in item.targets:
+        for engine in old.manifest.engines:
+            if engine.key == target.engine and take_over(engine_files(engine), old, job.work):
+                job.engines[target] = engine
+        finish = target.planned.finish
+        for graph in old.manifest.graphs:
+            if finish and graph.key == target.source_key(finish) and take_over(graph.files, old, job.work):
+                job.graphs[target] = replace(graph, backend=finish, profiles=target.shapes)
+    return job
+
+
+def _complete(
+    job: _Job,
+    written: Mapping[Target, WeightFile],
+    plan: Plan,
+    readers: Readers,
+    pieces: Pieces,
+    progress: Progress,
+) -> None:
+    """Build what ``job`` still lacks, and keep it."""
+    for target in job.item.targets:
+        finish = target.planned.finish
+        if finish is not None and target not in job.graphs:
+            job.graphs[target] = _source(target, finish, plan, readers, job.work, written, progress)
+    for target, backend in job.missing():
+        start = time.perf_counter()
+        kept = _kept(job, target, backend)
+        graph = kept or _source(target, backend, plan, readers, job.work, written, progress)
+        engine = build_engine(backend, graph, job.work, plan.recipe, progress, plan.device)
+        job.engines[target] = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+    stay = {record.path for graph in job.graphs.values() for record in graph.files}
+    stay |= {record.path for engine in job.engines.values() for record in engine_files(engine)}
+    for entry in sorted(job.work.rglob("*"), reverse=True):
+        if entry.is_dir():
+            if not any(entry.iterdir()):
+                entry.rmdir()
+        elif entry.relative_to(job.work).as_posix() not in stay:
+            entry.unlink()
+    targets = job.item.targets
+    engines = tuple(job.engines[target] for target in targets if target in job.engines)
+    graphs = tuple(job.graphs[target] for target in targets if target in job.graphs)
+    pieces.keep(job.item.key, Piece(engines=engines, graphs=graphs))
+
+
+def _source(
+    target: Target,
+    backend: BackendName,
+    plan: Plan,
+    readers: Readers,
+    folder: Path,
+    written: Mapping[Target, WeightFile],
+    progress: Progress,
+) -> GraphRecord:
+    if _is_graph(backend):
+        return write_graph_source(target, written[target], folder, backend)
+    return write_other_source(target, plan, readers, folder, backend, progress=progress)
+
+
+def _kept(job: _Job, target: Target, backend: BackendName) -> GraphRecord | None:
+    """The graph that stays in the bundle where ``backend`` builds from the same; None where it does not."""
+    finish = target.planned.finish
+    same = finish is not None and BACKENDS[finish].source == BACKENDS[backend].source
+    graph = job.graphs.get(target)
+    return replace(graph, backend=backend) if same and graph is not None else None
+
+
+def _is_graph(backend: BackendName | None) -> bool:
+    return backend is not None and BACKENDS[backend].source == "graph"

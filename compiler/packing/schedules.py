@@ -1,0 +1,50 @@
+"""The piece of a bundle that holds the modulation: tables of the recipe's schedules, and weights where these stay."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.packing.pieces import Piece, Pieces
+from qie.compiler.packing.readers import Readers
+from qie.compiler.planning.plan import Plan, recipe_schedules
+from qie.compiler.weights.modulation import ModulationFile
+
+__all__ = ["ModulationPiece"]
+
+
+class ModulationPiece:
+    """Reads the modulation weights in the pass over the transformer's files, and keeps the piece when it has all.
+
+    Attributes:
+        key: of the piece.
+    """
+
+    def __init__(self, plan: Plan, key: str, pieces: Pieces, readers: Readers) -> None:
+        """Start on the piece ``key``."""
+        self.key = key
+        self._pieces = pieces
+        self._file = ModulationFile(
+            plan.model.transformer,
+            readers["transformer"],
+            pieces.begin(key),
+            schedules=recipe_schedules(plan.model, plan.recipe),
+            tables="bfloat16" if plan.recipe.components.transformer.precision == "bfloat16" else "float32",
+            mode="weights",
+        )
+        self.first = self._file.first
+
+    @property
+    def sources(self) -> Sequence[tuple[Subfolder, str]]:
+        """Subfolder and name of every tensor of the modulation."""
+        return self._file.sources
+
+    def take(self, subfolder: Subfolder, name: str, tensor: NDArray[Any]) -> None:
+        """Take one tensor, which is only valid during the call."""
+        self._file.take(subfolder, name, tensor)
+
+    def finish(self) -> None:
+        """Complete the files, and keep the piece."""
+        self._file.finish()
+        self._pieces.keep(self.key, Piece(modulation=self._file.record, files=self._file.tables))

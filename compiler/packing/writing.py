@@ -1,0 +1,46 @@
+"""Folders that a build replaces, and what a full disk is called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qie.engines.bundle.manifest import MANIFEST
+from qie.engines.errors import BuildError
+from qie.engines.files import is_disk_full
+from qie.engines.folders import replacing_folder
+
+__all__ = ["disk_errors", "writing"]
+
+
+@contextmanager
+def writing(destination: Path, needed: int, *, lock: str = MANIFEST) -> Iterator[Path]:
+    """A folder that replaces ``destination`` when the block succeeds; ``needed`` bytes are for the error message.
+
+    ``lock``: see ``replacing_folder``.
+
+    Raises:
+        BuildError: the folder cannot be written, or the disk is full.
+    """
+    with disk_errors(destination, needed), replacing_folder(destination, lock=lock) as folder:
+        yield folder
+
+
+@contextmanager
+def disk_errors(destination: Path, needed: int) -> Iterator[None]:
+    """Around everything that is written to the disk of ``destination``, where ``needed`` bytes are needed.
+
+    Raises:
+        BuildError: it cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if is_disk_full(problem):
+            raise BuildError(
+                f"the disk of {destination} is full, {needed:,} bytes are needed; free some space or choose a folder "
+                "on another disk",
+                option="out",
+            ) from problem
+        raise BuildError(
+            f"{destination} cannot be written ({problem}); choose another folder", option="out"
+        ) from problem
