@@ -46,7 +46,6 @@ from qie.engines.cache import encoder_cache_on_disk, tables_cache
 from qie.engines.errors import BuildError, BundleError
 from qie.engines.files import is_disk_full
 from qie.engines.folders import replacing_folder
-from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
 from qie.engines.progress import Progress
 
 __all__ = [
@@ -145,6 +144,8 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         plan.model.transformer,
         readers,
         folder,
+        schedules=recipe_schedules(plan.model, recipe),
+        mode=recipe.modulation,
         tables="bfloat16" if recipe.components.transformer.precision == "bfloat16" else "float32",
         progress=partial(progress, "modulation"),
     )
@@ -153,7 +154,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     manifest = Manifest(
         schema=SCHEMA,
         qie=qie.__version__,
-        model=_model_record(checkpoint, digest=digest, modulation=modulation),
+        model=_model_record(checkpoint, digest=digest, modulation=modulation.record),
         loras=tuple(LoraRecord(name=o.name, sha256=o.digest(), weight=o.weight) for o in plan.loras),
         recipe=RecipeRecord(name=plan.recipe_name, sha256=recipe.digest(), toml=to_toml(recipe.portable())),
         limits=plan.model.limits(recipe),
@@ -166,7 +167,7 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
         ),
         tokenizer=file_record(folder, TOKENIZER_FILE),
         calibration=_calibration(folder, plan),
-        schedules=_write_schedules(folder, plan, modulation, progress),
+        schedules=modulation.tables,
         engines=tuple(engines),
         graphs=tuple(graphs),
         planned_bytes=estimate(plan).gpu_bytes,
@@ -241,9 +242,9 @@ def _drop_cached(old: Bundle, manifest: Manifest) -> None:
 
     Engines of an equal key may have been damaged when their embeddings were computed.
     """
-    modulation = old.manifest.model.modulation.file
-    if modulation != manifest.model.modulation.file:
-        tables_cache().drop(modulation.sha256)
+    modulation = old.manifest.model.modulation
+    if modulation.identity != manifest.model.modulation.identity:
+        tables_cache().drop(modulation.identity)
     for engine in old.manifest.engines:
         encoder_cache_on_disk().drop(engine.key)
 
@@ -260,18 +261,3 @@ def _earlier(destination: Path) -> Bundle | None:
         return open_bundle(destination.absolute())
     except BundleError:
         return None
-
-
-def _write_schedules(
-    folder: Path, plan: Plan, modulation: ModulationRecord, progress: Progress
-) -> tuple[FileRecord, ...]:
-    """The modulation tables of the recipe's schedules."""
-    schedules = recipe_schedules(plan.model, plan.recipe)
-    records = []
-    weights = BundleModulation(folder, modulation)
-    for number, values in enumerate(schedules):
-        name = f"{SCHEDULES}/{table_name(modulation, values)}"
-        store_tables(compute_tables(weights, modulation, values), modulation, folder / name)
-        records.append(file_record(folder, name))
-        progress("schedules", number + 1, len(schedules))
-    return tuple(records)

@@ -38,7 +38,7 @@ def find_model(bundle: Bundle) -> str | None:
 
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
-    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates."""
+    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates, and any schedule."""
     sections = {name: replace(recipe.components[name], precision="float32", backend=None) for name in COMPONENTS}
     return replace(
         recipe,
@@ -47,6 +47,7 @@ def cpu_recipe(recipe: Recipe) -> Recipe:
         memory_gib=max(0.25, this_machine().memory_gib),
         backends=("onnxruntime",),
         specialization="none",
+        modulation="weights",
         residency="resident",
         components=Components(**sections),
     )
@@ -174,11 +175,12 @@ def _other_model(bundle: Bundle, plan: Plan) -> Iterator[str]:
 
 def other_contents(bundle: Bundle, rebuilt: Bundle) -> list[str]:
     """What ``bundle`` has beside its engines and is not what its checkpoint gives, as sentences."""
-    pairs = [
-        ("the tokenizer", bundle.manifest.tokenizer, rebuilt.manifest.tokenizer),
-        ("the modulation", bundle.manifest.model.modulation.file, rebuilt.manifest.model.modulation.file),
-    ]
-    return [f"{what} is not that of its checkpoint" for what, own, other in pairs if own.sha256 != other.sha256]
+    manifests = bundle.manifest, rebuilt.manifest
+    found = {
+        "the tokenizer": [manifest.tokenizer.sha256 for manifest in manifests],
+        "the modulation": [manifest.model.modulation.identity for manifest in manifests],
+    }
+    return [f"{what} is not that of its checkpoint" for what, (own, other) in found.items() if own != other]
 
 
 def _plan(

@@ -151,7 +151,7 @@ def test_loras_are_fused_and_recorded(build: Build, copied: Path, tmp_path: Path
 def test_progress_reaches_the_end_of_every_kind_of_work(build: Build) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     build(progress=lambda what, done, total: seen.setdefault(what, []).append((done, total)))
-    assert list(seen) == ["digest of the checkpoint", *COMPONENTS, "modulation", "schedules"]
+    assert list(seen) == ["digest of the checkpoint", *COMPONENTS, "modulation"]
     for what, steps in seen.items():
         assert steps == sorted(steps), what
         assert len({total for _, total in steps}) == 1, what
