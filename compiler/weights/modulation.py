@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.recipe.schema import Modulation
@@ -18,6 +17,7 @@ from qie.compiler.weights.table_files import TableFiles, write_at
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor, file_record
 from qie.engines.bundle.modulation_rows import EMBEDDER, linears
+from qie.engines.inputs.modulation import ModulationShape
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
@@ -37,7 +37,7 @@ _LINE = 64
 Floats = NDArray[np.float32]
 
 
-def modulation_weights(config: TransformerConfig, reader: TensorReader | None) -> tuple[Weight, ...]:
+def modulation_weights(shape: ModulationShape, reader: TensorReader | None) -> tuple[Weight, ...]:
     """Every tensor that only the timestep reaches, in the checkpoint's own layout and names.
 
     A matrix is bfloat16 where ``reader`` has it so, and float32 elsewhere, as where a LoRA was added to it. Without a
@@ -50,10 +50,10 @@ def modulation_weights(config: TransformerConfig, reader: TensorReader | None) -
 
     return tuple(
         weight
-        for name, shape in linears(config.layers, config.width).items()
+        for name, dims in linears(shape.layers, shape.width).items()
         for weight in (
-            Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype(f"{name}.weight")),
-            Weight(name=f"{name}.bias", subfolder="transformer", shape=shape[:1], dtype="float32"),
+            Weight(name=f"{name}.weight", subfolder="transformer", shape=dims, dtype=dtype(f"{name}.weight")),
+            Weight(name=f"{name}.bias", subfolder="transformer", shape=dims[:1], dtype="float32"),
         )
     )
 
@@ -82,7 +82,7 @@ class ModulationFile:
 
     def __init__(
         self,
-        config: TransformerConfig,
+        shape: ModulationShape,
         reader: TensorReader,
         folder: Path,
         *,
@@ -93,7 +93,7 @@ class ModulationFile:
         """Check the weights that ``reader`` has, and start the files.
 
         Args:
-            config: dimensions of the transformer.
+            shape: dimensions of the transformer.
             reader: its tensors, of which none is read here.
             folder: where to write the files.
             schedules: sigmas, float32 [S + 1], of each schedule.
@@ -104,16 +104,16 @@ class ModulationFile:
             CheckpointError: a tensor is missing, of another shape, or not floating-point.
             OSError: a file cannot be written.
         """
-        weights = modulation_weights(config, reader)
+        weights = modulation_weights(shape, reader)
         check_weights(weights, {"transformer": reader})
-        self._config, self._folder, self._dtype, self._mode = config, folder, tables, mode
+        self._shape, self._folder, self._dtype, self._mode = shape, folder, tables, mode
         self._weights = {weight.name: weight for weight in weights}
         self._offsets = dict(zip(self._weights, _offsets(weights), strict=True))
         self._digests: dict[str, str] = {}
         self._embedder: dict[str, Floats] = {}
         self._rows: dict[str, Floats] = {}
         self._biases: dict[str, Floats] = {}
-        self._tables = TableFiles(config, folder, schedules=schedules, dtype=tables)
+        self._tables = TableFiles(shape, folder, schedules=schedules, dtype=tables)
         if mode == "weights":
             with (folder / MODULATION_FILE).open("wb") as file:
                 file.truncate(modulation_bytes(weights))
@@ -169,9 +169,9 @@ class ModulationFile:
             file=file_record(self._folder, MODULATION_FILE) if has_file else None,
             tables=self._dtype,
             tensors=tuple(self._tensors()) if has_file else (),
-            layers=self._config.layers,
-            width=self._config.width,
-            zero_cond_t=self._config.zero_cond_t,
+            layers=self._shape.layers,
+            width=self._shape.width,
+            zero_cond_t=self._shape.zero_cond_t,
             digest=hashlib.sha256(listed.encode()).hexdigest(),
         )
         self.tables = self._tables.finish(self.record)
@@ -187,7 +187,7 @@ class ModulationFile:
 
 
 def write_modulation(
-    config: TransformerConfig,
+    shape: ModulationShape,
     readers: Mapping[Subfolder, TensorReader],
     folder: Path,
     *,
@@ -199,7 +199,7 @@ def write_modulation(
     """Make a ``ModulationFile`` of all tensors that it takes, each of which is read once; it is finished.
 
     Args:
-        config: dimensions of the transformer.
+        shape: dimensions of the transformer.
         readers: the checkpoint's tensors.
         folder: where to write the files.
         schedules: see ``ModulationFile``.
@@ -211,8 +211,8 @@ def write_modulation(
         CheckpointError: a tensor is missing, of another shape or not finite.
         OSError: a file cannot be written.
     """
-    file = ModulationFile(config, readers["transformer"], folder, schedules=schedules, tables=tables, mode=mode)
-    sizes = {weight.name: _bytes(weight) for weight in modulation_weights(config, readers["transformer"])}
+    file = ModulationFile(shape, readers["transformer"], folder, schedules=schedules, tables=tables, mode=mode)
+    sizes = {weight.name: _bytes(weight) for weight in modulation_weights(shape, readers["transformer"])}
     done, total = 0, sum(sizes.values())
     rest = [source for source in file.sources if source[1] not in file.first]
     for subfolder, name in (*(("transformer", name) for name in file.first), *rest):
@@ -226,9 +226,9 @@ def write_modulation(
 class CheckpointModulation:
     """The modulation weights read from a checkpoint, rounded as ``ModulationFile`` stores them."""
 
-    def __init__(self, config: TransformerConfig, reader: TensorReader) -> None:
+    def __init__(self, shape: ModulationShape, reader: TensorReader) -> None:
         self._reader = reader
-        self._weights = {weight.name: weight for weight in modulation_weights(config, reader)}
+        self._weights = {weight.name: weight for weight in modulation_weights(shape, reader)}
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32.
