@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qie.compiler.cli.add_schedule import add_schedule
 from qie.compiler.cli.bench import bench
 from qie.compiler.cli.build import build
 from qie.compiler.cli.calibrate import calibrate
@@ -32,7 +33,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes"),
     "Edit": ("run",),
     "Validate": ("validate", "golden", "diff", "bench"),
-    "Bundles": ("list", "inspect", "rm", "clean"),
+    "Bundles": ("list", "inspect", "add-schedule", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
 }
 """The commands as `qie --help` groups them."""
@@ -121,6 +122,11 @@ _needs_arguments(
 )(bench)
 app.command("list", epilog=examples("qie list"))(list_bundles)
 _needs_arguments(epilog=examples("qie inspect pocket-cpu --verify"))(inspect)
+_needs_arguments(
+    epilog=examples(
+        "qie add-schedule pocket-cpu --steps 20", "qie add-schedule pocket-l40s --steps 5 --size 160x96 --model pocket"
+    ),
+)(add_schedule)
 _needs_arguments(epilog=examples("qie rm pocket-cpu"))(rm)
 app.command(epilog=examples("qie clean", "qie clean --yes"))(clean)
 app.command(epilog=examples("qie doctor", "qie doctor --json"))(doctor)

@@ -145,6 +145,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
         "destination": str(plan.destination),
         "bytes": plan.bytes,
         "download_bytes": plan.checkpoint.missing_bytes(),
+        "modulation": plan.recipe.modulation,
         "modulation_bytes": plan.modulation_bytes,
         "tables_bytes": plan.tables_bytes,
         "components": [
@@ -247,7 +248,8 @@ def _components(plan: "Plan") -> str:
         for c in plan.components
     ]
     nodes, parameters = sum(c.nodes for c in plan.components), sum(c.parameters for c in plan.components)
-    rows.append(["modulation", "", "", "", "", human_bytes(plan.modulation_bytes)])
+    if plan.recipe.modulation == "weights":
+        rows.append(["modulation", "", "", "", "", human_bytes(plan.modulation_bytes)])
     rows.append([f"tables, {plan.table_steps} steps", "", "", "", "", human_bytes(plan.tables_bytes)])
     rows.append(["total", "", "", str(nodes), human_count(parameters), human_bytes(plan.bytes)])
     header = ["component", "backend", "precision", "nodes", "parameters", "size"]

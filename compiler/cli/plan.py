@@ -140,7 +140,8 @@ def _build_table(estimated: "Estimate") -> str:
     rows = [
         [c.component, c.backend, human_bytes(c.disk_bytes), human_memory(c.host_bytes)] for c in estimated.components
     ]
-    rows.append(["modulation", "", human_bytes(plan.modulation_bytes), ""])
+    if plan.recipe.modulation == "weights":
+        rows.append(["modulation", "", human_bytes(plan.modulation_bytes), ""])
     rows.append([f"tables, {plan.table_steps} steps", "", human_bytes(plan.tables_bytes), ""])
     rows.append(["total", "", human_bytes(estimated.disk_bytes), ""])
     return table(rows, header=["component", "backend", "disk", "host memory"], right=[2, 3])

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.engines import build_engine, drop_graph
+from qie.compiler.packing.made_from import bundle_recipe
 from qie.compiler.packing.take_over import take_over
 from qie.compiler.packing.writing import writing
-from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
-from qie.engines.bundle.manifest import MANIFEST, GraphRecord
+from qie.engines.bundle.manifest import GraphRecord
 from qie.engines.bundle.sealed import write_manifest
-from qie.engines.errors import BackendMissingError, BuildError, BundleError, RecipeError
+from qie.engines.errors import BackendMissingError, BuildError, BundleError
 from qie.engines.progress import Progress, no_progress
 
 __all__ = ["finish_bundle"]
@@ -38,13 +38,7 @@ def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progre
     manifest = bundle.manifest
     if not manifest.graphs:
         raise BuildError(f"{bundle.path} has every engine that its recipe prefers; run edits with it")
-    try:
-        recipe = parse_recipe(manifest.recipe.toml, bundle.path / MANIFEST)
-    except RecipeError as error:
-        problem, _, _ = str(error).partition(";")
-        raise BundleError(
-            f"the recipe of {bundle.path} cannot be read ({problem}); build the bundle again with `qie build`"
-        ) from error
+    recipe = bundle_recipe(bundle)
     reasons = [_unavailable(graph, recipe, device) for graph in manifest.graphs]
     ready = [graph for graph, reason in zip(manifest.graphs, reasons, strict=True) if reason is None]
     if not ready:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from qie.compiler.checkpoint.subfolders import SUBFOLDERS
 from qie.compiler.packing.engines import build_engine, engine_files
 from qie.compiler.packing.items import Item, Target
 from qie.compiler.packing.pieces import Piece, Pieces
@@ -82,7 +81,7 @@ def make_pieces(
             waiting[id(job)] = (job, files)
         else:
             _complete(job, {}, plan, readers, pieces, progress)
-    for subfolder in SUBFOLDERS:
+    for subfolder in dict.fromkeys(planned.graph.subfolder for planned in plan.components):
         owners = {
             id(file): job
             for job, files in waiting.values()

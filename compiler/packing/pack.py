@@ -143,9 +143,9 @@ def _drop_cached(old: Bundle, manifest: Manifest) -> None:
 
     Engines of an equal key may have been damaged when their embeddings were computed.
     """
-    modulation = old.manifest.model.modulation.file
-    if modulation != manifest.model.modulation.file:
-        tables_cache().drop(modulation.sha256)
+    modulation = old.manifest.model.modulation
+    if modulation.identity != manifest.model.modulation.identity:
+        tables_cache().drop(modulation.identity)
     for engine in old.manifest.engines:
         encoder_cache_on_disk().drop(engine.key)
 

@@ -31,7 +31,7 @@ class ModulationPiece:
             pieces.begin(key),
             schedules=recipe_schedules(plan.model, plan.recipe),
             tables="bfloat16" if plan.recipe.components.transformer.precision == "bfloat16" else "float32",
-            mode="weights",
+            mode=plan.recipe.modulation,
         )
         self.first = self._file.first
 

@@ -57,7 +57,7 @@ def modulation_key(plan: Plan, digest: str) -> str:
             "loras": [[lora.digest(), lora.weight] for lora in plan.loras],
             "smoothing": {name: _sha256_of(values) for name, values in transformer.smoothing_scales.items()},
             "schedules": [_sha256_of(values) for values in recipe_schedules(plan.model, plan.recipe)],
-            "stored": [transformer.precision],
+            "stored": [plan.recipe.modulation, transformer.precision],
             "versions": {"qie": qie.__version__, "numpy": np.__version__},
         }
     )

@@ -28,8 +28,7 @@ from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
 from qie.compiler.recipe.schema import BackendName, Recipe
-from qie.compiler.weights.modulation import modulation_weights
-from qie.compiler.weights.stream import total_bytes
+from qie.compiler.weights.modulation import modulation_bytes, modulation_weights
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CheckpointError
@@ -131,7 +130,8 @@ class Plan:
         loras: fused into the weights, in this order.
         calibration: statistics for the components that are quantized.
         components: one engine each, in the order in which an edit uses them.
-        modulation_bytes: size of the modulation weights; as bfloat16, as published, where no weights are here yet.
+        modulation_bytes: size of the modulation weights in the bundle, 0 where it has tables alone; as bfloat16, as
+            published, where no weights are here yet.
         table_steps: rows of modulation tables that the recipe's schedules need.
         tables_bytes: size of these tables.
         schedule: name of the schedule of its edits (``qie.compiler.checkpoint.distilled``).
@@ -255,7 +255,7 @@ def make_plan(
         loras=tuple(loras),
         calibration=calibration,
         components=components,
-        modulation_bytes=total_bytes(modulation),
+        modulation_bytes=modulation_bytes(modulation) if recipe.modulation == "weights" else 0,
         table_steps=steps,
         tables_bytes=steps * size * config.width * (config.layers * config.modulation_rows + 2),
         destination=destination,

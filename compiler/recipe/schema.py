@@ -29,6 +29,7 @@ __all__ = [
     "ComponentRecipe",
     "Components",
     "Limits",
+    "Modulation",
     "Noise",
     "Precision",
     "Range",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 BackendName = Annotated[str, OneOf(what="backend", table=BACKENDS)]
+Modulation = Literal["tables", "weights"]
 Noise = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["none", "fp8"]
@@ -178,6 +180,8 @@ class Recipe:
         noise: dtype in which the initial noise is drawn; diffusers uses the dtype of the pipeline
             (pipeline_qwenimage_edit_plus.py, prepare_latents).
         calibration: path of a file of ``qie calibrate``, for builds that name none.
+        modulation: "tables" puts the modulation tables of the schedules into the bundle, "weights" also the weights
+            that make those of any other schedule.
         components: settings of each component.
         shapes: sizes that the engines take.
         limits: limits of the build.
@@ -194,6 +198,7 @@ class Recipe:
     specialization: Specialization = "none"
     noise: Noise = "bfloat16"
     calibration: str | None = None
+    modulation: Modulation = "tables"
     components: Components = field(default_factory=Components)
     shapes: Shapes = field(default_factory=Shapes)
     limits: Limits = field(default_factory=Limits)

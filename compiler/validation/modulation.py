@@ -1,4 +1,4 @@
-"""The modulation tables of a bundle against what its modulation weights give."""
+"""The modulation tables of a bundle against what the modulation weights of its model give."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from qie.engines.bfloat16 import widen
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import FileRecord, Manifest
 from qie.engines.bundle.specs import Size
-from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, table_name
+from qie.engines.inputs.modulation import BundleModulation, compute_tables
 from qie.engines.inputs.schedule import sigmas
+from qie.engines.inputs.stored_schedules import SCHEDULES, table_name
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["TableError", "table_differences", "table_errors"]
@@ -39,10 +40,18 @@ class TableError:
     error: float
 
 
-def table_errors(bundle: Bundle, recipe: Recipe, *, progress: StageProgress = no_progress) -> list[TableError]:
+def table_errors(
+    bundle: Bundle, recipe: Recipe, *, weights: Bundle | None = None, progress: StageProgress = no_progress
+) -> list[TableError]:
     """Compute rows of every stored table again, with one pass over the modulation weights.
 
-    A table that no schedule of the recipe leads to is not compared; ``table_differences`` has it.
+    A table that no schedule leads to is not compared; ``table_differences`` has it.
+
+    Args:
+        bundle: whose tables are compared.
+        recipe: of the bundle.
+        weights: a bundle of the same model with the weights; None for ``bundle`` itself.
+        progress: called with the blocks done and the blocks in all.
     """
     record = bundle.manifest.model.modulation
     tables = list(_tables(bundle, recipe))
@@ -51,9 +60,10 @@ def table_errors(bundle: Bundle, recipe: Recipe, *, progress: StageProgress = no
     rows = max(2, ROWS_BYTES // 4 // record.values // len(tables))
     chosen = [_spread(len(schedule_S) - 1, rows) for _, schedule_S in tables]
     wanted = [schedule_S[steps] for (_, schedule_S), steps in zip(tables, chosen, strict=True)]
-    weights = bundle.folder.read(lambda folder: BundleModulation(folder, record))
+    source = bundle if weights is None else weights
+    opened = source.folder.read(lambda folder: BundleModulation(folder, source.manifest.model.modulation))
     everything = np.append(np.concatenate(wanted), np.float32(0))
-    computed = iter(compute_tables(weights, record, everything, progress=progress))
+    computed = iter(compute_tables(opened, record, everything, progress=progress))
     found = []
     for (file, schedule_S), steps in zip(tables, chosen, strict=True):
         expected = np.stack([next(computed) for _ in steps])
@@ -87,17 +97,17 @@ def _table(manifest: Manifest, steps: int, noise_tokens: int) -> tuple[str, Floa
 
 
 def _tables(bundle: Bundle, recipe: Recipe) -> Iterator[tuple[FileRecord, Floats]]:
-    """The stored tables with the schedules, float32 [S + 1], that lead to them."""
+    """The stored tables with the schedules of recipe and additions, float32 [S + 1], that lead to them."""
     manifest = bundle.manifest
     stored = {file.path: file for file in manifest.schedules}
     steps = {manifest.defaults.steps, *(schedule.steps for schedule in recipe.schedules)}
-    tokens = {size.tokens for size in manifest.limits.buckets}
-    for count in sorted(steps):
-        for noise_tokens in sorted(tokens):
-            path, schedule_S = _table(manifest, count, noise_tokens)
-            file = stored.pop(path, None)
-            if file is not None:
-                yield file, schedule_S
+    known = {(count, size.tokens) for count in steps for size in manifest.limits.buckets}
+    known |= {(schedule.steps, size.tokens) for schedule in manifest.added for size in schedule.sizes}
+    for count, noise_tokens in sorted(known):
+        path, schedule_S = _table(manifest, count, noise_tokens)
+        file = stored.pop(path, None)
+        if file is not None:
+            yield file, schedule_S
 
 
 def _spread(count: int, rows: int) -> NDArray[np.int64]:

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache, open_checkpoint
-from qie.compiler.checkpoint.lora import Lora, open_lora, parse_lora
+from qie.compiler.checkpoint.lora import Lora
 from qie.compiler.packing.export import export_graphs
+from qie.compiler.packing.made_from import bundle_loras
 from qie.compiler.planning.keys import engine_key, graph_keys, source_key
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
@@ -38,7 +39,7 @@ def find_model(bundle: Bundle) -> str | None:
 
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
-    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates."""
+    """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates, and any schedule."""
     sections = {name: replace(recipe.components[name], precision="float32", backend=None) for name in COMPONENTS}
     return replace(
         recipe,
@@ -47,6 +48,7 @@ def cpu_recipe(recipe: Recipe) -> Recipe:
         memory_gib=max(0.25, this_machine().memory_gib),
         backends=("onnxruntime",),
         specialization="none",
+        modulation="weights",
         residency="resident",
         components=Components(**sections),
     )
@@ -97,7 +99,7 @@ def plan_rebuild(
             f"{manifest.model.digest[:12]}; name the checkpoint of the bundle",
             option="model",
         )
-    opened = _loras(bundle, loras)
+    opened = bundle_loras(bundle, loras)
     calibration = calibration_of(bundle)
     own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
@@ -174,11 +176,12 @@ def _other_model(bundle: Bundle, plan: Plan) -> Iterator[str]:
 
 def other_contents(bundle: Bundle, rebuilt: Bundle) -> list[str]:
     """What ``bundle`` has beside its engines and is not what its checkpoint gives, as sentences."""
-    pairs = [
-        ("the tokenizer", bundle.manifest.tokenizer, rebuilt.manifest.tokenizer),
-        ("the modulation", bundle.manifest.model.modulation.file, rebuilt.manifest.model.modulation.file),
-    ]
-    return [f"{what} is not that of its checkpoint" for what, own, other in pairs if own.sha256 != other.sha256]
+    manifests = bundle.manifest, rebuilt.manifest
+    found = {
+        "the tokenizer": [manifest.tokenizer.sha256 for manifest in manifests],
+        "the modulation": [manifest.model.modulation.identity for manifest in manifests],
+    }
+    return [f"{what} is not that of its checkpoint" for what, (own, other) in found.items() if own != other]
 
 
 def _plan(
@@ -198,16 +201,3 @@ def _plan(
         calibration=calibration,
         allow_unread=True,
     )
-
-
-def _loras(bundle: Bundle, sources: Sequence[LoraSource]) -> list[Lora]:
-    recorded = bundle.manifest.loras
-    weighted = [source if isinstance(source, tuple) else parse_lora(str(source)) for source in sources]
-    opened = [open_lora(Path(path), weight) for path, weight in weighted]
-    wanted = [(lora.sha256, lora.weight) for lora in recorded]
-    if [(lora.digest(), lora.weight) for lora in opened] != wanted:
-        names = ", ".join(f"{lora.name}:{lora.weight:g}" for lora in recorded) or "none"
-        raise CheckpointError(
-            f"the LoRAs are not those of {bundle.name}, which has {names}; name these, in this order", option="loras"
-        )
-    return opened

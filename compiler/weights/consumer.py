@@ -11,7 +11,7 @@ __all__ = ["Consumer"]
 
 
 class Consumer(Protocol):
-    """Takes tensors in the order in which they lie in the files."""
+    """Takes some of the tensors of a checkpoint, in whatever order a pass over its files reads them."""
 
     @property
     def sources(self) -> Sequence[tuple[Subfolder, str]]:

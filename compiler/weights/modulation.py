@@ -1,26 +1,43 @@
-"""The modulation weights of a checkpoint: the file from which the runtime computes its tables, and a reader."""
+"""The modulation weights: which tensors they are, the tables and the file that are made of them, and a reader."""
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.weights.stream import prepare, write_weights
+from qie.compiler.recipe.schema import Modulation
+from qie.compiler.weights.stream import check_weights, prepare
+from qie.compiler.weights.table_files import TableFiles, write_at
 from qie.compiler.weights.weight import DType, Weight
-from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
-from qie.engines.bundle.modulation_rows import linears
+from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor, file_record
+from qie.engines.bundle.modulation_rows import EMBEDDER, linears
+from qie.engines.inputs.modulation import ModulationShape
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["MODULATION_FILE", "CheckpointModulation", "modulation_weights", "write_modulation"]
+__all__ = [
+    "MODULATION_FILE",
+    "CheckpointModulation",
+    "ModulationFile",
+    "modulation_bytes",
+    "modulation_weights",
+    "write_modulation",
+]
 
 MODULATION_FILE = "modulation.weights"
 
+_LINE = 64
+"""Alignment in bytes of a tensor in the file: a cache line."""
 
-def modulation_weights(config: TransformerConfig, reader: TensorReader | None) -> tuple[Weight, ...]:
+Floats = NDArray[np.float32]
+
+
+def modulation_weights(shape: ModulationShape, reader: TensorReader | None) -> tuple[Weight, ...]:
     """Every tensor that only the timestep reaches, in the checkpoint's own layout and names.
 
     A matrix is bfloat16 where ``reader`` has it so, and float32 elsewhere, as where a LoRA was added to it. Without a
@@ -33,62 +50,185 @@ def modulation_weights(config: TransformerConfig, reader: TensorReader | None) -
 
     return tuple(
         weight
-        for name, shape in linears(config.layers, config.width).items()
+        for name, dims in linears(shape.layers, shape.width).items()
         for weight in (
-            Weight(name=f"{name}.weight", subfolder="transformer", shape=shape, dtype=dtype(f"{name}.weight")),
-            Weight(name=f"{name}.bias", subfolder="transformer", shape=shape[:1], dtype="float32"),
+            Weight(name=f"{name}.weight", subfolder="transformer", shape=dims, dtype=dtype(f"{name}.weight")),
+            Weight(name=f"{name}.bias", subfolder="transformer", shape=dims[:1], dtype="float32"),
         )
     )
 
 
+def modulation_bytes(weights: Sequence[Weight]) -> int:
+    """Size in bytes of the file of ``weights``, alignment included."""
+    return max(offset + _bytes(weight) for weight, offset in zip(weights, _offsets(weights), strict=True))
+
+
+class ModulationFile:
+    """Makes the tables of several schedules of the modulation weights, and a file of the weights where that is wanted.
+
+    It is a ``Consumer``: it takes the tensors one by one in any order, but those of ``first`` before the others. What
+    it keeps is the rows of a linear whose bias is still to come, so that memory does not depend on the number of blocks
+    where a weight and its bias are neighbors. All schedules are computed with one product a linear, with each
+    timestep once. What they have in common with ``compute_tables`` is every value but the order of its sum: they are
+    equal to float32 rounding, and in tables in bfloat16 to one unit in the last place.
+
+    Attributes:
+        record: of the modulation; after ``finish``.
+        tables: the files of the tables, one a distinct schedule; after ``finish``.
+    """
+
+    record: ModulationRecord
+    tables: tuple[FileRecord, ...]
+
+    def __init__(
+        self,
+        shape: ModulationShape,
+        reader: TensorReader,
+        folder: Path,
+        *,
+        schedules: Sequence[Floats],
+        tables: DType,
+        mode: Modulation,
+    ) -> None:
+        """Check the weights that ``reader`` has, and start the files.
+
+        Args:
+            shape: dimensions of the transformer.
+            reader: its tensors, of which none is read here.
+            folder: where to write the files.
+            schedules: sigmas, float32 [S + 1], of each schedule.
+            tables: dtype in which the transformer reads the tables.
+            mode: "weights" also writes MODULATION_FILE.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape, or not floating-point.
+            OSError: a file cannot be written.
+        """
+        weights = modulation_weights(shape, reader)
+        check_weights(weights, {"transformer": reader})
+        self._shape, self._folder, self._dtype, self._mode = shape, folder, tables, mode
+        self._weights = {weight.name: weight for weight in weights}
+        self._offsets = dict(zip(self._weights, _offsets(weights), strict=True))
+        self._digests: dict[str, str] = {}
+        self._embedder: dict[str, Floats] = {}
+        self._rows: dict[str, Floats] = {}
+        self._biases: dict[str, Floats] = {}
+        self._tables = TableFiles(shape, folder, schedules=schedules, dtype=tables)
+        if mode == "weights":
+            with (folder / MODULATION_FILE).open("wb") as file:
+                file.truncate(modulation_bytes(weights))
+
+    @property
+    def sources(self) -> tuple[tuple[Subfolder, str], ...]:
+        """Subfolder and name of every tensor that it takes."""
+        return tuple((weight.subfolder, name) for name, weight in self._weights.items())
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Names of the tensors that it takes before the others: the timestep's embedder, 20 MB where published."""
+        return tuple(f"{linear}.{kind}" for linear in EMBEDDER for kind in ("weight", "bias"))
+
+    def take(self, subfolder: Subfolder, name: str, tensor: NDArray[Any]) -> None:
+        """Take one tensor, which is only valid during the call; one that was taken before is not looked at.
+
+        Raises:
+            CheckpointError: the tensor is of another shape or not finite, or the modulation is not finite.
+            OSError: a file cannot be written.
+        """
+        if name in self._digests:
+            return
+        prepared = prepare(self._weights[name], tensor)
+        self._digests[name] = _digest(self._weights[name], prepared)
+        if self._mode == "weights":
+            with (self._folder / MODULATION_FILE).open("r+b", buffering=0) as file:
+                write_at(file.fileno(), prepared, self._offsets[name])
+        linear, _, kind = name.rpartition(".")
+        if linear in EMBEDDER:
+            self._embedder[name] = prepared.astype(np.float32)
+            if len(self._embedder) == len(self.first):
+                self._tables.start(self._embedder)
+                self._embedder = {}
+            return
+        if kind == "bias":
+            self._biases[linear] = prepared.astype(np.float32)
+        else:
+            self._rows[linear] = self._tables.multiply(prepared)
+        if linear in self._rows and linear in self._biases:
+            self._tables.write(linear, self._rows.pop(linear) + self._biases.pop(linear))
+
+    def finish(self) -> None:
+        """Give the files their names and describe them; called after the last tensor.
+
+        Raises:
+            OSError: a file cannot be read or written.
+        """
+        assert self._digests.keys() == self._weights.keys(), "a tensor of the modulation was not taken"
+        listed = "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items()))
+        has_file = self._mode == "weights"
+        self.record = ModulationRecord(
+            file=file_record(self._folder, MODULATION_FILE) if has_file else None,
+            tables=self._dtype,
+            tensors=tuple(self._tensors()) if has_file else (),
+            layers=self._shape.layers,
+            width=self._shape.width,
+            zero_cond_t=self._shape.zero_cond_t,
+            digest=hashlib.sha256(listed.encode()).hexdigest(),
+        )
+        self.tables = self._tables.finish(self.record)
+
+    def _tensors(self) -> Iterator[ModulationTensor]:
+        for name, weight in self._weights.items():
+            yield ModulationTensor(
+                name=name,
+                dtype="bfloat16" if weight.dtype == "bfloat16" else "float32",
+                shape=weight.shape,
+                offset=self._offsets[name],
+            )
+
+
 def write_modulation(
-    config: TransformerConfig,
+    shape: ModulationShape,
     readers: Mapping[Subfolder, TensorReader],
     folder: Path,
     *,
+    schedules: Sequence[Floats],
     tables: DType,
+    mode: Modulation,
     progress: StageProgress = no_progress,
-) -> ModulationRecord:
-    """Stream the modulation weights into ``folder``; see ``modulation_weights`` for their dtypes.
+) -> ModulationFile:
+    """Make a ``ModulationFile`` of all tensors that it takes, each of which is read once; it is finished.
 
     Args:
-        config: dimensions of the transformer.
+        shape: dimensions of the transformer.
         readers: the checkpoint's tensors.
-        folder: where to write MODULATION_FILE.
-        tables: dtype in which the transformer reads the tables.
+        folder: where to write the files.
+        schedules: see ``ModulationFile``.
+        tables: see ``ModulationFile``.
+        mode: see ``ModulationFile``.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape.
-        BuildError: the disk is full.
+        CheckpointError: a tensor is missing, of another shape or not finite.
+        OSError: a file cannot be written.
     """
-    weights = modulation_weights(config, readers["transformer"])
-    written = write_weights(weights, readers, folder / MODULATION_FILE, progress=progress)
-    offsets = {entry.name: entry.offset for entry in written.entries}
-    return ModulationRecord(
-        file=FileRecord(path=MODULATION_FILE, bytes=written.bytes, sha256=written.sha256),
-        tables=tables,
-        tensors=tuple(
-            ModulationTensor(
-                name=w.name,
-                dtype="bfloat16" if w.dtype == "bfloat16" else "float32",
-                shape=w.shape,
-                offset=offsets[w.name],
-            )
-            for w in weights
-        ),
-        layers=config.layers,
-        width=config.width,
-        zero_cond_t=config.zero_cond_t,
-    )
+    file = ModulationFile(shape, readers["transformer"], folder, schedules=schedules, tables=tables, mode=mode)
+    sizes = {weight.name: _bytes(weight) for weight in modulation_weights(shape, readers["transformer"])}
+    done, total = 0, sum(sizes.values())
+    rest = [source for source in file.sources if source[1] not in file.first]
+    for subfolder, name in (*(("transformer", name) for name in file.first), *rest):
+        file.take(subfolder, name, readers[subfolder].read(name))
+        done += sizes[name]
+        progress(done, total)
+    file.finish()
+    return file
 
 
 class CheckpointModulation:
-    """The modulation weights read from a checkpoint, rounded as ``write_modulation`` stores them."""
+    """The modulation weights read from a checkpoint, rounded as ``ModulationFile`` stores them."""
 
-    def __init__(self, config: TransformerConfig, reader: TensorReader) -> None:
+    def __init__(self, shape: ModulationShape, reader: TensorReader) -> None:
         self._reader = reader
-        self._weights = {weight.name: weight for weight in modulation_weights(config, reader)}
+        self._weights = {weight.name: weight for weight in modulation_weights(shape, reader)}
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32.
@@ -99,25 +239,21 @@ class CheckpointModulation:
         return prepare(self._weights[name], self._reader.read(name)).astype(np.float32)
 
 
-class ModulationFile:
-    def __init__(self, config, reader, folder, *, schedules, tables, mode):
-        self.a = (config, reader, folder, schedules, tables)
-        self.first = ()
-        self.sources = [("transformer", w.name) for w in modulation_weights(config, reader)]
+def _bytes(weight: Weight) -> int:
+    return math.prod(weight.shape) * (2 if weight.dtype == "bfloat16" else 4)
 
-    def take(self, *a):
-        pass
 
-    def finish(self):
-        from qie.engines.bundle.manifest import file_record
-        from qie.engines.inputs.modulation import SCHEDULES, BundleModulation, compute_tables, store_tables, table_name
+def _offsets(weights: Sequence[Weight]) -> list[int]:
+    """Where each of ``weights`` starts in their file."""
+    offsets, end = [], 0
+    for weight in weights:
+        offsets.append(-(-end // _LINE) * _LINE)
+        end = offsets[-1] + _bytes(weight)
+    return offsets
 
-        config, reader, folder, schedules, tables = self.a
-        self.record = write_modulation(config, {"transformer": reader}, folder, tables=tables)
-        out = []
-        w = BundleModulation(folder, self.record)
-        for v in schedules:
-            name = f"{SCHEDULES}/{table_name(self.record, v)}"
-            store_tables(compute_tables(w, self.record, v), self.record, folder / name)
-            out.append(file_record(folder, name))
-        self.tables = tuple(out)
+
+def _digest(weight: Weight, prepared: NDArray[Any]) -> str:
+    """sha256 of a tensor as the file has it, with its dtype and shape."""
+    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}\n".encode())
+    digest.update(prepared.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -172,7 +172,7 @@ def remove_bundle(path: Path) -> bool:
         raise BundleError(f"{path} also holds {foreign[0]}, which is not the bundle's; move it away")
     with suppress(BundleError):  # a damaged bundle is deleted like any other
         manifest = read_manifest(path)
-        tables_cache().drop(manifest.model.modulation.file.sha256)
+        tables_cache().drop(manifest.model.modulation.identity)
         for engine in manifest.engines:
             encoder_cache_on_disk().drop(engine.key)
     deleted = remove_folder(path.resolve())

@@ -95,6 +95,9 @@ def _check_scheduler(scheduler: SchedulerSpec, steps: int) -> None:
 
 
 def _check_modulation(record: ModulationRecord) -> None:
+    if record.file is None:
+        _require(not record.tensors, "modulation.tensors are listed, and there is no file of them")
+        return
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in modulation_rows.linears(record.layers, record.width).items():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -113,11 +116,12 @@ def _check_files(manifest: Manifest) -> None:
     described = [engine.structure for engine in manifest.engines]
     opened = [(e.component, e.path, e.files) for e in manifest.engines]
     opened += [(g.component, g.path, g.files) for g in manifest.graphs]
-    every = [manifest.tokenizer, manifest.model.modulation.file, *manifest.schedules]
+    every = [manifest.tokenizer, *manifest.schedules]
     for component, path, files in opened:
         _require(any(file.path == path for file in files), f"{component} is opened from {path!r}, none of its files")
         every += files
-    every += [file for file in (manifest.calibration, *described) if file is not None]
+    others = (manifest.model.modulation.file, manifest.calibration, *described)
+    every += [file for file in others if file is not None]
     known: dict[str, str] = {}
     for file in every:
         _require(known.setdefault(file.path, file.sha256) == file.sha256, f"{file.path} has two digests")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from qie.engines.bundle import modulation_rows
-from qie.engines.bundle.specs import Areas, Count, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, VisionSpec
+from qie.engines.bundle.specs import Areas, Count, PromptSpec, RotarySpec, SchedulerSpec, ShapeLimits, Size, VisionSpec
 from qie.engines.files import sha256_of
 from qie.engines.records import Range
 
@@ -18,6 +18,7 @@ __all__ = [
     "COMPONENTS",
     "MANIFEST",
     "SCHEMA",
+    "AddedSchedule",
     "Component",
     "Defaults",
     "EngineRecord",
@@ -218,23 +219,40 @@ class ModulationTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModulationRecord:
-    """The weights that turn a timestep into modulation, for schedules that were not precomputed.
+    """The weights that turn a timestep into modulation, which the bundle has for schedules without tables, or has not.
 
     Attributes:
-        file: where the weights are.
+        file: where the weights are; None where the bundle has tables alone.
         tables: dtype in which the transformer reads the modulation.
-        tensors: of the file, in its order.
+        tensors: of the file, in its order; none without a file.
         layers: blocks of the transformer.
         width: of the transformer.
         zero_cond_t: references have modulation of their own, at timestep 0.
+        digest: sha256 of the content of the weights, whether the bundle has them or not (
+            ``qie.compiler.weights.modulation``); None in bundles of earlier versions, which have a file.
     """
 
-    file: FileRecord
+    file: FileRecord | None
     tables: Literal["float32", "bfloat16"]
     tensors: tuple[ModulationTensor, ...]
     layers: Annotated[int, Range(1, 10_000)]
     width: Annotated[int, Range(1, 1 << 20)]
     zero_cond_t: bool
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.digest is None and self.file is None:
+            raise ValueError("there is neither a file nor a digest of the modulation weights")
+        if self.digest is not None and not _SHA256.fullmatch(self.digest):
+            raise ValueError(f"the digest is {self.digest!r}, expected 64 hex digits")
+
+    @property
+    def identity(self) -> str:
+        """What stands for the content of the weights in names of tables and in caches."""
+        if self.digest is not None:
+            return self.digest
+        assert self.file is not None, "a record without file and digest"
+        return self.file.sha256
 
     @property
     def values(self) -> int:
@@ -313,6 +331,14 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AddedSchedule:
+    """A schedule whose modulation tables were added to the bundle after its build."""
+
+    steps: Count
+    sizes: tuple[Size, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """A bundle's table of contents.
 
@@ -331,6 +357,7 @@ class Manifest:
         calibration: source of the scales of quantized components; None without one.
         planned_bytes: peak memory of the device in the largest edit, on a CPU of the whole process without what an
             encoder cache keeps of other edits, as ``qie plan`` says; None in bundles of earlier versions.
+        added: the schedules among ``schedules`` that are not of the recipe.
     """
 
     schema: int
@@ -346,12 +373,12 @@ class Manifest:
     graphs: tuple[GraphRecord, ...] = ()
     calibration: FileRecord | None = None
     planned_bytes: _Number | None = None
+    added: tuple[AddedSchedule, ...] = ()
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself, each once."""
-        records = [self.tokenizer, self.model.modulation.file, *self.schedules]
-        if self.calibration is not None:
-            records.append(self.calibration)
+        optional = (self.model.modulation.file, self.calibration)
+        records = [self.tokenizer, *(file for file in optional if file is not None), *self.schedules]
         for engine in self.engines:
             records.extend(engine.files)
             if engine.structure is not None:

@@ -10,8 +10,8 @@ A stream's six rows are the output of one linear of the checkpoint, ``img_mod`` 
 
 from typing import Literal
 
-__all__ = ["CHANNELS", "HALVES", "KINDS", "MODULES", "ROWS", "Half", "Kind", "Stream", "block_slice",
-           "has_references", "linears", "module_slice", "rows", "streams"]  # fmt: skip
+__all__ = ["CHANNELS", "EMBEDDER", "HALVES", "KINDS", "MODULES", "NORM_OUT", "ROWS", "Half", "Kind", "Stream",
+           "block_slice", "has_references", "linears", "module_slice", "rows", "streams"]  # fmt: skip
 
 Stream = Literal["noise", "references", "text"]
 Half = Literal["attention", "mlp"]
@@ -31,13 +31,16 @@ CHANNELS = 256
 """Sinusoidal channels of a timestep (transformer_qwenimage.py, QwenTimestepProjEmbeddings)."""
 
 
+EMBEDDER = ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2")
+"""The linears through which a timestep goes before any other."""
+
+NORM_OUT = "norm_out.linear"
+"""The linear that makes scale and shift of the output norm, in this order."""
+
+
 def linears(layers: int, width: int) -> dict[str, tuple[int, int]]:
     """Name and shape [out, in] of every linear that only the timestep reaches, in the order of the file."""
-    shapes = {
-        "time_text_embed.timestep_embedder.linear_1": (width, CHANNELS),
-        "time_text_embed.timestep_embedder.linear_2": (width, width),
-        "norm_out.linear": (2 * width, width),
-    }
+    shapes = {EMBEDDER[0]: (width, CHANNELS), EMBEDDER[1]: (width, width), NORM_OUT: (2 * width, width)}
     for layer in range(layers):
         for module in dict.fromkeys(MODULES.values()):
             shapes[f"transformer_blocks.{layer}.{module}.1"] = (ROWS * width, width)

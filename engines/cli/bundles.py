@@ -22,7 +22,7 @@ from qie.engines.terminal import (
 
 if TYPE_CHECKING:
     from qie.engines.bundle.bundle import Bundle
-    from qie.engines.bundle.manifest import EngineRecord, GraphRecord
+    from qie.engines.bundle.manifest import EngineRecord, GraphRecord, Manifest
 
 __all__ = ["inspect", "list_bundles", "rm"]
 
@@ -156,9 +156,19 @@ def _facts(bundle: "Bundle") -> str:
         ["defaults", f"{defaults.steps} steps, guidance {defaults.guidance:g}, {defaults.noise} noise, "
                      f"{defaults.residency} engines"
                      + (f", {defaults.specialization} specialization" if defaults.specialization != "none" else "")],
-        ["schedules", f"{len(manifest.schedules)} precomputed"],
+        ["schedules", _schedules(manifest)],
     ]  # fmt: skip
     return table(rows)
+
+
+def _schedules(manifest: "Manifest") -> str:
+    """The schedules with tables, and whether others can be computed."""
+    from qie.engines.inputs.stored_schedules import stored_schedules
+
+    found = [f"{s.steps} steps at {', '.join(map(str, s.sizes))}" for s in stored_schedules(manifest)]
+    if manifest.model.modulation.file is not None:
+        found.append("any other from the modulation weights")
+    return "; ".join(found) or "none"
 
 
 def _engines(engines: Sequence["EngineRecord"], reasons: Sequence[str | None]) -> str:

@@ -13,7 +13,8 @@ from qie.engines.editing.request import Request
 from qie.engines.errors import ImageError, RequestError
 from qie.engines.inputs.image import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
-from qie.engines.inputs.sizes import resolve_size
+from qie.engines.inputs.sizes import nearest_bucket, resolve_size
+from qie.engines.inputs.stored_schedules import has_tables, missing_tables, sizes_with_tables
 
 __all__ = ["GUIDANCE_MAX", "Settings", "check_prompts", "check_references", "resolve"]
 
@@ -58,7 +59,8 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
 
     Raises:
         ImageError: there is no image, there are too many, or the last one is too narrow.
-        RequestError: the instructions, seeds, steps, guidance, size or a text cannot be used.
+        RequestError: the instructions, seeds, steps, guidance, size or a text cannot be used, or the bundle has no
+            modulation for steps and size.
     """
     _check_types(request)
     _check_images(request, manifest)
@@ -81,6 +83,8 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
         raise RequestError(
             f"the number of steps is {steps}, expected at most {steps_max}; use fewer steps", option="steps"
         )
+    size, elsewhere = _with_tables(request, manifest, steps, size, own)
+    moved = moved or elsewhere is not None
     guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
     if not abs(guidance) <= GUIDANCE_MAX:
         raise RequestError(
@@ -96,12 +100,32 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
         notes=tuple(
             note
             for note in (
-                note if request.size is not None else None,
+                note if request.size is not None else elsewhere,
                 _changed_shape(request, size, Size(width=own[0], height=own[1])),
                 _unused_negative(request, guidance),
             )
             if note
         ),
+    )
+
+
+def _with_tables(
+    request: Request, manifest: Manifest, steps: int, size: Size, own: tuple[int, int]
+) -> tuple[Size, str | None]:
+    """``size``, or where the bundle has no modulation for it and nobody asked for it the nearest that has; and a note.
+
+    Raises:
+        RequestError: the bundle has no modulation for so many steps, or not at the size that was asked for.
+    """
+    if manifest.model.modulation.file is not None or has_tables(manifest, steps, size):
+        return size, None
+    sizes = sizes_with_tables(manifest, steps)
+    if request.size is not None or not sizes:
+        raise missing_tables(manifest, steps, size)
+    nearest = nearest_bucket(sizes, *own)
+    return nearest, (
+        f"the image is edited at {nearest} in place of {size}, for which this bundle has no modulation tables of "
+        f"{steps} steps"
     )
 
 

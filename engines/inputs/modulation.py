@@ -20,29 +20,24 @@ from numpy.typing import NDArray
 from qie.engines.bfloat16 import narrow, widen
 from qie.engines.bundle.bundle import Bundle, check_file
 from qie.engines.bundle.manifest import ModulationRecord
-from qie.engines.bundle.modulation_rows import CHANNELS, HALVES, MODULES, module_slice, streams
+from qie.engines.bundle.modulation_rows import CHANNELS, EMBEDDER, HALVES, MODULES, NORM_OUT, module_slice, streams
 from qie.engines.cache import tables_cache
 from qie.engines.errors import BundleError
-from qie.engines.files import replacing
+from qie.engines.inputs.stored_schedules import SCHEDULES, made_from, missing_tables, stored_dtype, table_name
 from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
-    "SCHEDULES",
     "BundleModulation",
     "ModulationShape",
     "ModulationWeights",
     "Tables",
     "compute_tables",
+    "conditioning",
     "modulation_tables",
     "silu",
     "split_tables",
-    "store_tables",
-    "table_name",
     "timesteps",
 ]
-
-SCHEDULES = "schedules"
-"""Folder of precomputed tables in a bundle."""
 
 Array = NDArray[np.float32]
 TableDtype = Literal["float32", "bfloat16"]
@@ -101,8 +96,8 @@ def modulation_tables(
     """Tables for the schedule ``sigmas`` [S + 1] of ``bundle``: stored, cached, or computed and cached.
 
     What was stored is compared with its digest; a damaged table counts as absent. The weights are compared with theirs
-    before the first tables are computed. Stored tables in bfloat16, which go to a GPU at once, are mapped from their
-    file and not copied.
+    before the first tables are computed. A bundle without weights has the stored tables alone. Stored tables in
+    bfloat16, which go to a GPU at once, are mapped from their file and not copied.
 
     Args:
         bundle: whose tables and modulation weights are read.
@@ -112,17 +107,24 @@ def modulation_tables(
         progress: called with (blocks done, blocks) while computing.
 
     Raises:
-        BundleError: the modulation weights are damaged, or give tables that are not finite.
+        BundleError: the modulation weights are damaged, or give tables that are not finite; or a table is damaged, and
+            there are no weights.
+        RequestError: there is no such table, and there are no weights.
     """
     record, steps = bundle.manifest.model.modulation, len(sigmas) - 1
-    stored = _bundled(bundle, f"{SCHEDULES}/{table_name(record, sigmas)}", steps, mapped=dtype == "bfloat16")
+    name = f"{SCHEDULES}/{table_name(record, sigmas)}"
+    stored = _bundled(bundle, name, steps, mapped=dtype == "bfloat16")
     if stored is not None:
         return _as_read(stored, record, dtype)
+    if record.file is None:
+        if all(file.path != name for file in bundle.manifest.schedules):
+            raise missing_tables(bundle.manifest, steps)
+        raise BundleError(f"{bundle.path / name} is damaged; build the bundle again with `qie build`")
     tables = tables_cache(cache)
-    group, made_from = record.file.sha256, _made_from(record, sigmas)
-    content = tables.load(group, made_from)
-    if content is not None and len(content) == steps * record.values * _dtype(record).itemsize:
-        return _as_read(np.frombuffer(content, _dtype(record)).reshape(steps, -1), record, dtype)
+    group, decided_by = record.identity, made_from(record, sigmas)
+    content = tables.load(group, decided_by)
+    if content is not None and len(content) == steps * record.values * stored_dtype(record).itemsize:
+        return _as_read(np.frombuffer(content, stored_dtype(record)).reshape(steps, -1), record, dtype)
     check_file(bundle, record.file)
     weights = bundle.folder.read(lambda folder: BundleModulation(folder, record))
     flat = compute_tables(weights, record, sigmas, progress=progress)
@@ -132,7 +134,7 @@ def modulation_tables(
             "`qie build`"
         )
     kept = _stored(flat, record)
-    tables.store(group, made_from, memoryview(kept.tobytes()))
+    tables.store(group, decided_by, memoryview(kept.tobytes()))
     return _as_read(kept, record, dtype)
 
 
@@ -141,22 +143,6 @@ def _as_read(stored: NDArray[Any], record: ModulationRecord, dtype: TableDtype) 
     if dtype == "float32":
         return split_tables(widen(stored), record)
     return split_tables(stored if stored.dtype == np.uint16 else narrow(stored), record)
-
-
-def table_name(record: ModulationRecord, sigmas: Array) -> str:
-    """File name of the tables of ``sigmas`` in a bundle: a digest of everything that decides their content."""
-    return f"{hashlib.sha256(_made_from(record, sigmas).encode()).hexdigest()[:32]}.npy"
-
-
-def _made_from(record: ModulationRecord, sigmas: Array) -> str:
-    return f"{record.file.sha256} {record.zero_cond_t} {record.tables} {sigmas.astype('<f4').tobytes().hex()}"
-
-
-def store_tables(flat: Array, record: ModulationRecord, path: Path) -> None:
-    """Write ``flat`` [S, everything] in the dtype in which the engine uses it, bfloat16 as its bits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, _stored(flat, record), allow_pickle=False)
 
 
 def compute_tables(
@@ -180,8 +166,8 @@ def compute_tables(
     Returns:
         float32 [S, L * M * D + 2 * D]: every block's rows, then 1 + scale and shift of the output norm.
     """
-    conditioning_SD = _conditioning(weights, timesteps(sigmas))
-    zero_SD = np.broadcast_to(_conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
+    conditioning_SD = conditioning(weights, timesteps(sigmas))
+    zero_SD = np.broadcast_to(conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
     rows: list[Array] = []
     for layer in range(shape.layers):
         for stream in streams(references=shape.zero_cond_t):
@@ -191,7 +177,7 @@ def compute_tables(
                 values[:, module_slice(half, "scale", shape.width)] += 1
             rows.append(values)
         progress(layer + 1, shape.layers)
-    last = _linear(weights, "norm_out.linear", conditioning_SD)
+    last = _linear(weights, NORM_OUT, conditioning_SD)
     last[:, : shape.width] += 1
     rows.append(last)
     return np.ascontiguousarray(np.concatenate(rows, axis=1))
@@ -212,6 +198,7 @@ class BundleModulation:
     """The modulation weights of a bundle, mapped and widened one tensor at a time."""
 
     def __init__(self, folder: Path, record: ModulationRecord) -> None:
+        assert record.file is not None, "a bundle without modulation weights"
         self.mapped = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
         self._tensors = {t.name: t for t in record.tensors}
 
@@ -229,14 +216,14 @@ def _linear(weights: ModulationWeights, name: str, x: Array) -> Array:
     return x @ weights.read(f"{name}.weight").T + weights.read(f"{name}.bias")
 
 
-def _conditioning(weights: ModulationWeights, timestep_S: Array) -> Array:
+def conditioning(weights: ModulationWeights, timestep_S: Array) -> Array:
     """Silu of the timestep's embedding, float32 [S, D]: the input of every modulation layer."""
     half = CHANNELS // 2
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = np.float32(1000) * (timestep_S[:, None] * frequencies)
     channels = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    hidden: Array = silu(_linear(weights, "time_text_embed.timestep_embedder.linear_1", channels))
-    return silu(_linear(weights, "time_text_embed.timestep_embedder.linear_2", hidden))
+    hidden: Array = silu(_linear(weights, EMBEDDER[0], channels))
+    return silu(_linear(weights, EMBEDDER[1], hidden))
 
 
 def _bundled(bundle: Bundle, name: str, steps: int, *, mapped: bool) -> NDArray[np.generic] | None:
@@ -251,15 +238,11 @@ def _bundled(bundle: Bundle, name: str, steps: int, *, mapped: bool) -> NDArray[
     except (OSError, ValueError):  # absent, empty
         return None
     record = bundle.manifest.model.modulation
-    header = len(content) - steps * record.values * _dtype(record).itemsize
+    header = len(content) - steps * record.values * stored_dtype(record).itemsize
     in_file = 10 + int.from_bytes(content[8:10].tobytes(), "little")  # numpy/lib/format.py, version 1.0
     if hashlib.sha256(content.data).hexdigest() != listed.sha256 or header != in_file:
         return None
-    return np.frombuffer(content, _dtype(record), offset=header).reshape(steps, record.values)
-
-
-def _dtype(record: ModulationRecord) -> np.dtype[np.generic]:
-    return np.dtype(np.uint16 if record.tables == "bfloat16" else np.float32)
+    return np.frombuffer(content, stored_dtype(record), offset=header).reshape(steps, record.values)
 
 
 def _stored(flat: Array, record: ModulationRecord) -> NDArray[np.generic]:

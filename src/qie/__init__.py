@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qie.compiler.packing.add_schedule import add_schedule
     from qie.compiler.packing.build import build
     from qie.compiler.planning.plan import Plan
     from qie.compiler.planning.resolve import plan_build
@@ -61,6 +62,7 @@ __all__ = [
     "Request",
     "RequestError",
     "__version__",
+    "add_schedule",
     "build",
     "open_bundle",
     "plan_build",
@@ -76,6 +78,7 @@ _HOMES = {
     "Plan": "qie.compiler.planning.plan",
     "Progress": "qie.engines.progress",
     "Request": "qie.engines.editing.request",
+    "add_schedule": "qie.compiler.packing.add_schedule",
     "build": "qie.compiler.packing.build",
     "open_bundle": "qie.engines.bundle.bundle",
     "plan_build": "qie.compiler.planning.resolve",

@@ -20,11 +20,17 @@ from qie.compiler.validation.host import differing_inputs, prompt_tokens, vision
 from qie.compiler.validation.modulation import table_errors
 from qie.compiler.validation.subject import Executed, Subject
 from qie.compiler.validation.teacher_forcing import forced
+from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE
 from qie.engines.errors import RequestError
 
 __all__ = ["SPECS"]
+
+_NO_WEIGHTS = (
+    "the bundle has no modulation weights to compare its tables with; validate its graphs, which are built again from "
+    "its checkpoint"
+)
 
 Values = Callable[[Executed, GoldenCase], tuple[float, str]]
 """Runs one component on the inputs of a case: the relative L2 error of its output, and what was compared."""
@@ -57,8 +63,12 @@ def inputs(subject: Subject) -> Iterator[Outcome]:
 
 
 def modulation(subject: Subject) -> Iterator[Outcome]:
-    """The stored modulation tables against their weights in the bundle."""
-    tables = table_errors(subject.bundle, subject.recipe, progress=subject.progress)
+    """The stored modulation tables against their weights, in the bundle or in the one that was built again."""
+    weights = _with_weights(subject)
+    if weights is None:
+        yield Finding(value=None, detail=_NO_WEIGHTS)
+        return
+    tables = table_errors(subject.bundle, subject.recipe, weights=weights, progress=subject.progress)
     if tables:
         errors = [table.error for table in tables]
         worst = tables[int(np.argmax(errors))].path
@@ -67,6 +77,15 @@ def modulation(subject: Subject) -> Iterator[Outcome]:
         yield Finding(value=float(np.max(errors)), on="NumPy", detail=detail)
     else:
         yield NotApplicable(reason="the bundle has no modulation tables of its recipe's schedules")
+
+
+def _with_weights(subject: Subject) -> Bundle | None:
+    """The bundle itself, or the one that was built again from its checkpoint: the one that has its weights."""
+    record, executed = subject.bundle.manifest.model.modulation, subject.executed
+    if record.file is not None:
+        return subject.bundle
+    again = executed is not None and executed.bundle.manifest.model.modulation
+    return executed.bundle if executed and again and again.file and again.identity == record.identity else None
 
 
 def vision(executed: Executed, case: GoldenCase) -> tuple[float, str]:

@@ -175,7 +175,7 @@ def _settings(bundle: Bundle) -> dict[str, Any]:
 
 def _files(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
-    found = {"tokenizer": manifest.tokenizer.sha256, "modulation weights": manifest.model.modulation.file.sha256}
+    found = {"tokenizer": manifest.tokenizer.sha256, "modulation weights": manifest.model.modulation.identity}
     if manifest.calibration is not None:
         found["calibration"] = manifest.calibration.sha256
     return found | {file.path: file.sha256 for file in manifest.schedules}

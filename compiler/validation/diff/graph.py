@@ -189,13 +189,13 @@ def diff_graphs(old: GraphFile, new: GraphFile) -> GraphDiff:
 
 
 def diff_modulation(old: Bundle, new: Bundle) -> tuple[WeightChange, ...]:
-    """The modulation weights that differ.
+    """The modulation weights that differ; of a bundle that has tables alone only whether they do, as their file.
 
     Raises:
         BundleError: a file is damaged.
     """
     records = old.manifest.model.modulation, new.manifest.model.modulation
-    if records[0].file.sha256 == records[1].file.sha256:
+    if records[0].identity == records[1].identity or any(record.file is None for record in records):
         return ()
     shapes = [{t.name: _told(t.dtype, t.shape) for t in record.tensors} for record in records]
     readers = [_modulation(bundle, record) for bundle, record in zip((old, new), records, strict=True)]
@@ -234,6 +234,7 @@ def _weights(old: GraphFile, new: GraphFile) -> Iterable[WeightChange]:
 
 
 def _modulation(bundle: Bundle, record: ModulationRecord) -> BundleModulation:
+    assert record.file is not None, "a bundle without modulation weights"
     check_file(bundle, record.file)
     return bundle.folder.read(lambda folder: BundleModulation(folder, record))
 

@@ -60,7 +60,7 @@ def test_sizes_follow_the_precision(make: Make) -> None:
     for one, other in zip(wide.components, narrow.components, strict=True):
         assert one.parameters == other.parameters
         assert 1.7 < one.bytes / other.bytes < 2.1
-    assert wide.modulation_bytes == narrow.modulation_bytes  # as the checkpoint stores them
+    assert narrow.modulation_bytes == 0  # a recipe for a GPU has tables alone
     assert wide.tables_bytes / wide.table_steps == 2 * narrow.tables_bytes / narrow.table_steps
 
 

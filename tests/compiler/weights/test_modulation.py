@@ -24,7 +24,8 @@ SIGMAS = np.array([1.0, 0.63, 0.21, 0], np.float32)
 def test_tables_of_a_checkpoint_are_those_of_its_bundle(tmp_path: Path, dtype: str) -> None:
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / "tiny", ARCHITECTURES["tiny"], dtype=dtype)))
     config, readers = checkpoint.model.transformer, checkpoint.readers()
-    record = write_modulation(config, readers, tmp_path, tables="float32")
+    made = write_modulation(config, readers, tmp_path, schedules=[SIGMAS], tables="float32", mode="weights")
+    record = made.record
     stored = compute_tables(BundleModulation(tmp_path, record), record, SIGMAS)
     direct = compute_tables(CheckpointModulation(config, readers["transformer"]), config, SIGMAS)
     assert direct.tobytes() == stored.tobytes()
@@ -60,6 +61,7 @@ def test_only_what_a_lora_touches_is_float32(tmp_path: Path, layers: list[str]) 
     file = lora(layers, reader, tmp_path / "l.safetensors", 0.001)
     plan = plan_build(folder, loras=[file.path], out=tmp_path / "bundle")
     record = build(plan).manifest.model.modulation
+    assert record.file is not None
     assert record.file.bytes == plan.modulation_bytes
     assert plan.modulation_bytes < 1.5 * plan_build(folder).modulation_bytes
     weights = BundleModulation(tmp_path / "bundle", record)

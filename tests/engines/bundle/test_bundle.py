@@ -219,7 +219,7 @@ def test_of_a_link_both_are_deleted(copied: Path, tmp_path: Path) -> None:
 
 
 def test_cached_tables_go_with_their_bundle(copied: Path) -> None:
-    group = open_bundle(copied).manifest.model.modulation.file.sha256
+    group = open_bundle(copied).manifest.model.modulation.identity
     cache = tables_cache()
     cache.store(group, "some steps", memoryview(b"table"))
     cache.store("0" * 64, "some steps", memoryview(b"table"))

@@ -14,15 +14,11 @@ from qie.engines.bfloat16 import narrow, round_to_bfloat16, widen
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.bundle.specs import SchedulerSpec
-from qie.engines.inputs.modulation import (
-    BundleModulation,
-    compute_tables,
-    split_tables,
-    table_name,
-)
+from qie.engines.inputs.modulation import BundleModulation, compute_tables, split_tables
 from qie.engines.inputs.modulation import silu as silu_of
 from qie.engines.inputs.modulation import timesteps as timesteps_of
 from qie.engines.inputs.schedule import sigmas
+from qie.engines.inputs.stored_schedules import table_name
 
 LAYERS, WIDTH, CHANNELS = 3, 8, 256
 SIGMAS = sigmas(SchedulerSpec(use_dynamic_shifting=True, shift_terminal=0.02), steps=5, noise_tokens=64)
@@ -183,7 +179,7 @@ def test_every_bfloat16_survives_a_round_trip() -> None:
 
 def test_the_name_depends_on_weights_and_schedule(make: Callable[..., Case]) -> None:
     _, record, _ = make()
-    other_weights = replace(record, file=replace(record.file, sha256="1" * 64))
+    other_weights = replace(record, digest="1" * 64)
     names = {table_name(record, SIGMAS), table_name(other_weights, SIGMAS), table_name(record, SIGMAS[1:])}
     assert len(names) == 3
     assert table_name(record, SIGMAS.copy()) in names

@@ -1,0 +1,170 @@
+"""Schedules that are added to a bundle: from its checkpoint, as the weights would have them, or not at all."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qie.compiler.checkpoint.checkpoint import open_checkpoint
+from qie.compiler.packing.add_schedule import add_schedule
+from qie.compiler.synthetic.architecture import ARCHITECTURES
+from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.engines.bundle.bundle import Bundle, open_bundle, verify
+from qie.engines.editing.editor import Editor
+from qie.engines.editing.request import Request
+from qie.engines.errors import BuildError, CheckpointError, RequestError
+from qie.engines.inputs.stored_schedules import stored_schedules
+from tests.support.bundles import build
+from tests.support.images import smooth_image
+
+TABLES = 'extends = "cpu"\nmodulation = "tables"\n'
+INT8 = (
+    TABLES
+    + '[components.transformer]\nprecision = "float32"\nscheme = "int8-smooth"\n[[schedules]]\nsteps = 4\nguidance = 1.0\n'
+)
+
+
+@pytest.fixture(scope="module")
+def tables_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``checkpoint`` with tables alone; not to be changed."""
+    return build(checkpoint, tmp_path_factory.mktemp("alone") / "alone", TABLES).path
+
+
+@pytest.fixture
+def copied(tables_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tables_bundle, tmp_path / "copied"))
+
+
+def edited(bundle: Bundle | Path, steps: int) -> np.ndarray:
+    request = Request(images=[smooth_image(64, 64)], instructions=["make it red"], seeds=[1], steps=steps, guidance=1.0)
+    with Editor(bundle) as editor:
+        return np.asarray(editor.edit(request).images[0])
+
+
+def content(bundle: Path) -> dict[str, tuple[int, int]]:
+    """Size and inode of every file."""
+    files = (path for path in bundle.rglob("*") if path.is_file())
+    return {path.relative_to(bundle).as_posix(): (path.stat().st_size, path.stat().st_ino) for path in files}
+
+
+def test_tables_and_weights_edit_equally(bundle: Path, tables_bundle: Path) -> None:
+    with_weights, alone = open_bundle(bundle).manifest, open_bundle(tables_bundle).manifest
+    assert not (tables_bundle / "modulation.weights").exists()
+    assert alone.model.modulation.file is None
+    assert alone.model.modulation.identity == with_weights.model.modulation.identity
+    assert np.array_equal(edited(tables_bundle, 4), edited(bundle, 4))
+
+
+def test_an_added_schedule_is_that_of_the_weights(bundle: Path, copied: Path, checkpoint: Path) -> None:
+    before, old = content(copied), open_bundle(copied)
+    added = add_schedule(copied, steps=5, model=checkpoint)
+    verify(added)
+    assert [schedule.steps for schedule in stored_schedules(added.manifest)] == [4, 5, 8, 20]
+    assert added.manifest.added[0].sizes == added.manifest.limits.buckets
+    after = content(copied)
+    assert {name: after[name] for name in before if name != "manifest.json"} == {
+        name: stat for name, stat in before.items() if name != "manifest.json"
+    }
+    difference = edited(added, 5).astype(int) - edited(bundle, 5).astype(int)
+    assert np.abs(difference).max() <= 1
+    assert np.array_equal(edited(added, 4), edited(bundle, 4))
+    assert old.folder.replaced
+    assert add_schedule(added, steps=5, model=checkpoint) is added  # it has them
+
+
+def test_a_size_between_those_of_the_recipe(copied: Path, checkpoint: Path) -> None:
+    limits = open_bundle(copied).manifest.limits
+    size = (limits.min_side + 16, limits.min_side)
+    added = add_schedule(copied, steps=4, sizes=[size], model=checkpoint)
+    schedule = stored_schedules(added.manifest)[0]
+    assert [(s.width, s.height) for s in schedule.sizes[len(limits.buckets) :]] == [size]
+
+
+def test_a_bundle_with_weights_needs_no_checkpoint(bundle: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(bundle, tmp_path / "mine"))
+    added = add_schedule(mine, steps=5)
+    assert 5 in [schedule.steps for schedule in stored_schedules(added.manifest)]
+    assert np.abs(edited(added, 5).astype(int) - edited(bundle, 5).astype(int)).max() <= 1
+
+
+def test_smoothing_is_that_of_the_bundles_calibration(tmp_path: Path) -> None:
+    alone = build("pocket", tmp_path / "alone", INT8)
+    assert alone.manifest.calibration is not None
+    added = add_schedule(alone, steps=2, sizes=[(128, 128)])
+    assert added.manifest.model.modulation.identity == alone.manifest.model.modulation.identity
+    assert len(added.manifest.schedules) == len(alone.manifest.schedules) + 1
+
+
+def test_the_loras_are_those_of_the_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    layer, rng = "transformer_blocks.1.img_mod.1", np.random.default_rng(0)
+    out, inner = open_checkpoint(str(checkpoint)).reader("transformer").shape(f"{layer}.weight")
+    file = tmp_path / "style.safetensors"
+    values = {"A": rng.standard_normal((4, inner)), "B": rng.standard_normal((out, 4))}
+    save_file({f"{layer}.lora_{key}.weight": value.astype(np.float32) / 8 for key, value in values.items()}, file)
+    made = build(checkpoint, tmp_path / "made", TABLES, loras=[file])
+    for loras in ([], [(file, 0.5)]):
+        with pytest.raises(CheckpointError, match=r"the LoRAs are not those of made, which has style\.safetensors:1;"):
+            add_schedule(made, steps=2, model=checkpoint, loras=loras)
+    added = add_schedule(made, steps=2, model=checkpoint, loras=[file])
+    assert [schedule.steps for schedule in stored_schedules(added.manifest)] == [2, 4, 8, 20]
+
+
+def test_another_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
+    before = content(copied)
+    other = write_checkpoint(tmp_path / "other", ARCHITECTURES["tiny"], seed=2)
+    with pytest.raises(CheckpointError, match="is not the one that .* was built from; name that of tiny"):
+        add_schedule(copied, steps=5, model=other)
+    with pytest.raises(CheckpointError, match="has another transformer than"):
+        add_schedule(copied, steps=5, model="pocket")
+    with pytest.raises(BuildError, match="its checkpoint tiny is no hub id; name its folder"):
+        add_schedule(copied, steps=5)
+    assert content(copied) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(("steps", "sizes", "sentence"), [
+    (0, None, "the number of steps is 0, expected from 1 to 1000"),
+    (1001, None, "the number of steps is 1001, expected from 1 to 1000"),
+    (5, [(65, 64)], "the bundle does not edit at 65x64"),
+])  # fmt: skip
+def test_what_the_bundle_cannot_edit(
+    tables_bundle: Path, steps: int, sizes: list[tuple[int, int]] | None, sentence: str
+) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        add_schedule(tables_bundle, steps=steps, sizes=sizes)
+
+
+def test_a_stop_in_the_middle_leaves_the_old_bundle(copied: Path, checkpoint: Path, tmp_path: Path) -> None:
+    before = content(copied)
+    seen: list[int] = []
+
+    def stop(what: str, done: int, total: int) -> None:
+        seen.append(done)
+        if what == "modulation" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        add_schedule(copied, steps=5, model=checkpoint, progress=stop)
+    assert len(seen) > 3
+    assert content(copied) == before
+    verify(open_bundle(copied))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_command(
+    qie: Callable[..., CompletedProcess[str]], workplace: Path, copied: Path, checkpoint: Path
+) -> None:
+    asked = ("run", "photo.png", "make it red", "--bundle", copied, "--cfg", "1", "--steps", "5")
+    refused = qie(*asked)
+    assert refused.returncode == 2
+    assert "`qie add-schedule BUNDLE --steps 5`" in refused.stderr
+    done = qie("add-schedule", copied, "--steps", "5", "--model", checkpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "it edits with 4 steps at" in done.stdout
+    assert qie(*asked).returncode == 0
+    assert "has these tables already" in qie("add-schedule", copied, "--steps", "5", "--model", checkpoint).stdout
+    assert "5 steps at" in qie("inspect", copied).stdout
