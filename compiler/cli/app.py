@@ -20,6 +20,7 @@ from qie.compiler.cli.golden import golden
 from qie.compiler.cli.plan import plan
 from qie.compiler.cli.recipes import recipes_app
 from qie.compiler.cli.selftest import selftest
+from qie.compiler.cli.synthesize import synthesize
 from qie.compiler.cli.validate import validate
 from qie.engines.cli.bundles import inspect, list_bundles, rm
 from qie.engines.cli.clean import clean
@@ -30,7 +31,7 @@ from qie.engines.terminal import say
 __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Build": ("plan", "calibrate", "build", "export", "recipes"),
+    "Build": ("plan", "calibrate", "build", "export", "recipes", "synthesize"),
     "Edit": ("run",),
     "Validate": ("validate", "golden", "diff", "bench"),
     "Bundles": ("list", "inspect", "add-schedule", "rm", "clean"),
@@ -97,6 +98,12 @@ _needs_arguments(
     epilog=examples("qie export pocket -o graphs", "qie export --gpu a100 --no-weights"),
 )(export)
 app.add_typer(recipes_app, name="recipes")
+_needs_arguments(
+    epilog=examples(
+        "qie synthesize 2511 --out 2511-synthetic --layers 4 --language-layers 2",
+        "qie synthesize 2511 --out 2511-synthetic --on-demand",
+    ),
+)(synthesize)
 _needs_arguments(
     cls=RunCommand,
     epilog=examples(

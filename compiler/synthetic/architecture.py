@@ -29,6 +29,7 @@ class Architecture:
         schedule: default steps and guidance of the model; None for the pipeline's.
         text_hidden_size: also the output width of the vision tower and the ``joint_attention_dim`` of the transformer.
         text_vocab_size: rows of the embedding; like the published ones, more than the tokenizer has entries.
+        shard_gigabytes: the most that a shard of the transformer holds as published; the text encoder has shards of 5.
         text_names: names of the text encoder's tensors: "old" is ``visual.*`` and ``model.*`` (transformers 4), "new"
             is ``model.visual.*`` and ``model.language_model.*``.
     """
@@ -38,6 +39,7 @@ class Architecture:
     vae_area: int = 128 * 128
     condition_area: int = 128 * 128
     schedule: tuple[int, float] | None = None
+    shard_gigabytes: int = 10
 
     num_layers: int = 2
     num_attention_heads: int = 2
@@ -138,7 +140,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         vae_base_dim=16,
         vae_num_res_blocks=2,
     ),
-    "qwen-image-edit": replace(_PUBLISHED, pipeline="edit"),
+    "qwen-image-edit": replace(_PUBLISHED, pipeline="edit", shard_gigabytes=5),
     "qwen-image-edit-2509": _PUBLISHED,
     "qwen-image-edit-2511": replace(_PUBLISHED, zero_cond_t=True),
 }
@@ -148,7 +150,11 @@ model repositories; Qwen2.5-VL-7B for the text encoder)."""
 
 
 def tensor_shapes(architecture: Architecture) -> dict[Subfolder, dict[str, Shape]]:
-    """All tensors of a checkpoint: subfolder -> canonical name (``Weight.name``) -> shape."""
+    """All tensors of a checkpoint: subfolder -> canonical name (``Weight.name``) -> shape.
+
+    Those of the transformer and the text encoder are in the order of the models' ``state_dict`` in diffusers and
+    transformers, which decides what a shard holds.
+    """
     return {
         "transformer": dict(_transformer(architecture)),
         "text_encoder": dict(_text_encoder(architecture)),
@@ -172,45 +178,59 @@ def _transformer(a: Architecture) -> Iterator[tuple[str, Shape]]:
     yield from _linear("txt_in", a.text_hidden_size, width)
     for layer in range(a.num_layers):
         block = f"transformer_blocks.{layer}"
-        for stream in ("img", "txt"):
-            yield from _linear(f"{block}.{stream}_mod.1", width, 6 * width)
-            yield from _linear(f"{block}.{stream}_mlp.net.0.proj", width, 4 * width)
-            yield from _linear(f"{block}.{stream}_mlp.net.2", 4 * width, width)
-        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            yield from _linear(f"{block}.attn.{name}", width, width)
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            yield f"{block}.attn.{name}.weight", (a.attention_head_dim,)
+        yield from _linear(f"{block}.img_mod.1", width, 6 * width)
+        yield from _attention(f"{block}.attn", width, a.attention_head_dim)
+        yield from _feed_forward(f"{block}.img_mlp", width)
+        yield from _linear(f"{block}.txt_mod.1", width, 6 * width)
+        yield from _feed_forward(f"{block}.txt_mlp", width)
     yield from _linear("norm_out.linear", width, 2 * width)
     yield from _linear("proj_out", width, 4 * a.out_channels)
 
 
+def _attention(name: str, width: int, head_dim: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.norm_q.weight", (head_dim,)
+    yield f"{name}.norm_k.weight", (head_dim,)
+    for layer in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out"):
+        yield from _linear(f"{name}.{layer}", width, width)
+    yield f"{name}.norm_added_q.weight", (head_dim,)
+    yield f"{name}.norm_added_k.weight", (head_dim,)
+
+
+def _feed_forward(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(f"{name}.net.0.proj", width, 4 * width)
+    yield from _linear(f"{name}.net.2", 4 * width, width)
+
+
 def _text_encoder(a: Architecture) -> Iterator[tuple[str, Shape]]:
     width, kv_width = a.text_hidden_size, a.text_hidden_size // a.text_heads * a.text_kv_heads
+    yield from _vision(a)
     yield "language_model.embed_tokens.weight", (a.text_vocab_size, width)
     for layer in range(a.text_layers):
         block = f"language_model.layers.{layer}"
-        yield f"{block}.input_layernorm.weight", (width,)
         yield from _linear(f"{block}.self_attn.q_proj", width, width)
         yield from _linear(f"{block}.self_attn.k_proj", width, kv_width)
         yield from _linear(f"{block}.self_attn.v_proj", width, kv_width)
         yield from _linear(f"{block}.self_attn.o_proj", width, width, bias=False)
-        yield f"{block}.post_attention_layernorm.weight", (width,)
         yield from _gated(f"{block}.mlp", width, a.text_intermediate_size, bias=False)
+        yield f"{block}.input_layernorm.weight", (width,)
+        yield f"{block}.post_attention_layernorm.weight", (width,)
     yield "language_model.norm.weight", (width,)
     yield "lm_head.weight", (a.text_vocab_size, width)
 
+
+def _vision(a: Architecture) -> Iterator[tuple[str, Shape]]:
     vision, merged = a.vision_hidden_size, 4 * a.vision_hidden_size
     yield from _linear("visual.patch_embed.proj", 3, vision, 2, a.vision_patch_size, a.vision_patch_size, bias=False)
     for layer in range(a.vision_depth):
         block = f"visual.blocks.{layer}"
         yield f"{block}.norm1.weight", (vision,)
+        yield f"{block}.norm2.weight", (vision,)
         yield from _linear(f"{block}.attn.qkv", vision, 3 * vision)
         yield from _linear(f"{block}.attn.proj", vision, vision)
-        yield f"{block}.norm2.weight", (vision,)
         yield from _gated(f"{block}.mlp", vision, a.vision_intermediate_size, bias=True)
     yield "visual.merger.ln_q.weight", (vision,)
     yield from _linear("visual.merger.mlp.0", merged, merged)
-    yield from _linear("visual.merger.mlp.2", merged, width)
+    yield from _linear("visual.merger.mlp.2", merged, a.text_hidden_size)
 
 
 def _gated(name: str, width: int, inner: int, *, bias: bool) -> Iterator[tuple[str, Shape]]:

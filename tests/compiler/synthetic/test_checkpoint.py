@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,19 +216,3 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(tmp_path / "checkpoint", TINY)
     assert not list(tmp_path.iterdir())
-
-
-def test_command_line(tiny: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "qie.compiler.synthetic.checkpoint",
-        str(tmp_path / "out"),
-        "--architecture",
-        "tiny",
-    ]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (first.returncode, len(first.stdout.splitlines())) == (0, 1)
-    assert contents(tmp_path / "out") == contents(tiny)
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and "Traceback" not in again.stderr and "delete it" in again.stderr

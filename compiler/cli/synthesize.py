@@ -1,0 +1,77 @@
+"""``qie synthesize``: a checkpoint of published sizes with made-up weights."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qie.engines.cli.options import JsonOption, print_json
+from qie.engines.terminal import Bars, human_bytes, say
+
+if TYPE_CHECKING:
+    from qie.compiler.synthetic.synthesize import Synthesis
+
+__all__ = ["synthesize"]
+
+
+def synthesize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Sizes: 2511, 2509, edit, or a small model such as tiny or demo.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it must not exist, or be empty.")],
+    layers: Annotated[int | None, typer.Option(help="Blocks of the transformer.", show_default="as published")] = None,
+    language_layers: Annotated[
+        int | None, typer.Option(help="Layers of the language model.", show_default="as published")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Write no weights; they are made shard by shard when they are needed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint of published sizes with made-up weights.
+
+    It opens, builds and runs like the original, without a download; its edits are noise. Equal arguments give equal
+    bytes.
+    """
+    from qie.compiler.planning.resolve import compile_packages
+
+    with compile_packages():
+        from qie.compiler.synthetic.synthesize import plan_synthesis
+        from qie.compiler.synthetic.synthesize import synthesize as write
+
+    plan = plan_synthesis(model, out, layers=layers, language_layers=language_layers, seed=seed, on_demand=on_demand)
+    if not as_json:
+        _state(model, plan)
+    if not dry_run:
+        with Bars(enabled=not as_json) as bars:
+            write(plan, progress=bars)
+    if as_json:
+        return print_json(
+            {
+                "folder": str(out),
+                "written": not dry_run,
+                "on_demand": on_demand,
+                "disk_bytes": plan.disk_bytes,
+                "free_bytes": plan.free_bytes,
+                "shards": {file.path: file.bytes for file in plan.files},
+            }
+        )
+    if not dry_run:
+        say(f"{out}: written; build with: qie build {out} --gpu l40s")
+    return None
+
+
+def _state(model: str, plan: "Synthesis") -> None:
+    """Say what is written, and what it takes."""
+    made = plan.recorded
+    say(
+        f"{model}: {_count(made.layers, 'transformer block')}, {_count(made.language_layers, 'language layer')}, "
+        f"bfloat16, seed {made.seed}: {_count(len(plan.files), 'shard')}, {human_bytes(plan.weight_bytes)}"
+    )
+    say(f"needs {human_bytes(plan.disk_bytes)} of disk, {human_bytes(plan.free_bytes)} are free")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
