@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="folder for everything that is written, default: that of temporary files"
     )
+    parser.add_argument("--shard-gb", type=float, help="largest shard in GB, default: as published")
     parser.add_argument("--folder", action="store_true", help="write the checkpoint to the disk first")
     parser.add_argument(
         "--floor-gib", type=float, default=4, help="GiB that are written and read for the floor, default: 4"
@@ -61,17 +62,20 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     from qie.compiler.packing.build import build
     from qie.compiler.planning.estimate import estimate
     from qie.compiler.planning.resolve import plan_build
-    from qie.compiler.synthetic.synthesize import synthesize
+    from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
 
     stages = Stages()
     read, write = floor(home, int(options.floor_gib * 2**30))
     with stages.stage("synthesize"):
         synthesize(
-            options.model,
-            home / "checkpoint",
-            layers=options.layers,
-            language_layers=options.language_layers,
-            on_demand=not options.folder,
+            plan_synthesis(
+                options.model,
+                home / "checkpoint",
+                layers=options.layers,
+                language_layers=options.language_layers,
+                on_demand=not options.folder,
+                shard_bytes=None if options.shard_gb is None else int(options.shard_gb * 1e9),
+            )
         )
     with stages.stage("graphs"):
         plan = plan_build(

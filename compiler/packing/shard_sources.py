@@ -3,6 +3,7 @@
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.hub import HubShards
 from qie.compiler.checkpoint.shards import ShardSource
+from qie.compiler.synthetic.shards import SyntheticShards
 
 __all__ = ["shard_source"]
 
@@ -13,6 +14,9 @@ def shard_source(checkpoint: Checkpoint) -> ShardSource | None:
     Raises:
         CheckpointError: the hub does not answer.
     """
+    made = SyntheticShards.open(checkpoint.path)
+    if made is not None:
+        return made
     if checkpoint.missing_bytes() == 0:
         return None
     return HubShards(checkpoint.name, str(checkpoint.revision))

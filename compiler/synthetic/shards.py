@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qie.compiler.checkpoint.safetensors import read_json
+from qie.compiler.checkpoint.shards import Shard, TensorFacts
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
 from qie.compiler.synthetic.layout import ShardFile, published_shard_bytes, shard_files
 from qie.compiler.synthetic.values import TensorValues
@@ -19,7 +20,7 @@ from qie.engines.errors import CheckpointError, first_line
 from qie.engines.machine import cores
 from qie.engines.progress import StageProgress, no_progress
 
-__all__ = ["FILE", "Recorded", "Shard", "SyntheticShards", "shard_bytes", "synthetic_json"]
+__all__ = ["FILE", "Recorded", "SyntheticShards", "shard_bytes", "synthetic_json"]
 
 FILE = "synthetic.json"
 """Name of the record in the checkpoint's folder."""
@@ -29,14 +30,6 @@ _FORMAT = 1
 
 _MOST_WORKERS = 16
 """Threads at most, each with some 10 MB."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """What is known of a shard before it is made: its size in bytes, and its sha256 in hex."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +64,7 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticShards:
-    """The shards of a checkpoint that was written without them.
+    """The shards of a checkpoint that was written without them (``qie.compiler.checkpoint.shards.ShardSource``).
 
     Attributes:
         recorded: what decides their bytes.
@@ -105,7 +98,15 @@ class SyntheticShards:
             ) from error
         return cls(recorded=recorded, shards=shards)
 
-    def write(self, path: str, target: Path, *, progress: StageProgress = no_progress) -> None:
+    def tensors(self, path: str) -> dict[str, TensorFacts]:
+        """The tensors of a shard in the order of its bytes, under the names that are stored in it.
+
+        Raises:
+            CheckpointError: there is no such shard.
+        """
+        return {t.stored: TensorFacts(dtype="bfloat16", shape=tuple(t.shape)) for t in self._file(path).tensors}
+
+    def fetch(self, path: str, target: Path, *, progress: StageProgress = no_progress) -> None:
         """Make one shard and write it, from its first byte to its last; a failure leaves no file.
 
         Args:
@@ -117,9 +118,7 @@ class SyntheticShards:
             CheckpointError: there is no such shard.
             OSError: the file cannot be written.
         """
-        file = next((file for file in self.recorded.files() if file.path == path), None)
-        if file is None:
-            raise CheckpointError(f"a synthetic checkpoint has no shard {path}; name one of {', '.join(self.shards)}")
+        file = self._file(path)
         done = 0
         try:
             with target.open("wb") as stream:
@@ -130,6 +129,12 @@ class SyntheticShards:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+    def _file(self, path: str) -> ShardFile:
+        file = next((file for file in self.recorded.files() if file.path == path), None)
+        if file is None:
+            raise CheckpointError(f"a synthetic checkpoint has no shard {path}; name one of {', '.join(self.shards)}")
+        return file
 
 
 def shard_bytes(file: ShardFile, seed: int) -> Iterator[bytes | memoryview]:

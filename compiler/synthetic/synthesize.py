@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from qie.compiler.checkpoint.shards import Shard
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.configs import config_files
 from qie.compiler.synthetic.layout import ShardFile, index_files
-from qie.compiler.synthetic.shards import FILE, Recorded, Shard, shard_bytes, synthetic_json
+from qie.compiler.synthetic.shards import FILE, Recorded, shard_bytes, synthetic_json
 from qie.engines.errors import CheckpointError
 from qie.engines.files import existing
 from qie.engines.folders import replacing_folder

@@ -154,8 +154,8 @@ def test_progress_reaches_the_end_of_every_kind_of_work(build: Build) -> None:
     assert list(seen) == [
         "digest of the checkpoint",
         "weights of text_encoder",
-        "weights of transformer",
         "weights of vae",
+        "weights of transformer",
     ]
     for what, steps in seen.items():
         assert steps == sorted(steps), what

@@ -86,7 +86,7 @@ def test_a_shard_on_demand_is_that_of_the_whole(whole: Path, on_demand: Path, tm
     assert shards is not None and len(shards.shards) > 5
     for number, path in enumerate(reversed(shards.shards)):
         reports: list[tuple[int, int]] = []
-        shards.write(path, tmp_path / str(number), progress=lambda done, total, to=reports: to.append((done, total)))
+        shards.fetch(path, tmp_path / str(number), progress=lambda done, total, to=reports: to.append((done, total)))
         assert (tmp_path / str(number)).read_bytes() == (whole / path).read_bytes()
         assert reports[-1] == (shards.shards[path].bytes, shards.shards[path].bytes)
 
@@ -99,7 +99,7 @@ def test_an_unknown_shard_is_refused(on_demand: Path, tmp_path: Path) -> None:
     shards = SyntheticShards.open(on_demand)
     assert shards is not None
     with pytest.raises(CheckpointError, match="no shard ../etc/passwd; name one of transformer/"):
-        shards.write("../etc/passwd", tmp_path / "x")
+        shards.fetch("../etc/passwd", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_a_failure_leaves_nothing(stop: BaseException, tmp_path: Path, monkeypat
         write(tmp_path / "out")
     recorded = plan_synthesis("tiny", tmp_path / "out").recorded
     with pytest.raises(type(stop)):
-        SyntheticShards(recorded=recorded, shards={}).write(recorded.files()[0].path, tmp_path / "shard")
+        SyntheticShards(recorded=recorded, shards={}).fetch(recorded.files()[0].path, tmp_path / "shard")
     assert not list(tmp_path.iterdir())
 
 
