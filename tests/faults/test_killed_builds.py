@@ -14,13 +14,13 @@ from tests.support.command_line import RUN, Qie, Refusal, assert_says
 
 
 def start_and_kill(checkpoint: Path, qie_home: Path, pattern: str) -> None:
-    """Start a long build of the bundle "mine" and kill it when there is a file ``pattern`` in its temporary folder."""
+    """Start a long build of the bundle "mine" and kill it when there is a file ``pattern`` in a hidden folder of it."""
     schedules = "".join(f"[[schedules]]\nsteps = {n}\nguidance = 4.0\n" for n in range(700, 900))
     Path("long.toml").write_text(f'extends = "cpu"\n{schedules}')
     words = ["build", str(checkpoint), "--gpu", "long.toml", "--name", "mine", "--overwrite"]
     script = "from qie.compiler.cli.main import main; main()"
     with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL) as running:
-        while not list(qie_home.glob(f"bundles/.mine.*.tmp/{pattern}")):
+        while not list(qie_home.glob(f"bundles/.mine.*/{pattern}")):
             assert running.poll() is None
             time.sleep(0.002)
         running.kill()
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("pattern", ["*", "transformer.weights*", "schedules/*.npy"])
+@pytest.mark.parametrize("pattern", ["*", "*/transformer.weights*", "*/piece.json", "*/schedules/*"])
 def test_killed_build(qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, pattern: str) -> None:
     start_and_kill(checkpoint, qie_home, pattern)
     (leftover,) = names(qie_home / "bundles")
@@ -47,7 +47,7 @@ def test_killed_build(qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Pa
 
 def test_killed_rebuild_leaves_the_earlier_bundle(qie: Qie, checkpoint: Path, qie_home: Path) -> None:
     assert qie("build", checkpoint, "--name", "mine").returncode == 0
-    start_and_kill(checkpoint, qie_home, "schedules/*.npy")
+    start_and_kill(checkpoint, qie_home, "*/schedules/*")
     listed = json.loads(qie("list", "--json").stdout)["bundles"]
     assert [(row["name"], row["problem"], row["recipe"]) for row in listed] == [("mine", None, "cpu")]
     assert qie("inspect", "mine", "--verify").returncode == 0

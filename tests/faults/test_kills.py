@@ -2,15 +2,16 @@
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from qie.engines.bundle.bundle import bundles, open_bundle, remove_bundle, verify
+from qie.engines.bundle.bundle import Bundle, bundles, open_bundle, remove_bundle, verify
 from qie.engines.bundle.clean import remove, unneeded
+from qie.engines.bundle.manifest import Manifest
 from qie.engines.files import leftovers_of
-from tests.support.bundles import build
 from tests.support.killing import count_operations, kill_at
 from tests.support.soak import spread
 
@@ -22,6 +23,13 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path, _, _ in leftovers_of(folder)]
 
 
+def content(bundle: Bundle) -> Manifest:
+    """What is in ``bundle``, whose files are as its manifest says, but for the time and memory of its build."""
+    verify(bundle)
+    engines = [replace(engine, build_seconds=0.0, build_peak_bytes=0) for engine in bundle.manifest.engines]
+    return replace(bundle.manifest, engines=tuple(engines))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True], ids=["first build", "rebuild"])
 def test_a_killed_build(checkpoint: Path, bundle: Path, qie_home: Path, earlier: bool) -> None:
@@ -30,6 +38,7 @@ def test_a_killed_build(checkpoint: Path, bundle: Path, qie_home: Path, earlier:
         shutil.copytree(bundle, path)
     total = count_operations(BUILD, checkpoint, path)
     assert total > 40
+    wanted = content(open_bundle("mine"))
     for number, operation in enumerate(spread(range(1, total + 1), 3)):
         if path.exists():
             remove_bundle(path)
@@ -41,7 +50,8 @@ def test_a_killed_build(checkpoint: Path, bundle: Path, qie_home: Path, earlier:
         assert found == (path,) or (not earlier and found == ()), operation
         if found:
             verify(open_bundle("mine"))
-        verify(build(checkpoint, path))
+        assert kill_at(0, signal.SIGKILL, BUILD, checkpoint, path) == 0  # not killed
+        assert content(open_bundle("mine")) == wanted, operation
         assert leftovers(path.parent) == [], operation
 
 
