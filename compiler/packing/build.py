@@ -108,7 +108,7 @@ def build(
 
     from qie.compiler.packing.pack import pack
     from qie.compiler.packing.pieces import open_pieces
-    from qie.compiler.packing.shard_sources import shard_source
+    from qie.compiler.packing.shard_sources import check_whole, shard_source
     from qie.compiler.packing.writing import disk_errors
     from qie.compiler.planning.checks import check_buildable, check_download
     from qie.compiler.planning.estimate import check_fit
@@ -122,6 +122,7 @@ def build(
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
     with disk_errors(plan.destination, plan.disk_bytes), open_pieces(plan.destination) as pieces:
         if source is None:
+            check_whole(plan.checkpoint)
             checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
         else:
             checkpoint = plan.checkpoint.streamed(source, pieces.folder / "shard", progress=partial(progress, "fetch"))

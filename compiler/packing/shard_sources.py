@@ -4,8 +4,9 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.hub import HubShards
 from qie.compiler.checkpoint.shards import ShardSource
 from qie.compiler.synthetic.shards import SyntheticShards
+from qie.engines.errors import CheckpointError
 
-__all__ = ["shard_source"]
+__all__ = ["check_whole", "shard_source"]
 
 
 def shard_source(checkpoint: Checkpoint) -> ShardSource | None:
@@ -20,3 +21,15 @@ def shard_source(checkpoint: Checkpoint) -> ShardSource | None:
     if checkpoint.missing_bytes() == 0:
         return None
     return HubShards(checkpoint.name, str(checkpoint.revision))
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Reject a checkpoint whose weights can only be streamed.
+
+    Raises:
+        CheckpointError: its shards are made on demand.
+    """
+    if SyntheticShards.open(checkpoint.path) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no weights, and they can be made one shard at a time; stream them", option="stream"
+        )
