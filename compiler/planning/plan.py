@@ -29,7 +29,7 @@ from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
 from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.compiler.weights.modulation import modulation_weights
-from qie.compiler.weights.stream import total_bytes
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CheckpointError

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.configs import TransformerConfig
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
-from qie.compiler.weights.stream import prepare, write_weights
+from qie.compiler.weights.prepare import prepare
+from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.bundle.modulation_rows import linears

@@ -15,8 +15,10 @@ from tokenizers import Tokenizer
 from qie.compiler.backends.vllm.config import SCRIPT, SMALL_FILES, files
 from qie.compiler.backends.vllm.settings import Settings
 from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.weights.stream import CHUNK_BYTES, check_weights, disk_error, prepare
+from qie.compiler.weights.placed_file import disk_error
+from qie.compiler.weights.prepare import check_weights, prepare
 from qie.compiler.weights.weight import Weight
+from qie.compiler.weights.weights_file import CHUNK_BYTES
 from qie.engines.files import replacing
 from qie.engines.progress import StageProgress, no_progress
 
