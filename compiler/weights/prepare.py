@@ -122,8 +122,10 @@ def _even(count: int) -> int:
 
 def _packed(nibbles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Two 4-bit values in a byte: the first is the lower half (onnx.proto, TensorProto)."""
-    nibbles = np.pad(nibbles & np.uint8(0xF), (0, len(nibbles) % 2))
-    return np.asarray(nibbles[::2] | (nibbles[1::2] << np.uint8(4)), np.uint8)
+    if len(nibbles) % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    pairs = nibbles.view("<u2") & np.uint16(0x0F0F)
+    return np.asarray(pairs | (pairs >> np.uint16(4))).astype(np.uint8)
 
 
 def check_weights(weights: Sequence[Weight], readers: Mapping[Subfolder, TensorReader]) -> None:
