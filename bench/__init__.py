@@ -6,6 +6,7 @@ Each prints a table, and writes its figures with machine and versions as JSON wi
 - ``fullsize``: a build of the published model with random weights, stage by stage.
 - ``quantization``: accuracy and speed of every scheme on the pocket model.
 - ``calibrate_block``: time and memory that the calibration of the published transformer needs.
+- ``stream``: time and memory of the weight stream, against the time of the disk alone.
 - ``pocket_quality``: edits of the pocket model against the exact results.
 - ``pocket_sheet``: edits of the pocket model as one image.
 """

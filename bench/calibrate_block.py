@@ -6,6 +6,7 @@ text tokens. The benchmark measures the time and the peak memory of the process,
 
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ class RandomReader:
 
     def dtype(self, name: str) -> str:
         return "bfloat16"
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     def read(self, name: str) -> Any:
         shape = self._shapes[name]

@@ -1,9 +1,10 @@
 """A build at full size with made-up weights: ``python -m bench.fullsize [--layers N] [--gpu RECIPE] [--json FILE]``.
 
-Builds Qwen-Image-Edit-2511 with random weights by one call, stage by stage: seconds, CPU seconds, peak memory, bytes read
-and written. The weights are made one shard at a time, so that the disk holds the bundle and one shard; ``--folder`` writes
-them first and reads them from there. The floor of the weights' stages is the time that a plain read of the same bytes and
-a plain write of the bytes out take in the same run, at the rates of ``--floor-gib`` GiB past the page cache.
+Builds Qwen-Image-Edit-2511 with random weights by one call, stage by stage: seconds, CPU seconds, peak memory, bytes
+read and written. The weights are made one shard at a time, so that the disk holds the bundle and one shard;
+``--folder`` writes them first and reads them from there. The floor of the weights' stages is the time that a plain
+read of the same bytes and a plain write of the bytes out take in the same run, at the rates of ``--floor-gib`` GiB past
+the page cache.
 """
 
 import argparse

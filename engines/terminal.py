@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
 from types import TracebackType
@@ -27,6 +27,9 @@ __all__ = [
 NARROWEST = 12
 """Characters below which a column is not wrapped."""
 
+LEAST_BYTES = 10**6
+"""Units from which on they are bytes: no work has so many steps, images or tensors."""
+
 GAP = 2
 """Spaces between two columns."""
 
@@ -34,10 +37,10 @@ GAP = 2
 class Bars:
     """Progress bars on stderr, one per task, with the time left; silent where stderr is not a terminal.
 
-    Called as ``bars(what, done, total)``.
+    Called as ``bars(what, done, total)``. A million units or more are bytes: their bars show how many a second too.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         if enabled and sys.stderr is not None and sys.stderr.isatty():
@@ -48,8 +51,10 @@ class Bars:
                 TextColumn("{task.description:>24}"),
                 BarColumn(),
                 TaskProgressColumn(),
+                TextColumn("{task.fields[rate]:>10}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=Console(stderr=True),
+                get_time=clock,
             )
 
     def __enter__(self) -> "Bars":
@@ -67,8 +72,13 @@ class Bars:
         if self._progress is None:
             return
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._progress.add_task(what, total=total, rate="")
+        number = self._tasks[what]
+        self._progress.update(number, completed=done, total=total)
+        if total >= LEAST_BYTES:
+            task = next(task for task in self._progress.tasks if task.id == number)
+            speed = task.finished_speed or task.speed
+            self._progress.update(number, rate="" if speed is None else f"{human_bytes(int(speed))}/s")
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:

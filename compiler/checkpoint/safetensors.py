@@ -1,4 +1,4 @@
-"""Reads safetensors: every header is checked when a file is opened, every tensor is a view of the mapped file.
+"""Reads safetensors: every header is checked when a file is opened, every tensor is read into memory of its own.
 
 The format is 8 bytes of header length (little-endian), a JSON header that maps a tensor's name to its dtype, shape and
 byte range, and then the bytes of all tensors without gaps (safetensors, README.md, "Format").
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,9 @@ _MOST_DIMS = 32
 _LONGEST_JSON = 1 << 26
 """Bytes of a config or an index."""
 
+_READ = 1 << 24
+"""Bytes that are read at once."""
+
 
 class TensorReader(Protocol):
     """Tensors by name. Every method but ``names`` raises ``CheckpointError`` for a name that is missing."""
@@ -79,7 +82,11 @@ class TensorReader(Protocol):
         ...
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor, read-only where it is a view of a mapped file."""
+        """The tensor, which may be read-only."""
+        ...
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These names in the order in which their tensors lie in the files, each once."""
         ...
 
 
@@ -100,6 +107,9 @@ class WrappedReader:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         return self.reader.read(name)
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return self.reader.order(names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,19 +151,32 @@ class SafetensorsReader:
         return self._find(name).dtype.name
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as a read-only view of its mapped file; the mapping lives as long as the view.
+        """The tensor, read-only. It is read and not mapped: a disk that fails raises an error, and kills nothing.
 
         Raises:
-            CheckpointError: there is no such tensor, or the file is another one than when it was opened.
+            CheckpointError: there is no such tensor, the file cannot be read, or it is another one than when it was
+                opened.
         """
         tensor = self._find(name)
-        if tensor.length == 0:
-            return np.empty(tensor.shape, tensor.dtype)
-        with tensor.file.open("rb") as file:
-            if _state(file.fileno()) != tensor.state:
-                raise CheckpointError(f"{tensor.file} was changed while it was read; start again")
-            mapped = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.length,))
-        return mapped.view(np.ndarray).view(tensor.dtype).reshape(tensor.shape)
+        content = np.empty(tensor.length, np.uint8)
+        if tensor.length:
+            try:
+                _read_into(content, tensor)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{tensor.file} cannot be read ({error.strerror}); download the checkpoint again"
+                ) from error
+        content.flags.writeable = False
+        return content.view(tensor.dtype).reshape(tensor.shape)
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These names in the order in which their tensors lie in the files, each once.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        places = {name: self._find(name) for name in names}
+        return tuple(sorted(places, key=lambda name: (places[name].file, places[name].offset, name)))
 
     def check_unchanged(self) -> None:
         """Compare the files with what they were when they were opened.
@@ -333,6 +356,26 @@ def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     if end != size:
         raise CheckpointError(f"{path} has {size - end} bytes after its last tensor; download it again")
     return tensors, metadata
+
+
+def _read_into(content: npt.NDArray[np.uint8], tensor: _Tensor) -> None:
+    """Read the bytes of ``tensor`` from the file that was opened before; what was read of another one is refused.
+
+    Raises:
+        CheckpointError: it is another file, was changed meanwhile, or is cut short.
+        OSError: it cannot be read.
+    """
+    buffer = content.data
+    with tensor.file.open("rb", buffering=0) as file:
+        same = _state(file.fileno()) == tensor.state
+        os.posix_fadvise(file.fileno(), tensor.offset, tensor.length, os.POSIX_FADV_SEQUENTIAL)
+        done = 0
+        while same and done < tensor.length:
+            count = os.preadv(file.fileno(), [buffer[done : done + _READ]], tensor.offset + done)
+            done += count
+            same = count > 0
+        if not same or _state(file.fileno()) != tensor.state:
+            raise CheckpointError(f"{tensor.file} was changed while it was read; start again")
 
 
 def _state(descriptor: int) -> tuple[int, ...]:

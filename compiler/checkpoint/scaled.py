@@ -78,4 +78,6 @@ class _ScaledReader(WrappedReader):
             return raw
         scale = self.reader.read(self.scales[name]).astype(np.float32)
         per_channel = (-1, *([1] * (raw.ndim - 1))) if scale.size > 1 else ()
-        return np.asarray(raw.astype(np.float32) * scale.reshape(per_channel))
+        scaled = raw.astype(np.float32)
+        scaled *= scale.reshape(per_channel)
+        return scaled

@@ -6,7 +6,7 @@ every shard once.
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,10 +208,10 @@ class StreamedReader:
             )
         return tensor
 
-    def order(self, names: Sequence[str]) -> tuple[str, ...]:
-        """``names`` in the order in which they lie in the files."""
-        position = {name: number for number, name in enumerate(self._places)}
-        return tuple(sorted(names, key=position.__getitem__))
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These names in the order in which their tensors lie in the files, each once."""
+        wanted = frozenset(names)
+        return tuple(name for name in self._places if name in wanted)
 
     def _known(self, name: str) -> TensorFacts:
         if name not in self._facts:

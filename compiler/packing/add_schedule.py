@@ -54,8 +54,8 @@ def add_schedule(
         BuildError: no checkpoint is known, or the disk is full.
     """
     with compile_packages():
-        from qie.compiler.packing.writing import writing
         from qie.compiler.packing.take_over import take_over
+        from qie.compiler.packing.writing import writing
         from qie.compiler.weights.modulation import write_modulation
         from qie.compiler.weights.stored_modulation import StoredModulation
     from qie.engines.bundle.sealed import write_manifest

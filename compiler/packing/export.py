@@ -20,7 +20,8 @@ from qie.compiler.packing.writing import writing
 from qie.compiler.planning.checks import check_calibrated, check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.sources import language_settings
-from qie.compiler.weights.stream import total_bytes, write_weights
+from qie.compiler.weights.stream import write_weights
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.bundle.manifest import COMPONENTS
 from qie.engines.errors import BuildError, ExportError
 from qie.engines.folders import WORK_LOCK

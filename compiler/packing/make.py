@@ -1,7 +1,8 @@
-"""Makes the pieces of a bundle: weights in one pass over the checkpoint's files, engines as soon as theirs are there."""
+"""Makes the pieces of a bundle: weights in one pass over the files, and each engine as soon as it has its own."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,13 @@ from qie.compiler.packing.engines import build_engine, engine_files
 from qie.compiler.packing.items import Item, Target
 from qie.compiler.packing.pieces import Piece, Pieces
 from qie.compiler.packing.readers import Readers
+from qie.compiler.packing.schedules import ModulationPiece
 from qie.compiler.packing.sources import weights_name, write_graph_source, write_other_source
 from qie.compiler.packing.take_over import take_over
 from qie.compiler.planning.plan import Plan
 from qie.compiler.recipe.schema import BackendName
-from qie.compiler.weights.consumer import Consumer
-from qie.compiler.weights.passes import WeightsFile, stream
-from qie.compiler.weights.stream import WeightFile
+from qie.compiler.weights.stream import stream
+from qie.compiler.weights.weights_file import WeightFile, WeightsFile
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
@@ -25,14 +26,15 @@ from qie.engines.progress import Progress
 __all__ = ["make_pieces"]
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class _Job:
-    """An item that is being made in the folder ``work``, with what an earlier bundle had of it."""
+    """An item that is being made in the folder ``work``: what an earlier bundle had of it, and the weights so far."""
 
     item: Item
     work: Path
     engines: dict[Target, EngineRecord] = field(default_factory=dict)
     graphs: dict[Target, GraphRecord] = field(default_factory=dict)
+    written: dict[Target, WeightFile] = field(default_factory=dict)
 
     def missing(self) -> list[tuple[Target, BackendName]]:
         """The targets without an engine, and the backend that builds it."""
@@ -51,7 +53,7 @@ def make_pieces(
     pieces: Pieces,
     readers: Readers,
     old: Bundle | None,
-    others: Sequence[Consumer],
+    modulation: ModulationPiece | None,
     *,
     progress: Progress,
 ) -> None:
@@ -66,41 +68,35 @@ def make_pieces(
         pieces: where the pieces go; what an earlier attempt left is in it.
         readers: of the checkpoint, with everything folded into its tensors.
         old: an earlier bundle, whose engines are taken over where their keys are equal; None without one.
-        others: what else reads the checkpoint in the same passes.
+        modulation: what is made of the modulation weights, in the same pass; None where that piece is there.
         progress: called with (kind of work, bytes or units done, bytes or units in all).
 
     Raises:
         QieError: see the writers and builders.
         OSError: the disk is full or cannot be written.
     """
-    jobs = [_begin(item, pieces, old) for item in items if pieces.find(item.key) is None]
-    waiting: dict[int, tuple[_Job, dict[Target, WeightsFile]]] = {}
-    for job in jobs:
-        files = {t: WeightsFile(t.graph.weights, job.work / weights_name(t)) for t in job.weights()}
-        if files:
-            waiting[id(job)] = (job, files)
-        else:
-            _complete(job, {}, plan, readers, pieces, progress)
+    waiting: dict[WeightsFile, tuple[_Job, Target]] = {}
+    for item in items:
+        if pieces.find(item.key, progress=partial(progress, "verify")) is None:
+            job = _begin(item, pieces, old)
+            targets = job.weights()
+            waiting |= {WeightsFile(t.graph.weights, job.work / weights_name(t)): (job, t) for t in targets}
+            if not targets:
+                _complete(job, plan, readers, pieces, progress)
     for subfolder in dict.fromkeys(planned.graph.subfolder for planned in plan.components):
-        owners = {
-            id(file): job
-            for job, files in waiting.values()
-            for target, file in files.items()
-            if target.graph.subfolder == subfolder
-        }
-        consumers: list[Consumer] = [
-            file for _, files in waiting.values() for file in files.values() if id(file) in owners
-        ]
-        consumers += [other for other in others if {s for s, _ in other.sources} == {subfolder}]
-        if not consumers:
-            continue
-        for consumer in stream(consumers, readers, subfolder, progress=partial(progress, f"weights of {subfolder}")):
-            job = owners.get(id(consumer))
-            if job is not None:
-                _, files = waiting[id(job)]
-                if all(file.written is not None for file in files.values()):
-                    done = {target: file.written for target, file in files.items() if file.written is not None}
-                    _complete(job, done, plan, readers, pieces, progress)
+        files = [file for file, (_, target) in waiting.items() if target.graph.subfolder == subfolder]
+        tables = [modulation] if modulation is not None and subfolder == "transformer" else []
+        first = [name for each in tables for name in each.first]
+        report = partial(progress, f"weights of {subfolder}")
+        with ExitStack() as stack:
+            for file in files:
+                stack.callback(file.close)
+            for consumer in stream([*files, *tables], readers, subfolder, first=first, progress=report):
+                if isinstance(consumer, WeightsFile):
+                    job, target = waiting.pop(consumer)
+                    job.written[target] = consumer.written
+                    if not any(other is job for other, _ in waiting.values()):
+                        _complete(job, plan, readers, pieces, progress)
 
 
 def _begin(item: Item, pieces: Pieces, old: Bundle | None) -> _Job:
@@ -119,23 +115,16 @@ def _begin(item: Item, pieces: Pieces, old: Bundle | None) -> _Job:
     return job
 
 
-def _complete(
-    job: _Job,
-    written: Mapping[Target, WeightFile],
-    plan: Plan,
-    readers: Readers,
-    pieces: Pieces,
-    progress: Progress,
-) -> None:
+def _complete(job: _Job, plan: Plan, readers: Readers, pieces: Pieces, progress: Progress) -> None:
     """Build what ``job`` still lacks, and keep it."""
     for target in job.item.targets:
         finish = target.planned.finish
         if finish is not None and target not in job.graphs:
-            job.graphs[target] = _source(target, finish, plan, readers, job.work, written, progress)
+            job.graphs[target] = _source(job, target, finish, plan, readers, progress)
     for target, backend in job.missing():
         start = time.perf_counter()
         kept = _kept(job, target, backend)
-        graph = kept or _source(target, backend, plan, readers, job.work, written, progress)
+        graph = kept or _source(job, target, backend, plan, readers, progress)
         engine = build_engine(backend, graph, job.work, plan.recipe, progress, plan.device)
         job.engines[target] = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
     stay = {record.path for graph in job.graphs.values() for record in graph.files}
@@ -153,17 +142,12 @@ def _complete(
 
 
 def _source(
-    target: Target,
-    backend: BackendName,
-    plan: Plan,
-    readers: Readers,
-    folder: Path,
-    written: Mapping[Target, WeightFile],
-    progress: Progress,
+    job: _Job, target: Target, backend: BackendName, plan: Plan, readers: Readers, progress: Progress
 ) -> GraphRecord:
+    """Write what the engine of ``backend`` is made from."""
     if _is_graph(backend):
-        return write_graph_source(target, written[target], folder, backend)
-    return write_other_source(target, plan, readers, folder, backend, progress=progress)
+        return write_graph_source(target, job.written[target], job.work, backend)
+    return write_other_source(target, plan, readers, job.work, backend, progress=progress)
 
 
 def _kept(job: _Job, target: Target, backend: BackendName) -> GraphRecord | None:

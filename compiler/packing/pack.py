@@ -74,8 +74,8 @@ def _pieces(plan: Plan, pieces: Pieces, old: Bundle | None, progress: Progress) 
     modulation = modulation_key(plan, digest)
     keys = [*(item.key for item in wanted), modulation]
     pieces.retain(keys)
-    others = [] if pieces.find(modulation) else [ModulationPiece(plan, modulation, pieces, readers)]
-    make_pieces(plan, wanted, pieces, readers, old, others, progress=progress)
+    tables = None if pieces.find(modulation) else ModulationPiece(plan, modulation, pieces, readers)
+    make_pieces(plan, wanted, pieces, readers, old, tables, progress=progress)
     made = {key: pieces.find(key) for key in keys}
     assert None not in made.values()
     return {key: piece for key, piece in made.items() if piece is not None}, digest

@@ -24,7 +24,7 @@ RECORD = "piece.json"
 """What a piece consists of."""
 
 WORTH_KEEPING = 1 << 28
-"""Bytes from which the pieces of a build that failed are kept: seconds of work, and not worth a hidden folder, below."""
+"""Bytes from which the pieces of a build that failed are kept; fewer are seconds of work."""
 
 WORK = ".work"
 """Suffix of the folder of a piece that is not complete."""

@@ -17,7 +17,7 @@ from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.sources import language_settings, text_encoder_settings
 from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.recipe.schema import BackendName
-from qie.compiler.weights.stream import WeightFile
+from qie.compiler.weights.weights_file import WeightFile
 from qie.engines.backends import BACKENDS, Source
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
 from qie.engines.progress import Progress, StageProgress

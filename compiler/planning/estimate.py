@@ -16,7 +16,7 @@ from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
 from qie.compiler.recipe.schema import BackendName, Recipe
-from qie.compiler.weights.stream import total_bytes
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BuildError, ExportError, RecipeError

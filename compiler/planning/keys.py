@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 import qie
 from qie.compiler.backends import BUILDERS
 from qie.compiler.planning.plan import Plan, recipe_schedules
-from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import Recipe
-from qie.engines.backends import BACKENDS, Source
-from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
+from qie.engines.backends import Source
+from qie.engines.bundle.manifest import Component, ProfileRecord
 from qie.engines.records import to_plain
 
 __all__ = ["engine_key", "graph_keys", "modulation_key", "source_key"]

@@ -12,7 +12,7 @@ from qie.compiler.graphs.components import graph_dtype
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.recipe.schema import Recipe
-from qie.compiler.weights.stream import total_bytes
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import Source
 
 __all__ = ["language_io_bytes", "language_settings", "source_bytes", "text_encoder_settings"]

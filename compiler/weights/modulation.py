@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.recipe.schema import Modulation
-from qie.compiler.weights.stream import check_weights, prepare
+from qie.compiler.weights.prepare import check_weights, prepare
 from qie.compiler.weights.table_files import TableFiles, write_at
 from qie.compiler.weights.weight import DType, Weight
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor, file_record

@@ -1,5 +1,6 @@
 """The modulation weights of a bundle as a reader of tensors."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class StoredModulation:
     def dtype(self, name: str) -> str:
         """The tensor's dtype."""
         return self._tensors[name].dtype
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These names in the order of the file, each once."""
+        wanted = frozenset(names)
+        return tuple(name for name in self._tensors if name in wanted)
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor, a read-only view of the mapped file."""

@@ -31,6 +31,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
     return open_terminal
 
 
+def plain(screen: Terminal) -> str:
+    """What was drawn, without colors."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+
+
 def work(bars: Bars) -> None:
     with bars:
         for done in range(5):
@@ -60,6 +65,28 @@ def test_bars_are_taken_down_when_work_fails(terminal: Callable[[], Terminal]) -
         bars("vision", 0, 1)
         raise ZeroDivisionError
     assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_work_in_bytes_shows_bytes_a_second_and_the_time_left(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    now = [100.0]
+    with Bars(clock=lambda: now[0]) as bars:
+        for second in range(5):
+            now[0] = 100.0 + second
+            bars("transformer", second * 1_500_000_000, 24_000_000_000)
+            bars("images", second, 40)
+    assert re.search(r"transformer \S+ +25% +1\.5 GB/s 0:00:12", plain(screen))
+    assert re.search(r"images \S+ +10% +0:00:36", plain(screen))
+
+
+def test_bytes_a_second_of_all_when_done(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    now = [0.0]
+    with Bars(clock=lambda: now[0]) as bars:
+        for step in range(3):
+            now[0] = step
+            bars("digest", step * 10**6, 2 * 10**6)
+    assert re.search(r"digest \S+ 100% +1\.0 MB/s 0:00:02", plain(screen))
 
 
 def test_no_bars_where_they_are_not_wanted(terminal: Callable[[], Terminal]) -> None:

@@ -1,6 +1,7 @@
 """Components of the published 2511 with few layers, whose engines a test compiles."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class RandomReader:
 
     def dtype(self, name: str) -> str:
         return "bfloat16"
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     def read(self, name: str) -> Any:
         """Of either sign, from 1/128 to 1/64."""

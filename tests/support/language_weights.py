@@ -1,6 +1,6 @@
 """Weights of a small language model, and the settings with which they are written for TensorRT-LLM."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class Tensors:
 
     def dtype(self, name: str) -> str:
         return self.tensors[name].dtype.name
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]

@@ -21,9 +21,11 @@ from qie.compiler.backends.tensorrt_llm.config import CONFIG_FILE, checkpoint_co
 from qie.compiler.backends.tensorrt_llm.settings import Settings
 from qie.compiler.backends.tensorrt_llm.tensors import Module, Source, Tensor, modules, sources, tensors
 from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.weights.placed_file import disk_error
+from qie.compiler.weights.prepare import check_weights, prepare
 from qie.compiler.weights.quantizer import Quantizer
-from qie.compiler.weights.stream import CHUNK_BYTES, check_weights, disk_error, prepare
 from qie.compiler.weights.weight import DType, Weight
+from qie.compiler.weights.weights_file import CHUNK_BYTES
 from qie.engines.files import replacing
 from qie.engines.progress import StageProgress, no_progress
 

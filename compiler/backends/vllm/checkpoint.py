@@ -15,8 +15,10 @@ from tokenizers import Tokenizer
 from qie.compiler.backends.vllm.config import SCRIPT, SMALL_FILES, files
 from qie.compiler.backends.vllm.settings import Settings
 from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.weights.stream import CHUNK_BYTES, check_weights, disk_error, prepare
+from qie.compiler.weights.placed_file import disk_error
+from qie.compiler.weights.prepare import check_weights, pieces
 from qie.compiler.weights.weight import Weight
+from qie.compiler.weights.weights_file import CHUNK_BYTES
 from qie.engines.files import replacing
 from qie.engines.progress import StageProgress, no_progress
 
@@ -77,9 +79,8 @@ def write_text_encoder(
             for name in names:
                 shape = reader.shape(name)
                 stored = Weight(name=name, subfolder="text_encoder", shape=shape, dtype=settings.dtype)
-                content = prepare(stored, reader.read(name)).reshape(-1).view(np.uint8).data
-                for start in range(0, len(content), CHUNK_BYTES):
-                    done += file.write(content[start : start + CHUNK_BYTES])
+                for piece in pieces(stored, reader.read(name), most=CHUNK_BYTES):
+                    done += file.write(piece.data)
                     progress(done, total)
             assert done == total, f"{done} of {total} bytes written"
         for name, text in small.items():

@@ -228,7 +228,7 @@ def test_what_was_measured_goes_before_the_recipe(
 
 
 def test_weights_take_a_half_or_a_quarter(tiny_checkpoint: Checkpoint) -> None:
-    from qie.compiler.weights.stream import total_bytes
+    from qie.compiler.weights.weights_file import total_bytes
 
     graph = GRAPHS["transformer"](tiny_checkpoint.model, "bfloat16")
     names = linears(graph)

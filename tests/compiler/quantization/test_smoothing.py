@@ -1,5 +1,6 @@
 """Smoothing scales and groups: the formula by hand, grouped-query heads, and which tensors carry the scales."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,9 @@ class Tensors:
 
     def dtype(self, name: str) -> str:
         return self.tensors[name].dtype.name
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     def read(self, name: str) -> Any:
         return self.tensors[name]
