@@ -16,7 +16,7 @@ from qie.compiler.cli.main import STOPPING, main
 from qie.compiler.recipe.load import parse_recipe
 from qie.compiler.recipe.schema import to_toml
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
-from tests.support.bundles import build
+from tests.support.bundles import build, linked
 from tests.support.damage import change_manifest
 from tests.support.images import smooth_image
 from tests.support.threads import one_thread_in_libraries, one_thread_in_onnxruntime
@@ -61,9 +61,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of ``checkpoint`` for the CPU, with results in batches of four; not to be changed."""
-    path = build(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny-cpu").path
+def plain_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``checkpoint`` for the CPU; not to be changed."""
+    return build(checkpoint, tmp_path_factory.mktemp("plain") / "tiny-cpu").path
+
+
+@pytest.fixture(scope="session")
+def bundle(plain_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``plain_bundle`` with results in batches of four; not to be changed."""
+    path = linked(plain_bundle, tmp_path_factory.mktemp("bundle") / "tiny-cpu")
     manifest = json.loads((path / "manifest.json").read_text())
     recipe = parse_recipe(manifest["recipe"]["toml"], path)
     recipe = replace(recipe, shapes=replace(recipe.shapes, batch=replace(recipe.shapes.batch, max=4)))

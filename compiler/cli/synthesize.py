@@ -30,10 +30,10 @@ def synthesize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint of published sizes with made-up weights.
+    """Write a checkpoint with made-up weights.
 
-    It opens, builds and runs like the original, without a download; its edits are noise. Equal arguments give equal
-    bytes.
+    It has the sizes and files of a published one, and opens, builds and runs like it without a download; its edits
+    are noise. Equal arguments give equal bytes.
     """
     from qie.compiler.planning.resolve import compile_packages
 

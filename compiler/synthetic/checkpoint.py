@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture, Shape, tensor_shapes
 from qie.compiler.synthetic.configs import config_files
-from qie.compiler.synthetic.layout import index_files, shard_files
+from qie.compiler.synthetic.layout import StoredDType, index_files, shard_files
 from qie.compiler.synthetic.scales import center_and_std
-from qie.compiler.weights.weight import DType
 from qie.engines.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
@@ -34,7 +33,7 @@ def write_checkpoint(
     architecture: Architecture,
     *,
     seed: int = 0,
-    dtype: DType = "float32",
+    dtype: StoredDType = "float32",
     weights: bool = True,
     shard_bytes: int | None = None,
     words: str = "",
@@ -66,7 +65,7 @@ def write_checkpoint(
         for path, content in {**config_files(architecture, words), **index_files(shards)}.items():
             (partial / path).parent.mkdir(exist_ok=True)
             (partial / path).write_text(content, encoding="utf-8")
-        stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else "<f4")
+        stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         for shard in shards:
             with (partial / shard.path).open("wb") as stream:
                 stream.write(shard.header)

@@ -8,20 +8,21 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.synthetic.architecture import Architecture, Shape, tensor_shapes
-from qie.compiler.weights.weight import DType
 
-__all__ = ["ShardFile", "StoredTensor", "index_files", "published_shard_bytes", "shard_files"]
+__all__ = ["ShardFile", "StoredDType", "StoredTensor", "index_files", "published_shard_bytes", "shard_files"]
+
+StoredDType = Literal["float32", "bfloat16", "float16"]
 
 _STEMS: dict[Subfolder, str] = {
     "transformer": "diffusion_pytorch_model",
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
 }
-_DTYPES: dict[DType, tuple[str, int]] = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
+_DTYPES: dict[StoredDType, tuple[str, int]] = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 """Name in a header, and bytes of a value."""
 
 
@@ -70,7 +71,7 @@ def published_shard_bytes(architecture: Architecture) -> Callable[[Subfolder], i
 
 
 def shard_files(
-    architecture: Architecture, *, dtype: DType, shard_bytes: Callable[[Subfolder], int | None]
+    architecture: Architecture, *, dtype: StoredDType, shard_bytes: Callable[[Subfolder], int | None]
 ) -> tuple[ShardFile, ...]:
     """Every file with weights of a checkpoint.
 
@@ -128,7 +129,9 @@ def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
     return [*shards, shard] if shard else shards
 
 
-def _stored(subfolder: Subfolder, name: str, shape: Shape, architecture: Architecture, dtype: DType) -> StoredTensor:
+def _stored(
+    subfolder: Subfolder, name: str, shape: Shape, architecture: Architecture, dtype: StoredDType
+) -> StoredTensor:
     stored = name
     if subfolder == "text_encoder" and name != "lm_head.weight":
         new = architecture.text_names == "new"
@@ -136,7 +139,7 @@ def _stored(subfolder: Subfolder, name: str, shape: Shape, architecture: Archite
     return StoredTensor(stored=stored, name=name, shape=shape, bytes=_DTYPES[dtype][1] * math.prod(shape))
 
 
-def _header(tensors: Iterable[StoredTensor], dtype: DType) -> bytes:
+def _header(tensors: Iterable[StoredTensor], dtype: StoredDType) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -106,9 +106,9 @@ class TensorValues:
             np.multiply(block, block, out=term)
             term += linear
             block *= term
-            self._enlarge(block, start, stop)
             if center:
                 block += np.float32(center)
+            self._enlarge(block, start, stop)
             out[start - first : stop - first] = block.view(np.uint16)[:, 1::2]
         return out.reshape(-1).view(np.uint8).data
 

@@ -1,5 +1,7 @@
 """Plans and bundles of the tests' checkpoints."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from qie.compiler.recipe.schema import Recipe, to_toml
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.progress import Progress, no_progress
 
-__all__ = ["build", "planned"]
+__all__ = ["build", "linked", "planned"]
 
 
 def planned(
@@ -56,3 +58,11 @@ def build(
     """Build what ``planned`` plans."""
     plan = planned(checkpoint, destination, gpu, loras=loras, calibration=calibration, weights=False)
     return packing.build(plan, progress=progress)
+
+
+def linked(bundle: Path, destination: Path) -> Path:
+    """A copy of a bundle that shares its files; none but the manifest may be written in place."""
+    copy = Path(shutil.copytree(bundle, destination, copy_function=os.link))
+    (copy / "manifest.json").unlink()  # readers and writers lock it
+    shutil.copy2(bundle / "manifest.json", copy)
+    return copy

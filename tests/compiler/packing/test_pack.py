@@ -44,6 +44,12 @@ def build(copied: Path, tmp_path: Path) -> Build:
     return build
 
 
+@pytest.fixture
+def before(plain_bundle: Path, tmp_path: Path) -> Bundle:
+    """What the first call of ``build`` would give, in the same place; its files may be replaced."""
+    return open_bundle(str(bundles.linked(plain_bundle, tmp_path / "out")))
+
+
 def rebuilt(before: Bundle, stamps: dict[str, int], after: Bundle) -> set[Component]:
     """The components whose engines were made anew: other files on the disk, and another time of building."""
     made = set()
@@ -101,11 +107,10 @@ def test_a_bundle_says_what_it_is(build: Build, copied: Path) -> None:
     verify(bundle)
 
 
-def test_two_builds_are_equal_to_the_last_byte(build: Build, copied: Path, tmp_path: Path) -> None:
+def test_two_builds_are_equal_to_the_last_byte(build: Build, before: Bundle) -> None:
     """But for the time and memory that they took."""
-    bundle = build()
-    files = {record.path: record.sha256 for record in bundle.manifest.files()}
-    shutil.rmtree(bundle.path)
+    files = {record.path: record.sha256 for record in before.manifest.files()}
+    shutil.rmtree(before.path)
     again = build()
     assert {record.path: record.sha256 for record in again.manifest.files()} == files
 
@@ -116,22 +121,22 @@ def test_the_default_schedule_is_the_first_of_the_recipe(build: Build) -> None:
     assert (defaults.steps, defaults.guidance, defaults.noise) == (6, 2.5, "bfloat16")
 
 
-def test_bfloat16_checkpoints_keep_small_modulation_weights(build: Build, tmp_path: Path) -> None:
+def test_bfloat16_checkpoints_keep_small_modulation_weights(build: Build, before: Bundle, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "narrow", ARCHITECTURES["tiny"], dtype="bfloat16", seed=1)
-    narrow, wide = build(source=source).manifest.model.modulation, build().manifest.model.modulation
+    wide, narrow = before.manifest.model.modulation, build(source=source).manifest.model.modulation
     assert {t.dtype for t in narrow.tensors if t.name.endswith(".weight")} == {"bfloat16"}
     assert {t.dtype for t in (*wide.tensors, *narrow.tensors) if t.name.endswith(".bias")} == {"float32"}
     assert (narrow.tables, wide.tables) == ("float32", "float32")
     assert wide.file.bytes == pytest.approx(2 * narrow.file.bytes, rel=0.05)
 
 
-def test_loras_are_fused_and_recorded(build: Build, copied: Path, tmp_path: Path) -> None:
+def test_loras_are_fused_and_recorded(build: Build, before: Bundle, copied: Path, tmp_path: Path) -> None:
     """A LoRA of attention and modulation layers gives what a checkpoint gives to which the product was added."""
     layers = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1"]
     rng = np.random.default_rng(0)
     weights = next((copied / "transformer").glob("*.safetensors"))
     tensors, pairs = load_file(weights), {}
-    plain = edit(build())
+    plain = edit(before)
     for layer in layers:
         out, inner = tensors[f"{layer}.weight"].shape
         up, down = rng.normal(0, 0.3, (out, 4)).astype("f4"), rng.normal(0, 0.3, (4, inner)).astype("f4")
@@ -166,8 +171,7 @@ def test_progress_reaches_the_end_of_every_kind_of_work(build: Build) -> None:
 # What a second build keeps
 
 
-def test_nothing_changed(build: Build) -> None:
-    before = build()
+def test_nothing_changed(build: Build, before: Bundle) -> None:
     stamps = inodes(before)
     after = build()
     assert rebuilt(before, stamps, after) == set()
@@ -182,9 +186,8 @@ def test_nothing_changed(build: Build) -> None:
         ("text_encoder", "model.visual.merger.mlp.0.bias"),
     ],
 )
-def test_changed_weights(build: Build, copied: Path, part: str, name: str) -> None:
+def test_changed_weights(build: Build, before: Bundle, copied: Path, part: str, name: str) -> None:
     """The checkpoint has one digest, so every engine is made anew."""
-    before = build()
     stamps, plain = inodes(before), edit(before)
     change_weights(copied, part, name)
     after = build()
@@ -193,8 +196,7 @@ def test_changed_weights(build: Build, copied: Path, part: str, name: str) -> No
     assert not np.array_equal(edit(after), plain)
 
 
-def test_changed_schedules_keep_the_engines(build: Build) -> None:
-    before = build()
+def test_changed_schedules_keep_the_engines(build: Build, before: Bundle) -> None:
     stamps = inodes(before)
     after = build('extends = "cpu"\n[[schedules]]\nsteps = 6\nguidance = 2.5\n')
     assert rebuilt(before, stamps, after) == set()
@@ -204,15 +206,13 @@ def test_changed_schedules_keep_the_engines(build: Build) -> None:
     assert after.manifest.recipe.sha256 != before.manifest.recipe.sha256
 
 
-def test_a_changed_section_of_the_recipe(build: Build) -> None:
-    before = build()
+def test_a_changed_section_of_the_recipe(build: Build, before: Bundle) -> None:
     stamps = inodes(before)
     after = build('extends = "cpu"\ncompute_capability = "8.9"\n')
     assert rebuilt(before, stamps, after) == set(COMPONENTS)
 
 
-def test_a_lora_changes_the_transformer_alone(build: Build, tmp_path: Path) -> None:
-    before = build()
+def test_a_lora_changes_the_transformer_alone(build: Build, before: Bundle, tmp_path: Path) -> None:
     stamps = inodes(before)
     layer = "transformer.transformer_blocks.0.attn.to_q"
     pair = {f"{layer}.lora_A.weight": np.ones((2, 64), "f4"), f"{layer}.lora_B.weight": np.ones((64, 2), "f4")}
@@ -221,8 +221,7 @@ def test_a_lora_changes_the_transformer_alone(build: Build, tmp_path: Path) -> N
     assert rebuilt(before, stamps, after) == {"transformer"}
 
 
-def test_what_decides_no_engine_changes_none(build: Build) -> None:
-    before = build()
+def test_what_decides_no_engine_changes_none(build: Build, before: Bundle) -> None:
     stamps = inodes(before)
     after = build('extends = "cpu"\ngpu = "Mine"\nresidency = "sequential"\n[limits]\nhost_memory_gib = 48\n')
     assert rebuilt(before, stamps, after) == set()
@@ -243,33 +242,29 @@ def test_a_changed_lora(build: Build, tmp_path: Path, change: str) -> None:
     assert rebuilt(before, stamps, build(loras=((tmp_path / "l.safetensors", factor),))) == {"transformer"}
 
 
-def test_another_version_of_a_tool(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build()
+def test_another_version_of_a_tool(build: Build, before: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     stamps = inodes(before)
     monkeypatch.setattr("onnxscript.__version__", "0.0.0")
     assert rebuilt(before, stamps, build()) == set(COMPONENTS)
 
 
-def test_another_graph_of_the_same_weights(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build()
+def test_another_graph_of_the_same_weights(build: Build, before: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     stamps = inodes(before)
     monkeypatch.setattr("qie.compiler.graphs.graph.IR_VERSION", 10)
     assert rebuilt(before, stamps, build()) == set(COMPONENTS)
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut short", "missing"])
-def test_a_damaged_engine_is_not_kept(build: Build, damage: str) -> None:
-    before = build()
+def test_a_damaged_engine_is_not_kept(build: Build, before: Bundle, damage: str) -> None:
     expected = edit(before)
     file = before.path / "transformer.weights"
     content = bytearray(file.read_bytes())
+    file.unlink()
     if damage == "changed":
         content[5000] ^= 0xFF
         file.write_bytes(content)
     elif damage == "cut short":
         file.write_bytes(content[:5000])
-    else:
-        file.unlink()
     after = build()
     verify(after)
     engines = {e.component: e for e in before.manifest.engines}, {e.component: e for e in after.manifest.engines}
@@ -286,8 +281,9 @@ def test_a_damaged_manifest_is_built_over(build: Build, qie_home: Path, copied: 
     verify(bundles.build(copied, destination))
 
 
-def test_files_are_copied_where_they_cannot_be_linked(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build()
+def test_files_are_copied_where_they_cannot_be_linked(
+    build: Build, before: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(18, "cross-device link")
@@ -306,9 +302,14 @@ def test_files_are_copied_where_they_cannot_be_linked(build: Build, monkeypatch:
 )
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_failed_build_leaves_what_was_there(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: BaseException, earlier: bool
+    build: Build,
+    plain_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: BaseException,
+    earlier: bool,
 ) -> None:
-    before = build() if earlier else None
+    before = open_bundle(str(bundles.linked(plain_bundle, tmp_path / "out"))) if earlier else None
 
     def fail(*_: object) -> None:
         raise problem
