@@ -54,7 +54,8 @@ class TableFiles:
 
     def start(self, embedder: Mapping[str, Floats]) -> None:
         """Take the tensors of the timestep's embedder, by their names."""
-        self._x_RD = conditioning(_Tensors(embedder), self._timesteps)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._x_RD = conditioning(_Tensors(embedder), self._timesteps)
 
     def multiply(self, weight_OD: NDArray[Any]) -> Floats:
         """The products [R, O] of every distinct timestep with a weight, bfloat16 or float32."""
@@ -63,7 +64,8 @@ class TableFiles:
         for start in range(0, len(weight_OD), _CHUNK):
             part = weight_OD[start : start + _CHUNK]
             wide = widen(part.view(np.uint16) if part.dtype == ml_dtypes.bfloat16 else part)
-            np.matmul(self._x_RD, wide.T, out=product_RO[:, start : start + _CHUNK])
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused when it is written
+                np.matmul(self._x_RD, wide.T, out=product_RO[:, start : start + _CHUNK])
         return product_RO
 
     def write(self, linear: str, values_RO: Floats) -> None:
