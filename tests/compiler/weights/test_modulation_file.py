@@ -136,17 +136,26 @@ def test_equal_schedules_are_one_file_and_equal_timesteps_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: set[int] = set()
-    multiply = TableFiles.multiply
+    write = TableFiles.write
 
-    def counted(self: TableFiles, weight: NDArray[Any]) -> Floats:
-        found = multiply(self, weight)
-        rows.add(len(found))
-        return found
+    def counted(self: TableFiles, linear: str, first: int, values: Floats) -> None:
+        rows.add(len(values))
+        write(self, linear, first, values)
 
-    monkeypatch.setattr(TableFiles, "multiply", counted)
+    monkeypatch.setattr(TableFiles, "write", counted)
     file = made(Shape(), Random(Shape()), tmp_path, [SHORT, LONG, SHORT.copy()])
     assert len(file.tables) == 2
     assert rows == {5}  # 1, 0.8, 0.63 and 0.2, and 0 for the references
+
+
+def test_timesteps_that_are_too_many_for_one_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, reader = Shape(), Random(Shape())
+    whole = made(shape, reader, tmp_path / "whole")
+    monkeypatch.setattr("qie.compiler.weights.table_files._TIMESTEPS", 2)
+    parts = made(shape, reader, tmp_path / "parts", shuffled=True)
+    for one, other in zip(whole.tables, parts.tables, strict=True):
+        expected, found = (np.load(tmp_path / name) for name in (f"whole/{one.path}", f"parts/{other.path}"))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
 
 
 def test_memory_does_not_grow_with_blocks_or_tables(tmp_path: Path) -> None:
