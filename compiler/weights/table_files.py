@@ -17,11 +17,11 @@ from qie.engines.errors import CheckpointError
 from qie.engines.inputs.modulation import ModulationShape, conditioning, timesteps
 from qie.engines.inputs.stored_schedules import SCHEDULES, table_name
 
-__all__ = ["TableFiles", "write_at"]
+__all__ = ["TIMESTEPS_MAX", "TableFiles", "write_at"]
 
 Floats = NDArray[np.float32]
 
-_TIMESTEPS = 1024
+TIMESTEPS_MAX = 1024
 """Timesteps that are multiplied together: 75 MB of products with a weight of the published model."""
 
 _CHUNK = 3072
@@ -67,8 +67,8 @@ class TableFiles:
             The number of the first timestep of a part, and the products [R, O].
         """
         assert self._x_RD is not None, "the embedder comes before every other tensor"
-        for first in range(0, len(self._x_RD), _TIMESTEPS):
-            yield first, _multiply(self._x_RD[first : first + _TIMESTEPS], weight_OD)
+        for first in range(0, len(self._x_RD), TIMESTEPS_MAX):
+            yield first, _multiply(self._x_RD[first : first + TIMESTEPS_MAX], weight_OD)
 
     def write(self, linear: str, first: int, values_RO: Floats) -> None:
         """Write what the linear ``linear`` gives, with its bias, for the timesteps from number ``first`` on.

@@ -151,7 +151,7 @@ def test_equal_schedules_are_one_file_and_equal_timesteps_one_row(
 def test_timesteps_that_are_too_many_for_one_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, reader = Shape(), Random(Shape())
     whole = made(shape, reader, tmp_path / "whole")
-    monkeypatch.setattr("qie.compiler.weights.table_files._TIMESTEPS", 2)
+    monkeypatch.setattr("qie.compiler.weights.table_files.TIMESTEPS_MAX", 2)
     parts = made(shape, reader, tmp_path / "parts", shuffled=True)
     for one, other in zip(whole.tables, parts.tables, strict=True):
         expected, found = (np.load(tmp_path / name) for name in (f"whole/{one.path}", f"parts/{other.path}"))
