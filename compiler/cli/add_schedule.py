@@ -35,7 +35,7 @@ def add_schedule(
     lora: LoraOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add the modulation tables of a schedule to a bundle.
+    """Add the tables of a schedule to a bundle.
 
     A bundle without modulation weights edits only with the schedules whose tables it has. The tables are computed from
     its checkpoint, with the LoRAs that it was built with. All engines stay as they are.

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class ModulationFile:
         self._offsets = dict(zip(self._weights, _offsets(weights), strict=True))
         self._digests: dict[str, str] = {}
         self._embedder: dict[str, Floats] = {}
-        self._rows: dict[str, Floats] = {}
+        self._products: dict[str, list[tuple[int, Floats]]] = {}
         self._biases: dict[str, Floats] = {}
         self._tables = TableFiles(shape, folder, schedules=schedules, dtype=tables)
         if mode == "weights":
@@ -151,10 +151,11 @@ class ModulationFile:
             return
         if kind == "bias":
             self._biases[linear] = prepared.astype(np.float32)
+            self._write(linear, self._products.pop(linear, ()))
+        elif linear in self._biases:
+            self._write(linear, self._tables.products(prepared))
         else:
-            self._rows[linear] = self._tables.multiply(prepared)
-        if linear in self._rows and linear in self._biases:
-            self._tables.write(linear, self._rows.pop(linear) + self._biases.pop(linear))
+            self._products[linear] = list(self._tables.products(prepared))
 
     def finish(self) -> None:
         """Give the files their names and describe them; called after the last tensor.
@@ -175,6 +176,11 @@ class ModulationFile:
             digest=hashlib.sha256(listed.encode()).hexdigest(),
         )
         self.tables = self._tables.finish(self.record)
+
+    def _write(self, linear: str, products: Iterable[tuple[int, Floats]]) -> None:
+        for first, product_RO in products:
+            product_RO += self._biases[linear]
+            self._tables.write(linear, first, product_RO)
 
     def _tensors(self) -> Iterator[ModulationTensor]:
         for name, weight in self._weights.items():

@@ -1,7 +1,7 @@
 """The files of modulation tables, written while the modulation weights pass by, all schedules together."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from qie.engines.errors import CheckpointError
 from qie.engines.inputs.modulation import ModulationShape, conditioning, timesteps
 from qie.engines.inputs.stored_schedules import SCHEDULES, table_name
 
-__all__ = ["TableFiles", "write_at"]
+__all__ = ["TIMESTEPS_MAX", "TableFiles", "write_at"]
 
 Floats = NDArray[np.float32]
+
+TIMESTEPS_MAX = 1024
+"""Timesteps that are multiplied together: 75 MB of products with a weight of the published model."""
 
 _CHUNK = 3072
 """Rows of a weight that are in memory as float32: 38 MB where the model has as many columns."""
@@ -54,20 +57,26 @@ class TableFiles:
 
     def start(self, embedder: Mapping[str, Floats]) -> None:
         """Take the tensors of the timestep's embedder, by their names."""
-        self._x_RD = conditioning(_Tensors(embedder), self._timesteps)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._x_RD = conditioning(_Tensors(embedder), self._timesteps)
 
-    def multiply(self, weight_OD: NDArray[Any]) -> Floats:
-        """The products [R, O] of every distinct timestep with a weight, bfloat16 or float32."""
+    def products(self, weight_OD: NDArray[Any]) -> Iterator[tuple[int, Floats]]:
+        """The products of all distinct timesteps with a weight, bfloat16 or float32, in parts.
+
+        Yields:
+            The number of the first timestep of a part, and the products [R, O].
+        """
         assert self._x_RD is not None, "the embedder comes before every other tensor"
-        product_RO = np.empty((len(self._x_RD), len(weight_OD)), np.float32)
-        for start in range(0, len(weight_OD), _CHUNK):
-            part = weight_OD[start : start + _CHUNK]
-            wide = widen(part.view(np.uint16) if part.dtype == ml_dtypes.bfloat16 else part)
-            np.matmul(self._x_RD, wide.T, out=product_RO[:, start : start + _CHUNK])
-        return product_RO
+        for first in range(0, len(self._x_RD), TIMESTEPS_MAX):
+            yield first, _multiply(self._x_RD[first : first + TIMESTEPS_MAX], weight_OD)
 
-    def write(self, linear: str, values_RO: Floats) -> None:
-        """Write what the linear ``linear`` gives, [R, O] with its bias, into every table; ``values_RO`` is changed.
+    def write(self, linear: str, first: int, values_RO: Floats) -> None:
+        """Write what the linear ``linear`` gives, with its bias, for the timesteps from number ``first`` on.
+
+        Args:
+            linear: its name.
+            first: number of the first timestep.
+            values_RO: its outputs, which are changed.
 
         Raises:
             CheckpointError: a value is not finite.
@@ -84,9 +93,11 @@ class TableFiles:
         for table, (header, steps) in enumerate(zip(self._headers, self._steps, strict=True)):
             with self._path(table).open("r+b", buffering=0) as file:
                 for column, is_of_references in self._columns(linear):
-                    for number, row in enumerate(steps):
-                        place = header + (number * self._values + column) * self._item.itemsize
-                        write_at(file.fileno(), stored_RO[self._zero if is_of_references else row], place)
+                    for number, step in enumerate(steps):
+                        row = (self._zero if is_of_references else step) - first
+                        if 0 <= row < len(stored_RO):
+                            place = header + (number * self._values + column) * self._item.itemsize
+                            write_at(file.fileno(), stored_RO[row], place)
 
     def finish(self, record: ModulationRecord) -> tuple[FileRecord, ...]:
         """Name the files by what they are made from, and describe them.
@@ -127,6 +138,17 @@ class TableFiles:
             for place, stream in enumerate(names)
             if MODULES[stream] == module
         ]
+
+
+def _multiply(x_RD: Floats, weight_OD: NDArray[Any]) -> Floats:
+    """The product [R, O], with few rows of the weight as float32 at a time."""
+    product_RO = np.empty((len(x_RD), len(weight_OD)), np.float32)
+    for start in range(0, len(weight_OD), _CHUNK):
+        part = weight_OD[start : start + _CHUNK]
+        wide = widen(part.view(np.uint16) if part.dtype == ml_dtypes.bfloat16 else part)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused when it is written
+            np.matmul(x_RD, wide.T, out=product_RO[:, start : start + _CHUNK])
+    return product_RO
 
 
 def write_at(descriptor: int, values: NDArray[Any], offset: int) -> None:

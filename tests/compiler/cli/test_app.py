@@ -32,13 +32,13 @@ def test_help_has_every_command_in_one_section(qie: Qie) -> None:
     text = qie("--help").stdout
     for title, names in SECTIONS.items():
         section = text.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
-        assert re.findall(r"^  ([a-z]+)  ", section, re.MULTILINE) == list(names)
+        assert re.findall(r"^  ([a-z-]+)  ", section, re.MULTILINE) == list(names)
 
 
 @pytest.mark.parametrize("columns", [80, 100])
 def test_a_summary_is_one_whole_sentence(qie: Qie, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    summaries = dict(re.findall(r"^  ([a-z]+) +([A-Z].*)$", qie("--help").stdout, re.MULTILINE))
+    summaries = dict(re.findall(r"^  ([a-z-]+) +([A-Z].*)$", qie("--help").stdout, re.MULTILINE))
     assert set(summaries) >= set(COMMANDS)
     for summary in (summaries[command] for command in COMMANDS):
         assert len(summary) <= 50, summary
@@ -66,7 +66,9 @@ def test_an_example_can_be_parsed(example: str) -> None:
     command.make_context(name, words)
 
 
-@pytest.mark.parametrize("command", ["build", "calibrate", "export", "golden", "inspect", "plan", "rm", "run"])
+@pytest.mark.parametrize(
+    "command", ["add-schedule", "build", "calibrate", "export", "golden", "inspect", "plan", "rm", "run"]
+)
 def test_without_arguments_there_is_help(qie: Qie, command: str, qie_home: Path) -> None:
     done = qie(command)
     assert f"Usage: qie {command}" in done.stdout + done.stderr

@@ -22,10 +22,13 @@ from tests.support.bundles import build
 from tests.support.images import smooth_image
 
 TABLES = 'extends = "cpu"\nmodulation = "tables"\n'
-INT8 = (
-    TABLES
-    + '[components.transformer]\nprecision = "float32"\nscheme = "int8-smooth"\n[[schedules]]\nsteps = 4\nguidance = 1.0\n'
-)
+INT8 = f"""{TABLES}
+[components.transformer]
+scheme = "int8-smooth"
+[[schedules]]
+steps = 4
+guidance = 1.0
+"""
 
 
 @pytest.fixture(scope="module")
