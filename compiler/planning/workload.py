@@ -110,6 +110,7 @@ def _dims(
             "batch": batch,
             "noise_tokens": noise_tokens,
             "reference_tokens": references * reference_tokens,
+            "latent_tokens": noise_tokens + references * reference_tokens,
             "text_tokens": text_tokens,
             "tokens": text_tokens + noise_tokens + references * reference_tokens,
         },
