@@ -14,6 +14,7 @@ from qie.compiler.cli.options import (
     GpuOption,
     LanguageOption,
     LoraOption,
+    MemoryOption,
     ModelArgument,
     RevisionOption,
     ScheduleOption,
@@ -42,6 +43,7 @@ def build(
     revision: RevisionOption = None,
     schedule: ScheduleOption = None,
     allow_unread: AllowUnreadOption = False,
+    memory_gib: MemoryOption = None,
     finish: Annotated[
         str | None,
         typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
@@ -64,6 +66,10 @@ def build(
         raise BuildError(
             "a bundle is finished by its own recipe; build it again for another backend", option="language"
         )
+    if finish is not None and memory_gib is not None:
+        raise BuildError(
+            "a bundle is finished in the parts that it has; build it again to divide it otherwise", option="memory_gib"
+        )
     if finish is not None:
         return _finish(finish, device=device, dry_run=dry_run, as_json=as_json)
     from qie.compiler.packing.build import build as build_bundle
@@ -81,6 +87,7 @@ def build(
         allow_unread=allow_unread,
         device=device,
         language=language,
+        memory_gib=memory_gib,
     )
     if not as_json:
         say(describe(plan))
@@ -150,6 +157,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
                 "precision": c.precision,
                 "scheme": c.scheme,
                 "attention": c.attention,
+                "parts": len(c.parts),
                 "nodes": c.nodes,
                 "parameters": c.parameters,
                 "bytes": c.bytes,
@@ -237,7 +245,7 @@ def _download(plan: "Plan") -> str:
 
 def _components(plan: "Plan") -> str:
     rows = [
-        [c.component, _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bundle_bytes)]
+        [_title(c), _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bundle_bytes)]
         for c in plan.components
     ]
     nodes, parameters = sum(c.nodes for c in plan.components), sum(c.parameters for c in plan.components)
@@ -246,6 +254,11 @@ def _components(plan: "Plan") -> str:
     rows.append(["total", "", "", str(nodes), human_count(parameters), human_bytes(plan.bytes)])
     header = ["component", "backend", "precision", "nodes", "parameters", "size"]
     return table(rows, header=header, right=[3, 4, 5])
+
+
+def _title(planned: "PlannedComponent") -> str:
+    parts = len(planned.parts)
+    return planned.component if parts == 1 else f"{planned.component}, {parts} parts"
 
 
 def _backend(planned: "PlannedComponent") -> str:

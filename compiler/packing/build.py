@@ -37,6 +37,7 @@ def build(
     allow_unread: bool = ...,
     device: int | None = ...,
     language: str | None = ...,
+    memory_gib: float | None = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
 
@@ -54,6 +55,7 @@ def build(
     allow_unread: bool = False,
     device: int | None = None,
     language: str | None = None,
+    memory_gib: float | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
@@ -62,7 +64,7 @@ def build(
     earlier bundle with an equal key and undamaged files are kept.
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next ten arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the next eleven arguments belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
@@ -73,6 +75,7 @@ def build(
         allow_unread: see ``plan_build``.
         device: see ``plan_build``.
         language: see ``plan_build``.
+        memory_gib: see ``plan_build``.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
             another thread.
 
@@ -93,10 +96,11 @@ def build(
             allow_unread=allow_unread,
             device=device,
             language=language,
+            memory_gib=memory_gib,
         )
     else:
         decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread, device, language)
-        assert decided == ("cpu", (), None, None, None, None, None, False, None, None), (
+        assert (*decided, memory_gib) == ("cpu", (), None, None, None, None, None, False, None, None, None), (
             "a plan has decided these arguments"
         )
         plan = model

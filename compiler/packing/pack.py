@@ -125,21 +125,33 @@ def _fill(folder: Path, plan: Plan, progress: Progress) -> None:
     engines: list[EngineRecord] = []
     graphs: list[GraphRecord] = []
     for planned in plan.components:
-        start = time.perf_counter()
-        engine = reusable.get(planned.component)
-        if engine is not None and not (old is not None and take_over(engine_files(engine), old, folder)):
-            engine = None
-        source = partial(write_source, planned, plan, keys[planned.component], readers, old, folder, progress=progress)
+        source = partial(
+            write_source,
+            planned,
+            plan=plan,
+            keys=keys[planned.component],
+            readers=readers,
+            old=old,
+            folder=folder,
+            progress=progress,
+        )
+        waiting: list[GraphRecord] = []
         if planned.finish is not None:
-            graphs.append(source(planned.finish))
-        if engine is None and planned.backend is not None:
-            kept = graphs[-1:] if planned.finish is not None and _same_source(planned.finish, planned.backend) else []
-            graph = kept[0] if kept else source(planned.backend)
-            engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
-            engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
-            if not kept:
-                drop_graph(graph, engine, folder)
-        if engine is not None:
+            parts = planned.parts_for(planned.finish)
+            waiting = [source(part=part, backend=planned.finish) for part in range(len(parts))]
+            graphs += waiting
+        if planned.backend is None:
+            continue
+        kept = waiting if planned.finish is not None and _same_source(planned.finish, planned.backend) else []
+        for part in range(len(planned.parts_for(planned.backend))):
+            start = time.perf_counter()
+            engine = reusable.get((planned.component, part))
+            if engine is None or old is None or not take_over(engine_files(engine), old, folder):
+                graph = kept[part] if kept else source(part=part, backend=planned.backend)
+                engine = build_engine(planned.backend, graph, folder, recipe, progress, plan.device)
+                engine = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+                if not kept:
+                    drop_graph(graph, engine, folder)
             engines.append(engine)
     modulation = write_modulation(
         plan.model.transformer,
@@ -184,13 +196,14 @@ def build_engine(
     Raises:
         RecipeError, BuildError: see the backend's builder.
     """
+    name = graph.path.removesuffix(".onnx") if BACKENDS[backend].source == "graph" else graph.component
     return BUILDERS[backend].build(
         graph,
         folder,
         key=engine_key(graph.key, backend, recipe, graph.profiles),
         recipe=recipe,
         device=device,
-        progress=partial(progress, f"compile {graph.component}"),
+        progress=partial(progress, f"compile {name}"),
     )
 
 

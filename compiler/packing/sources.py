@@ -1,6 +1,6 @@
 """Writes what engines are made from into a bundle: a graph, a checkpoint of TensorRT-LLM, or a text encoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,20 @@ from qie.compiler.backends.vllm.checkpoint import FILES, write_text_encoder
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
-from qie.compiler.graphs.graph import write_graph
+from qie.compiler.graphs.graph import Graph, write_graph
 from qie.compiler.packing.take_over import take_over
-from qie.compiler.planning.keys import source_key
+from qie.compiler.planning.keys import source_key, whole_key
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.sources import language_settings, text_encoder_settings
+from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.weights.stream import write_weights
 from qie.engines.backends import BACKENDS, Source
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
+from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record, stem
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["LLM_FOLDER", "TEXT_ENCODER", "write_source", "write_tensorrt_llm", "write_transformers"]
+__all__ = ["LLM_FOLDER", "TEXT_ENCODER", "write_part", "write_source", "write_tensorrt_llm", "write_transformers"]
 
 LLM_FOLDER = "language.tensorrt-llm"
 """Folder of the checkpoint for TensorRT-LLM."""
@@ -37,21 +38,23 @@ TEXT_ENCODER = "text_encoder.vllm"
 
 def write_source(
     planned: PlannedComponent,
+    *,
+    part: int,
     plan: Plan,
-    key: str,
+    keys: Sequence[str],
     readers: Readers,
     old: Bundle | None,
     folder: Path,
     backend: str,
-    *,
     progress: Progress,
 ) -> GraphRecord:
-    """Write what the engine of ``backend`` is made from into ``folder``, or take it over from an earlier bundle.
+    """Write what an engine of ``backend`` is made from into ``folder``, or take it over from an earlier bundle.
 
     Args:
         planned: the component.
+        part: number of its part, see ``PlannedComponent.parts_for``.
         plan: of the build.
-        key: of the component's graph and weights.
+        keys: of the graph and weights of each part of the component.
         readers: of the checkpoint, with everything folded into its tensors.
         old: the earlier bundle; None where there is none.
         folder: of the new bundle.
@@ -61,35 +64,49 @@ def write_source(
     Raises:
         QieError: the weights cannot be read, or a disk is full.
     """
-    source = BACKENDS[backend].source
-    shapes = profiles(planned.graph, plan.recipe, plan.model)
-    key = source_key(key, source, shapes)
+    source, parts = BACKENDS[backend].source, planned.parts_for(backend)
+    graph = parts[part]
+    shapes = profiles(graph, plan.recipe, plan.model)
+    key = source_key(keys[part] if source == "graph" else whole_key(keys), source, shapes)
     if old is not None:
-        for graph in old.manifest.graphs:
-            if graph.key == key and take_over(graph.files, old, folder):
-                return replace(graph, backend=backend, profiles=shapes)
-    path, files = _WRITERS[source](planned, plan, readers, folder, partial(progress, planned.component))
+        for record in old.manifest.graphs:
+            if record.key == key and record.part == part and take_over(record.files, old, folder):
+                return replace(record, backend=backend, profiles=shapes)
+    name = stem(planned.component, part, len(parts))
+    if source == "graph":
+        path, files = write_part(graph, name, readers, folder, partial(progress, name))
+    else:
+        path, files = _WRITERS[source](planned, plan, readers, folder, partial(progress, name))
     return GraphRecord(
         component=planned.component,
         backend=backend,
-        precision=planned.graph.dtype,
+        precision=graph.dtype,
         key=key,
         path=path,
         files=files,
-        inputs=planned.graph.inputs,
-        outputs=planned.graph.outputs,
-        parameters=planned.graph.parameters(),
-        quantization=_quantization(planned, source),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        parameters=graph.parameters(),
+        quantization=_quantization(planned, graph, source),
         profiles=shapes,
+        part=part,
     )
 
 
-def _write_graph(
-    planned: PlannedComponent, plan: Plan, readers: Readers, folder: Path, progress: StageProgress
+def write_part(
+    graph: Graph, name: str, readers: Readers, folder: Path, progress: StageProgress
 ) -> tuple[str, tuple[FileRecord, ...]]:
-    graph_name, weights_name = f"{planned.component}.onnx", f"{planned.component}.weights"
-    written = write_weights(planned.graph.weights, readers, folder / weights_name, progress=progress)
-    write_graph(planned.graph, folder / graph_name, weights_name, written.places)
+    """Write ``graph`` and its weights, in files whose names begin with ``name``, into ``folder``.
+
+    Returns:
+        The path of the graph in ``folder``, and the records of both files.
+
+    Raises:
+        QieError: see ``write_weights``.
+    """
+    graph_name, weights_name = f"{name}.onnx", f"{name}.weights"
+    written = write_weights(graph.weights, readers, folder / weights_name, progress=progress)
+    write_graph(graph, folder / graph_name, weights_name, written.places)
     weights = FileRecord(path=weights_name, bytes=written.bytes, sha256=written.sha256)
     return graph_name, (file_record(folder, graph_name), weights)
 
@@ -155,15 +172,18 @@ def write_transformers(
 
 
 _WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
-    "graph": _write_graph,
     "tensorrt-llm": write_tensorrt_llm,
     "transformers": write_transformers,
 }
-"""Source -> what writes it into the folder: the path of the file that is opened, and the records of all."""
+"""Source of a whole component -> what writes it into the folder: the path of the file that is opened, and the records
+of all."""
 
 
-def _quantization(planned: PlannedComponent, source: Source) -> QuantizationRecord | None:
+def _quantization(planned: PlannedComponent, graph: Graph, source: Source) -> QuantizationRecord | None:
     if planned.scheme == "none":
         return None
-    quantized = len(whole_groups(planned.amax)) if source == "tensorrt-llm" else planned.quantized
-    return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=planned.linears)
+    if source == "tensorrt-llm":
+        quantized = len(whole_groups(planned.amax))
+        return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=planned.linears)
+    quantized = sum(weight.quantizer is not None and weight.scale_of is None for weight in graph.weights)
+    return QuantizationRecord(scheme=planned.scheme, quantized=quantized, linears=quantized + len(linear_inputs(graph)))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,31 +20,39 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component, EngineRecord, ProfileRecord
 from qie.engines.records import to_plain
 
-__all__ = ["engine_key", "graph_keys", "reusable_engines", "source_key"]
+__all__ = ["engine_key", "graph_keys", "reusable_engines", "source_key", "whole_key"]
 
 
-def graph_keys(plan: Plan, digest: str) -> dict[Component, str]:
-    """The key of each component's graph and weights; ``digest`` is the checkpoint's.
+def graph_keys(plan: Plan, digest: str) -> dict[Component, tuple[str, ...]]:
+    """The key of the graph and weights of each part of each component; ``digest`` is the checkpoint's.
 
     Components whose engines are made from one text encoder share its files, so all of them decide each one's key.
     """
     loras = [[lora.digest(), lora.weight] for lora in plan.loras]
     versions = {"qie": qie.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
     keys = {
-        planned.component: _sha256(
-            {
-                "graph": planned.graph.digest(),
-                "checkpoint": digest,
-                "loras": loras if planned.component == "transformer" else [],
-                "section": [planned.precision, planned.scheme],
-                "smoothing": {name: _sha256_of(values) for name, values in planned.smoothing_scales.items()},
-                "versions": versions,
-            }
+        planned.component: tuple(
+            _sha256(
+                {
+                    "graph": part.digest(),
+                    "checkpoint": digest,
+                    "loras": loras if planned.component == "transformer" else [],
+                    "section": [planned.precision, planned.scheme],
+                    "smoothing": {name: _sha256_of(values) for name, values in planned.smoothing_scales.items()},
+                    "versions": versions,
+                }
+            )
+            for part in planned.parts
         )
         for planned in plan.components
     }
-    shared = {planned.component: keys[planned.component] for planned in plan.components if planned.in_text_encoder}
-    return keys | {component: _sha256({"component": component, "text_encoder": shared}) for component in shared}
+    shared = {p.component: whole_key(keys[p.component]) for p in plan.components if p.in_text_encoder}
+    return keys | {component: (_sha256({"component": component, "text_encoder": shared}),) for component in shared}
+
+
+def whole_key(keys: Sequence[str]) -> str:
+    """The key of a component's graph and weights as a whole, where its parts have ``keys``."""
+    return keys[0] if len(keys) == 1 else _sha256({"parts": list(keys)})
 
 
 def source_key(graph: str, source: Source, shapes: tuple[ProfileRecord, ...]) -> str:
@@ -70,8 +78,10 @@ def engine_key(
     return _sha256(decided_by)
 
 
-def reusable_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | None) -> dict[Component, EngineRecord]:
-    """The engines of ``old``, an earlier bundle at the destination, that the plan would build again.
+def reusable_engines(
+    plan: Plan, graphs: Mapping[Component, tuple[str, ...]], old: Bundle | None
+) -> dict[tuple[Component, int], EngineRecord]:
+    """The engines of ``old``, an earlier bundle at the destination, that the plan would build again, by part.
 
     Args:
         plan: the build.
@@ -83,10 +93,14 @@ def reusable_engines(plan: Plan, graphs: Mapping[Component, str], old: Bundle | 
     keys = {}
     for planned in plan.components:
         if planned.backend is not None:
-            shapes = profiles(planned.graph, plan.recipe, plan.model)
-            source = source_key(graphs[planned.component], BACKENDS[planned.backend].source, shapes)
-            keys[planned.component] = engine_key(source, planned.backend, plan.recipe, shapes)
-    return {e.component: e for e in old.manifest.engines if keys.get(e.component) == e.key}
+            parts, own = planned.parts_for(planned.backend), graphs[planned.component]
+            for number, part in enumerate(parts):
+                shapes = profiles(part, plan.recipe, plan.model)
+                graph = own[number] if len(own) == len(parts) else whole_key(own)
+                source = source_key(graph, BACKENDS[planned.backend].source, shapes)
+                keys[planned.component, number] = engine_key(source, planned.backend, plan.recipe, shapes)
+    placed = [((engine.component, engine.part), engine) for engine in old.manifest.engines]
+    return {place: engine for place, engine in placed if keys.get(place) == engine.key}
 
 
 def _sha256_of(values: NDArray[np.float32]) -> str:

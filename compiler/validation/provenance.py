@@ -17,11 +17,12 @@ from qie.engines.machine import this_machine
 __all__ = ["damaged_provenance", "executed_name", "provenance"]
 
 
-def executed_name(engines: Mapping[Component, EngineRecord]) -> str:
+def executed_name(engines: Mapping[Component, tuple[EngineRecord, ...]]) -> str:
     """What executes, such as ``onnxruntime 1.32.0, CPU``."""
     found = dict.fromkeys(
         f"{e.backend} {e.backend_version}, {'CPU' if e.compute_capability == 'cpu' else 'GPU'}"
-        for e in engines.values()
+        for parts in engines.values()
+        for e in parts
     )
     return ", ".join(found)
 

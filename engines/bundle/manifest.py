@@ -35,6 +35,7 @@ __all__ = [
     "Specialization",
     "TensorSpec",
     "file_record",
+    "stem",
 ]
 
 _Number = Annotated[int, Range(0, 1 << 53)]
@@ -89,6 +90,11 @@ def file_record(folder: Path, name: str) -> FileRecord:
     """The record of the file ``name`` in ``folder``, which is read for its checksum."""
     path = folder / name
     return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def stem(component: Component, number: int, count: int) -> str:
+    """How the names of the files of part ``number`` of ``count`` begin: ``transformer``, or ``transformer.0``."""
+    return component if count == 1 else f"{component}.{number}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
