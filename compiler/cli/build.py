@@ -273,16 +273,18 @@ def _backend(planned: "PlannedComponent") -> str:
 def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> None:
     from qie.compiler.planning.resolve import compile_packages
     from qie.engines.bundle.bundle import open_bundle
+    from qie.engines.bundle.manifest import titles
 
     with compile_packages():
         from qie.compiler.packing.finish import finish_bundle
 
     bundle = open_bundle(name)
-    graphs = [(graph.component, graph.backend) for graph in bundle.manifest.graphs]
+    graphs = bundle.manifest.graphs
     if dry_run and as_json:
-        return print_json({"components": [{"component": c, "backend": b} for c, b in graphs]})
+        found = [{"component": g.component, "part": g.part, "backend": g.backend} for g in graphs]
+        return print_json({"components": found})
     if not as_json:
-        lacking = ", ".join(f"{component} for {backend}" for component, backend in graphs)
+        lacking = ", ".join(f"{name} for {graph.backend}" for name, graph in zip(titles(graphs), graphs, strict=True))
         say(wrap(f"{bundle.path} lacks " + (lacking or "nothing")))
     if dry_run:
         return None
@@ -293,10 +295,12 @@ def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> N
 
 def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     from qie.engines.bundle.bundle import bundles_folder
+    from qie.engines.bundle.manifest import titles
     from qie.engines.sessions.choose import refusal
 
-    unfinished = sorted({graph.backend for graph in bundle.manifest.graphs})
-    waiting = [f"{graph.component} for {graph.backend}" for graph in bundle.manifest.graphs]
+    graphs = bundle.manifest.graphs
+    unfinished = sorted({graph.backend for graph in graphs})
+    waiting = [f"{name} for {graph.backend}" for name, graph in zip(titles(graphs), graphs, strict=True)]
     if as_json:
         return print_json(
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}

@@ -97,16 +97,16 @@ def wrong_precision(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: 
         for name in dtypes
         if dtypes[name] != expected[name]
     ]
-    wrong += _other_counts(engine, linears, expected_quantized)
+    wrong += _other_counts(engine, expected_quantized, whole=not _parts_of(bundle, engine))
     casts = _casts(graph, section.precision)
     return len(dtypes), wrong + [f"{engine.component}: {name} computes in {dtype}" for name, dtype in casts.items()]
 
 
-def _other_counts(record: EngineRecord | GraphRecord, linears: Sequence[str], quantized: set[str]) -> Iterator[str]:
+def _other_counts(record: EngineRecord | GraphRecord, quantized: set[str], *, whole: bool) -> Iterator[str]:
     """What the manifest says of the quantized linears and the graph does not have."""
     if record.quantization is None:
         return
-    if not quantized:
+    if not quantized and whole:
         yield f"{record.component}: the scheme {record.quantization.scheme} quantizes no linear"
     said = record.quantization.quantized
     if said != len(quantized):

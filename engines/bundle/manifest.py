@@ -4,7 +4,7 @@ It is the only file that the runtime reads to decide what to load and how to fee
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,6 +36,7 @@ __all__ = [
     "TensorSpec",
     "file_record",
     "stem",
+    "titles",
 ]
 
 _Number = Annotated[int, Range(0, 1 << 53)]
@@ -205,6 +206,18 @@ class GraphRecord:
     profiles: tuple[ProfileRecord, ...]
     quantization: QuantizationRecord | None = None
     part: Annotated[int, Range(0, 1000)] = 0
+
+
+def titles(records: Sequence[EngineRecord | GraphRecord]) -> tuple[str, ...]:
+    """The component of each record for people, with the number of a part, such as ``transformer 1/2``."""
+    targets = [(r.component, r.backend, getattr(r, "compute_capability", None)) for r in records]
+    counts: dict[tuple[str, str, str | None], int] = {}
+    for target, record in zip(targets, records, strict=True):
+        counts[target] = max(counts.get(target, 1), record.part + 1)
+    return tuple(
+        record.component if counts[target] == 1 else f"{record.component} {record.part + 1}/{counts[target]}"
+        for target, record in zip(targets, records, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
