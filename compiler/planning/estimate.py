@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from qie.compiler.graphs.graph import DTYPES, Graph
+from qie.compiler.graphs.parts import block_bytes
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
-from qie.compiler.planning.parts import build_bytes, smallest_build_bytes
+from qie.compiler.planning.parts import HOST_BASE, build_bytes
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
@@ -258,8 +259,14 @@ def _host_refusal(plan: Plan, component: ComponentEstimate) -> str:
         parts = f" in {component.parts} part{'s' if component.parts > 1 else ''}, as the recipe says"
         fix = f"leave components.{component.component}.parts out, or {fix}"
     elif component.component in DIVISIBLE and BACKENDS[component.backend].source == "graph":
-        smallest = smallest_build_bytes(planned.graph, [component.backend])
-        parts = f", and {_gib(smallest)} in parts of one block each" if smallest else ""
+        largest = max(block_bytes(planned.graph))
+        smallest, factor = (
+            build_bytes(component.backend, planned.graph, largest),
+            BACKENDS[component.backend].host_factor,
+        )
+        if factor is not None:
+            terms = f"{_gib(HOST_BASE)} + {factor:g} x {_gib(largest)}"
+            parts = f", and {_gib(smallest)} in parts of one block each ({terms})"
     return (
         f"building {component.component} takes about {_gib(component.host_bytes)} of host memory{parts}, for weights "
         f"of {_gib(component.weights_bytes)}, and the build may use {_gib(plan.memory)}; {fix}"

@@ -15,7 +15,7 @@ from qie.engines.backends import BACKENDS
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.machine import GIB, memory_bytes
 
-__all__ = ["HOST_BASE", "build_bytes", "divided", "host_memory", "smallest_build_bytes"]
+__all__ = ["HOST_BASE", "build_bytes", "divided", "host_memory"]
 
 HOST_BASE = 200_000_000
 """Private memory of a building process beside its weights, measured with the ``host_factor`` of ``BACKENDS``."""
@@ -67,11 +67,6 @@ def build_bytes(backend: BackendName, graph: Graph, weights: int) -> int:
         return HOST_BASE + int(factor * weights)
     largest = max(math.prod(w.shape) * DTYPES[w.dtype].numpy().itemsize for w in graph.weights)
     return HOST_BASE + HOST_TENSORS * largest
-
-
-def smallest_build_bytes(graph: Graph, backends: Sequence[BackendName]) -> int:
-    """Host memory that building engines of one block each takes."""
-    return _needed(max(block_bytes(graph)), backends)
 
 
 def divided(graph: Graph, recipe: Recipe, backends: Sequence[BackendName], memory: int) -> tuple[Graph, ...]:

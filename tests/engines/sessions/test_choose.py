@@ -316,7 +316,7 @@ def test_inspect_shows_the_reason_of_each_engine(qie: Qie, named: str) -> None:
 def test_run_is_refused_before_anything_is_loaded(
     qie: Qie, named: str, workplace: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qie.engines.editing.stages.load", lambda *_: pytest.fail("an engine was loaded"))
+    monkeypatch.setattr("qie.engines.sessions.load.load", lambda *_: pytest.fail("an engine was loaded"))
     message = refusal(qie("run", "photo.png", "make it red", "--bundle", named))
     assert message.startswith(
         "vision is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9); build for that GPU"
