@@ -68,6 +68,7 @@ def build(
         build_seconds=round(time.perf_counter() - start, 3),
         build_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         profiles=() if recipe.compute_capability is None else graph.profiles,
+        part=graph.part,
     )
 
 

@@ -14,6 +14,7 @@ from qie.compiler.cli.options import (
     GpuOption,
     LanguageOption,
     LoraOption,
+    MemoryOption,
     ModelArgument,
     RevisionOption,
     ScheduleOption,
@@ -42,6 +43,7 @@ def build(
     revision: RevisionOption = None,
     schedule: ScheduleOption = None,
     allow_unread: AllowUnreadOption = False,
+    memory_gib: MemoryOption = None,
     finish: Annotated[
         str | None,
         typer.Option(metavar="BUNDLE", help="Build the engines that BUNDLE lacks, on the machine with its GPU."),
@@ -70,6 +72,10 @@ def build(
         raise BuildError(
             "a bundle is finished by its own recipe; build it again for another backend", option="language"
         )
+    if finish is not None and memory_gib is not None:
+        raise BuildError(
+            "a bundle is finished in the parts that it has; build it again to divide it otherwise", option="memory_gib"
+        )
     if finish is not None:
         return _finish(finish, device=device, dry_run=dry_run, as_json=as_json)
     from qie.compiler.packing.build import build as build_bundle
@@ -87,6 +93,7 @@ def build(
         allow_unread=allow_unread,
         device=device,
         language=language,
+        memory_gib=memory_gib,
     )
     if not as_json:
         say(describe(plan))
@@ -157,6 +164,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
                 "precision": c.precision,
                 "scheme": c.scheme,
                 "attention": c.attention,
+                "parts": len(c.parts),
                 "nodes": c.nodes,
                 "parameters": c.parameters,
                 "bytes": c.bytes,
@@ -244,7 +252,7 @@ def _download(plan: "Plan") -> str:
 
 def _components(plan: "Plan") -> str:
     rows = [
-        [c.component, _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bundle_bytes)]
+        [_title(c), _backend(c), c.computes, str(c.nodes), human_count(c.parameters), human_bytes(c.bundle_bytes)]
         for c in plan.components
     ]
     nodes, parameters = sum(c.nodes for c in plan.components), sum(c.parameters for c in plan.components)
@@ -254,6 +262,11 @@ def _components(plan: "Plan") -> str:
     rows.append(["total", "", "", str(nodes), human_count(parameters), human_bytes(plan.bytes)])
     header = ["component", "backend", "precision", "nodes", "parameters", "size"]
     return table(rows, header=header, right=[3, 4, 5])
+
+
+def _title(planned: "PlannedComponent") -> str:
+    parts = len(planned.parts)
+    return planned.component if parts == 1 else f"{planned.component}, {parts} parts"
 
 
 def _backend(planned: "PlannedComponent") -> str:
@@ -268,16 +281,18 @@ def _backend(planned: "PlannedComponent") -> str:
 def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> None:
     from qie.compiler.planning.resolve import compile_packages
     from qie.engines.bundle.bundle import open_bundle
+    from qie.engines.bundle.manifest import titles
 
     with compile_packages():
         from qie.compiler.packing.finish import finish_bundle
 
     bundle = open_bundle(name)
-    graphs = [(graph.component, graph.backend) for graph in bundle.manifest.graphs]
+    graphs = bundle.manifest.graphs
     if dry_run and as_json:
-        return print_json({"components": [{"component": c, "backend": b} for c, b in graphs]})
+        found = [{"component": g.component, "part": g.part, "backend": g.backend} for g in graphs]
+        return print_json({"components": found})
     if not as_json:
-        lacking = ", ".join(f"{component} for {backend}" for component, backend in graphs)
+        lacking = ", ".join(f"{name} for {graph.backend}" for name, graph in zip(titles(graphs), graphs, strict=True))
         say(wrap(f"{bundle.path} lacks " + (lacking or "nothing")))
     if dry_run:
         return None
@@ -288,10 +303,12 @@ def _finish(name: str, *, device: int | None, dry_run: bool, as_json: bool) -> N
 
 def _print_built(bundle: "Bundle", *, as_json: bool) -> None:
     from qie.engines.bundle.bundle import bundles_folder
+    from qie.engines.bundle.manifest import titles
     from qie.engines.sessions.choose import refusal
 
-    unfinished = sorted({graph.backend for graph in bundle.manifest.graphs})
-    waiting = [f"{graph.component} for {graph.backend}" for graph in bundle.manifest.graphs]
+    graphs = bundle.manifest.graphs
+    unfinished = sorted({graph.backend for graph in graphs})
+    waiting = [f"{name} for {graph.backend}" for name, graph in zip(titles(graphs), graphs, strict=True)]
     if as_json:
         return print_json(
             {"bundle": str(bundle.path), "name": bundle.name, "bytes": bundle.bytes, "unfinished": unfinished}

@@ -12,6 +12,7 @@ __all__ = [
     "GpuOption",
     "LanguageOption",
     "LoraOption",
+    "MemoryOption",
     "ModelArgument",
     "RevisionOption",
     "ScheduleOption",
@@ -44,6 +45,15 @@ LanguageOption = Annotated[
     str | None,
     typer.Option(
         metavar="BACKEND", help="Backend of the language model, before the recipe's.", show_default="the recipe's"
+    ),
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gib",
+        metavar="GIB",
+        help="Host memory that the build may use; larger components are built in parts.",
+        show_default="9/10 of this machine's",
     ),
 ]
 AllowUnreadOption = Annotated[

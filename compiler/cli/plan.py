@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qie.compiler.cli.options import DEFAULT_MODEL, GpuOption, LanguageOption, ModelArgument, RevisionOption
+from qie.compiler.cli.options import (
+    DEFAULT_MODEL,
+    GpuOption,
+    LanguageOption,
+    MemoryOption,
+    ModelArgument,
+    RevisionOption,
+)
 from qie.engines.cli.options import JsonOption, parse_size, print_json
 from qie.engines.terminal import human_bytes, human_memory, human_seconds, say, table, wrap
 
@@ -26,6 +33,7 @@ def plan(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the recipe's")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the recipe's")] = None,
     revision: RevisionOption = None,
+    memory_gib: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, disk, FLOPs and time.
@@ -35,7 +43,7 @@ def plan(
     """
     from qie.compiler.planning.resolve import plan_build
 
-    planned = plan_build(model, gpu=gpu, language=language, revision=revision, allow_unread=True)
+    planned = plan_build(model, gpu=gpu, language=language, revision=revision, allow_unread=True, memory_gib=memory_gib)
 
     from qie.compiler.planning.estimate import estimate, refusal
     from qie.compiler.planning.workload import workload
@@ -70,7 +78,7 @@ def facts(estimated: "Estimate", refused: "QieError | None") -> dict[str, Any]:
         "gpu_bytes": estimated.gpu_bytes,
         "gpu_memory_bytes": int(recipe.memory_gib * GIB),
         "host_bytes": estimated.host_bytes,
-        "host_limit_bytes": int(recipe.limits.host_memory_gib * GIB),
+        "host_limit_bytes": plan.memory,
         "flops": estimated.flops,
         "seconds_at_peak": estimated.seconds,
         "reachable": REACHABLE,
@@ -97,7 +105,7 @@ def describe(estimated: "Estimate") -> str:
             "",
             _build_table(estimated),
             "",
-            f"host memory: {human_memory(estimated.host_bytes)} of {recipe.limits.host_memory_gib:g} GiB",
+            f"host memory: {human_memory(estimated.host_bytes)} of {human_memory(plan.memory)}",
             "",
             f"{where} memory in the largest edit that the recipe allows",
             "",
@@ -138,13 +146,14 @@ def _shortages(estimated: "Estimate") -> list[str]:
 def _build_table(estimated: "Estimate") -> str:
     plan = estimated.plan
     rows = [
-        [c.component, c.backend, human_bytes(c.disk_bytes), human_memory(c.host_bytes)] for c in estimated.components
+        [c.component, c.backend, str(c.parts), human_bytes(c.disk_bytes), human_memory(c.host_bytes)]
+        for c in estimated.components
     ]
     if plan.recipe.modulation == "weights":
-        rows.append(["modulation", "", human_bytes(plan.modulation_bytes), ""])
-    rows.append([f"tables, {plan.table_steps} steps", "", human_bytes(plan.tables_bytes), ""])
-    rows.append(["total", "", human_bytes(estimated.disk_bytes), ""])
-    return table(rows, header=["component", "backend", "disk", "host memory"], right=[2, 3])
+        rows.append(["modulation", "", "", human_bytes(plan.modulation_bytes), ""])
+    rows.append([f"tables, {plan.table_steps} steps", "", "", human_bytes(plan.tables_bytes), ""])
+    rows.append(["total", "", "", human_bytes(estimated.disk_bytes), ""])
+    return table(rows, header=["component", "backend", "engines", "disk", "host memory"], right=[2, 3, 4])
 
 
 def _memory_table(estimated: "Estimate") -> str:

@@ -37,6 +37,7 @@ def build(
     allow_unread: bool = ...,
     device: int | None = ...,
     language: str | None = ...,
+    memory_gib: float | None = ...,
     stream: bool = ...,
     progress: Progress = ...,
 ) -> Bundle: ...
@@ -55,6 +56,7 @@ def build(
     allow_unread: bool = False,
     device: int | None = None,
     language: str | None = None,
+    memory_gib: float | None = None,
     stream: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
@@ -65,7 +67,7 @@ def build(
     is taken up by the next build of the same destination.
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next ten arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the next eleven arguments belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
@@ -76,6 +78,7 @@ def build(
         allow_unread: see ``plan_build``.
         device: see ``plan_build``.
         language: see ``plan_build``.
+        memory_gib: see ``plan_build``.
         stream: fetch weights one shard at a time and delete each when it was read, so that the disk never holds the
             checkpoint. A folder that has its weights is read as it is.
         progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
@@ -98,10 +101,11 @@ def build(
             allow_unread=allow_unread,
             device=device,
             language=language,
+            memory_gib=memory_gib,
         )
     else:
         decided = (gpu, tuple(loras), calibration, out, name, revision, schedule, allow_unread, device, language)
-        assert decided == ("cpu", (), None, None, None, None, None, False, None, None), (
+        assert (*decided, memory_gib) == ("cpu", (), None, None, None, None, None, False, None, None, None), (
             "a plan has decided these arguments"
         )
         plan = model

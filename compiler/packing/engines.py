@@ -5,6 +5,7 @@ from pathlib import Path
 from qie.compiler.backends import BUILDERS
 from qie.compiler.planning.keys import engine_key
 from qie.compiler.recipe.schema import Recipe
+from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord
 from qie.engines.progress import Progress
 
@@ -19,13 +20,14 @@ def build_engine(
     Raises:
         RecipeError, BuildError: see the backend's builder.
     """
+    name = graph.path.removesuffix(".onnx") if BACKENDS[backend].source == "graph" else graph.component
     return BUILDERS[backend].build(
         graph,
         folder,
         key=engine_key(graph.key, backend, recipe, graph.profiles),
         recipe=recipe,
         device=device,
-        progress=lambda done, total: progress(f"compile {graph.component}", done, total),
+        progress=lambda done, total: progress(f"compile {name}", done, total),
     )
 
 

@@ -15,14 +15,13 @@ from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.graph import write_graph
 from qie.compiler.packing.readers import checkpoint_readers
-from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_tensorrt_llm, write_transformers
+from qie.compiler.packing.sources import LLM_FOLDER, TEXT_ENCODER, write_part, write_tensorrt_llm, write_transformers
 from qie.compiler.packing.writing import writing
 from qie.compiler.planning.checks import check_calibrated, check_download
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.sources import language_settings
-from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weights_file import total_bytes
-from qie.engines.bundle.manifest import COMPONENTS
+from qie.engines.bundle.manifest import COMPONENTS, stem
 from qie.engines.errors import BuildError, ExportError
 from qie.engines.folders import WORK_LOCK
 from qie.engines.progress import Progress, no_progress
@@ -33,15 +32,21 @@ _LLM_FILE = re.compile(r"config\.json|encoder\.py|build\.sh|rank\d+\.safetensors
 
 
 def export_graphs(
-    plan: Plan, *, weights: bool, tensor_parallel: int = 1, progress: Progress = no_progress
+    plan: Plan,
+    *,
+    weights: bool,
+    tensor_parallel: int = 1,
+    in_parts: bool = False,
+    progress: Progress = no_progress,
 ) -> tuple[Path, ...]:
-    """Write every graph of ``plan`` to its destination.
+    """Write every graph of ``plan`` to its destination, each component as a whole.
 
     Args:
         plan: of a build.
         weights: write the weights too. Without them the graphs name their parameters and hold none: they can be read,
             counted and drawn, not run.
         tensor_parallel: GPUs over which the checkpoint for TensorRT-LLM is split.
+        in_parts: write the parts of components that are built in parts, in place of the whole.
         progress: called with (component, bytes done, bytes in all).
 
     Returns:
@@ -79,15 +84,18 @@ def export_graphs(
         plan = replace(plan, checkpoint=plan.checkpoint.with_weights(progress=partial(progress, "download")))
         readers = checkpoint_readers(plan)
     with writing(plan.destination, output_bytes, lock=WORK_LOCK) as folder:
-        for planned in plan.components:
-            places, location = None, f"{planned.component}.weights"
+        graphs = {
+            stem(planned.component, number, len(parts)): part
+            for planned in plan.components
+            for parts in [planned.parts if in_parts else (planned.graph,)]
+            for number, part in enumerate(parts)
+        }
+        for name, graph in graphs.items():
             if weights:
-                written = write_weights(
-                    planned.graph.weights, readers, folder / location, progress=partial(progress, planned.component)
-                )
-                places = written.places
-            write_graph(planned.graph, folder / f"{planned.component}.onnx", location, places)
-        names = [f"{planned.component}.onnx" for planned in plan.components]
+                write_part(graph, name, readers, folder, partial(progress, name))
+            else:
+                write_graph(graph, folder / f"{name}.onnx", f"{name}.weights", None)
+        names = [f"{name}.onnx" for name in graphs]
         for planned in llm if weights else ():
             of_component = partial(progress, f"{planned.component} for TensorRT-LLM")
             _, files = write_tensorrt_llm(planned, plan, readers, folder, of_component, tensor_parallel)

@@ -18,7 +18,6 @@ from qie.compiler.planning.plan import Plan
 from qie.compiler.recipe.schema import BackendName
 from qie.compiler.weights.stream import stream
 from qie.compiler.weights.weights_file import WeightFile, WeightsFile
-from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import EngineRecord, GraphRecord
 from qie.engines.progress import Progress
@@ -35,16 +34,16 @@ class _Job:
     engines: dict[Target, EngineRecord] = field(default_factory=dict)
     graphs: dict[Target, GraphRecord] = field(default_factory=dict)
     written: dict[Target, WeightFile] = field(default_factory=dict)
+    seconds: dict[Target, float] = field(default_factory=dict)
 
-    def missing(self) -> list[tuple[Target, BackendName]]:
-        """The targets without an engine, and the backend that builds it."""
-        return [(t, t.planned.backend) for t in self.item.targets if t.planned.backend and t not in self.engines]
-
-    def weights(self) -> list[Target]:
-        """The targets whose graph has to be written: to stay, or for an engine."""
-        stay = [t for t in self.item.targets if _is_graph(t.planned.finish) and t not in self.graphs]
-        build = [t for t, backend in self.missing() if _is_graph(backend) and not _kept(self, t, backend)]
-        return list(dict.fromkeys((*stay, *build)))
+    def lacking(self) -> list[Target]:
+        """The targets of which a source or an engine has to be made."""
+        return [
+            target
+            for target in self.item.targets
+            if (target.finish is not None and target not in self.graphs)
+            or (target.backend is not None and target not in self.engines and target not in self.graphs)
+        ]
 
 
 def make_pieces(
@@ -79,9 +78,9 @@ def make_pieces(
     for item in items:
         if pieces.find(item.key, progress=partial(progress, "verify")) is None:
             job = _begin(item, pieces, old)
-            targets = job.weights()
-            waiting |= {WeightsFile(t.graph.weights, job.work / weights_name(t)): (job, t) for t in targets}
-            if not targets:
+            graphs = [target for target in job.lacking() if target.source == "graph"]
+            waiting |= {WeightsFile(t.graph.weights, job.work / weights_name(t)): (job, t) for t in graphs}
+            if not graphs:
                 _complete(job, plan, readers, pieces, progress)
     for subfolder in dict.fromkeys(planned.graph.subfolder for planned in plan.components):
         files = [file for file, (_, target) in waiting.items() if target.graph.subfolder == subfolder]
@@ -108,25 +107,28 @@ def _begin(item: Item, pieces: Pieces, old: Bundle | None) -> _Job:
         for engine in old.manifest.engines:
             if engine.key == target.engine and take_over(engine_files(engine), old, job.work):
                 job.engines[target] = engine
-        finish = target.planned.finish
-        for graph in old.manifest.graphs:
-            if finish and graph.key == target.source_key(finish) and take_over(graph.files, old, job.work):
-                job.graphs[target] = replace(graph, backend=finish, profiles=target.shapes)
+        for graph in old.manifest.graphs if target.finish is not None else ():
+            if graph.key == target.key and take_over(graph.files, old, job.work):
+                job.graphs[target] = replace(graph, backend=str(target.finish), profiles=target.shapes)
     return job
 
 
 def _complete(job: _Job, plan: Plan, readers: Readers, pieces: Pieces, progress: Progress) -> None:
     """Build what ``job`` still lacks, and keep it."""
-    for target in job.item.targets:
-        finish = target.planned.finish
-        if finish is not None and target not in job.graphs:
-            job.graphs[target] = _source(job, target, finish, plan, readers, progress)
-    for target, backend in job.missing():
+    for target in job.lacking():
         start = time.perf_counter()
-        kept = _kept(job, target, backend)
-        graph = kept or _source(job, target, backend, plan, readers, progress)
-        engine = build_engine(backend, graph, job.work, plan.recipe, progress, plan.device)
-        job.engines[target] = replace(engine, build_seconds=round(time.perf_counter() - start, 3))
+        backend = target.finish or target.backend
+        assert backend is not None
+        job.graphs[target] = _source(job, target, backend, plan, readers, progress)
+        job.seconds[target] = time.perf_counter() - start
+    for target in job.item.targets:
+        if target.backend is not None and target not in job.engines:
+            start = time.perf_counter()
+            graph = replace(job.graphs[target], backend=target.backend)
+            engine = build_engine(target.backend, graph, job.work, plan.recipe, progress, plan.device)
+            seconds = job.seconds.get(target, 0.0) + time.perf_counter() - start
+            job.engines[target] = replace(engine, build_seconds=round(seconds, 3))
+    job.graphs = {target: graph for target, graph in job.graphs.items() if target.finish is not None}
     stay = {record.path for graph in job.graphs.values() for record in graph.files}
     stay |= {record.path for engine in job.engines.values() for record in engine_files(engine)}
     for entry in sorted(job.work.rglob("*"), reverse=True):
@@ -145,18 +147,6 @@ def _source(
     job: _Job, target: Target, backend: BackendName, plan: Plan, readers: Readers, progress: Progress
 ) -> GraphRecord:
     """Write what the engine of ``backend`` is made from."""
-    if _is_graph(backend):
+    if target.source == "graph":
         return write_graph_source(target, job.written[target], job.work, backend)
     return write_other_source(target, plan, readers, job.work, backend, progress=progress)
-
-
-def _kept(job: _Job, target: Target, backend: BackendName) -> GraphRecord | None:
-    """The graph that stays in the bundle where ``backend`` builds from the same; None where it does not."""
-    finish = target.planned.finish
-    same = finish is not None and BACKENDS[finish].source == BACKENDS[backend].source
-    graph = job.graphs.get(target)
-    return replace(graph, backend=backend) if same and graph is not None else None
-
-
-def _is_graph(backend: BackendName | None) -> bool:
-    return backend is not None and BACKENDS[backend].source == "graph"

@@ -9,7 +9,7 @@ from qie.compiler.backends.tensorrt_llm.checkpoint import write_checkpoint
 from qie.compiler.backends.tensorrt_llm.tensors import whole_groups
 from qie.compiler.backends.vllm.checkpoint import FILES, write_text_encoder
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
-from qie.compiler.graphs.graph import write_graph
+from qie.compiler.graphs.graph import Graph, write_graph
 from qie.compiler.packing.items import Target
 from qie.compiler.packing.readers import Readers
 from qie.compiler.planning.plan import Plan, PlannedComponent
@@ -17,8 +17,9 @@ from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.sources import language_settings, text_encoder_settings
 from qie.compiler.quantization.linears import linear_inputs
 from qie.compiler.recipe.schema import BackendName
+from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weights_file import WeightFile
-from qie.engines.backends import BACKENDS, Source
+from qie.engines.backends import Source
 from qie.engines.bundle.manifest import FileRecord, GraphRecord, QuantizationRecord, file_record
 from qie.engines.progress import Progress, StageProgress
 
@@ -28,6 +29,7 @@ __all__ = [
     "weights_name",
     "write_graph_source",
     "write_other_source",
+    "write_part",
     "write_tensorrt_llm",
     "write_transformers",
 ]
@@ -37,6 +39,21 @@ LLM_FOLDER = "language.tensorrt-llm"
 
 TEXT_ENCODER = "text_encoder.vllm"
 """Name of the folder of the text encoder."""
+
+
+def write_part(
+    graph: Graph, name: str, readers: Readers, folder: Path, progress: StageProgress
+) -> tuple[str, tuple[FileRecord, ...]]:
+    """Write ``graph`` and its weights, in files whose names begin with ``name``, into ``folder``.
+
+    Returns:
+        The path of the graph in ``folder``, and the records of both files.
+
+    Raises:
+        QieError: see ``write_weights``.
+    """
+    written = write_weights(graph.weights, readers, folder / f"{name}.weights", progress=progress)
+    return _write_beside(graph, name, written, folder)
 
 
 def weights_name(target: Target) -> str:
@@ -53,10 +70,7 @@ def write_graph_source(target: Target, written: WeightFile, folder: Path, backen
         folder: of the piece.
         backend: that the engine is for.
     """
-    name = f"{target.stem}.onnx"
-    write_graph(target.graph, folder / name, weights_name(target), written.places)
-    weights = FileRecord(path=weights_name(target), bytes=written.bytes, sha256=written.sha256)
-    return _record(target, backend, name, (file_record(folder, name), weights))
+    return _record(target, backend, *_write_beside(target.graph, target.stem, written, folder))
 
 
 def write_other_source(
@@ -75,9 +89,17 @@ def write_other_source(
     Raises:
         QieError: the weights cannot be read, or a disk is full.
     """
-    write = _WRITERS[BACKENDS[backend].source]
+    write = _WRITERS[target.source]
     path, files = write(target.planned, plan, readers, folder, partial(progress, target.planned.component))
     return _record(target, backend, path, files)
+
+
+def _write_beside(graph: Graph, name: str, written: WeightFile, folder: Path) -> tuple[str, tuple[FileRecord, ...]]:
+    """Write ``graph`` beside the file of its weights: its path, and the records of both files."""
+    path = f"{name}.onnx"
+    write_graph(graph, folder / path, written.path.name, written.places)
+    weights = FileRecord(path=written.path.name, bytes=written.bytes, sha256=written.sha256)
+    return path, (file_record(folder, path), weights)
 
 
 def _record(target: Target, backend: BackendName, path: str, files: tuple[FileRecord, ...]) -> GraphRecord:
@@ -86,13 +108,13 @@ def _record(target: Target, backend: BackendName, path: str, files: tuple[FileRe
         component=target.planned.component,
         backend=backend,
         precision=target.graph.dtype,
-        key=target.source_key(backend),
+        key=target.key,
         path=path,
         files=files,
         inputs=target.graph.inputs,
         outputs=target.graph.outputs,
         parameters=target.graph.parameters(),
-        quantization=_quantization(target, BACKENDS[backend].source),
+        quantization=_quantization(target),
         profiles=target.shapes,
         part=target.number,
     )
@@ -165,11 +187,11 @@ _WRITERS: dict[Source, Callable[..., tuple[str, tuple[FileRecord, ...]]]] = {
 """Source, but a graph -> what writes it into a folder: the path of the file that is opened, and the records of all."""
 
 
-def _quantization(target: Target, source: Source) -> QuantizationRecord | None:
+def _quantization(target: Target) -> QuantizationRecord | None:
     planned = target.planned
     if planned.scheme == "none":
         return None
-    if source == "tensorrt-llm":
+    if target.source == "tensorrt-llm":
         quantized, linears = len(whole_groups(planned.amax)), planned.linears
     else:
         quantized = sum(w.quantizer is not None and w.scale_of is None for w in target.graph.weights)

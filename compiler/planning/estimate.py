@@ -7,15 +7,18 @@ that the engines take. Times are roofline bounds from the GPU's datasheet, not m
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qie.compiler.graphs.graph import DTYPES, Graph
+from qie.compiler.graphs.parts import block_bytes
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
+from qie.compiler.planning.parts import HOST_BASE, build_bytes
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
-from qie.compiler.recipe.schema import BackendName, Recipe
+from qie.compiler.recipe.schema import DIVISIBLE, BackendName, Recipe
 from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
@@ -27,9 +30,6 @@ __all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "check_fit", "estimate"
 
 REACHABLE = 0.6
 """Fraction of the peak rates for a second, less optimistic time: an assumption, not a measurement."""
-
-HOST_BASE = 200_000_000
-"""Private memory of a building process beside its weights, measured with the ``host_factor`` of ``BACKENDS``."""
 
 CPU_BASE = 80_000_000
 """Memory of a process that edits on a CPU, without a model: Python, NumPy, Pillow, onnxruntime. Measured: 70 MB."""
@@ -47,26 +47,24 @@ with 1.32: 1.6 to 1.94 in the VAE, whose convolutions have blocked channels, and
 CPU_RUN = 8_000_000
 """Buffers of a run that do not grow with its sizes."""
 
-HOST_TENSORS = 2
-"""Backends that compile nothing hold one tensor at a time and its copy: measured 0.40 GB with onnxruntime for a
-transformer whose largest tensor has 0.15 GB."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentEstimate:
-    """One engine. "GPU memory" is memory of the device that runs it, host memory for a CPU recipe.
+    """One component. "GPU memory" is memory of the device that runs it, host memory for a CPU recipe.
 
     Attributes:
         component: what it computes.
         backend: what runs it.
+        parts: number of its engines.
         disk_bytes: the engine in the bundle, and its graph where that stays.
         weights_bytes: GPU memory.
         largest_activation_bytes: GPU memory that the compiler reserves for the largest sizes; on a CPU, memory in the
             largest edit that the recipe allows.
-        largest_io_bytes: GPU memory of inputs and outputs of these sizes, those of all steps.
+        largest_io_bytes: GPU memory of inputs and outputs of these sizes, those of all steps, and of hidden states
+            between parts.
         workspace_bytes: GPU memory that the compiler's tactics may add; 0 for TensorRT-RTX, whose workspace is the
             activations (1.7.1 reports one figure for both, whatever the limit).
-        host_bytes: host memory while building.
+        host_bytes: host memory while building its largest part.
         runs: runs in an edit.
         cost: of one of these runs, at the sizes of the edit.
         seconds: all of these runs at the GPU's peak rates; None where these are not known.
@@ -74,6 +72,7 @@ class ComponentEstimate:
 
     component: Component
     backend: BackendName
+    parts: int
     disk_bytes: int
     weights_bytes: int
     largest_activation_bytes: int
@@ -245,16 +244,33 @@ def refusal(estimated: Estimate) -> RecipeError | BuildError | None:
     recipe = estimated.plan.recipe
     if estimated.gpu_bytes > recipe.memory_gib * GIB:
         return RecipeError(_gpu_refusal(estimated), option="gpu")
-    host = recipe.limits.host_memory_gib
     for component in estimated.components:
-        if component.host_bytes > host * GIB:
-            return BuildError(
-                f"building {component.component} takes about {_gib(component.host_bytes)} of host memory, for weights "
-                f"of {_gib(component.weights_bytes)}, and limits.host_memory_gib is {host:g}; raise it in a recipe of "
-                "your own, and build on a machine with that much memory",
-                option="gpu",
-            )
+        if component.host_bytes > estimated.plan.memory:
+            return BuildError(_host_refusal(estimated.plan, component), option="memory_gib")
     return None
+
+
+def _host_refusal(plan: Plan, component: ComponentEstimate) -> str:
+    planned = next(p for p in plan.components if p.component == component.component)
+    asked = plan.recipe.components[component.component].parts
+    fix = "build on a machine with more memory"
+    parts = ""
+    if component.parts > 1 or asked is not None:
+        parts = f" in {component.parts} part{'s' if component.parts > 1 else ''}, as the recipe says"
+        fix = f"leave components.{component.component}.parts out, or {fix}"
+    elif component.component in DIVISIBLE and BACKENDS[component.backend].source == "graph":
+        largest = max(block_bytes(planned.graph))
+        smallest, factor = (
+            build_bytes(component.backend, planned.graph, largest),
+            BACKENDS[component.backend].host_factor,
+        )
+        if factor is not None:
+            terms = f"{_gib(HOST_BASE)} + {factor:g} x {_gib(largest)}"
+            parts = f", and {_gib(smallest)} in parts of one block each ({terms})"
+    return (
+        f"building {component.component} takes about {_gib(component.host_bytes)} of host memory{parts}, for weights "
+        f"of {_gib(component.weights_bytes)}, and the build may use {_gib(plan.memory)}; {fix}"
+    )
 
 
 def _gpu_refusal(estimated: Estimate) -> str:
@@ -298,15 +314,27 @@ def _estimate(
 ) -> ComponentEstimate:
     chosen = backend == _backend(plan, planned)
     builds = [name for name in (planned.finish, planned.backend) if name is not None] if chosen else []
+    parts = planned.parts_for(backend)
 
-    def source(name: BackendName) -> int:
-        return source_bytes(BACKENDS[name].source, planned.graph, planned.amax, plan.model, plan.recipe)
+    def source(name: BackendName) -> list[int]:
+        """Bytes of what each engine of ``name`` is made from."""
+        if len(planned.parts_for(name)) > 1:
+            return [total_bytes(part.weights) for part in planned.parts]
+        return [source_bytes(BACKENDS[name].source, planned.graph, planned.amax, plan.model, plan.recipe)]
 
-    weights = source(backend)
+    def building(name: BackendName) -> int:
+        each = zip(planned.parts_for(name), source(name), strict=True)
+        return max(build_bytes(name, part, size) for part, size in each)
+
+    weights = sum(source(backend))
     on_cpu = plan.recipe.compute_capability is None
     once = cost(planned.graph, sizes, scores=on_cpu)
-    at_largest = cost(planned.graph, largest, scores=on_cpu, compiled=not on_cpu and BACKENDS[backend].compiles)
-    activation, io = at_largest.activation_bytes, at_largest.io_bytes + (steps - 1) * _step_bytes(planned.graph)
+    compiled = not on_cpu and BACKENDS[backend].compiles
+    costs = [cost(part, largest, scores=on_cpu, compiled=compiled) for part in parts]
+    at_largest = max(costs, key=lambda each: each.activation_bytes)
+    activation = at_largest.activation_bytes
+    io = costs[0].io_bytes if len(parts) == 1 else _io_bytes(parts, largest)
+    io += (steps - 1) * _step_bytes(planned.graph)
     if BACKENDS[backend].source == "tensorrt-llm":
         io = language_io_bytes(plan.model.language, largest)
     if BACKENDS[backend].source == "transformers" and planned.component == "language":
@@ -318,12 +346,13 @@ def _estimate(
     return ComponentEstimate(
         component=planned.component,
         backend=backend,
+        parts=len(parts),
         disk_bytes=planned.bundle_bytes if builds else weights,
         weights_bytes=_engine_bytes(planned, backend, weights) + _expanded_bytes(plan, planned),
         largest_activation_bytes=activation,
         largest_io_bytes=io,
         workspace_bytes=int(plan.recipe.limits.build_workspace_gib * GIB) if BACKENDS[backend].adds_workspace else 0,
-        host_bytes=max(_host_bytes(planned, name, source(name)) for name in builds or [backend]),
+        host_bytes=max(building(name) for name in builds or [backend]),
         runs=runs,
         cost=once,
         seconds=None if peak_seconds is None else runs * peak_seconds,
@@ -356,11 +385,22 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _host_bytes(planned: PlannedComponent, backend: BackendName, weights: int) -> int:
-    factor = BACKENDS[backend].host_factor
-    if factor is not None:
-        return HOST_BASE + int(factor * weights)
-    return HOST_BASE + HOST_TENSORS * max(_bytes(w.shape, w.dtype) for w in planned.graph.weights)
+def _io_bytes(parts: Sequence[Graph], sizes: Mapping[str, int]) -> int:
+    """Bytes of the inputs and outputs of all parts, each once, and of the hidden states between them.
+
+    Hidden states take turns in two sets of tensors (``qie.engines.sessions.parts``), those with the tokens of a prompt
+    in as many again, because a negative prompt has another length.
+    """
+    hidden = [
+        {spec.name for spec in part.outputs} & {spec.name for spec in after.inputs} for part, after in pairwise(parts)
+    ]
+    between = set().union(*hidden)
+    ends = {spec.name: spec for part in parts for spec in (*part.inputs, *part.outputs) if spec.name not in between}
+    crossing = [spec for spec in parts[0].outputs if spec.name in hidden[0]]
+    states = sum(
+        _bytes(spec.shape(sizes), spec.dtype) * (1 if "latent_tokens" in spec.dims else 2) for spec in crossing
+    )
+    return sum(_bytes(spec.shape(sizes), spec.dtype) for spec in ends.values()) + min(len(hidden), 2) * states
 
 
 def _step_bytes(graph: Graph) -> int:

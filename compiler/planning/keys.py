@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,32 +18,39 @@ from qie.engines.backends import Source
 from qie.engines.bundle.manifest import Component, ProfileRecord
 from qie.engines.records import to_plain
 
-__all__ = ["engine_key", "graph_keys", "modulation_key", "source_key"]
+__all__ = ["engine_key", "graph_keys", "modulation_key", "source_key", "whole_key"]
 
 
 def graph_keys(plan: Plan, digest: str) -> dict[Component, tuple[str, ...]]:
-    """The key of each component's graph and weights; ``digest`` is the checkpoint's.
+    """The key of the graph and weights of each part of each component; ``digest`` is the checkpoint's.
 
     Components whose engines are made from one text encoder share its files, so all of them decide each one's key.
     """
     loras = [[lora.digest(), lora.weight] for lora in plan.loras]
     versions = {"qie": qie.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
     keys = {
-        planned.component: _sha256(
-            {
-                "graph": planned.graph.digest(),
-                "checkpoint": digest,
-                "loras": loras if planned.component == "transformer" else [],
-                "section": [planned.precision, planned.scheme],
-                "smoothing": {name: _sha256_of(values) for name, values in planned.smoothing_scales.items()},
-                "versions": versions,
-            }
+        planned.component: tuple(
+            _sha256(
+                {
+                    "graph": part.digest(),
+                    "checkpoint": digest,
+                    "loras": loras if planned.component == "transformer" else [],
+                    "section": [planned.precision, planned.scheme],
+                    "smoothing": {name: _sha256_of(values) for name, values in planned.smoothing_scales.items()},
+                    "versions": versions,
+                }
+            )
+            for part in planned.parts
         )
         for planned in plan.components
     }
-    shared = {planned.component: keys[planned.component] for planned in plan.components if planned.in_text_encoder}
-    keys |= {component: _sha256({"component": component, "text_encoder": shared}) for component in shared}
-    return {component: (key,) for component, key in keys.items()}
+    shared = {p.component: whole_key(keys[p.component]) for p in plan.components if p.in_text_encoder}
+    return keys | {component: (_sha256({"component": component, "text_encoder": shared}),) for component in shared}
+
+
+def whole_key(keys: Sequence[str]) -> str:
+    """The key of a component's graph and weights as a whole, where its parts have ``keys``."""
+    return keys[0] if len(keys) == 1 else _sha256({"parts": list(keys)})
 
 
 def modulation_key(plan: Plan, digest: str) -> str:

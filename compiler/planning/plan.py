@@ -22,6 +22,7 @@ from qie.compiler.checkpoint.tokenizer import tokenizer_files
 from qie.compiler.checkpoint.unread import check_unread
 from qie.compiler.graphs.components import GRAPHS, graph_dtype, write_graph_of
 from qie.compiler.graphs.graph import Graph
+from qie.compiler.planning.parts import divided, host_memory
 from qie.compiler.planning.sources import source_bytes
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linear_inputs
@@ -29,6 +30,7 @@ from qie.compiler.quantization.qdq import quantize_by_recipe
 from qie.compiler.quantization.smoothing import Group
 from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.compiler.weights.modulation import modulation_bytes, modulation_weights
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CheckpointError
@@ -49,7 +51,7 @@ LORA_WEIGHT_USUAL = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedComponent:
-    """One engine to build.
+    """One component to build, as one engine or as one for each part.
 
     Attributes:
         component: what it computes.
@@ -60,6 +62,7 @@ class PlannedComponent:
         scheme: quantization scheme of the linears; "none" where they are not quantized.
         attention: "fp8" where queries, keys and values are quantized, else "none".
         graph: with Q/DQ nodes where it is quantized.
+        parts: the graph as consecutive graphs, for an engine each; only the graph itself where it is not divided.
         nodes: of the graph.
         parameters: numbers in its weights.
         bytes: size of what the engine of ``backend`` is made from: its weights.
@@ -78,6 +81,7 @@ class PlannedComponent:
     scheme: str
     attention: str
     graph: Graph
+    parts: tuple[Graph, ...]
     nodes: int
     parameters: int
     bytes: int
@@ -87,10 +91,6 @@ class PlannedComponent:
     amax: Mapping[str, float] = field(default_factory=dict)
     smoothing_groups: tuple[Group, ...] = ()
     smoothing_scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-
-    @property
-    def parts(self) -> tuple[Graph, ...]:
-        return (self.graph,)
 
     @property
     def computes(self) -> str:
@@ -112,11 +112,18 @@ class PlannedComponent:
 
     @property
     def transient_bytes(self) -> int:
-        """Size of the graph that is deleted when its engine is compiled."""
+        """Size of the largest graph that is deleted when its engine is compiled."""
         if self.backend is None or not BACKENDS[self.backend].compiles:
             return 0
         stays = self.finish is not None and BACKENDS[self.finish].source == BACKENDS[self.backend].source
-        return 0 if stays else self.bytes
+        if stays:
+            return 0
+        parts = self.parts_for(self.backend)
+        return self.bytes if len(parts) == 1 else max(total_bytes(part.weights) for part in parts)
+
+    def parts_for(self, backend: BackendName) -> tuple[Graph, ...]:
+        """The graphs of the engines of ``backend``: the parts where it builds from graphs, else the whole."""
+        return self.parts if BACKENDS[backend].source == "graph" else (self.graph,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +136,7 @@ class Plan:
         recipe: with everything that it inherits.
         loras: fused into the weights, in this order.
         calibration: statistics for the components that are quantized.
-        components: one engine each, in the order in which an edit uses them.
+        components: in the order in which an edit uses them.
         modulation_bytes: size of the modulation weights in the bundle, 0 where it has tables alone; as bfloat16, as
             published, where no weights are here yet.
         table_steps: rows of modulation tables that the recipe's schedules need.
@@ -137,6 +144,7 @@ class Plan:
         schedule: name of the schedule of its edits (``qie.compiler.checkpoint.distilled``).
         allow_unread: whether tensors that nothing reads are accepted.
         destination: folder of the bundle.
+        memory: bytes of host memory that the build may use.
         device: CUDA index of the GPU to build on, for a backend that builds on one; None for the first that fits.
     """
 
@@ -150,6 +158,7 @@ class Plan:
     table_steps: int
     tables_bytes: int
     destination: Path
+    memory: int
     schedule: str = CHECKPOINT
     allow_unread: bool = False
     device: int | None = None
@@ -213,6 +222,7 @@ def make_plan(
     schedule: str | None = None,
     allow_unread: bool = False,
     device: int | None = None,
+    memory_gib: float | None = None,
 ) -> Plan:
     """Plan the build of ``checkpoint`` by ``recipe`` into the folder ``destination``.
 
@@ -228,13 +238,16 @@ def make_plan(
         schedule: see ``find_schedule``.
         allow_unread: accept tensors that nothing reads.
         device: see ``Plan``.
+        memory_gib: host memory that the build may use; see ``host_memory``.
 
     Raises:
         CheckpointError: the weights that are here do not belong to the configs, a LoRA does not belong to the model,
             or nothing reads some tensors.
         ExportError, RecipeError: the graphs do not express the configs or the recipe.
         CalibrationError: the calibration lacks a linear.
+        BuildError: no build can have that much memory.
     """
+    memory = host_memory(recipe, memory_gib)
     checkpoint.check_layers()
     schedule = find_schedule(schedule, loras)
     checkpoint = replace(checkpoint, model=distilled_model(checkpoint.model, schedule))
@@ -243,7 +256,7 @@ def make_plan(
     readers = _readers(checkpoint)
     transformer = None if readers is None else fused_reader(readers["transformer"], loras)
     modulation = modulation_weights(config, transformer)
-    components = tuple(_planned(component, model, recipe, calibration, device) for component in GRAPHS)
+    components = tuple(_planned(component, model, recipe, calibration, device, memory) for component in GRAPHS)
     if readers is not None and not allow_unread:
         check_unread(readers, _read_names(components, model), model)
     size = 4 if graph_dtype(recipe, "transformer") == "float32" else 2
@@ -259,6 +272,7 @@ def make_plan(
         table_steps=steps,
         tables_bytes=steps * size * config.width * (config.layers * config.modulation_rows + 2),
         destination=destination,
+        memory=memory,
         schedule=schedule,
         allow_unread=allow_unread,
         device=device,
@@ -292,7 +306,12 @@ def _read_names(components: Sequence[PlannedComponent], model: Model) -> dict[Su
 
 
 def _planned(
-    component: Component, model: Model, recipe: Recipe, calibration: Calibration | None, device: int | None
+    component: Component,
+    model: Model,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: int | None,
+    memory: int,
 ) -> PlannedComponent:
     section = recipe.components[component]
     plain = write_graph_of(component, model, recipe)
@@ -303,7 +322,12 @@ def _planned(
     elsewhere = bool(backends) and backend != backends[0] and BACKENDS[backends[0]].builds_on_gpu
     finish = backends[0] if elsewhere else None
 
+    first = backend or finish or recipe.backends_of(component)[0]
+    parts = divided(graph, recipe, [name for name in (backend or first, finish) if name is not None], memory)
+
     def sized(name: BackendName) -> int:
+        if BACKENDS[name].source == "graph":
+            return sum(total_bytes(part.weights) for part in parts)
         return source_bytes(BACKENDS[name].source, graph, quantized.amax, model, recipe)
 
     return PlannedComponent(
@@ -314,9 +338,10 @@ def _planned(
         scheme=section.scheme,
         attention=section.attention,
         graph=graph,
+        parts=parts,
         nodes=graph.model.graph.num_nodes(),
         parameters=graph.parameters(),
-        bytes=sized(backend or finish or recipe.backends_of(component)[0]),
+        bytes=sized(first),
         finish_bytes=0 if finish is None else sized(finish),
         linears=len(linear_inputs(plain)),
         quantized=len(quantized.linears),

@@ -73,6 +73,7 @@ def _spans(component: Component, recipe: Recipe, model: Model) -> dict[str, Rang
         "prompt_tokens": _each(text_tokens, lambda count: count + PREFIX_TOKENS),
         "noise_tokens": noise_tokens,
         "reference_tokens": reference_tokens,
+        "latent_tokens": _sum(noise_tokens, reference_tokens),
         "tokens": _sum(text_tokens, noise_tokens, reference_tokens),
         "height": height,
         "width": width,

@@ -41,6 +41,7 @@ def plan_build(
     allow_unread: bool = False,
     device: int | None = None,
     language: str | None = None,
+    memory_gib: float | None = None,
 ) -> "Plan":
     """Plan the build of a bundle. Of a hub id only the configs are downloaded.
 
@@ -58,6 +59,8 @@ def plan_build(
         allow_unread: accept tensors of the checkpoint that nothing reads.
         device: CUDA index of the GPU to build on, where TensorRT builds; None for the first that fits the recipe.
         language: backend of the language model, before those of the recipe; None for the recipe's.
+        memory_gib: host memory that the build may use: what does not fit is built in parts. None for nine tenths of
+            this machine's, and no more than the recipe says.
 
     Raises:
         BackendMissingError: ``qie[compile]`` is not installed.
@@ -65,7 +68,7 @@ def plan_build(
         CheckpointError: the checkpoint or a LoRA is missing, incomplete or malformed.
         CalibrationError: the calibration is missing, damaged or lacks a linear.
         ExportError: the graphs do not express the model.
-        BuildError: the name cannot be a bundle's, or no folder can be at ``out``.
+        BuildError: the name cannot be a bundle's, no folder can be at ``out``, or no build can have that much memory.
     """
     if out is not None and is_link_loop(Path(out)):
         raise BuildError(f"{out} is a link that leads back to itself; choose another folder", option="out")
@@ -102,6 +105,7 @@ def plan_build(
         schedule=schedule,
         allow_unread=allow_unread,
         device=device,
+        memory_gib=memory_gib,
     )
 
 

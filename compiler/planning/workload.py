@@ -104,12 +104,18 @@ def _dims(
     noise_tokens, reference_tokens = image.tokens, reference.tokens
     return {
         "vision": {"patches": patches, "image_tokens": image_tokens},
-        "language": {"batch": 1, "prompt_tokens": PREFIX_TOKENS + text_tokens, "image_tokens": image_tokens},
+        "language": {
+            "batch": 1,
+            "prompt_tokens": PREFIX_TOKENS + text_tokens,
+            "text_tokens": text_tokens,
+            "image_tokens": image_tokens,
+        },
         "vae_encoder": {"batch": 1, "height": reference.height, "width": reference.width},
         "transformer": {
             "batch": batch,
             "noise_tokens": noise_tokens,
             "reference_tokens": references * reference_tokens,
+            "latent_tokens": noise_tokens + references * reference_tokens,
             "text_tokens": text_tokens,
             "tokens": text_tokens + noise_tokens + references * reference_tokens,
         },

@@ -4,7 +4,6 @@ A graph is cut where its blocks begin (``transformer_blocks.7``, ``layers.7``). 
 onnxruntime executes it for all samples before the weights of the next segment are read.
 """
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +18,13 @@ from onnx import helper
 
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.checkpoint.subfolders import Subfolder
+from qie.compiler.graphs.blocks import by_block, read_by
 from qie.compiler.graphs.graph import IR_VERSION, OPSET, Graph
 from qie.compiler.weights.stream import write_weights
 from qie.compiler.weights.weight import Weight
 from qie.engines.progress import Progress
 
 __all__ = ["Readers", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
-
-BLOCK = re.compile(r"(?:^|/)((?:transformer_blocks|layers|blocks)\.\d+)(?:/|$)")
-"""The block in the scopes of a node's name."""
 
 Values = dict[str, NDArray[Any]]
 """Name in the graph -> value, of one sample."""
@@ -92,20 +89,15 @@ def segments(graph: Graph) -> tuple[Segment, ...]:
     types |= {tensor.name: tensor.data_type for tensor in proto.initializer}
     weights = {weight.name: weight for weight in graph.weights}
     constants = {tensor.name: tensor for tensor in proto.initializer if tensor.name not in weights}
-    groups: list[tuple[str, list[onnx.NodeProto]]] = [("beginning", [])]
-    for node in proto.node:
-        match = BLOCK.search(node.name)
-        if match and match[1] != groups[-1][0]:
-            groups.append((match[1], []))
-        groups[-1][1].append(node)
+    groups = by_block(proto.node)
     outputs = [value.name for value in proto.output]
     needed: list[set[str]] = [set(outputs)]
     for _, nodes in reversed(groups):
-        needed.append(needed[-1] | {name for node in nodes for name in _read(node)})
+        needed.append(needed[-1] | {name for node in nodes for name in read_by(node)})
     result = []
     for (name, nodes), later in zip(groups, reversed(needed[:-1]), strict=True):
         computed = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(name for node in nodes for name in _read(node) if name not in computed)
+        read = dict.fromkeys(name for node in nodes for name in read_by(node) if name not in computed)
         result.append(
             Segment(
                 name=name,
@@ -203,16 +195,6 @@ def loaded(segment: Segment, readers: Readers, extra: Sequence[str] = ()) -> Ite
 def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
     """Names that segments behind number ``number`` read, and the outputs of the graph."""
     return frozenset(name for segment in cut[number + 1 :] for name in segment.reads) | frozenset(cut[-1].makes)
-
-
-def _read(node: onnx.NodeProto) -> Iterator[str]:
-    """Every name that a node reads, its subgraphs included."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            own = {output for n in inner.node for output in n.output} | {value.name for value in inner.input}
-            own |= {tensor.name for tensor in inner.initializer}
-            yield from (name for n in inner.node for name in _read(n) if name not in own)
 
 
 def _session(path: Path) -> ort.InferenceSession:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qie.compiler.recipe.quantizable import QUANTIZABLE
 from qie.compiler.recipe.schema import (
+    DIVISIBLE,
     FP8_CAPABILITY,
     REFERENCES_MAX,
     Range,
@@ -52,6 +53,8 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.scheme", f'is "{section.scheme}", but {name} cannot be quantized; use "none"'
         if name not in QUANTIZABLE and section.attention != "none":
             yield f"{key}.attention", f'is "{section.attention}", but {name} cannot be quantized; use "none"'
+        if name not in DIVISIBLE and section.parts is not None:
+            yield f"{key}.parts", f"is {section.parts}, but {name} cannot be divided; leave it out"
         if section.attention == "fp8" and capability is not None and not supports_fp8(capability):
             yield f"{key}.attention", f'{no_fp8}; use "none"'
         elif section.attention == "fp8" and capability is not None:
@@ -67,6 +70,8 @@ def _of_components(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if not able:
             known = ", ".join(backend for backend, row in BACKENDS.items() if name in row.components)
             yield "backends", f"lists no backend that runs {name}; add one of {known}"
+        elif all(BACKENDS[backend].source != "graph" for backend in able) and (section.parts or 1) > 1:
+            yield f"{key}.parts", f"is {section.parts}, but {' and '.join(able)} is built whole; leave it out"
         elif not recipe.backends_of(name):
             which = "scheme" if section.scheme != "none" else "attention"
             yield (

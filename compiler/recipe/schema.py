@@ -22,6 +22,7 @@ from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
     "AREA_SCALE_MAX",
+    "DIVISIBLE",
     "FP8_CAPABILITY",
     "REFERENCES_MAX",
     "Attention",
@@ -51,6 +52,9 @@ Attention = Literal["none", "fp8"]
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada); engine compilers refuse E4M3 below it."""
 
+DIVISIBLE: tuple[Component, ...] = ("language", "transformer")
+"""Components that can be built in parts, which are engines of consecutive blocks."""
+
 AREA_SCALE_MAX = 16
 """Largest area of a result, as a multiple of the model's area."""
 
@@ -74,6 +78,7 @@ class ComponentRecipe:
         attention: precision of attention's two products; "none" leaves them in ``precision``. On a GPU, "fp8" needs
             backends whose attention kernels compute in FP8.
         backend: backend that comes before those of the recipe for this component; None for no other.
+        parts: number of consecutive engines; None for as few as can be built in the host memory of the build.
     """
 
     precision: Precision = "bfloat16"
@@ -81,6 +86,7 @@ class ComponentRecipe:
     exclude: tuple[str, ...] = ()
     attention: Attention = "none"
     backend: BackendName | None = None
+    parts: Annotated[int, Within(low=1, high=64)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,11 +162,11 @@ class Limits:
 
     Attributes:
         build_workspace_gib: the engine compiler's workspace on the GPU.
-        host_memory_gib: memory of the building process.
+        host_memory_gib: most host memory of a build for which none is chosen; None for that of the machine.
     """
 
     build_workspace_gib: Gib = 8.0
-    host_memory_gib: Gib = 32.0
+    host_memory_gib: Gib | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +252,8 @@ class Recipe:
             return "does not compute attention in FP8"
         if component == "vision" and row.source == "transformers" and not self._is_beside_language(backend):
             return "runs vision only beside language in the same precision"
+        if section.parts is not None and section.parts > 1 and row.source != "graph":
+            return "is built whole and not in parts"
         needs_kernels = quantized and section.precision == "bfloat16" and self.compute_capability is not None
         if needs_kernels and not row.quantized_bfloat16:
             return "has no kernels for quantized linears in bfloat16 on a GPU"

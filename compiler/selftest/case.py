@@ -99,7 +99,7 @@ class Case:
         self.seconds[name] = time.perf_counter() - start
 
     def record(self, component: Component) -> EngineRecord:
-        """The engine of ``component`` for the GPU."""
+        """The engine of ``component`` for the GPU, which the small model has in one part."""
         return next(e for e in self.on_gpu.manifest.engines if e.component == component)
 
 

@@ -1,5 +1,7 @@
 """Where a component leaves the reference: its graph run once, with the output of every module beside the golden one.
 
+A component in parts runs part after part.
+
 A module of the graph is the nodes of one scope. Its output is what leaves the scope: of a layer the last value, of a
 transformer block the image stream first and then the text stream.
 """
@@ -59,7 +61,7 @@ def bisectable(executed: Executed, golden: Golden) -> tuple[Component, ...]:
     return tuple(
         c
         for c in COMPONENTS
-        if c in golden.modules and engines[c].backend == "onnxruntime" and engines[c].compute_capability == "cpu"
+        if c in golden.modules and (engines[c][0].backend, engines[c][0].compute_capability) == ("onnxruntime", "cpu")
     )
 
 
@@ -86,23 +88,26 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: 
     """
     case = golden.cases[0]
     record = next(modules for modules in golden.record.modules if modules.component == component)
-    engine, tolerance = executed.stages.engines[component], recipe.gates.trajectory.block
-    model = executed.bundle.folder.read(lambda folder: read_graph(folder / engine.path))
-    divisors = output_divisors(executed.bundle, engine, recipe)
-    modules = _modules(model.graph)
-    wanted = {name: output for name in record.names if (output := _output(modules, name)) is not None}
+    parts, tolerance = executed.stages.engines[component], recipe.gates.trajectory.block
     feed = component_feed(executed, case, component, step=record.step)
-    operations = []
-    names = sorted(wanted, key=lambda name: modules[name.removesuffix(TEXT)].place)
-    for start in range(0, len(names), AT_ONCE):
-        batch = names[start : start + AT_ONCE]
-        values = executed.bundle.folder.read(
-            lambda folder, batch=batch: _run(model, engine, folder, [wanted[name] for name in batch], feed)  # type: ignore[misc]
-        )
-        for name in batch:
-            module, value = modules[name.removesuffix(TEXT)], values[wanted[name]]
-            exact = value * divisors[name] if name in divisors else value
-            operations.append(_compared(name, module, exact, golden, record, tolerance))
+    operations: list[Operation] = []
+    for engine in parts:
+        model = executed.bundle.folder.read(lambda folder, path=engine.path: read_graph(folder / path))  # type: ignore[misc]
+        divisors = output_divisors(executed.bundle, engine, recipe)
+        modules = _modules(model.graph)
+        wanted = {name: output for name in record.names if (output := _output(modules, name)) is not None}
+        names = sorted(wanted, key=lambda name: modules[name.removesuffix(TEXT)].place)
+        read = {spec.name: feed[spec.name] for spec in engine.inputs}
+        for start in range(0, len(names), AT_ONCE):
+            batch = names[start : start + AT_ONCE]
+            values = _values(executed, model, engine, [wanted[name] for name in batch], read)
+            for name in batch:
+                module, value = modules[name.removesuffix(TEXT)], values[wanted[name]]
+                exact = value * divisors[name] if name in divisors else value
+                operations.append(_compared(name, module, exact, golden, record, tolerance))
+        if engine is not parts[-1]:
+            feed |= _values(executed, model, engine, [spec.name for spec in engine.outputs], read)
+    found = {operation.name for operation in operations}
     outside = [operation for operation in operations if not operation.relative_l2 <= operation.tolerance]
     return Bisection(
         component=component,
@@ -111,7 +116,7 @@ def bisect(executed: Executed, golden: Golden, component: Component, *, recipe: 
         first_block=next((operation.name for operation in outside if operation.whole_block), None),
         first_operation=next((operation.name for operation in outside if not operation.whole_block), None),
         operations=tuple(operations),
-        lacking=tuple(name for name in record.names if name not in wanted),
+        lacking=tuple(name for name in record.names if name not in found),
     )
 
 
@@ -202,6 +207,17 @@ def _scope(node: onnx.NodeProto) -> str:
 
 def _property(node: onnx.NodeProto, key: str) -> str:
     return next((entry.value for entry in node.metadata_props if entry.key == key), "")
+
+
+def _values(
+    executed: Executed,
+    model: onnx.ModelProto,
+    engine: EngineRecord,
+    names: Sequence[str],
+    feed: Mapping[str, NDArray[Any]],
+) -> dict[str, NDArray[Any]]:
+    """The values ``names`` of the graph ``model`` of ``engine``."""
+    return executed.bundle.folder.read(lambda folder: _run(model, engine, folder, names, feed))
 
 
 def _run(

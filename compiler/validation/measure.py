@@ -113,7 +113,7 @@ def _peak_of_gpu(editor: Editor, device: int | None) -> int:
         raise BackendMissingError(
             "cuda-python is not installed, which tells what memory of the GPU is in use; run `pip install cuda-python`"
         )
-    (capability, *_) = (engine.compute_capability for engine in editor.stages.engines.values())
+    (capability, *_) = (engine.compute_capability for engine, *_ in editor.stages.engines.values())
     cuda.use(choose_gpu(this_machine(), capability, device).index)
     free, total = cuda.memory()
     before, peak = total - free, 0
@@ -138,7 +138,7 @@ def main(words: list[str], write: Callable[[str], object]) -> None:
     try:
         device = int(words[1]) if len(words) > 1 else None
         with Editor(Path(words[0]), device=device, encoder_cache=EncoderCache(bytes_max=0)) as editor:
-            on_cpu = all(engine.compute_capability == "cpu" for engine in editor.stages.engines.values())
+            on_cpu = all(engine.compute_capability == "cpu" for engine, *_ in editor.stages.engines.values())
             peak = _peak_of_process(editor) if on_cpu else _peak_of_gpu(editor, device)
         answer: dict[str, str | int] = {"bytes": peak}
     except BackendMissingError as problem:

@@ -97,16 +97,16 @@ def wrong_precision(bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: 
         for name in dtypes
         if dtypes[name] != expected[name]
     ]
-    wrong += _other_counts(engine, linears, expected_quantized)
+    wrong += _other_counts(engine, expected_quantized, whole=not _parts_of(bundle, engine))
     casts = _casts(graph, section.precision)
     return len(dtypes), wrong + [f"{engine.component}: {name} computes in {dtype}" for name, dtype in casts.items()]
 
 
-def _other_counts(record: EngineRecord | GraphRecord, linears: Sequence[str], quantized: set[str]) -> Iterator[str]:
+def _other_counts(record: EngineRecord | GraphRecord, quantized: set[str], *, whole: bool) -> Iterator[str]:
     """What the manifest says of the quantized linears and the graph does not have."""
     if record.quantization is None:
         return
-    if not quantized:
+    if not quantized and whole:
         yield f"{record.component}: the scheme {record.quantization.scheme} quantizes no linear"
     said = record.quantization.quantized
     if said != len(quantized):
@@ -139,14 +139,32 @@ def linears_of(engine: EngineRecord | GraphRecord, graph: onnx.GraphProto) -> li
 def quantized_linears(
     bundle: Bundle, engine: EngineRecord | GraphRecord, recipe: Recipe, linears: Sequence[str]
 ) -> set[str]:
-    """Those of ``linears`` that the recipe, or the calibration in the bundle, leaves to the scheme."""
+    """Those of the ``linears`` of ``engine`` that the recipe, or the calibration in the bundle, leaves to the scheme.
+
+    Patterns may count blocks from the end of the component, so the linears of its other parts decide too.
+    """
     section = recipe.components[engine.component]
     if section.scheme == "none":
         return set()
     calibration = calibration_of(bundle)
     measured = None if calibration is None else calibration.exclude.get(f"{engine.component}/{section.scheme}")
-    excluded = matching(linears, section.exclude) if measured is None else measured
-    return set(linears) - set(excluded)
+    if measured is not None:
+        return set(linears) - set(measured)
+    every = [name for part in _parts_of(bundle, engine) for name in _linears_in(bundle, part)]
+    return set(linears) - set(matching(every or linears, section.exclude))
+
+
+def _parts_of(bundle: Bundle, engine: EngineRecord | GraphRecord) -> Sequence[EngineRecord | GraphRecord]:
+    """All parts of the component of ``engine`` for its target, in order; none where it is the only one."""
+    records: Sequence[EngineRecord | GraphRecord] = bundle.manifest.graphs
+    if isinstance(engine, EngineRecord):
+        records = [e for e in bundle.manifest.engines if e.compute_capability == engine.compute_capability]
+    parts = [r for r in records if (r.component, r.backend) == (engine.component, engine.backend)]
+    return sorted(parts, key=lambda record: record.part) if len(parts) > 1 else []
+
+
+def _linears_in(bundle: Bundle, engine: EngineRecord | GraphRecord) -> list[str]:
+    return linears_of(engine, bundle.folder.read(lambda folder: read_graph(folder / engine.path)).graph)
 
 
 def output_divisors(bundle: Bundle, engine: EngineRecord, recipe: Recipe) -> dict[str, NDArray[np.float32]]:

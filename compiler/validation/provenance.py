@@ -10,18 +10,19 @@ from qie.compiler.validation.checks.registry import CHECKS
 from qie.compiler.validation.report import Provenance
 from qie.compiler.validation.subject import Subject
 from qie.engines.backends import package_versions
-from qie.engines.bundle.manifest import MANIFEST, Component, EngineRecord
+from qie.engines.bundle.manifest import MANIFEST, Component, EngineRecord, titles
 from qie.engines.files import sha256_of
 from qie.engines.machine import this_machine
 
 __all__ = ["damaged_provenance", "executed_name", "provenance"]
 
 
-def executed_name(engines: Mapping[Component, EngineRecord]) -> str:
+def executed_name(engines: Mapping[Component, tuple[EngineRecord, ...]]) -> str:
     """What executes, such as ``onnxruntime 1.32.0, CPU``."""
     found = dict.fromkeys(
         f"{e.backend} {e.backend_version}, {'CPU' if e.compute_capability == 'cpu' else 'GPU'}"
-        for e in engines.values()
+        for parts in engines.values()
+        for e in parts
     )
     return ", ".join(found)
 
@@ -39,7 +40,8 @@ def provenance(subject: Subject) -> Provenance:
         recipe=manifest.recipe.name,
         recipe_digest=manifest.recipe.sha256,
         engines=tuple(
-            f"{e.component}: {e.backend} {e.backend_version}, {e.compute_capability}" for e in manifest.engines
+            f"{name}: {e.backend} {e.backend_version}, {e.compute_capability}"
+            for name, e in zip(titles(manifest.engines), manifest.engines, strict=True)
         ),
         ran=None if executed is None else executed.on,
         golden=None if golden is None else str(golden.path),

@@ -14,17 +14,17 @@ from qie.compiler.checkpoint.checkpoint import POCKET, Checkpoint, digest_cache,
 from qie.compiler.checkpoint.lora import Lora
 from qie.compiler.packing.export import export_graphs
 from qie.compiler.packing.made_from import bundle_loras
-from qie.compiler.planning.keys import engine_key, graph_keys, source_key
+from qie.compiler.planning.keys import engine_key, graph_keys, source_key, whole_key
 from qie.compiler.planning.plan import Plan, make_plan
 from qie.compiler.planning.profiles import profiles
 from qie.compiler.planning.resolve import LoraSource
 from qie.compiler.quantization.calibration import Calibration
-from qie.compiler.recipe.schema import Components, Recipe
+from qie.compiler.recipe.schema import DIVISIBLE, Components, Recipe
 from qie.compiler.validation.golden.match import is_of_pocket
 from qie.compiler.validation.onnx_file import calibration_of
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle
-from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, ProfileRecord
 from qie.engines.errors import CheckpointError
 from qie.engines.files import sha256_of
 from qie.engines.machine import this_machine
@@ -40,7 +40,9 @@ def find_model(bundle: Bundle) -> str | None:
 
 def cpu_recipe(recipe: Recipe) -> Recipe:
     """``recipe`` for onnxruntime on the CPU in float32, with its schemes, sizes and gates, and any schedule."""
-    sections = {name: replace(recipe.components[name], precision="float32", backend=None) for name in COMPONENTS}
+    sections = {
+        name: replace(recipe.components[name], precision="float32", backend=None, parts=None) for name in COMPONENTS
+    }
     return replace(
         recipe,
         gpu="CPU",
@@ -101,7 +103,8 @@ def plan_rebuild(
         )
     opened = bundle_loras(bundle, loras)
     calibration = calibration_of(bundle)
-    own = _plan(checkpoint, manifest.recipe.name, recipe, opened, calibration, destination)
+    divided = _in_parts_of(bundle, recipe)
+    own = _plan(checkpoint, manifest.recipe.name, divided, opened, calibration, destination)
     if own.model.scheduler != manifest.model.scheduler:  # a schedule that was chosen by name, not by the LoRAs
         raise CheckpointError(
             f"{bundle.name} has another noise schedule than {model} with its LoRAs, chosen by name; build it "
@@ -110,6 +113,16 @@ def plan_rebuild(
         )
     cpu = _plan(checkpoint, "cpu", cpu_recipe(recipe), opened, calibration, destination)
     return Rebuild(own=own, cpu=cpu)
+
+
+def _in_parts_of(bundle: Bundle, recipe: Recipe) -> Recipe:
+    """``recipe`` with as many parts of each component as ``bundle`` has; a plan would choose by this machine."""
+    records: list[EngineRecord | GraphRecord] = [*bundle.manifest.engines, *bundle.manifest.graphs]
+    sections = {name: recipe.components[name] for name in COMPONENTS}
+    for name in DIVISIBLE:
+        last = max((record.part for record in records if record.component == name), default=0)
+        sections[name] = replace(sections[name], parts=last + 1)
+    return replace(recipe, components=Components(**sections))
 
 
 def other_graphs(bundle: Bundle, plan: Plan, folder: Path, *, progress: Progress = no_progress) -> list[str]:
@@ -131,16 +144,22 @@ def _other_keys(bundle: Bundle, plan: Plan, progress: Progress) -> Iterator[str]
     digest = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
     graphs = graph_keys(plan, digest)
     planned = {p.component: p for p in plan.components}
+
+    def source_of(record: EngineRecord | GraphRecord) -> tuple[str, tuple[ProfileRecord, ...]] | None:
+        """Key and shapes of what ``record`` is built from under the plan; None where the plan has no such part."""
+        source, parts = BACKENDS[record.backend].source, planned[record.component].parts_for(record.backend)
+        if record.part >= len(parts):
+            return None
+        shapes, keys = profiles(parts[record.part], plan.recipe, plan.model), graphs[record.component]
+        return source_key(keys[record.part] if source == "graph" else whole_key(keys), source, shapes), shapes
+
     for engine in bundle.manifest.engines:
-        shapes = profiles(planned[engine.component].graph, plan.recipe, plan.model)
-        graph = source_key(graphs[engine.component], BACKENDS[engine.backend].source, shapes)
-        version = engine.backend_version
-        if engine.key != engine_key(graph, engine.backend, plan.recipe, shapes, version=version):
+        found, version = source_of(engine), engine.backend_version
+        if found is None or engine.key != engine_key(found[0], engine.backend, plan.recipe, found[1], version=version):
             yield f"{engine.component} was built from another graph, or by another version of qie or ONNX"
     for waiting in bundle.manifest.graphs:
-        source = BACKENDS[waiting.backend].source
-        shapes = profiles(planned[waiting.component].graph, plan.recipe, plan.model)
-        if waiting.key != source_key(graphs[waiting.component], source, shapes):
+        found = source_of(waiting)
+        if found is None or waiting.key != found[0]:
             yield f"what {waiting.component} is built from is another one, or of another version of qie or ONNX"
 
 
@@ -150,10 +169,10 @@ def _other_files(bundle: Bundle, plan: Plan, folder: Path, progress: Progress) -
     records: list[EngineRecord | GraphRecord] = [*bundle.manifest.graphs, *engines]
     if not records:
         return
-    export_graphs(replace(plan, destination=folder), weights=True, progress=progress)
+    export_graphs(replace(plan, destination=folder), weights=True, in_parts=True, progress=progress)
     for record in records:
         for file in record.files:
-            if sha256_of(folder / file.path) != file.sha256:
+            if not (folder / file.path).is_file() or sha256_of(folder / file.path) != file.sha256:
                 yield f"{file.path} of {record.component} is not what its checkpoint and recipe give"
 
 

@@ -45,7 +45,7 @@ class Executed:
     def of(
         cls,
         bundle: Bundle,
-        engines: Mapping[Component, EngineRecord],
+        engines: Mapping[Component, tuple[EngineRecord, ...]],
         *,
         on: str,
         rebuilt: bool,

@@ -4,6 +4,8 @@ Each number is within its own range already (``qie.engines.bundle.specs``).
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 from qie.engines.bundle import modulation_rows
 from qie.engines.bundle.manifest import Component, EngineRecord, Manifest, ModelRecord, ModulationRecord, TensorSpec
@@ -41,6 +43,12 @@ modulation."""
 
 _FLOATS = ("float32", "bfloat16")
 _INDICES = ("window_ids", "image_ids", "raster_index", "input_ids", "image_index", "position_ids")
+_HIDDEN: dict[str, set[int | str]] = {
+    "language": {"batch", "prompt_tokens"},
+    "transformer": {"batch", "latent_tokens", "text_tokens"},
+}
+"""Component that may be in parts -> free dims of the hidden states between these; their last dim is fixed."""
+
 _INTEGERS = {"image": ("uint8",), **dict.fromkeys(_INDICES, ("int64",))}
 """dtypes of the tensors that hold whole numbers; all others are ``_FLOATS``."""
 
@@ -60,10 +68,15 @@ def check_manifest(manifest: Manifest) -> None:
     _check_modulation(model.modulation)
     _check_files(manifest)
     fixed = _fixed_dims(model)
-    divided = {engine.component for engine in manifest.engines if engine.part > 0}
+    targets: dict[tuple[str, str, str], list[EngineRecord]] = defaultdict(list)
     for engine in manifest.engines:
-        if engine.component not in divided:
-            _check_tensors(engine, fixed)
+        targets[engine.component, engine.backend, engine.compute_capability].append(engine)
+    for engines in targets.values():
+        if any(engine.part > 0 or _is_first_part(engine) for engine in engines):
+            _check_parts(sorted(engines, key=lambda engine: engine.part), fixed)
+        else:
+            for engine in engines:
+                _check_tensors(engine, fixed)
 
 
 def _check_limits(limits: ShapeLimits) -> None:
@@ -140,6 +153,49 @@ def _fixed_dims(model: ModelRecord) -> dict[str, int]:
     }
 
 
+def _is_first_part(engine: EngineRecord) -> bool:
+    """Whether the outputs of ``engine`` are hidden states."""
+    _, outputs = TENSORS[engine.component]
+    return all(spec.name not in outputs and _is_hidden(engine, spec) for spec in engine.outputs)
+
+
+def _is_hidden(engine: EngineRecord, spec: TensorSpec) -> bool:
+    *free, width = spec.dims or ("",)
+    return isinstance(width, int) and set(free) <= _HIDDEN.get(engine.component, set()) and spec.dtype in _FLOATS
+
+
+def _check_parts(engines: Sequence[EngineRecord], fixed: dict[str, int]) -> None:
+    """Compare the parts of a component, in order, with ``TENSORS``; whoever chooses engines says which part is missing.
+
+    A part reads inputs of the component and what the part before it makes, and makes outputs of the component or hidden
+    states.
+    """
+    component, numbers = engines[0].component, [engine.part for engine in engines]
+    _require(len(set(numbers)) == len(numbers), f"{component} has two engines of one part")
+    inputs, outputs = TENSORS[component]
+    made: dict[str, TensorSpec] = {}
+    read: set[str] = set()
+    for engine in engines:
+        names = [spec.name for spec in (*engine.inputs, *engine.outputs)]
+        _require(len(set(names)) == len(names), f"{component} has the tensors {', '.join(names)}")
+        for spec in engine.inputs:
+            if spec.name in inputs:
+                _check_dims(component, spec, inputs[spec.name], fixed)
+            elif engine.part - 1 in numbers:
+                _require(made.get(spec.name) == spec, f"{component} reads {spec.name}, which the part before lacks")
+        read |= set(names)
+        made = {spec.name: spec for spec in engine.outputs}
+        for spec in engine.outputs:
+            if spec.name in outputs:
+                _check_dims(component, spec, outputs[spec.name], fixed)
+            else:
+                _require(_is_hidden(engine, spec), f"{component} makes {spec.name} as {list(spec.dims)}")
+        _check_profiles(engine)
+    if numbers == [*range(len(numbers))] and outputs.keys() <= made.keys():
+        missing = (inputs.keys() | outputs.keys()) - read
+        _require(not missing, f"{component} has no tensor {', '.join(sorted(missing))}")
+
+
 def _check_tensors(engine: EngineRecord, fixed: dict[str, int]) -> None:
     """Compare an engine's tensors with ``TENSORS``; D is taken from the first engine and must be the same in all."""
     for specs, expected in zip((engine.inputs, engine.outputs), TENSORS[engine.component], strict=True):
@@ -148,6 +204,10 @@ def _check_tensors(engine: EngineRecord, fixed: dict[str, int]) -> None:
         _require(names == sorted(expected), f"{engine.component} has the tensors {', '.join(names)}")
         for name, dims in expected.items():
             _check_dims(engine.component, found[name], dims, fixed)
+    _check_profiles(engine)
+
+
+def _check_profiles(engine: EngineRecord) -> None:
     inputs = {spec.name: spec for spec in engine.inputs}
     for profile in engine.profiles:
         free = inputs[profile.input].dims if profile.input in inputs else ()

@@ -4,7 +4,7 @@ It is the only file that the runtime reads to decide what to load and how to fee
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,6 +36,8 @@ __all__ = [
     "Specialization",
     "TensorSpec",
     "file_record",
+    "stem",
+    "titles",
 ]
 
 _Number = Annotated[int, Range(0, 1 << 53)]
@@ -86,15 +88,15 @@ class FileRecord:
             raise ValueError(f"the sha256 is {self.sha256!r}, expected 64 hex digits")
 
 
-def stem(component: Component, number: int, count: int) -> str:
-    """The beginning of the names of the files of a part."""
-    return component if count == 1 else f"{component}.{number}"
-
-
 def file_record(folder: Path, name: str) -> FileRecord:
     """The record of the file ``name`` in ``folder``, which is read for its checksum."""
     path = folder / name
     return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def stem(component: Component, number: int, count: int) -> str:
+    """How the names of the files of part ``number`` of ``count`` begin: ``transformer``, or ``transformer.0``."""
+    return component if count == 1 else f"{component}.{number}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +207,18 @@ class GraphRecord:
     profiles: tuple[ProfileRecord, ...]
     quantization: QuantizationRecord | None = None
     part: Annotated[int, Range(0, 1000)] = 0
+
+
+def titles(records: Sequence[EngineRecord | GraphRecord]) -> tuple[str, ...]:
+    """The component of each record for people, with the number of a part, such as ``transformer 1/2``."""
+    targets = [(r.component, r.backend, getattr(r, "compute_capability", None)) for r in records]
+    counts: dict[tuple[str, str, str | None], int] = {}
+    for target, record in zip(targets, records, strict=True):
+        counts[target] = max(counts.get(target, 1), record.part + 1)
+    return tuple(
+        record.component if counts[target] == 1 else f"{record.component} {record.part + 1}/{counts[target]}"
+        for target, record in zip(targets, records, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

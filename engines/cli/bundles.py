@@ -45,7 +45,13 @@ def inspect(
     reasons = [refusal(engine) for engine in opened.manifest.engines]
     if as_json:
         engines = [
-            {"component": e.component, "backend": e.backend, "runs_here": reason is None, "reason": reason}
+            {
+                "component": e.component,
+                "part": e.part,
+                "backend": e.backend,
+                "runs_here": reason is None,
+                "reason": reason,
+            }
             for e, reason in zip(opened.manifest.engines, reasons, strict=True)
         ]
         return print_json(
@@ -118,21 +124,25 @@ def rm(
 
 def _describe(bundle: "Bundle", reasons: list[str | None]) -> str:
     """The bundle as tables: facts, engines, how they were built, their shapes and structure, graphs without engines."""
+    from qie.engines.bundle.manifest import titles
+
     manifest = bundle.manifest
-    sections = [_facts(bundle), _engines(manifest.engines, reasons), _builds(manifest.engines)]
+    named = titles(manifest.engines)
+    sections = [_facts(bundle), _engines(manifest.engines, named, reasons), _builds(manifest.engines, named)]
     shapes = [
-        [e.component if number == 0 else "", p.input, *(" x ".join(map(str, dims)) for dims in (p.min, p.opt, p.max))]
-        for e in manifest.engines
+        [name if number == 0 else "", p.input, *(" x ".join(map(str, dims)) for dims in (p.min, p.opt, p.max))]
+        for e, name in zip(manifest.engines, named, strict=True)
         for number, p in enumerate(e.profiles)
     ]
     if shapes:
         sections.append(table(shapes, header=["shapes of", "input", "min", "opt", "max"]))
-    structures = [_structure(bundle, e) for e in manifest.engines if e.structure is not None]
+    described = [(e, name) for e, name in zip(manifest.engines, named, strict=True) if e.structure is not None]
+    structures = [_structure(bundle, e, name) for e, name in described]
     if structures:
         header = ["structure of", "layers", "kernels", "attention", "fused", "largest buffer", "run-time allocations"]
         sections.append(table(structures, header=header, right=range(1, 7)))
     if manifest.graphs:
-        sections.append(_graphs(manifest.graphs))
+        sections.append(_graphs(manifest.graphs, titles(manifest.graphs)))
         sections.append(wrap(f"on the machine with the GPU, run: qie build --finish {bundle.path}"))
     sections += [wrap(reason) for reason in dict.fromkeys(reasons) if reason]
     return "\n\n".join(sections)
@@ -171,41 +181,41 @@ def _schedules(manifest: "Manifest") -> str:
     return "; ".join(found) or "none"
 
 
-def _engines(engines: Sequence["EngineRecord"], reasons: Sequence[str | None]) -> str:
+def _engines(engines: Sequence["EngineRecord"], names: Sequence[str], reasons: Sequence[str | None]) -> str:
     rows = [
         [
-            e.component,
+            name,
             f"{e.backend}/{e.compute_capability}",
             _precision(e),
             human_count(e.parameters),
             human_bytes(sum(f.bytes for f in e.files)),
             "yes" if reason is None else "no",
         ]
-        for e, reason in zip(engines, reasons, strict=True)
+        for e, name, reason in zip(engines, names, reasons, strict=True)
     ]
     header = ["component", "target", "precision", "parameters", "size", "runs here"]
     return table(rows, header=header, right=[3, 4])
 
 
-def _builds(engines: Sequence["EngineRecord"]) -> str:
+def _builds(engines: Sequence["EngineRecord"], names: Sequence[str]) -> str:
     rows = [
         [
-            e.component,
+            name,
             f"{e.backend} {e.backend_version}",
             human_seconds(e.build_seconds),
             human_memory(e.build_peak_bytes),
             "-" if e.activation_bytes is None else human_memory(e.activation_bytes),
         ]
-        for e in engines
+        for e, name in zip(engines, names, strict=True)
     ]
     header = ["component", "built with", "build time", "peak memory", "activations"]
     return table(rows, header=header, right=[2, 3, 4])
 
 
-def _graphs(graphs: Sequence["GraphRecord"]) -> str:
+def _graphs(graphs: Sequence["GraphRecord"], names: Sequence[str]) -> str:
     rows = [
-        [g.component, g.backend, g.precision, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
-        for g in graphs
+        [name, g.backend, g.precision, human_count(g.parameters), human_bytes(sum(f.bytes for f in g.files))]
+        for g, name in zip(graphs, names, strict=True)
     ]
     return table(rows, header=["source of", "to build for", "precision", "parameters", "size"], right=[3, 4])
 
@@ -219,8 +229,8 @@ def _precision(engine: "EngineRecord") -> str:
     return f"{engine.precision}, {record.scheme} in {record.quantized}/{record.linears} linears{fused}"
 
 
-def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
-    """A row about the layers of an engine; "-" for what the backend does not report."""
+def _structure(bundle: "Bundle", engine: "EngineRecord", name: str) -> list[str]:
+    """A row about the layers of the engine that is called ``name``; "-" for what the backend does not report."""
     from qie.engines.bundle.structure import read_structure
 
     found = read_structure(bundle, engine)
@@ -228,4 +238,4 @@ def _structure(bundle: "Bundle", engine: "EngineRecord") -> list[str]:
     types = f" in {', '.join(found.fused_types)}" if found.fused and found.fused_types else ""
     fused = None if found.fused is None else f"{found.fused}{types}"
     counts = [found.layers, found.kernels, found.attention, fused, buffer, found.allocations]
-    return [engine.component, *("-" if count is None else str(count) for count in counts)]
+    return [name, *("-" if count is None else str(count) for count in counts)]

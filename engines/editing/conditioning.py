@@ -76,7 +76,7 @@ def condition(
 
     # 1. The two copies of each image, and the tokens of each prompt. The negative prompt sees the same images.
     prepared = prepare_images(request, settings, model.areas)
-    check_references([copies.vae.shape[:2] for copies in prepared], stages.engines["vae_encoder"])
+    check_references([copies.vae.shape[:2] for copies in prepared], stages.engines["vae_encoder"][0])
     vision = vision_inputs([copies.vision for copies in prepared], model.vision)
     tokens = partial(encode, tokenizer, grids=vision.grids, spec=model.prompt)
     prompts = [tokens([instruction]) for instruction in request.instructions]

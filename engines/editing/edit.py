@@ -120,9 +120,9 @@ def edit(
     )
 
 
-def table_dtype(engine: EngineRecord) -> Literal["float32", "bfloat16"]:
-    """The dtype in which the transformer reads its modulation."""
-    (dtype,) = (spec.dtype for spec in engine.inputs if spec.name == "modulation")
+def table_dtype(engines: Sequence[EngineRecord]) -> Literal["float32", "bfloat16"]:
+    """The dtype in which the transformer, of these parts, reads its modulation."""
+    (dtype,) = (spec.dtype for spec in engines[0].inputs if spec.name == "modulation")
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 

@@ -62,7 +62,7 @@ def prompt_embeds(
     keys = [_prompt_key(stages, image_key, tokens) for tokens in prompts]
     found: dict[EncoderKey, Float32] = {}
     missing: dict[EncoderKey, PromptTokens] = {}
-    (prompt_spec,) = stages.engines["language"].outputs
+    (prompt_spec,) = stages.engines["language"][-1].outputs
     for key, tokens in dict(zip(keys, prompts, strict=True)).items():
         batch, length = tokens.input_ids.shape
         sizes = {"batch": batch, "text_tokens": length - PREFIX_TOKENS}
@@ -81,7 +81,7 @@ def prompt_embeds(
 
 def _image_embeds(stages: Stages, vision: VisionInputs, key: EncoderKey, meter: Meter, cache: EncoderCache) -> Float32:
     """Image embeddings float32 [V, D] from the cache, or from the engine and then in the cache."""
-    (image_spec,) = stages.engines["vision"].outputs
+    (image_spec,) = stages.engines["vision"][-1].outputs
     cached_VD = _loaded(cache, key, image_spec.shape({"image_tokens": len(vision.raster_index)}))
     if cached_VD is None:
         with meter("vision") as report:
@@ -98,7 +98,7 @@ def _loaded(cache: EncoderCache, key: EncoderKey, shape: tuple[int, ...]) -> Flo
 def _image_key(stages: Stages, vision: VisionInputs) -> EncoderKey:
     """The key of the image embeddings: the engine and everything that it reads."""
     return EncoderKey(
-        engine=stages.engines["vision"].key,
+        engine=stages.engines["vision"][0].key,
         digest=_digest(["vision", str(stages.identity("vision"))], vision_feed(vision)),
     )
 
@@ -108,7 +108,7 @@ def _prompt_key(stages: Stages, image_key: EncoderKey, tokens: PromptTokens) -> 
     feed = language_feed(tokens, _NO_EMBEDS)
     del feed["image_embeds"]
     return EncoderKey(
-        engine=stages.engines["language"].key,
+        engine=stages.engines["language"][0].key,
         digest=_digest(["language", str(stages.identity("language")), image_key.digest], feed),
     )
 

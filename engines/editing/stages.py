@@ -31,7 +31,7 @@ from qie.engines.inputs.vision import VisionInputs
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.choose import choose_engines
 from qie.engines.sessions.identity import engine_identity
-from qie.engines.sessions.load import load, open_device
+from qie.engines.sessions.load import load_parts, open_device
 from qie.engines.sessions.read_ahead import read_ahead
 from qie.engines.sessions.session import Session, Tensor
 
@@ -55,7 +55,7 @@ class Stages:
     def __init__(
         self,
         bundle: Bundle,
-        engines: Mapping[Component, EngineRecord] | None = None,
+        engines: Mapping[Component, tuple[EngineRecord, ...]] | None = None,
         *,
         device: int | None = None,
         residency: Residency | None = None,
@@ -68,7 +68,7 @@ class Stages:
 
         Args:
             bundle: where the engines are.
-            engines: one per component; None chooses those that fit this machine.
+            engines: of each component its engine, or those of its parts; None chooses those that fit this machine.
             device: CUDA index of the GPU to run on; None is the first that fits.
             residency: None is the bundle's default.
             cuda_graphs: capture repeated runs as CUDA graphs on a GPU; None is with TensorRT and not with TensorRT for
@@ -98,7 +98,7 @@ class Stages:
         self.bundle = bundle
         served = elsewhere(vllm_url)
         chosen = choose_engines(bundle, device, elsewhere=served) if engines is None else engines
-        self.engines = {component: engine for component, engine in chosen.items() if component not in served}
+        self.engines = {component: parts for component, parts in chosen.items() if component not in served}
         self.residency: Residency = residency or bundle.manifest.defaults.residency
         self._index, self._cuda_graphs, self._threads = device, cuda_graphs, threads
         self._specialization: Specialization = specialization or bundle.manifest.defaults.specialization
@@ -121,7 +121,7 @@ class Stages:
     @property
     def loads_cheaply(self) -> bool:
         """Whether an engine may be loaded again and again: it stays loaded, or is mapped into the memory of a CPU."""
-        on_cpu = all(engine.compute_capability == "cpu" for engine in self.engines.values())
+        on_cpu = all(parts[0].compute_capability == "cpu" for parts in self.engines.values())
         return self.residency == "resident" or on_cpu
 
     def identity(self, component: Component) -> str | None:
@@ -135,18 +135,21 @@ class Stages:
         if component not in self.engines:
             return None
         if component not in self._identities:
-            engine = self.engines[component]
-            try:
-                written = self.bundle.folder.read(partial(_written, engine.files))
-            except OSError:  # whoever loads the engine tells what is wrong
-                return None
-            self._identities[component] = engine_identity(
-                engine,
-                written=written,
-                device=self._index,
-                specialization=self._specialization,
-                threads=self._threads,
-            )
+            identities = []
+            for engine in self.engines[component]:
+                try:
+                    written = self.bundle.folder.read(partial(_written, engine.files))
+                except OSError:  # whoever loads the engine tells what is wrong
+                    return None
+                identity = engine_identity(
+                    engine,
+                    written=written,
+                    device=self._index,
+                    specialization=self._specialization,
+                    threads=self._threads,
+                )
+                identities.append(identity)
+            self._identities[component] = "\n".join(identities)
         return self._identities[component]
 
     def schedule(self, sigmas: Float32) -> "UploadedSchedule | None":
@@ -258,14 +261,14 @@ class Stages:
 
         Components that share an engine, such as a text encoder in vLLM, are released together behind the last of them.
         """
-        path = self.engines[component].path if component in self.engines else None
-        sharing = [c for c in COMPONENTS if c in self.engines and self.engines[c].path == path] or [component]
+        path = self.engines[component][0].path if component in self.engines else None
+        sharing = [c for c in COMPONENTS if c in self.engines and self.engines[c][0].path == path] or [component]
         return [c for c in reversed(sharing) if c in self._sessions] if component == sharing[-1] else []
 
     def _load(self, component: Component) -> None:
         if self._device is None:
             self._device = open_device(
-                self.engines.values(),
+                [engine for parts in self.engines.values() for engine in parts],
                 device=self._index,
                 cuda_graphs=self._cuda_graphs,
                 specialization=self._specialization,
@@ -274,14 +277,17 @@ class Stages:
         if component not in self.engines:
             self._sessions[component] = self._connect(component)
             return
-        engine, device, index, threads = self.engines[component], self._device, self._index, self._threads
-        if device is not None and self.residency == "resident":
-            others = [e for c, e in self.engines.items() if c != component and c not in self._sessions]
+        parts, device, index, threads = self.engines[component], self._device, self._index, self._threads
+        to_come: dict[str, int] = {}
+        if self.residency == "resident":
+            others = [
+                e for c, every in self.engines.items() if c != component and c not in self._sessions for e in every
+            ]
             to_come = {file.path: file.bytes for other in others for file in other.files}
-            device.weights_to_come = sum(to_come.values())
         try:
             self._sessions[component] = self.bundle.folder.read(
-                lambda folder: load(folder, engine, device, index, threads), discard=lambda session: session.close()
+                lambda folder: load_parts(folder, parts, device, index, threads, to_come=sum(to_come.values())),
+                discard=lambda session: session.close(),
             )
         except OSError as problem:
             raise BundleError(
@@ -314,13 +320,13 @@ class Stages:
                 self._sessions.pop(component).close()
 
     def _read_next(self, component: Component) -> None:
-        """Read the file of the engine that an edit needs after ``component`` ahead, where a GPU takes engines whole."""
+        """Read the engine that an edit needs after ``component`` ahead, where a GPU takes engines whole."""
         following = COMPONENTS[COMPONENTS.index(component) + 1 :]
         awaited = bool(following) and following[0] in self.engines and following[0] not in self.loaded
         if self._device is not None and awaited:
-            path = self.engines[following[0]].path
+            paths = [engine.path for engine in self.engines[following[0]]]
             with suppress(OSError):  # whoever loads it tells what is wrong
-                self.bundle.folder.read(lambda folder: read_ahead(folder / path))
+                self.bundle.folder.read(lambda folder: read_ahead(*(folder / path for path in paths)))
 
     def close(self) -> None:
         """Release all engines and the GPU; the next stage would load them again. Closing twice is allowed."""

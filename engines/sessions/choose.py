@@ -1,6 +1,6 @@
 """Choose the engines of a bundle that this machine can run, and explain why it cannot run others."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,17 +15,22 @@ from qie.engines.backends import (
     version,
 )
 from qie.engines.bundle.bundle import Bundle, bundles, open_bundle
+from qie.engines.bundle.checks import TENSORS
 from qie.engines.bundle.manifest import COMPONENTS, Component, EngineRecord
 from qie.engines.errors import BackendMissingError, BundleError, EngineMismatchError, QieError
 from qie.engines.machine import Machine, gpu_misfit, this_machine
 
-__all__ = ["choose_engines", "newest_runnable", "refusal"]
+__all__ = ["Engines", "choose_engines", "newest_runnable", "refusal"]
 
 
-def choose_engines(
-    bundle: Bundle, device: int | None = None, *, elsewhere: Collection[Component] = ()
-) -> dict[Component, EngineRecord]:
+Engines = dict[Component, tuple[EngineRecord, ...]]
+"""Component -> its engine, or those of its parts in order."""
+
+
+def choose_engines(bundle: Bundle, device: int | None = None, *, elsewhere: Collection[Component] = ()) -> Engines:
     """The first engine of each component that this machine can run, those for a GPU all for one.
+
+    Of a component in parts it is one engine for each part, all of one target.
 
     Args:
         bundle: an opened bundle.
@@ -35,12 +40,13 @@ def choose_engines(
     Raises:
         EngineMismatchError: a component has engines, and this machine, or that GPU, can run none of them.
         BackendMissingError: it could, with a package that is not installed.
-        BundleError: a component has no engine.
+        BundleError: a component has no engine, or lacks one of its parts.
     """
     used = [engine for engine in bundle.manifest.engines if engine.component not in elsewhere]
     machine = this_machine() if any(e.compute_capability != "cpu" for e in used) else None
     chosen = _chosen(bundle, machine, device, elsewhere)
-    targets = list(dict.fromkeys(e.compute_capability for e in chosen.values() if e.compute_capability != "cpu"))
+    capabilities = [engines[0].compute_capability for engines in chosen.values()]
+    targets = [capability for capability in dict.fromkeys(capabilities) if capability != "cpu"]
     if device is not None and not targets:
         raise EngineMismatchError(
             f"the engines of {bundle.path} that run here are for the CPU, and GPU {device} was chosen; choose none, or "
@@ -59,13 +65,11 @@ def choose_engines(
     )
 
 
-def _chosen(
-    bundle: Bundle, machine: Machine | None, device: int | None, elsewhere: Collection[Component]
-) -> dict[Component, EngineRecord]:
+def _chosen(bundle: Bundle, machine: Machine | None, device: int | None, elsewhere: Collection[Component]) -> Engines:
     """The first engine of each component that ``machine`` can run; raises as ``choose_engines`` does."""
-    chosen: dict[Component, EngineRecord] = {}
+    chosen: Engines = {}
     for component in (component for component in COMPONENTS if component not in elsewhere):
-        engines = [e for e in bundle.manifest.engines if e.component == component]
+        engines = _in_parts([e for e in bundle.manifest.engines if e.component == component])
         if not engines and any(graph.component == component for graph in bundle.manifest.graphs):
             raise BundleError(
                 f"bundle {bundle.path} has no engine for {component} yet; run `qie build --finish "
@@ -73,8 +77,14 @@ def _chosen(
             )
         if not engines:
             raise BundleError(f"bundle {bundle.path} has no engine for {component}; build it again with `qie build`")
-        obstacles = [_obstacle(engine, machine, device) for engine in engines]
-        fitting = [engine for engine, obstacle in zip(engines, obstacles, strict=True) if obstacle is None]
+        complete = [parts for parts in engines if _lacking(parts) is None]
+        if not complete:
+            raise BundleError(
+                f"bundle {bundle.path} lacks part {_lacking(engines[0])} of {component} for {engines[0][0].backend}/"
+                f"{engines[0][0].compute_capability}; build it again with `qie build`"
+            )
+        obstacles = [_first_obstacle(parts, machine, device) for parts in complete]
+        fitting = [parts for parts, obstacle in zip(complete, obstacles, strict=True) if obstacle is None]
         if not fitting:
             missing = all(isinstance(obstacle, BackendMissingError) for obstacle in obstacles)
             kind = BackendMissingError if missing else EngineMismatchError
@@ -82,6 +92,35 @@ def _chosen(
             raise kind(_joined(dict.fromkeys(str(obstacle) for obstacle in obstacles)), option=option)
         chosen[component] = fitting[0]
     return chosen
+
+
+def _in_parts(engines: Sequence[EngineRecord]) -> list[tuple[EngineRecord, ...]]:
+    """The engines of one component as groups of one target, each with the parts that there are, in order."""
+    groups: list[dict[int, EngineRecord]] = []
+    for engine in engines:
+        target = engine.backend, engine.compute_capability
+        for group in groups:
+            other = next(iter(group.values()))
+            if (other.backend, other.compute_capability) == target and engine.part not in group:
+                group[engine.part] = engine
+                break
+        else:
+            groups.append({engine.part: engine})
+    return [tuple(group[part] for part in sorted(group)) for group in groups]
+
+
+def _lacking(parts: Sequence[EngineRecord]) -> int | None:
+    """Number of the first part, from 1, that is not among ``parts``; None where all are there."""
+    for number, engine in enumerate(parts):
+        if engine.part != number:
+            return number + 1
+    _, outputs = TENSORS[parts[-1].component]
+    return None if outputs.keys() <= {spec.name for spec in parts[-1].outputs} else len(parts) + 1
+
+
+def _first_obstacle(parts: Sequence[EngineRecord], machine: Machine | None, device: int | None) -> QieError | None:
+    """The first reason why ``machine`` cannot run one of ``parts``."""
+    return next((found for part in parts if (found := _obstacle(part, machine, device)) is not None), None)
 
 
 def newest_runnable(device: int | None = None, *, elsewhere: Collection[Component] = ()) -> Bundle:

@@ -39,6 +39,10 @@ class HostTensors:
         """``tensor`` itself."""
         return tensor
 
+    def shape(self, tensor: NDArray[Any]) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+        return tensor.shape
+
     def unload(self) -> bool:
         """False: the weights leave with the engine alone."""
         return False

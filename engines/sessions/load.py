@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ from qie.engines.backends import BACKENDS, available, install_command
 from qie.engines.bundle.manifest import EngineRecord, Specialization
 from qie.engines.errors import BackendMissingError
 from qie.engines.machine import choose_gpu, this_machine
+from qie.engines.sessions.parts import PartsSession
 from qie.engines.sessions.session import Session
 
 if TYPE_CHECKING:
     from qie.engines.sessions.device import Device
 
-__all__ = ["SESSIONS", "load", "open_device"]
+__all__ = ["SESSIONS", "load", "load_parts", "open_device"]
 
 
 def open_device(
@@ -77,6 +79,40 @@ def load(
             f"{engine.component} is built for {engine.backend}, which is not installed here; run `{install}`"
         )
     return SESSIONS[engine.backend](folder, engine, device, index, threads)
+
+
+def load_parts(
+    folder: Path,
+    engines: Sequence[EngineRecord],
+    device: Device | None = None,
+    index: int | None = None,
+    threads: int = 0,
+    *,
+    to_come: int = 0,
+) -> Session:
+    """Load the engine of a component, or those of all its parts; nothing stays loaded where one cannot be.
+
+    Args:
+        folder: see ``load``.
+        engines: of one component and target, in order.
+        device: see ``load``.
+        index: see ``load``.
+        threads: see ``load``.
+        to_come: bytes of engines of other components that will be loaded beside these.
+
+    Raises:
+        BackendMissingError, EngineMismatchError, BundleError, EngineError: see ``load``.
+    """
+    sessions: list[Session] = []
+    with ExitStack() as stack:
+        for number, engine in enumerate(engines):
+            if device is not None:
+                following = {file.path: file.bytes for later in engines[number + 1 :] for file in later.files}
+                device.weights_to_come = to_come + sum(following.values())
+            sessions.append(load(folder, engine, device, index, threads))
+            stack.callback(sessions[-1].close)
+        stack.pop_all()
+    return sessions[0] if len(sessions) == 1 else PartsSession(sessions, engines)
 
 
 def _onnxruntime(folder: Path, engine: EngineRecord, device: Device | None, index: int | None, threads: int) -> Session:

@@ -22,7 +22,15 @@ from qie.engines.sessions.session import Tensor
 
 __all__ = ["OnnxRuntimeSession", "preload_cuda", "session_options"]
 
-DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+BFLOAT16 = 16
+"""ONNX's number of the type, which NumPy lacks (onnx.proto, TensorProto.DataType)."""
+
+DTYPES: dict[str, type[np.generic] | int] = {
+    "float32": np.float32,
+    "bfloat16": BFLOAT16,
+    "int64": np.int64,
+    "uint8": np.uint8,
+}
 
 Provider = tuple[str, dict[str, str]]
 
@@ -92,6 +100,10 @@ class OnnxRuntimeSession:
         """The content of ``tensor``."""
         array: NDArray[np.generic] = tensor.numpy()
         return array
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+        return tuple(tensor.shape())
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute ``outputs`` from ``inputs`` in place.

@@ -1,8 +1,9 @@
-"""Read a file into the system's cache while something else is done."""
+"""Read files into the system's cache while something else is done."""
 
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from qie.engines.machine import memory_bytes
@@ -13,37 +14,48 @@ PIECE = 1 << 26
 """Bytes that are asked for at a time, so that a process that ends does not wait for a large file."""
 
 SHARE = 0.5
-"""A file above this share of the memory that the system can give is not read: it would push itself out again."""
+"""Files above this share of the memory that the system can give are not read: they would push themselves out again."""
 
 
-def read_ahead(path: Path) -> threading.Thread | None:
-    """Start to read the file ``path``; None where that brings nothing.
+def read_ahead(*paths: Path) -> threading.Thread | None:
+    """Start to read the files ``paths``, one after the other; None where that brings nothing.
 
-    The content is not kept by this process. A file that cannot be read is left to whoever opens it.
+    The first files are read that fit into memory together. The content is not kept by this process. A file that cannot
+    be read is left to whoever opens it.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
     available = _available_bytes()
-    size = os.fstat(descriptor).st_size
-    if not hasattr(os, "posix_fadvise") or available is None or size > SHARE * available:
-        os.close(descriptor)
+    if not hasattr(os, "posix_fadvise") or available is None:
         return None
-    thread = threading.Thread(target=_read, args=(descriptor, size), name="qie-read-ahead", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no more threads
-        os.close(descriptor)
-        return None
+    with ExitStack() as stack:
+        files: list[tuple[int, int]] = []
+        for path in paths:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                break
+            stack.callback(os.close, descriptor)
+            files.append((descriptor, os.fstat(descriptor).st_size))
+            if sum(size for _, size in files) > SHARE * available:
+                files.pop()
+                break
+        if not files:
+            return None
+        thread = threading.Thread(
+            target=_read, args=(files, closing := stack.pop_all()), name="qie-read-ahead", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            closing.close()
+            return None
     return thread
 
 
-def _read(descriptor: int, size: int) -> None:
-    with suppress(OSError):
-        for offset in range(0, size, PIECE):
-            os.posix_fadvise(descriptor, offset, PIECE, os.POSIX_FADV_WILLNEED)
-    os.close(descriptor)
+def _read(files: Sequence[tuple[int, int]], closing: ExitStack) -> None:
+    with closing, suppress(OSError):
+        for descriptor, size in files:
+            for offset in range(0, size, PIECE):
+                os.posix_fadvise(descriptor, offset, PIECE, os.POSIX_FADV_WILLNEED)
 
 
 def _available_bytes() -> int | None:

@@ -40,6 +40,9 @@ class Session(Protocol):
     def download(self, tensor: Tensor) -> NDArray[np.generic]:
         """The content of ``tensor`` as an array that the caller must not write to."""
 
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute ``outputs`` from ``inputs``.
 

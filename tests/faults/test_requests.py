@@ -77,7 +77,7 @@ def test_bad_seeds_and_texts_cost_no_engine(
     def fail(*_: object) -> None:
         raise AssertionError("an engine was loaded")
 
-    monkeypatch.setattr("qie.engines.editing.stages.load", fail)
+    monkeypatch.setattr("qie.engines.sessions.load.load", fail)
     for words in (("x", "--seed", str(2**64)), ("",), ("x", "--steps", "0"), ("x", "--negative", "<|image_pad|>")):
         assert qie("run", "photo.png", *words, "--bundle", bundle).returncode == 2
 

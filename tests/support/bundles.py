@@ -24,6 +24,7 @@ def planned(
     loras: Sequence[LoraSource] = (),
     calibration: Path | None = None,
     weights: bool = True,
+    memory_gib: float | None = None,
 ) -> Plan:
     """Plan the bundle of ``checkpoint`` in the folder ``destination``.
 
@@ -35,6 +36,7 @@ def planned(
         loras: Fused into the weights, in this order.
         calibration: What a recipe that quantizes needs to be built.
         weights: False for a checkpoint of configs alone.
+        memory_gib: Of the host, that the build may use.
     """
     text = to_toml(gpu) if isinstance(gpu, Recipe) else gpu
     if "\n" in text:
@@ -42,7 +44,9 @@ def planned(
         path = destination.with_name("mine.toml")
         path.write_text(text)
         text = str(path)
-    plan = plan_build(checkpoint, gpu=text, loras=loras, calibration=calibration, out=destination)
+    plan = plan_build(
+        checkpoint, gpu=text, loras=loras, calibration=calibration, out=destination, memory_gib=memory_gib
+    )
     return replace(plan, checkpoint=plan.checkpoint.with_weights()) if weights else plan
 
 

@@ -104,7 +104,7 @@ class TensorRT:
         start = time.perf_counter()
         gpu = self._gpu(recipe, device)
         check_datatypes(onnx.load(folder / graph.path, load_external_data=False), graph.component, recipe)
-        stem = f"{graph.component}.{self.backend}-{recipe.compute_capability}"
+        stem = f"{Path(graph.path).stem}.{self.backend}-{recipe.compute_capability}"
         engine = folder / f"{stem}.engine"
         weights_bytes = sum(file.bytes for file in graph.files if file.path != graph.path)
         job = {
@@ -143,6 +143,7 @@ class TensorRT:
             ),
             activation_bytes=result["activation_bytes"],
             structure=file_record(folder, structure.name),
+            part=graph.part,
         )
 
     def _gpu(self, recipe: Recipe, device: int | None) -> Gpu | None:
@@ -208,8 +209,8 @@ class TensorRT:
         return (
             f"memory ran out while {self.backend} compiled {graph.component} ({errors[0]}), whose weights take "
             f"{job['weights_bytes'] / GIB:.1f} GiB, and the recipe for {recipe.gpu} has limits.build_workspace_gib = "
-            f"{limits.build_workspace_gib:g} and limits.host_memory_gib = {limits.host_memory_gib:g}; build on a "
-            "machine with more memory, or raise the first or lower shapes.batch.max in your own recipe"
+            f"{limits.build_workspace_gib:g}; build on a machine with more memory or in more parts, or raise the limit "
+            "or lower shapes.batch.max in your own recipe"
         )
 
 

@@ -84,7 +84,7 @@ def batches(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
 def threads(executed: Executed, case: GoldenCase) -> Finding | NotApplicable:
     """The same request on one, two and three threads of the CPU."""
     engines = executed.stages.engines
-    if any(engine.compute_capability != "cpu" for engine in engines.values()):
+    if any(engine.compute_capability != "cpu" for engine, *_ in engines.values()):
         return NotApplicable(reason="the engines run on a GPU, where threads are not chosen")
     results = []
     for count in THREADS:

@@ -45,7 +45,7 @@ def _obstacle(subject: Subject, planned: int | None) -> str | None:
         return "the engines of one backend were chosen, and the plan is about those that run by themselves; choose none"
     if not planned:
         return "the bundle does not say what memory was planned; build the bundle again with `qie build`"
-    on_cpu = all(engine.compute_capability == "cpu" for engine in subject.executed.stages.engines.values())
+    on_cpu = all(engine.compute_capability == "cpu" for engine, *_ in subject.executed.stages.engines.values())
     memory_gib = this_machine().memory_gib
     if on_cpu and planned > memory_gib * GIB:
         return (

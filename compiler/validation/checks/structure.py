@@ -13,7 +13,7 @@ from qie.compiler.validation.scales import wrong_scales
 from qie.compiler.validation.subject import Subject
 from qie.engines.backends import BACKENDS
 from qie.engines.bundle.bundle import Bundle, check_file
-from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, Manifest
+from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, GraphRecord, Manifest, titles
 from qie.engines.bundle.structure import read_structure
 from qie.engines.errors import BundleError
 
@@ -81,7 +81,7 @@ def target(subject: Subject) -> Iterator[Outcome]:
     problems = [text for engine in subject.bundle.manifest.engines for text in _other_target(engine, subject.recipe)]
     problems += _incomplete(subject.bundle.manifest)
     problems += _other_settings(subject.bundle.manifest, subject.recipe)
-    missing = [graph.component for graph in subject.bundle.manifest.graphs]
+    missing = titles(subject.bundle.manifest.graphs)
     found = ", ".join(sorted({f"{e.backend}/{e.compute_capability}" for e in subject.bundle.manifest.engines}))
     later = f"; {', '.join(missing)} wait for `qie build --finish`" if missing else ""
     yield counted(problems, f"{found}, as the recipe {subject.bundle.manifest.recipe.name} says{later}")
@@ -112,7 +112,7 @@ def _incomplete(manifest: Manifest) -> Iterator[str]:
         for target in sorted({found[:2] for found in parts}):
             numbers = sorted(part for *place, part in parts if tuple(place) == target)
             if numbers != list(range(len(numbers))):
-                yield f"{component} lacks a part before part {numbers[-1]}"
+                yield f"{component} lacks a part before part {numbers[-1] + 1}"
 
 
 def _other_settings(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
@@ -162,10 +162,12 @@ def quantized_kernels(subject: Subject) -> Iterator[Outcome]:
     for engine in engines:
         record = engine.quantization
         if engine.structure is None or record is None:
-            yield _undescribed(engine)
+            yield _undescribed(engine, subject.bundle)
+            continue
+        if not record.quantized and len(engines) > 1:  # a part of blocks that are excluded
             continue
         detail = f"{record.fused} of {record.quantized} quantized linears in 8-bit kernels"
-        yield _fraction(engine, record.fused, record.quantized, detail)
+        yield _fraction(engine, subject.bundle, record.fused, record.quantized, detail)
     if not engines:
         yield NotApplicable(reason="no compiled engine of the bundle computes from quantized values")
 
@@ -181,14 +183,14 @@ def fused_attention(subject: Subject) -> Iterator[Outcome]:
     for engine in _compiled(subject.bundle):
         if engine.structure is None:
             found += 1
-            yield _undescribed(engine)
+            yield _undescribed(engine, subject.bundle)
             continue
         structure = read_structure(subject.bundle, engine)
         if structure.attention:
             found += 1
             types = f" in {', '.join(structure.fused_types)}" if structure.fused_types else ""
             detail = f"{structure.fused} of {structure.attention} attention layers fused{types}"
-            yield _fraction(engine, structure.fused, structure.attention, detail)
+            yield _fraction(engine, subject.bundle, structure.fused, structure.attention, detail)
     if not found:
         yield NotApplicable(reason="the bundle has no compiled engine with attention")
 
@@ -199,14 +201,20 @@ def _compiled(bundle: Bundle) -> list[EngineRecord]:
     return [engine for engine in compiled if BACKENDS[engine.backend].source == "graph"]
 
 
-def _undescribed(engine: EngineRecord) -> Finding:
+def _case(engine: EngineRecord, bundle: Bundle) -> str:
+    """The engine for people, such as ``transformer 1/2, tensorrt-rtx``."""
+    engines = bundle.manifest.engines
+    return f"{titles(engines)[engines.index(engine)]}, {engine.backend}"
+
+
+def _undescribed(engine: EngineRecord, bundle: Bundle) -> Finding:
     detail = "the engine has no description of its layers; build the bundle again with `qie build`"
-    return Finding(value=None, case=f"{engine.component}, {engine.backend}", detail=detail)
+    return Finding(value=None, case=_case(engine, bundle), detail=detail)
 
 
-def _fraction(engine: EngineRecord, count: int | None, total: int, detail: str) -> Finding:
+def _fraction(engine: EngineRecord, bundle: Bundle, count: int | None, total: int, detail: str) -> Finding:
     """``count`` of ``total``; not run where the description does not have the count."""
-    case = f"{engine.component}, {engine.backend}"
+    case = _case(engine, bundle)
     if count is None:
         return Finding(
             value=None,

@@ -80,7 +80,7 @@ def workload(
         images=[image], instructions=[INSTRUCTION], seeds=[SEED], steps=steps, guidance=guidance, size=size
     )
     settings = resolve(request, manifest)
-    capability = next((e.compute_capability for e in engines.values() if e.compute_capability != "cpu"), None)
+    capability = next((c for e, *_ in engines.values() if (c := e.compute_capability) != "cpu"), None)
     conditions = Conditions(
         cpu=machine.cpu,
         cores=machine.cores,
@@ -133,7 +133,8 @@ def time_bundle(work: Workload, *, warm_up: int, repeats: int, progress: StagePr
         recipe=manifest.recipe.name,
         engines=tuple(
             f"{name}: {e.backend} {e.backend_version}, {e.precision}, {e.compute_capability}"
-            for name, e in engines.items()
+            + (f", {len(others) + 1} parts" if others else "")
+            for name, (e, *others) in engines.items()
         ),
         machine=this_machine(),
         conditions=work.conditions,

@@ -78,6 +78,10 @@ class TensorRtSession:
         """The content of ``tensor``, once all work so far is done."""
         return self._device.download(tensor)
 
+    def shape(self, tensor: DeviceTensor) -> tuple[int, ...]:
+        """The shape of ``tensor``."""
+        return tensor.shape
+
     def run(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
         """Enqueue a run; a failure on the GPU is raised by ``download``. Unloaded weights are loaded first.
 

@@ -230,9 +230,9 @@ def test_the_runtime_takes_the_engine_that_it_can_load(copy: Bundle, gpu: Gpu, m
     monkeypatch.setattr(f"{choose}.serves_gpu", lambda: True)
     monkeypatch.setattr(f"{choose}.cuda_lacking", lambda backend, served: None)
     monkeypatch.setattr(f"{choose}.available", lambda backend: True)
-    assert choose_engines(finished)["language"].backend == "tensorrt-llm"
+    assert choose_engines(finished)["language"][0].backend == "tensorrt-llm"
     monkeypatch.setattr(f"{choose}.available", lambda backend: backend != "tensorrt-llm")
-    assert choose_engines(finished)["language"].backend == "onnxruntime"
+    assert choose_engines(finished)["language"][0].backend == "onnxruntime"
 
 
 def test_another_backend_of_the_language_model_is_another_bundle(copy: Bundle, checkpoint: Path) -> None:

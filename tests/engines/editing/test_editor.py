@@ -18,7 +18,6 @@ from PIL import Image
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import COMPONENTS, EngineRecord, ProfileRecord
 from qie.engines.editing import edit as edit_module
-from qie.engines.editing import stages as stages_module
 from qie.engines.editing.denoise import StepState
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Edit, Request
@@ -82,7 +81,7 @@ class Log:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
-    monkeypatch.setattr(stages_module, "load", log.load)
+    monkeypatch.setattr("qie.engines.sessions.load.load", log.load)
     return log
 
 

@@ -10,7 +10,6 @@ from PIL import Image
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.bundle.manifest import COMPONENTS
-from qie.engines.editing import stages as stages_module
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
@@ -128,7 +127,7 @@ def test_a_failure_of_one_engine_does_not_keep_the_others(bundle: Path, monkeypa
             if self.component == "vision":
                 raise EngineError("the GPU failed; try again")
 
-    monkeypatch.setattr(stages_module, "load", lambda folder, engine, *_: Session(engine.component))
+    monkeypatch.setattr("qie.engines.sessions.load.load", lambda folder, engine, *_: Session(engine.component))
     stages = Stages(open_bundle(bundle))
     for component in COMPONENTS:
         with stages.session(component):

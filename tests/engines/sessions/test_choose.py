@@ -198,7 +198,7 @@ def test_a_backend_that_nobody_knows(opened: Bundle) -> None:
 
 def test_the_first_that_fits(opened: Bundle) -> None:
     several = with_engines(opened, TENSORRT, RTX, {})
-    assert {e.backend for e in choose_engines(several).values()} == {"tensorrt-rtx"}
+    assert {e.backend for (e,) in choose_engines(several).values()} == {"tensorrt-rtx"}
 
 
 @pytest.mark.parametrize(("gpu", "backend"), [(A100, "tensorrt"), (L40S, "tensorrt-rtx"), (None, "onnxruntime")])
@@ -207,7 +207,7 @@ def test_a_bundle_for_several_machines(
 ) -> None:
     monkeypatch.setattr(module, "this_machine", lambda: machine(*filter(None, [gpu])))
     chosen = choose_engines(with_engines(opened, RTX, TENSORRT, {}))
-    assert {e.backend for e in chosen.values()} == {backend}
+    assert {e.backend for (e,) in chosen.values()} == {backend}
     assert list(chosen) == list(COMPONENTS)
 
 
@@ -219,7 +219,7 @@ def test_a_gpu_that_was_chosen(
 ) -> None:
     monkeypatch.setattr(module, "this_machine", lambda: machine(L40S, A100, replace(L40S, index=2)))
     chosen = choose_engines(with_engines(opened, RTX, TENSORRT, {}), device)
-    assert {e.backend for e in chosen.values()} == {backend}
+    assert {e.backend for (e,) in chosen.values()} == {backend}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_all_engines_are_for_one_gpu(opened: Bundle, monkeypatch: pytest.MonkeyP
     vision, *others = opened.manifest.engines
     engines = [replace(vision, **RTX), replace(vision, **TENSORRT), *(replace(e, **TENSORRT) for e in others)]
     several = replace(opened, manifest=replace(opened.manifest, engines=tuple(engines)))
-    assert {e.compute_capability for e in choose_engines(several).values()} == {"8.0"}
+    assert {e.compute_capability for (e,) in choose_engines(several).values()} == {"8.0"}
     apart = replace(opened, manifest=replace(opened.manifest, engines=(engines[0], *engines[2:])))
     with pytest.raises(EngineMismatchError, match=r"compute capability 8\.9 and 8\.0, and an edit uses one GPU; build"):
         choose_engines(apart)
@@ -316,7 +316,7 @@ def test_inspect_shows_the_reason_of_each_engine(qie: Qie, named: str) -> None:
 def test_run_is_refused_before_anything_is_loaded(
     qie: Qie, named: str, workplace: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qie.engines.editing.stages.load", lambda *_: pytest.fail("an engine was loaded"))
+    monkeypatch.setattr("qie.engines.sessions.load.load", lambda *_: pytest.fail("an engine was loaded"))
     message = refusal(qie("run", "photo.png", "make it red", "--bundle", named))
     assert message.startswith(
         "vision is built for tensorrt/8.0, and this machine has NVIDIA L40S (8.9); build for that GPU"

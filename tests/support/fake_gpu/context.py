@@ -244,9 +244,11 @@ def contradicts(path: str, shapes: Mapping[str, Shape]) -> bool:
         for dim, size in zip(node.shape, shapes[node.name], strict=True):
             if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
                 return True
-    return "tokens" in sizes and sizes["tokens"] != sum(
-        sizes[name] for name in ("noise_tokens", "reference_tokens", "text_tokens")
-    )
+    if "tokens" not in sizes:
+        return False
+    latent_tokens = sizes["noise_tokens"] + sizes["reference_tokens"]
+    total = latent_tokens + sizes["text_tokens"]
+    return sizes["tokens"] != total or sizes.get("latent_tokens", latent_tokens) != latent_tokens
 
 
 def output_shape(path: str, name: str, shapes: Mapping[str, Shape]) -> Shape:
@@ -258,6 +260,8 @@ def output_shape(path: str, name: str, shapes: Mapping[str, Shape]) -> Shape:
         for dim, size in zip(node.shape, shapes[node.name], strict=True)
         if isinstance(dim, str)
     }
+    if "noise_tokens" in sizes:
+        sizes["latent_tokens"] = sizes["noise_tokens"] + sizes["reference_tokens"]
     if "prompt_tokens" in sizes:
         sizes["text_tokens"] = sizes["prompt_tokens"] - PREFIX_TOKENS
     if "height" in sizes:

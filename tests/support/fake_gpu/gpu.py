@@ -70,7 +70,7 @@ class Gpu(Device):
             for spec in record.inputs
             if any(isinstance(dim, str) for dim in spec.dims)
         )
-        path = folder / f"{record.component}.engine"
+        path = folder / f"{Path(record.path).stem}.engine"
         path.write_text(self.content(record, folder / record.path, backend, profiles))
         file = FileRecord(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
         return replace(

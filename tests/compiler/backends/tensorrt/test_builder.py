@@ -32,7 +32,7 @@ def test_what_decides_an_engine(checkpoint: Path, tmp_path: Path, monkeypatch: p
     graphs, recipe = graph_keys(plan, "digest"), plan.recipe
     assert len(set(graphs.values())) == len(COMPONENTS)
     assert all(graphs[c] != other for c, other in graph_keys(plan, "another digest").items())
-    graph = graphs["transformer"]
+    (graph,) = graphs["transformer"]
     shapes = profiles(plan.components[3].graph, recipe, plan.model)
 
     def key(backend: str = "tensorrt-rtx", recipe: Recipe = recipe, shapes: tuple[ProfileRecord, ...] = shapes) -> str:
@@ -45,7 +45,7 @@ def test_what_decides_an_engine(checkpoint: Path, tmp_path: Path, monkeypatch: p
         key(recipe=replace(recipe, limits=replace(recipe.limits, build_workspace_gib=1))),
         key(shapes=shapes[1:]),
         key("onnxruntime"),
-        engine_key(graphs["vision"], "tensorrt-rtx", recipe, shapes),
+        engine_key(graphs["vision"][0], "tensorrt-rtx", recipe, shapes),
     ]
     assert len(set(keys)) == len(keys)
     assert key(recipe=replace(recipe, residency="sequential")) == key()

@@ -97,7 +97,7 @@ def assert_names_memory(build: Callable[[], object], what: str, workspace: str =
         build()
     message = str(raised.value)
     assert re.search(rf"memory ran out while tensorrt-rtx compiled transformer \(.*{what}", message), message
-    assert f"limits.build_workspace_gib = {workspace} and limits.host_memory_gib = 64;" in message
+    assert f"limits.build_workspace_gib = {workspace}; build on a machine with more memory or in more parts" in message
     assert "the recipe for L40S" in message
 
 

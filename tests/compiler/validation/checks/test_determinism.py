@@ -113,7 +113,7 @@ def test_what_an_edit_of_another_size_leaves_behind_fails(
 def test_threads_of_a_gpu_are_not_compared(sound: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sound.executed is not None
     stages = sound.executed.stages
-    engines = {name: replace(engine, compute_capability="8.9") for name, engine in stages.engines.items()}
+    engines = {name: (replace(engine, compute_capability="8.9"),) for name, (engine,) in stages.engines.items()}
     monkeypatch.setattr(stages, "engines", engines)
     assert checked(sound, "threads") == []
 

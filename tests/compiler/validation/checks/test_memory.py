@@ -159,7 +159,7 @@ def test_the_peak_of_a_gpu_is_what_an_edit_adds_to_what_is_in_use(
 ) -> None:
     """Of 1000 bytes 300 are in use before; the edit takes 500 more, and gives all but 100 back."""
     free = iter([700, 600, 200, 600])
-    on_gpu = {e.component: replace(e, compute_capability="8.9") for e in open_bundle(pocket_bundle).manifest.engines}
+    on_gpu = {e.component: (replace(e, compute_capability="8.9"),) for e in open_bundle(pocket_bundle).manifest.engines}
     chosen: list[object] = []
 
     class OnGpu(Editor):

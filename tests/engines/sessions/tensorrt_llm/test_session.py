@@ -222,7 +222,7 @@ def test_another_version_is_not_chosen(on_gpu: tuple[Gpu, Bundle], monkeypatch: 
     monkeypatch.setattr("qie.engines.sessions.choose.version", lambda backend: "1.3.0")
     monkeypatch.setattr("qie.engines.sessions.choose.serves_gpu", lambda: True)
     monkeypatch.setattr("qie.engines.sessions.choose.cuda_lacking", lambda backend, served: None)
-    assert choose_engines(bundle)["language"].backend == "onnxruntime"
+    assert choose_engines(bundle)["language"][0].backend == "onnxruntime"
     alone = [e for e in bundle.manifest.engines if e.component != "language" or e.backend == "tensorrt-llm"]
     monkeypatch.setattr(type(bundle.manifest), "engines", tuple(alone), raising=False)
     with pytest.raises(EngineMismatchError, match=r"tensorrt-llm/8\.9, version 1\.2\.1, but version 1\.3\.0 is inst"):

@@ -196,7 +196,7 @@ def _changed(arguments: Any, **values: Any) -> Any:
 
 
 def _width(stages: Stages) -> int:
-    (spec,) = stages.engines["language"].outputs
+    (spec,) = stages.engines["language"][0].outputs
     assert isinstance(spec.dims[2], int)
     return spec.dims[2]
 
