@@ -25,7 +25,7 @@ from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["PlacedFile", "disk_error"]
 
-QUEUED_BYTES = 1 << 28
+QUEUED_BYTES = 1 << 27
 """Bytes that may wait to be written."""
 
 SYNCED_BYTES = 1 << 27
