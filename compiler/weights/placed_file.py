@@ -111,6 +111,8 @@ class PlacedFile:
             self._wait()
         assert self._hashed == self.size, f"{self.path} lacks what begins at {self._hashed}"
         self._hashing.submit(lambda: None).result()
+        if self._syncing is not None:  # the kernel tells of an error once
+            self._syncing.result()
         os.fsync(self._descriptor)
         self._stop()
         self._temporary.replace(self.path)
