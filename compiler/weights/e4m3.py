@@ -22,8 +22,13 @@ _DROPPED = np.uint32(20)
 _REBIASED = np.uint32(0x0007_FFFF - ((127 - 7) << 23) + (1 << 32))
 """Just below half of the last kept bit, and the difference of the biases of exponents, modulo 2^32."""
 
-_TWICE_SMALLEST_NORMAL = np.uint32((127 - 6) << 24)
-"""The bits of 2^-6, the smallest normal number, without the sign and shifted by one."""
+_SMALLEST_NORMAL = np.uint32((127 - 6) << 23)
+"""The bits of 2^-6."""
+
+_NORMAL_RANGE = np.uint32(2 * (0x43E0_0000 - ((127 - 6) << 23)))
+"""The difference of the bits of LARGEST and of the smallest normal number, shifted by one to drop a sign."""
+
+_NAN = np.uint8(0x7F)
 
 _SUBNORMALS = np.float32(2.0**14)
 """Added to a smaller magnitude it leaves the number of steps of 2^-9 in the last bits: 2^14 * 2^-23 is a step."""
@@ -36,7 +41,7 @@ def encode_e4m3(x: NDArray[np.float32], out: NDArray[np.uint8], scratch: NDArray
     """Write the codes of ``x``, one byte each, to ``out``.
 
     Args:
-        x: contiguous, without NaN; what is beyond LARGEST is limited in place.
+        x: contiguous; what is beyond LARGEST is limited in place.
         out: of the same shape, contiguous.
         scratch: of the same shape, contiguous.
     """
@@ -49,10 +54,12 @@ def encode_e4m3(x: NDArray[np.float32], out: NDArray[np.uint8], scratch: NDArray
     np.right_shift(scratch, _DROPPED, out=scratch)
     np.copyto(out, scratch, casting="unsafe")  # keeps exponent and mantissa and drops the sign, which is bit 11
     np.left_shift(bits, np.uint32(1), out=scratch)
-    small = np.flatnonzero(np.less(scratch, _TWICE_SMALLEST_NORMAL))
-    if small.size:
-        steps = np.abs(x.reshape(-1)[small]) + _SUBNORMALS
-        out.reshape(-1)[small] = steps.view(np.uint32).astype(np.uint8)
+    np.subtract(scratch, _SMALLEST_NORMAL << np.uint32(1), out=scratch)
+    others = np.flatnonzero(np.greater(scratch, _NORMAL_RANGE))  # small numbers, which wrap around, and NaN
+    if others.size:
+        magnitudes = np.abs(x.reshape(-1)[others])
+        codes = (magnitudes + _SUBNORMALS).view(np.uint32).astype(np.uint8)
+        out.reshape(-1)[others] = np.where(np.isnan(magnitudes), _NAN, codes)
     signs = np.signbit(x).view(np.uint8)
     np.subtract(np.uint8(0), signs, out=signs)  # numpy shifts bytes slowly
     np.bitwise_and(signs, np.uint8(0x80), out=signs)
@@ -71,7 +78,7 @@ def round_to_e4m3(x: NDArray[np.float32], scratch: NDArray[Any]) -> None:
     signs = np.bitwise_and(bits, _SIGN)
     # 1.5 * 2^20 times the power of two of x: adding it leaves 3 bits of mantissa, with either sign of x
     np.bitwise_and(bits, _EXPONENT, out=scratch)
-    np.maximum(scratch, _TWICE_SMALLEST_NORMAL >> np.uint32(1), out=scratch)
+    np.maximum(scratch, _SMALLEST_NORMAL, out=scratch)
     np.add(scratch, _ALIGNED, out=scratch)
     np.bitwise_or(scratch, _THREE_HALVES, out=scratch)
     np.add(x, scratch.view(np.float32), out=x)

@@ -25,7 +25,7 @@ from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["PlacedFile", "disk_error"]
 
-QUEUED_BYTES = 1 << 28
+QUEUED_BYTES = 1 << 27
 """Bytes that may wait to be written."""
 
 SYNCED_BYTES = 1 << 27
@@ -111,6 +111,8 @@ class PlacedFile:
             self._wait()
         assert self._hashed == self.size, f"{self.path} lacks what begins at {self._hashed}"
         self._hashing.submit(lambda: None).result()
+        if self._syncing is not None:  # the kernel tells of an error once
+            self._syncing.result()
         os.fsync(self._descriptor)
         self._stop()
         self._temporary.replace(self.path)

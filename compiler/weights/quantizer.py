@@ -115,12 +115,15 @@ class Quantizer:
             _in_blocks(values.reshape(-1, 1), out.reshape(-1, 1), lambda start, stop: scale.reshape(()), step)
             return
         columns = values.shape[-1]
+        whole_groups = self.per == "group" and transposed and columns % self.group_size == 0
+        if whole_groups:  # a group is a row of its own
+            columns, scale = self.group_size, np.ascontiguousarray(scale.T).reshape(-1)
         values, out = values.reshape(-1, columns), out.reshape(-1, columns)
         match self.per, transposed:
             case "group", False:
                 numbers = np.arange(len(values)) // self.group_size
                 _in_blocks(values, out, lambda start, stop: scale[numbers[start:stop]], step)
-            case "group", True:
+            case "group", True if not whole_groups:
                 numbers = np.arange(columns) // self.group_size
                 _in_blocks(values, out, lambda start, stop: scale.T[start:stop][:, numbers], step)
             case _, True:

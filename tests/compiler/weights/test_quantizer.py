@@ -141,11 +141,20 @@ def test_e4m3_of_every_number_of_16_bits_and_of_many_of_32(raw: Any) -> None:
         numbers = np.concatenate([ties.ravel(), drawn]).view(np.float32)
     else:
         numbers = every.view(raw)
-    numbers = numbers[np.isfinite(numbers.astype(np.float32))]
+    numbers = numbers[~np.isnan(numbers.astype(np.float32))]
     expected = np.clip(numbers.astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
     one = np.float32(1)
     assert np.array_equal(bits(E4M3.quantize(numbers, one)), bits(expected))
     assert np.array_equal(bits(E4M3.fake_quantize(numbers, one)), bits(expected.astype(np.float32)))
+
+
+def test_nan_stays_nan() -> None:
+    """Whatever its bits are."""
+    codes = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001], np.uint32)
+    x = np.concatenate([codes.view(np.float32), np.float32([1e-9, 3.0])])
+    expected = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(bits(E4M3.quantize(x, np.float32(1))), bits(expected))
+    assert np.isnan(E4M3.fake_quantize(x, np.float32(1))).tolist() == [True] * 5 + [False] * 2
 
 
 def test_what_is_not_finite_is_seen_in_the_largest_magnitude() -> None:

@@ -1,14 +1,19 @@
 """One pass over the files of a checkpoint for all that is made of its tensors."""
 
+import errno
 import hashlib
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import qie.compiler.weights.stream as module
+from qie.compiler.checkpoint.safetensors import open_file
 from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.weights.prepare import prepare
 from qie.compiler.weights.quantizer import Quantizer
@@ -130,3 +135,42 @@ def test_a_pass_that_is_not_ended_leaves_nothing(tmp_path: Path) -> None:
             break
     assert threading.active_count() == before
     assert not list(tmp_path.iterdir())
+
+
+def fails(path: Path, patch: pytest.MonkeyPatch) -> str:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    patch.setattr(os, "preadv", fail)
+    return r"cannot be read \(Input/output error\)"
+
+
+def is_cut_short(path: Path, patch: pytest.MonkeyPatch) -> str:
+    os.truncate(path, path.stat().st_size // 2)
+    return "was changed while it was read"
+
+
+def is_swapped(path: Path, patch: pytest.MonkeyPatch) -> str:
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").replace(path)
+    return "was changed while it was read"
+
+
+@pytest.mark.parametrize("happens", [fails, is_cut_short, is_swapped])
+def test_a_shard_that_fails_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: Any) -> None:
+    monkeypatch.setattr(module, "AHEAD_TENSORS", 1)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "model.safetensors"
+    save_file({name: draw(2000) for name in "abcdef"}, path)
+    before, said = threading.active_count(), []
+
+    def progress(done: int, _: int) -> None:
+        if done >= 8000 and not said:
+            said.append(happens(path, monkeypatch))
+
+    weights = [weight(name, 2000) for name in "abcdef"]
+    with pytest.raises(CheckpointError) as caught, WeightsFile(weights, tmp_path / "out" / "data") as file:
+        list(module.stream([file], {"transformer": open_file(path)}, progress=progress))
+    assert re.search(rf"model\.safetensors {said[0]}.*; ", str(caught.value))
+    assert not list((tmp_path / "out").iterdir())
+    assert threading.active_count() == before

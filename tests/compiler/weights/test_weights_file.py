@@ -195,7 +195,7 @@ def test_a_full_disk_in_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(weights_file, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(placed_file, "SYNCED_BYTES", 4000)
+    monkeypatch.setattr(placed_file, "SYNCED_BYTES", 400_000)  # once, after the last piece
     monkeypatch.setattr(os, call, full)
     reader, before = Tensors({"w": draw(100_000)}), threading.active_count()
     with pytest.raises(BuildError, match=r"data needs 400,000 bytes, and [\d,]+ are free \(No space left on device\)"):

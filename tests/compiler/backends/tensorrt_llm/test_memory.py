@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ class Made:
 
     def dtype(self, name: str) -> str:
         return "bfloat16"
+
+    def order(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     def read(self, name: str) -> np.ndarray:
         return np.full(self.shape(name), 0.5, BF16)
