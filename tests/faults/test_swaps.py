@@ -13,7 +13,7 @@ from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import open_bundle, remove_bundle, verify
 from qie.engines.bundle.manifest import Residency
 from qie.engines.editing.request import Edit, Request
-from tests.support.bundles import build
+from tests.support.bundles import build, linked
 from tests.support.editors import uncached_editor
 from tests.support.images import smooth_image
 from tests.support.soak import spread
@@ -35,10 +35,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pure(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def bundles(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundle of each model; not to be changed."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: build(models / name, folder / name).path for name in "AB"}
+
+
+@pytest.fixture(scope="module")
+def pure(bundles: dict[str, Path]) -> dict[str, bytes]:
     """What each model makes of the request."""
-    folder = tmp_path_factory.mktemp("pure")
-    return {name: image(uncached_editor(build(models / name, folder / name)).edit(REQUEST)) for name in "AB"}
+    return {name: image(uncached_editor(open_bundle(str(path))).edit(REQUEST)) for name, path in bundles.items()}
 
 
 def image(edit: Edit) -> bytes:
@@ -46,10 +52,11 @@ def image(edit: Edit) -> bytes:
 
 
 @pytest.fixture
-def same(models: Path, qie_home: Path) -> Iterator[Path]:
+def same(bundles: dict[str, Path], qie_home: Path) -> Iterator[Path]:
     """The bundle "same" of model A; in the end nothing is left beside it."""
     path = qie_home / "bundles" / "same"
-    build(models / "A", path)
+    path.parent.mkdir(parents=True)
+    linked(bundles["A"], path)
     yield path
     gc.collect()
     assert [left.name for left in path.parent.iterdir() if left.name.startswith(".")] == []

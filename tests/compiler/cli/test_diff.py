@@ -8,7 +8,7 @@ import pytest
 from qie.compiler.validation.golden import match
 from qie.compiler.validation.golden.file import GOLDEN_FILE
 from qie.engines.bundle.bundle import open_bundle
-from tests.support.bundles import build
+from tests.support.bundles import build, linked
 from tests.support.command_line import Qie, Refusal, assert_says
 from tests.support.damage import change_manifest
 from tests.support.golden_cases import write_own_golden
@@ -17,10 +17,10 @@ RECIPE = 'extends = "cpu"\n[components.transformer]\nscheme = "w8a16"\n'
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def pair(pocket_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The pocket model for the CPU, in float32 and in w8a16."""
     folder = tmp_path_factory.mktemp("pair")
-    return build("pocket", folder / "plain").path, build("pocket", folder / "quantized", RECIPE).path
+    return linked(pocket_bundle, folder / "plain"), build("pocket", folder / "quantized", RECIPE).path
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_what_is_no_bundle_is_refused(qie: Qie, refusal: Refusal, pair: tuple[Pa
 
 
 def test_hostile_text_cannot_control_the_terminal(qie: Qie, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    copy = build("pocket", tmp_path / "copy").path
+    copy = linked(pair[0], tmp_path / "copy")
     recipe = json.loads((copy / "manifest.json").read_text())["recipe"]
     change_manifest(copy, recipe=recipe | {"toml": recipe["toml"].replace('gpu = "', 'gpu = "\\u001b[2J')})
     done = qie("diff", pair[0], copy)

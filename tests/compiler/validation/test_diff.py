@@ -21,7 +21,7 @@ from qie.engines.bundle.manifest import file_record
 from qie.engines.errors import BundleError, GoldenError
 from qie.engines.progress import no_progress
 from qie.engines.records import to_plain
-from tests.support.bundles import build
+from tests.support.bundles import build, linked
 from tests.support.damage import change_manifest, flip
 from tests.support.golden_cases import write_own_golden
 
@@ -63,8 +63,10 @@ def test_a_bundle_has_no_difference_to_itself(bundle: Path) -> None:
     assert not any(engine.differs or engine.build for engine in found.engines)
 
 
-def test_two_builds_differ_in_the_figures_of_the_build_alone(checkpoint: Path, tmp_path: Path) -> None:
-    old, new = build(checkpoint, tmp_path / "old"), build(checkpoint, tmp_path / "new")
+def test_two_builds_differ_in_the_figures_of_the_build_alone(
+    checkpoint: Path, plain_bundle: Path, tmp_path: Path
+) -> None:
+    old, new = open_bundle(str(linked(plain_bundle, tmp_path / "old"))), build(checkpoint, tmp_path / "new")
     manifest = json.loads((new.path / "manifest.json").read_text())
     change_manifest(new.path, engines=[engine | {"build_seconds": 99.0} for engine in manifest["engines"]])
     found = diff_bundles(old, open_bundle(new.path))
