@@ -170,4 +170,4 @@ def test_the_command(
     assert "it edits with 4 steps at" in done.stdout
     assert qie(*asked).returncode == 0
     assert "has these tables already" in qie("add-schedule", copied, "--steps", "5", "--model", checkpoint).stdout
-    assert "5 steps at" in qie("inspect", copied).stdout
+    assert "4, 5, 8, 20 steps at" in qie("inspect", copied).stdout
