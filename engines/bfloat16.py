@@ -12,7 +12,9 @@ __all__ = ["narrow", "round_to_bfloat16", "widen"]
 def widen(stored: NDArray[np.generic]) -> NDArray[np.float32]:
     """Convert bfloat16 bits (uint16) or float32 to float32."""
     if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return np.asarray(stored, dtype=np.float32)
 
 

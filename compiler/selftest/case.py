@@ -34,6 +34,7 @@ compute_capability = "{capability}"
 memory_gib = {memory:.2f}
 backends = ["{backend}"]
 noise = "float32"
+modulation = "weights"
 
 [limits]
 build_workspace_gib = {workspace:.2f}

@@ -94,7 +94,7 @@ def component_feed(executed: Executed, case: GoldenCase, component: Component, *
 def _prepared(bundle: Bundle, case: GoldenCase) -> list[Prepared]:
     """The two copies of every image."""
     request, manifest = request_of(case), bundle.manifest
-    return prepare_images(request, resolve(request, manifest), manifest.model.areas)
+    return prepare_images(request, resolve(request, manifest, denoises=False), manifest.model.areas)
 
 
 def _own(bundle: Bundle, case: GoldenCase) -> Arrays:

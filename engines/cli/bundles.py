@@ -23,6 +23,7 @@ from qie.engines.terminal import (
 if TYPE_CHECKING:
     from qie.engines.bundle.bundle import Bundle
     from qie.engines.bundle.manifest import EngineRecord, GraphRecord, Manifest
+    from qie.engines.bundle.specs import Size
 
 __all__ = ["inspect", "list_bundles", "rm"]
 
@@ -175,7 +176,10 @@ def _schedules(manifest: "Manifest") -> str:
     """The schedules with tables, and whether others can be computed."""
     from qie.engines.inputs.stored_schedules import stored_schedules
 
-    found = [f"{s.steps} steps at {', '.join(map(str, s.sizes))}" for s in stored_schedules(manifest)]
+    steps: dict[tuple[Size, ...], list[str]] = {}
+    for schedule in stored_schedules(manifest):
+        steps.setdefault(schedule.sizes, []).append(str(schedule.steps))
+    found = [f"{', '.join(counts)} steps at {', '.join(map(str, sizes))}" for sizes, counts in steps.items()]
     if manifest.model.modulation.file is not None:
         found.append("any other from the modulation weights")
     return "; ".join(found) or "none"

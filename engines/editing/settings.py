@@ -54,8 +54,13 @@ class Settings:
         return self.guidance > 1
 
 
-def resolve(request: Request, manifest: Manifest) -> Settings:
+def resolve(request: Request, manifest: Manifest, *, denoises: bool = True) -> Settings:
     """Fill in the defaults of a bundle and check everything that needs neither images' contents nor a tokenizer.
+
+    Args:
+        request: what to edit and how.
+        manifest: of the bundle.
+        denoises: False for what needs no modulation, and so takes any schedule.
 
     Raises:
         ImageError: there is no image, there are too many, or the last one is too narrow.
@@ -83,7 +88,7 @@ def resolve(request: Request, manifest: Manifest) -> Settings:
         raise RequestError(
             f"the number of steps is {steps}, expected at most {steps_max}; use fewer steps", option="steps"
         )
-    size, elsewhere = _with_tables(request, manifest, steps, size, own)
+    size, elsewhere = _with_tables(request, manifest, steps, size, own) if denoises else (size, None)
     moved = moved or elsewhere is not None
     guidance = manifest.defaults.guidance if request.guidance is None else request.guidance
     if not abs(guidance) <= GUIDANCE_MAX:

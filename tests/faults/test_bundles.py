@@ -6,9 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from qie.engines.files import sha256_of
 from tests.support.command_line import RUN, Qie, Refusal, assert_says
 from tests.support.damage import Break, change_json, change_manifest, cut, flip
 
@@ -78,7 +79,8 @@ def test_damaged_tables_are_made_again(qie: Qie, bundle: Path) -> None:
     common = ("run", "photo.png", "x", "--seed", "1", "--steps", "4")
     assert qie(*common, "--bundle", "bad", "-o", "bad.png").returncode == 0
     assert qie(*common, "--bundle", bundle, "-o", "good.png").returncode == 0
-    assert sha256_of(Path("bad.png")) == sha256_of(Path("good.png"))
+    bad, good = (np.asarray(Image.open(name)).astype(int) for name in ("bad.png", "good.png"))
+    assert np.abs(bad - good).max() <= 1  # a build multiplies all timesteps together: another order of sums
 
 
 def test_a_damaged_bundle_is_listed_and_can_be_deleted(qie: Qie, bundle: Path, qie_home: Path) -> None:

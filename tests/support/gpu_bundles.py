@@ -56,6 +56,7 @@ compute_capability = "{capability}"
 memory_gib = {memory}
 backends = ["{backend}"]
 noise = "float32"
+modulation = "weights"
 residency = "{residency}"
 
 [shapes]

@@ -1,6 +1,9 @@
 """Schedules that are added to a bundle: from its checkpoint, as the weights would have them, or not at all."""
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -158,6 +161,28 @@ def test_a_stop_in_the_middle_leaves_the_old_bundle(copied: Path, checkpoint: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+KILLED = """
+import os, signal, sys
+from qie import add_schedule
+def stop(what, done, total):
+    if what == "modulation" and 2 * done > total:
+        os.kill(os.getpid(), signal.SIGKILL)
+add_schedule(sys.argv[1], steps=5, model=sys.argv[2], progress=stop)
+"""
+
+
+def test_a_kill_in_the_middle_leaves_the_old_bundle(copied: Path, checkpoint: Path, tmp_path: Path) -> None:
+    before = content(copied)
+    killed = subprocess.run([sys.executable, "-c", KILLED, copied, checkpoint], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert content(copied) == before
+    verify(open_bundle(copied))
+    assert 5 in [
+        schedule.steps for schedule in stored_schedules(add_schedule(copied, steps=5, model=checkpoint).manifest)
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_the_command(
     qie: Callable[..., CompletedProcess[str]], workplace: Path, copied: Path, checkpoint: Path
 ) -> None:
@@ -170,4 +195,4 @@ def test_the_command(
     assert "it edits with 4 steps at" in done.stdout
     assert qie(*asked).returncode == 0
     assert "has these tables already" in qie("add-schedule", copied, "--steps", "5", "--model", checkpoint).stdout
-    assert "5 steps at" in qie("inspect", copied).stdout
+    assert "4, 5, 8, 20 steps at" in qie("inspect", copied).stdout

@@ -17,6 +17,7 @@ gpu = "L40S"
 compute_capability = "8.9"
 memory_gib = 44.5
 backends = ["onnxruntime"]
+modulation = "weights"
 
 [components.language]
 backend = "tensorrt-llm"
