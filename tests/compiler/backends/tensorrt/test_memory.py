@@ -28,6 +28,10 @@ CASES = [
 """``test_full_width.py`` compares the transformer for the L40S, whose engine it compiles."""
 
 
+LIBRARIES = 97_000_000
+"""Resident bytes of the compiler's own files: the peak less the private memory and the weights of a build."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The transformer's last block is unlike the others; the vision tower has windows in all blocks but the last."""
@@ -55,7 +59,7 @@ def test_a_plan_counts_what_the_compiler_reserves(model: Model, component: Any, 
 @pytest.mark.slow
 @pytest.mark.soak
 def test_a_part_takes_the_host_memory_that_a_plan_counts(model: Model, tmp_path: Path) -> None:
-    """Beside the weights, which are mapped from their file: 0.2 GB and 1.6 times their bytes."""
+    """Beside the weights and libraries, which are mapped from files: 0.2 GB and 1.6 times the bytes of the weights."""
     recipe = load_recipe("l40s")
     graph, record = full_width_graph("transformer", model, recipe, "fp8")
     assert record is not None
@@ -64,7 +68,7 @@ def test_a_part_takes_the_host_memory_that_a_plan_counts(model: Model, tmp_path:
         written = write_full_width(part, replace(record, quantized=quantized), model, recipe, tmp_path)
         engine = BUILDERS["tensorrt-rtx"].build(replace(written, part=number), tmp_path, key="k", recipe=recipe)
         weights = total_bytes(part.weights)
-        planned, measured = build_bytes("tensorrt-rtx", part, weights), engine.build_peak_bytes - weights
+        planned, measured = build_bytes("tensorrt-rtx", part, weights), engine.build_peak_bytes - weights - LIBRARIES
         assert 0.5 * planned <= measured <= planned, f"measured {measured:,}, planned {planned:,} bytes"
         assert engine.part == number
         (tmp_path / engine.path).unlink()
