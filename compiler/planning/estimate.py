@@ -4,16 +4,14 @@ Everything is counted from the graphs (``qie.compiler.planning.cost``): time for
 that the engines take. Times are roofline bounds from the GPU's datasheet, not measurements.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
-from qie.compiler.graphs.graph import DTYPES, Graph
+from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.parts import block_bytes
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
-from qie.compiler.planning.parts import HOST_BASE, build_bytes
+from qie.compiler.planning.parts import HOST_BASE, build_bytes, io_bytes, tensor_bytes
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
@@ -333,7 +331,7 @@ def _estimate(
     costs = [cost(part, largest, scores=on_cpu, compiled=compiled) for part in parts]
     at_largest = max(costs, key=lambda each: each.activation_bytes)
     activation = at_largest.activation_bytes
-    io = costs[0].io_bytes if len(parts) == 1 else _io_bytes(parts, largest)
+    io = costs[0].io_bytes if len(parts) == 1 else io_bytes(parts, largest)
     io += (steps - 1) * _step_bytes(planned.graph)
     if BACKENDS[backend].source == "tensorrt-llm":
         io = language_io_bytes(plan.model.language, largest)
@@ -385,31 +383,9 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _io_bytes(parts: Sequence[Graph], sizes: Mapping[str, int]) -> int:
-    """Bytes of the inputs and outputs of all parts, each once, and of the hidden states between them.
-
-    Hidden states take turns in two sets of tensors (``qie.engines.sessions.parts``), those with the tokens of a prompt
-    in as many again, because a negative prompt has another length.
-    """
-    hidden = [
-        {spec.name for spec in part.outputs} & {spec.name for spec in after.inputs} for part, after in pairwise(parts)
-    ]
-    between = set().union(*hidden)
-    ends = {spec.name: spec for part in parts for spec in (*part.inputs, *part.outputs) if spec.name not in between}
-    crossing = [spec for spec in parts[0].outputs if spec.name in hidden[0]]
-    states = sum(
-        _bytes(spec.shape(sizes), spec.dtype) * (1 if "latent_tokens" in spec.dims else 2) for spec in crossing
-    )
-    return sum(_bytes(spec.shape(sizes), spec.dtype) for spec in ends.values()) + min(len(hidden), 2) * states
-
-
 def _step_bytes(graph: Graph) -> int:
     """Bytes of the inputs that differ from step to step; all their dims are fixed."""
-    return sum(_bytes(spec.shape({}), spec.dtype) for spec in graph.inputs if spec.name in STEP_INPUTS)
-
-
-def _bytes(shape: Sequence[int], dtype: str) -> int:
-    return math.prod(shape) * DTYPES[dtype].numpy().itemsize
+    return sum(tensor_bytes(spec.shape({}), spec.dtype) for spec in graph.inputs if spec.name in STEP_INPUTS)
 
 
 def _gib(count: float) -> str:

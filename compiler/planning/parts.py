@@ -5,7 +5,8 @@ A component whose weights are too many is built as several consecutive engines, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from qie.compiler.graphs.graph import DTYPES, Graph
 from qie.compiler.graphs.parts import balanced, block_bytes, split
@@ -15,7 +16,7 @@ from qie.engines.backends import BACKENDS
 from qie.engines.errors import BuildError, RecipeError
 from qie.engines.machine import GIB, memory_bytes
 
-__all__ = ["HOST_BASE", "build_bytes", "divided", "host_memory"]
+__all__ = ["HOST_BASE", "build_bytes", "divided", "host_memory", "io_bytes", "tensor_bytes"]
 
 HOST_BASE = 200_000_000
 """Private memory of a building process beside its weights, measured with the ``host_factor`` of ``BACKENDS``."""
@@ -65,7 +66,7 @@ def build_bytes(backend: BackendName, graph: Graph, weights: int) -> int:
     factor = BACKENDS[backend].host_factor
     if factor is not None:
         return HOST_BASE + int(factor * weights)
-    largest = max(math.prod(w.shape) * DTYPES[w.dtype].numpy().itemsize for w in graph.weights)
+    largest = max(tensor_bytes(w.shape, w.dtype) for w in graph.weights)
     return HOST_BASE + HOST_TENSORS * largest
 
 
@@ -99,6 +100,29 @@ def divided(graph: Graph, recipe: Recipe, backends: Sequence[BackendName], memor
         fitting = (n for n in counts if _needed(_largest(sizes, balanced(sizes, n)), backends) <= memory)
         count = next(fitting, 1) if _needed(max(sizes), backends) <= memory else 1
     return split(graph, count)
+
+
+def io_bytes(parts: Sequence[Graph], sizes: Mapping[str, int]) -> int:
+    """Bytes of the inputs and outputs of all parts, each once, and of the hidden states between them.
+
+    Hidden states take turns in two sets of tensors (``qie.engines.sessions.parts``), those with the tokens of a prompt
+    in as many again, because a negative prompt has another length.
+    """
+    hidden = [
+        {spec.name for spec in part.outputs} & {spec.name for spec in after.inputs} for part, after in pairwise(parts)
+    ]
+    between = set().union(*hidden)
+    ends = {spec.name: spec for part in parts for spec in (*part.inputs, *part.outputs) if spec.name not in between}
+    crossing = [spec for spec in parts[0].outputs if spec.name in hidden[0]]
+    states = sum(
+        tensor_bytes(spec.shape(sizes), spec.dtype) * (1 if "latent_tokens" in spec.dims else 2) for spec in crossing
+    )
+    return sum(tensor_bytes(spec.shape(sizes), spec.dtype) for spec in ends.values()) + min(len(hidden), 2) * states
+
+
+def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * DTYPES[dtype].numpy().itemsize
 
 
 def _from_graph(backends: Sequence[BackendName]) -> list[BackendName]:

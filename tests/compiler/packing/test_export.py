@@ -47,6 +47,14 @@ def test_with_weights(make: Make, checkpoint: Path) -> None:
     assert np.array_equal(stored[name], tensors[name])
 
 
+def test_a_component_in_parts_is_exported_whole(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "parts.toml").write_text('extends = "cpu"\n[components.transformer]\nparts = 2\n')
+    plan = make(str(tmp_path / "parts.toml"), weights=False)
+    assert [file.name for file in export_graphs(plan, weights=False)] == [f"{name}.onnx" for name in COMPONENTS]
+    names = [file.name for file in export_graphs(plan, weights=False, in_parts=True)]
+    assert names[3:5] == ["transformer.0.onnx", "transformer.1.onnx"]
+
+
 def test_without_weights(make: Make, tmp_path: Path) -> None:
     bare = write_checkpoint(tmp_path / "bare", ARCHITECTURES["tiny"], weights=False)
     plan = make(source=bare, weights=False)

@@ -79,6 +79,27 @@ def test_finishing(left_from_a100: Bundle) -> None:
         finish_bundle(finished)
 
 
+def test_finishing_in_parts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part waits for its engine, and the engines of all parts replace the graphs."""
+    recipe = small("a100")
+    transformer = replace(recipe.components.transformer, parts=2)
+    recipe = replace(recipe, components=replace(recipe.components, transformer=transformer))
+    bundle = build(checkpoint, tmp_path / "bundle", recipe)
+    names = ["transformer.0.onnx", "transformer.1.onnx"]
+    assert [graph.path for graph in bundle.manifest.graphs if graph.component == "transformer"] == names
+    there = replace(BACKENDS["tensorrt"], build_module="tensorrt_rtx", builds_on_gpu=False)
+    monkeypatch.setitem(BACKENDS, "tensorrt", there)
+    finished = finish_bundle(bundle)
+    built = [(e.backend, e.part, e.path) for e in finished.manifest.engines if e.component == "transformer"]
+    assert built == [
+        (backend, part, f"transformer.{part}.{backend}-8.0.engine")
+        for backend in ("tensorrt", "tensorrt-rtx")
+        for part in (0, 1)
+    ]
+    assert finished.manifest.graphs == () and not list(finished.path.glob("*.onnx"))
+    verify(finished)
+
+
 def test_what_cannot_be_built_here_waits(left_from_a100: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the language model for TensorRT-LLM on a machine with TensorRT alone."""
     manifest = left_from_a100.manifest

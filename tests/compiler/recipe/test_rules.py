@@ -15,6 +15,13 @@ from tests.support.recipes import GPU, refusal, write
         ("[components.vae_encoder]\nscheme = 'fp8'", "vae_encoder cannot be quantized; use"),
         ("[components.vision]\nscheme = 'int8-smooth'", "vision cannot be quantized; use"),
         ("[components.vae_decoder]\nattention = 'fp8'", "vae_decoder cannot be quantized; use"),
+        ("[components.vision]\nparts = 2", "components.vision.parts in FILE is 2, but vision cannot be divided; leave"),
+        ("[components.transformer]\nparts = 65", "parts in FILE is 65; set it to a whole number from 1 to 64"),
+        ("[components.transformer]\nparts = 1.5", "parts in FILE is 1.5; set it to a whole number from 1 to 64"),
+        (
+            "[components.language]\nbackend = 'tensorrt-llm'\nparts = 2",
+            'components.language.backend in FILE is "tensorrt-llm", which is built whole and not in parts; name',
+        ),
         ("[limits]\nbuild_workspace_gib = 25", "limits.build_workspace_gib in FILE is more than memory_gib (24)"),
         ("[shapes]\nbatch = { opt = 9 }", "shapes.batch in FILE is { min = 1, opt = 9, max = 4 }; choose values"),
         ("[shapes]\nprompt_tokens = { min = 300 }", "shapes.prompt_tokens in FILE is { min = 300, opt = 256"),

@@ -1,5 +1,6 @@
 """The memory that a plan counts against what TensorRT for RTX reserves, at the published width."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 
 from qie.compiler.backends import BUILDERS
 from qie.compiler.checkpoint.model import Model
+from qie.compiler.graphs.parts import split
 from qie.compiler.planning.cost import cost
+from qie.compiler.planning.parts import build_bytes
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.recipe.load import load_recipe
+from qie.compiler.weights.stream import total_bytes
 from qie.engines.bundle.manifest import COMPONENTS
 from tests.support.full_width import full_width_graph, full_width_model, write_full_width
 
@@ -22,6 +26,10 @@ CASES = [
     for gpu in ("l40s", "a100")
 ]
 """``test_full_width.py`` compares the transformer for the L40S, whose engine it compiles."""
+
+
+LIBRARIES = 97_000_000
+"""Resident bytes of the compiler's own files: the peak less the private memory and the weights of a build."""
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +54,21 @@ def test_a_plan_counts_what_the_compiler_reserves(model: Model, component: Any, 
         (tmp_path / name).unlink()
     planned = cost(graph, largest_dims(component, recipe, model), compiled=True).activation_bytes
     assert planned == pytest.approx(engine.activation_bytes, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_part_takes_the_host_memory_that_a_plan_counts(model: Model, tmp_path: Path) -> None:
+    """Beside the weights and libraries, which are mapped from files: 0.2 GB and 1.6 times the bytes of the weights."""
+    recipe = load_recipe("l40s")
+    graph, record = full_width_graph("transformer", model, recipe, "fp8")
+    assert record is not None
+    for number, part in enumerate(split(graph, 2)):
+        quantized = sum(weight.quantizer is not None and weight.scale_of is None for weight in part.weights)
+        written = write_full_width(part, replace(record, quantized=quantized), model, recipe, tmp_path)
+        engine = BUILDERS["tensorrt-rtx"].build(replace(written, part=number), tmp_path, key="k", recipe=recipe)
+        weights = total_bytes(part.weights)
+        planned, measured = build_bytes("tensorrt-rtx", part, weights), engine.build_peak_bytes - weights - LIBRARIES
+        assert 0.5 * planned <= measured <= planned, f"measured {measured:,}, planned {planned:,} bytes"
+        assert engine.part == number
+        (tmp_path / engine.path).unlink()
