@@ -22,6 +22,7 @@ __all__ = [
     "WORK_LOCK",
     "HeldFolder",
     "clear_leftovers",
+    "is_held",
     "leftovers",
     "remove_folder",
     "remove_leftover",
@@ -143,7 +144,7 @@ def restore_moved(parent: Path, name: str | None = None) -> None:
 
 def leftovers(parent: Path) -> tuple[Path, ...]:
     """The leftover folders in ``parent``, of any name, that nobody uses."""
-    return tuple(path for path, _, _ in leftovers_of(parent) if path.is_dir() and not _is_held(path))
+    return tuple(path for path, _, _ in leftovers_of(parent) if path.is_dir() and not is_held(path))
 
 
 def remove_folder(path: Path) -> bool:
@@ -269,7 +270,8 @@ def _open_lock(folder: Path) -> tuple[str, int | None]:
     return "", None
 
 
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
+    """Whether somebody uses ``folder``, or that cannot be told."""
     try:
         _, descriptor = _open_lock(folder)
     except OSError:

@@ -20,7 +20,7 @@ __all__ = ["build"]
 
 
 @overload
-def build(model: "Plan", *, progress: Progress = ...) -> Bundle: ...
+def build(model: "Plan", *, images: str | Path | None = ..., progress: Progress = ...) -> Bundle: ...
 
 
 @overload
@@ -30,6 +30,7 @@ def build(
     gpu: str | Path = ...,
     loras: Sequence[LoraSource] = ...,
     calibration: str | Path | None = ...,
+    images: str | Path | None = ...,
     out: str | Path | None = ...,
     name: str | None = ...,
     revision: str | None = ...,
@@ -47,6 +48,7 @@ def build(
     gpu: str | Path = "cpu",
     loras: Sequence[LoraSource] = (),
     calibration: str | Path | None = None,
+    images: str | Path | None = None,
     out: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -59,13 +61,16 @@ def build(
     """Build a bundle and put it at its destination, in place of an earlier one.
 
     What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines of an
-    earlier bundle with an equal key and undamaged files are kept.
+    earlier bundle with an equal key and undamaged files are kept. Where the recipe quantizes and there is no
+    calibration, one is made (``calibrated``).
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next ten arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the arguments of that name belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
+        images: folder of images to make the calibration of, with or without a plan; None for the built-in ones where
+            one has to be made.
         out: see ``plan_build``.
         name: see ``plan_build``.
         revision: see ``plan_build``.
@@ -101,6 +106,7 @@ def build(
         )
         plan = model
 
+    from qie.compiler.packing.calibrate import calibrated, check_images
     from qie.compiler.packing.pack import pack
     from qie.compiler.planning.checks import check_buildable, check_download
     from qie.compiler.planning.estimate import check_fit
@@ -108,7 +114,9 @@ def build(
 
     clear_leftovers(plan.destination.resolve())
     check_buildable(plan)
+    check_images(plan, images, calibration)
     check_fit(plan)
     check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
     checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
-    return pack(replace(plan, checkpoint=checkpoint), progress=progress)
+    plan = calibrated(replace(plan, checkpoint=checkpoint), images=images, progress=progress)
+    return pack(plan, progress=progress)
