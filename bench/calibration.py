@@ -1,9 +1,9 @@
-"""Calibration of the published width: ``python -m bench.calibration [--scheme NAME] [--layers N] [--checkpoint FOLDER]``.
+"""Calibration at the published width: ``python -m bench.calibration [--scheme NAME] [--checkpoint FOLDER]``.
 
-The checkpoint has the published widths, ``--layers`` blocks and as many layers of the language model and the vision
-tower, and made-up weights; it is written into FOLDER where that does not exist. The benchmark makes the calibration of a
-build with the scheme, its samples made of the built-in images, and extrapolates the time to all blocks by that of those
-in the middle. Memory is that of the process, of which the checkpoint's maker is none.
+The checkpoint has the published widths, few blocks of the transformer, the language model and the vision tower, and
+made-up weights; it is written into FOLDER where that does not exist. The benchmark makes the calibration of a build
+with the scheme, of the built-in images, and extrapolates the time to all blocks by that of those in the middle. Memory
+is that of this process; the checkpoint is written in another one.
 """
 
 import re
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +60,15 @@ def main() -> None:
         checkpoint = replace(checkpoint, model=calibration_model(checkpoint.model))
         samples = draw_samples(read_images(IMAGES, options.samples), INSTRUCTIONS, options.samples)
         times: dict[str, list[float]] = {}
-        start = time.perf_counter()
+        cpu: dict[str, list[float]] = {}
+        start = time.perf_counter(), time.process_time()
         last = start
 
         def progress(what: str, done: int, total: int) -> None:
             nonlocal last
-            now = time.perf_counter()
-            times.setdefault(what, []).append(now - last)
+            now = time.perf_counter(), time.process_time()
+            times.setdefault(what, []).append(now[0] - last[0])
+            cpu.setdefault(what, []).append(now[1] - last[1])
             last = now
 
         measure(
@@ -77,28 +80,41 @@ def main() -> None:
             partial=PartialCalibration(path=temporary / "reached", key=""),
             progress=progress,
         )
-        seconds = time.perf_counter() - start
-    blocks = {name: fmean(times[name][2:-1]) for name in PUBLISHED}  # without the beginning, the first and the last
-    whole = seconds + sum((count - (len(times[name]) - 1)) * blocks[name] for name, count in PUBLISHED.items())
+        seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    whole, blocks = of_all(times, seconds)
+    cpu_whole, cpu_blocks = of_all(cpu, cpu_seconds)
     figures = {
         "scheme": options.scheme,
         "samples": options.samples,
         "area": checkpoint.model.areas.vae_area,
         "block_seconds": blocks,
+        "block_cpu_seconds": cpu_blocks,
         "segment_seconds": times,
+        "segment_cpu_seconds": cpu,
         "all_seconds": whole,
+        "all_cpu_seconds": cpu_whole,
         "peak_bytes": peak_bytes(),
     }
     machine = environment()
     rows = [
         ["CPU", f"{machine['cpu']}, {machine['cores']} cores"],
         ["scheme", options.scheme],
-        *([f"one block of {name}", f"{of_one:.1f} s"] for name, of_one in blocks.items()),
-        ["all of 60, 28 and 32, extrapolated", human_seconds(whole)],
+        *(
+            [f"one block of {name}", f"{of_one:.1f} s, CPU time {cpu_blocks[name]:.1f} s"]
+            for name, of_one in blocks.items()
+        ),
+        ["all of 60, 28 and 32, extrapolated", f"{human_seconds(whole)}, CPU time {human_seconds(cpu_whole)}"],
         ["peak memory", f"{figures['peak_bytes'] / 1e9:.2f} GB"],
     ]
     print(table(rows))
     write_report(options, figures)
+
+
+def of_all(segments: Mapping[str, Sequence[float]], seconds: float) -> tuple[float, dict[str, float]]:
+    """Seconds of all blocks, and of one: a mean without the beginning, the first block and the last."""
+    blocks = {name: fmean(segments[name][2:-1]) for name in PUBLISHED}
+    more = (PUBLISHED[name] - (len(segments[name]) - 1) for name in PUBLISHED)
+    return seconds + sum(count * of_one for count, of_one in zip(more, blocks.values(), strict=True)), blocks
 
 
 def peak_bytes() -> int:

@@ -337,7 +337,7 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
     """Statistics over noised latents of images against those over denoising trajectories of the same images."""
     checkpoint = open_checkpoint(str(options.checkpoint))
     readers = checkpoint.readers()
-    samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
+    samples = draw_samples(read_images(options.images, 32), INSTRUCTIONS, 32)
     calibration = measure(checkpoint, readers, samples, model=checkpoint.digest())
     feeds: list[Feed] = []
     for sample in samples[:: len(samples) // 8]:

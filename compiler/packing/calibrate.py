@@ -18,7 +18,7 @@ from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache, open_ch
 from qie.compiler.planning.calibration import SAMPLES, calibration_model, needed_schemes
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import with_calibration
-from qie.compiler.quantization.calibration import SCHEMA, Calibration, read_calibration, write_calibration
+from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.measure import measure
 from qie.compiler.quantization.partial import PartialCalibration
@@ -36,7 +36,7 @@ IMAGES = Path(__file__).parents[2] / "recipes" / "calibration"
 """The images that come with qie."""
 
 METHOD = 1
-"""Changes with what is measured and how, so that what was kept before is made again."""
+"""Changes with what is measured, how, and in which format it is kept, so that what was kept before is made again."""
 
 _PAUSE = 0.2
 """Seconds between two looks at a calibration that another build makes."""
@@ -72,7 +72,7 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
     same, this one waits.
 
     Args:
-        plan: of a build, with its weights.
+        plan: of a build; missing weights are downloaded.
         images: folder of images; None for the built-in ones where the plan has no calibration. With it, another
             calibration than that of the plan is made.
         progress: called with what runs, units done and units in all.
@@ -84,10 +84,10 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
     """
     if not plan.recipe.quantizes or (plan.calibration is not None and images is None):
         return plan
-    checkpoint = _plain(plan.checkpoint)
+    checkpoint = _plain(plan.checkpoint.with_weights(progress=partial(progress, "download")))
     samples = draw_samples(read_images(IMAGES if images is None else Path(images), SAMPLES), INSTRUCTIONS, SAMPLES)
     model = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
-    schemes = needed_schemes(plan)
+    schemes = needed_schemes(plan.recipe)
     key = _key(checkpoint, model, samples, schemes)
     folder = qie_home() / CALIBRATIONS
     path = folder / f"{key}.npz"
@@ -123,7 +123,7 @@ def _key(
     checkpoint: Checkpoint, model: str, samples: Sequence[CalibrationSample], schemes: Sequence[SchemeName]
 ) -> str:
     """Digest of everything that decides a calibration."""
-    decides = [SCHEMA, METHOD, model, digest(samples), list(schemes), checkpoint.model.areas.vae_area]
+    decides = [METHOD, model, digest(samples), list(schemes), checkpoint.model.areas.vae_area]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 

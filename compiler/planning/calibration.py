@@ -9,7 +9,7 @@ from qie.compiler.planning.cost import cost
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.workload import Workload, sizes_of
 from qie.compiler.quantization.schemes import SCHEMES
-from qie.compiler.recipe.schema import SchemeName
+from qie.compiler.recipe.schema import Recipe, SchemeName
 from qie.engines.bundle.manifest import COMPONENTS, Component
 from qie.engines.bundle.specs import Size
 from qie.engines.inputs.sizes import calculate_dimensions
@@ -67,12 +67,12 @@ def planned_calibration(plan: Plan) -> PlannedCalibration | None:
     return PlannedCalibration(samples=SAMPLES, size=size, flops=flops, cores=os.cpu_count() or 1)
 
 
-def calibration_model(model: Model) -> Model:
-    """``model`` with images of at most ``AREA``."""
-    return replace(model, areas=replace(model.areas, vae_area=min(AREA, model.areas.vae_area)))
+def calibration_model(model: Model, area: int = AREA) -> Model:
+    """``model`` with images of at most ``area`` square pixels."""
+    return replace(model, areas=replace(model.areas, vae_area=min(area, model.areas.vae_area)))
 
 
-def needed_schemes(plan: Plan) -> tuple[SchemeName, ...]:
-    """The schemes that the recipe of ``plan`` uses."""
-    used = {plan.recipe.components[component].scheme for component in COMPONENTS}
+def needed_schemes(recipe: Recipe) -> tuple[SchemeName, ...]:
+    """The schemes that ``recipe`` uses."""
+    used = {recipe.components[component].scheme for component in COMPONENTS}
     return tuple(name for name in SCHEMES if name in used)
