@@ -29,7 +29,7 @@ from qie.engines.terminal import table
 
 TRIES: dict[str, tuple[int, int]] = {
     "128 x 128": (128, 0), "128 x 128, other noise": (128, 1000), "128 x 128, other noise again": (128, 2000),
-    "96 x 96": (96, 0), "64 x 64": (64, 0),
+    "96 x 96": (96, 0), "64 x 64": (64, 0), "32 x 32": (32, 0),
 }  # fmt: skip
 """Name -> side of the samples' images, and what is added to the seeds of their noise."""
 

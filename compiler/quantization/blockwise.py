@@ -281,6 +281,7 @@ def _open(model: onnx.ModelProto) -> ort.InferenceSession:
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # execute Q/DQ as written, products in float32
     options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of what is an initializer
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # weights are read meanwhile
     options.enable_cpu_mem_arena = False  # frees memory between nodes
     available = ort.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

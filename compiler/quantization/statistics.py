@@ -1,6 +1,5 @@
 """Statistics of one component: the amax of what its linears read, and the smoothing scales of each block."""
 
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,25 +12,16 @@ from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantization.block_weights import Readers
 from qie.compiler.quantization.blockwise import Segment, Values, no_preparation, run
 from qie.compiler.quantization.linears import attention_input_names, attention_inputs, linear_inputs, linears
-from qie.compiler.quantization.schemes import SCHEMES, Scheme
-from qie.compiler.quantization.smoothing import Group, smoothing_groups, smoothing_scales
+from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.quantization.smoothing import smoothing_groups
+from qie.compiler.quantization.smoothing_search import Observed, best_smoothing, largest_magnitudes
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.progress import Progress
 
 __all__ = ["Found", "LinearStatistics"]
 
-ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""The values of alpha that are tried for every group."""
-
 ROWS = 512
 """Tokens, over all samples, on which a smoothing is tried."""
-
-MAX_ERROR_RATIO = 0.95
-"""A smoothing that costs a multiplication must bring the error below this share of the error without it."""
-
-COLUMNS = 768
-"""Output channels of a linear on which a smoothing is tried. The error is a mean over them, and each is quantized with
-a scale of its own, so that a part tells what all do."""
 
 Array = NDArray[np.float32]
 
@@ -124,7 +114,7 @@ class LinearStatistics:
             readers.setdefault(self.inputs[name], []).append(name)
         for value, names in readers.items():
             x = values[value].reshape(-1, values[value].shape[-1])
-            amax = _amax(x)
+            amax = largest_magnitudes(x)
             for name in names:
                 _raise(self.found.amax, name, amax)
             if self.schemes:
@@ -139,7 +129,8 @@ class LinearStatistics:
         for weight, attention in self._weights_before_attention():
             if weight in weights:
                 for name, value in zip(attention_input_names(attention), self.attentions[attention], strict=True):
-                    _raise(self.found.amax, name, _amax(values[value].reshape(-1, values[value].shape[-1])))
+                    x = values[value].reshape(-1, values[value].shape[-1])
+                    _raise(self.found.amax, name, largest_magnitudes(x))
 
     def _weights_before_attention(self) -> list[tuple[str, str]]:
         """A weight of the segment of each attention, and the attention's name."""
@@ -153,76 +144,29 @@ class LinearStatistics:
         names = set(self._linears_of(segment))
         for group in self.groups if self.schemes else ():
             if names.issuperset(group.consumers):
-                rows = {name: np.concatenate(self._rows[name][1::2] or self._rows[name]) for name in group.consumers}
+                rows = {self.inputs[name]: self._judged(name) for name in group.consumers}
+                observed = {
+                    name: Observed(
+                        rows=rows[self.inputs[name]], fitted_amax=self._fitted_amax[name], amax=self.found.amax[name]
+                    )
+                    for name in group.consumers
+                }
                 weights = {name: tensors[f"{name}.weight"] for name in group.consumers}
                 for scheme in self.schemes:
-                    chosen = self._best_smoothing(group, SCHEMES[scheme], rows, weights)
+                    chosen = best_smoothing(group, SCHEMES[scheme], observed, weights)
                     if chosen is not None:
                         self.found.add(scheme, group.name, *chosen)
         for name in names:
             self._rows.pop(name, None)
             self._fitted_amax.pop(name, None)
 
+    def _judged(self, name: str) -> Array:
+        """Rows of the input of a linear from the samples that a smoothing is judged on."""
+        return np.concatenate(self._rows[name][1::2] or self._rows[name])
+
     def _linears_of(self, segment: Segment) -> list[str]:
         names = {weight.name.removesuffix(".weight") for weight in segment.weights}
         return [name for name in self.inputs if name in names]
-
-    def _best_smoothing(
-        self, group: Group, scheme: Scheme, rows: Mapping[str, Array], weights: Mapping[str, Array]
-    ) -> tuple[float, Array] | None:
-        """Alpha and scales with the least error, or None where the group is as good without smoothing.
-
-        Scales follow the amax of inputs where the scheme quantizes these (SmoothQuant), their mean magnitude where it
-        does not (AWQ). Scales are fitted to every other sample and judged on the rest, because a channel that fills its
-        range is clipped where another sample has more of it. The scales of the chosen alpha are then fitted to all
-        samples.
-        """
-        names = group.consumers
-        if scheme.inputs is None:
-            inputs = np.mean([np.abs(rows[name]).mean(0) for name in names], axis=0)
-        else:
-            inputs = np.max([self._fitted_amax[name] for name in names], axis=0)
-        widest = np.max([_amax(weights[name].T) for name in names], axis=0)
-        inputs, widest = group.reduce_max(inputs), group.reduce_max(widest)
-        weights = {name: _some_columns(name, weights[name]) for name in names}
-        exact = {name: rows[name] @ weights[name] for name in names}
-
-        def error(scales: Array) -> float:
-            total = 0.0
-            for name in names:
-                expanded = group.expand(scales)
-                x = rows[name] / expanded
-                if scheme.inputs is not None:
-                    amax = (self._fitted_amax[name] / expanded).max()
-                    x = scheme.inputs.fake_quantize(x, scheme.inputs.scale_from_amax(amax))
-                product = x @ scheme.weights.fake_quantize(weights[name] * expanded[:, None])
-                total += float(np.square(product - exact[name]).mean() / np.square(exact[name]).mean())
-            return total
-
-        least = error(np.ones(len(inputs), np.float32)) * (1.0 if group.producers else MAX_ERROR_RATIO)
-        best_alpha = None
-        for alpha in ALPHAS:
-            alpha_error = error(smoothing_scales(inputs, widest, alpha))
-            if alpha_error < least:
-                least, best_alpha = alpha_error, alpha
-        if best_alpha is None:
-            return None
-        if scheme.inputs is not None:
-            inputs = group.reduce_max(np.max([self.found.amax[name] for name in names], axis=0))
-        return best_alpha, smoothing_scales(inputs, widest, best_alpha)
-
-
-def _amax(x: Array) -> Array:
-    """The largest magnitude in each column, without a copy of all magnitudes."""
-    return np.maximum(x.max(0), -x.min(0)) + np.float32(0)  # never -0
-
-
-def _some_columns(name: str, weight: Array) -> Array:
-    """At most ``COLUMNS`` columns of the weight [in, out] of the linear ``name``: for one name always the same."""
-    if weight.shape[1] <= COLUMNS:
-        return weight
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return np.ascontiguousarray(weight[:, np.sort(rng.choice(weight.shape[1], COLUMNS, replace=False))])
 
 
 def _raise(amax: dict[str, Array], name: str, values: Array) -> None:
