@@ -21,9 +21,10 @@ def calibration_lines(plan: "Plan") -> list[str]:
     made = planned_calibration(plan)
     assert made is not None
     cores = f"{made.cores} core{'s' if made.cores > 1 else ''}"
+    time = f"about {human_seconds(made.seconds)}" if made.seconds >= 10 else "a few seconds"
     return [
         wrap(
-            f"calibration: {made.samples} samples at {made.size}, about {human_seconds(made.seconds)} on {cores}; "
+            f"calibration: {made.samples} samples at {made.size}, {time} on {cores}; "
             "an earlier build's is used where it is the same"
         )
     ]

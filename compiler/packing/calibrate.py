@@ -78,9 +78,8 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
         progress: called with what runs, units done and units in all.
 
     Raises:
-        CalibrationError: ``images`` has no images.
+        CalibrationError: ``images`` has no images, or the calibration cannot be kept in ``qie_home()``.
         CheckpointError: weights are missing, damaged or of another shape.
-        OSError: the calibration cannot be kept in ``qie_home()``.
     """
     if not plan.recipe.quantizes or (plan.calibration is not None and images is None):
         return plan
@@ -93,8 +92,9 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
     path = folder / f"{key}.npz"
     kept = _kept(path, model)
     if kept is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _working(folder / f"{key}.partial", path) as work:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _working(folder / f"{key}.partial") as work:
             kept = _kept(path, model)
             if kept is None:
                 made = measure(
@@ -106,7 +106,8 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
                     partial=PartialCalibration(path=work / "reached", key=key),
                     progress=progress,
                 )
-                write_calibration(made, path)
+                with _writing(folder):
+                    write_calibration(made, path)
                 (work / "reached").unlink(missing_ok=True)
                 kept = read_calibration(path)
         remove_leftover(folder / f"{key}.partial")
@@ -137,12 +138,26 @@ def _kept(path: Path, model: str) -> Calibration | None:
 
 
 @contextmanager
-def _working(folder: Path, result: Path) -> Iterator[Path]:
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what to do where ``folder`` cannot be written."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CalibrationError(
+            f"a calibration cannot be kept in {folder} ({error.strerror}); set QIE_HOME to a folder with free space"
+        ) from error
+
+
+@contextmanager
+def _working(folder: Path) -> Iterator[Path]:
     """The folder of a calibration that is being made, held by this process; waits while another one holds it."""
     while True:
-        folder.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with _writing(folder):
+                folder.mkdir(exist_ok=True)
+                descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue  # it was deleted meanwhile
         try:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +58,11 @@ class PartialCalibration:
     key: str
 
     def write(self, reached: Reached) -> None:
-        """Replace the file."""
+        """Replace the file; one that cannot be written is not worth a failure."""
+        with suppress(OSError):
+            self._write(reached)
+
+    def _write(self, reached: Reached) -> None:
         arrays = dict(_arrays(reached))
         about = {
             "key": self.key,

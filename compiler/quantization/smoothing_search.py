@@ -98,7 +98,7 @@ class _Trial:
         self._scheme, self._observed, self._weights = scheme, observed, weights
         self._exact = {name: observed[name].rows @ weight.T for name, weight in weights.items()}
         self._power = {name: float(np.vdot(exact, exact)) or 1.0 for name, exact in self._exact.items()}
-        self._scratch = np.empty(max(weight.size for weight in weights.values()), np.float32)
+        self._scratch = np.empty(max(CACHED, *(weight.shape[1] for weight in weights.values())), np.float32)
 
     def error(self, scales: Array) -> float:
         """The relative squared error of the products with inputs divided by ``scales`` [in]; a sum over linears."""

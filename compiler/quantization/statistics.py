@@ -1,6 +1,8 @@
 """Statistics of one component: the amax of what its linears read, and the smoothing scales of each block."""
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from qie.compiler.quantization.block_weights import Readers
 from qie.compiler.quantization.blockwise import Segment, Values, no_preparation, run
 from qie.compiler.quantization.linears import attention_input_names, attention_inputs, linear_inputs, linears
 from qie.compiler.quantization.schemes import SCHEMES
-from qie.compiler.quantization.smoothing import smoothing_groups
+from qie.compiler.quantization.smoothing import Group, smoothing_groups
 from qie.compiler.quantization.smoothing_search import Observed, best_smoothing, largest_magnitudes
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.progress import Progress
@@ -22,6 +24,9 @@ __all__ = ["Found", "LinearStatistics"]
 
 ROWS = 512
 """Tokens, over all samples, on which a smoothing is tried."""
+
+THREADS = os.cpu_count() or 1
+"""Groups whose smoothing is searched at once."""
 
 Array = NDArray[np.float32]
 
@@ -142,20 +147,24 @@ class LinearStatistics:
     def _smooth(self, segment: Segment, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Choose the smoothing of the groups of ``segment``, and drop the rows that it was chosen on."""
         names = set(self._linears_of(segment))
-        for group in self.groups if self.schemes else ():
-            if names.issuperset(group.consumers):
-                rows = {self.inputs[name]: self._judged(name) for name in group.consumers}
-                observed = {
-                    name: Observed(
-                        rows=rows[self.inputs[name]], fitted_amax=self._fitted_amax[name], amax=self.found.amax[name]
-                    )
-                    for name in group.consumers
-                }
-                weights = {name: tensors[f"{name}.weight"] for name in group.consumers}
-                for scheme in self.schemes:
-                    chosen = best_smoothing(group, SCHEMES[scheme], observed, weights)
-                    if chosen is not None:
-                        self.found.add(scheme, group.name, *chosen)
+
+        def choose(group: Group) -> dict[SchemeName, tuple[float, Array] | None]:
+            rows = {self.inputs[name]: self._judged(name) for name in group.consumers}
+            observed = {
+                name: Observed(
+                    rows=rows[self.inputs[name]], fitted_amax=self._fitted_amax[name], amax=self.found.amax[name]
+                )
+                for name in group.consumers
+            }
+            weights = {name: tensors[f"{name}.weight"] for name in group.consumers}
+            return {scheme: best_smoothing(group, SCHEMES[scheme], observed, weights) for scheme in self.schemes}
+
+        groups = [group for group in self.groups if self.schemes and names.issuperset(group.consumers)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for group, chosen in zip(groups, pool.map(choose, groups), strict=True):
+                for scheme, smoothing in chosen.items():
+                    if smoothing is not None:
+                        self.found.add(scheme, group.name, *smoothing)
         for name in names:
             self._rows.pop(name, None)
             self._fitted_amax.pop(name, None)

@@ -129,6 +129,12 @@ def test_two_builds_at_once_make_one(plan: Plan, qie_home: Path) -> None:
     assert kept(qie_home) == [".npz"]
 
 
+def test_a_home_that_cannot_be_written(plan: Plan, qie_home: Path) -> None:
+    (qie_home / "calibrations").write_text("a file")
+    with pytest.raises(CalibrationError, match=r"cannot be kept in .*calibrations .*; set QIE_HOME to"):
+        calibrated(plan)
+
+
 def test_clean_lists_what_is_kept_and_what_was_left(plan: Plan, qie_home: Path) -> None:
     calibrated(plan)
     left = qie_home / "calibrations" / "0.partial"
@@ -146,7 +152,7 @@ def test_clean_lists_what_is_kept_and_what_was_left(plan: Plan, qie_home: Path) 
 
 def test_the_plan_says_it(qie: Qie, checkpoint: Path, tmp_path: Path) -> None:
     text = " ".join(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run").stdout.split())
-    assert "calibration: 8 samples at 128x128, about" in text
+    assert "calibration: 8 samples at 128x128, a few seconds on" in text
     facts = json.loads(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run", "--json").stdout)
     assert (facts["calibration"]["samples"], facts["calibration"]["width"]) == (8, 128)
     assert "calibration: 8 samples" in qie("plan", checkpoint, "--gpu", recipe(tmp_path)).stdout

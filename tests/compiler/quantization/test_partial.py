@@ -9,6 +9,7 @@ import pytest
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
+from qie.compiler.quantization import statistics
 from qie.compiler.quantization.calibration import Calibration, write_calibration
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.measure import measure
@@ -81,6 +82,21 @@ def test_without_smoothing_only_what_fp8_needs_is_measured(
     assert set(whole.smoothing_scales) == {"int8-smooth"}
     assert made.amax.keys() == whole.amax.keys()
     assert all(np.array_equal(values, whole.amax[name]) for name, values in made.amax.items())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(
+    tiny_checkpoint: Checkpoint,
+    readers: dict[Any, TensorReader],
+    two_samples: tuple[CalibrationSample, ...],
+    whole: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+) -> None:
+    monkeypatch.setattr(statistics, "THREADS", threads)
+    again = measure(tiny_checkpoint, readers, two_samples, model="m", schemes=SCHEMES)
+    assert written(again, tmp_path / "again.npz") == written(whole, tmp_path / "whole.npz")
 
 
 REACHED = Reached(
