@@ -337,7 +337,7 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
     """Statistics over noised latents of images against those over denoising trajectories of the same images."""
     checkpoint = open_checkpoint(str(options.checkpoint))
     readers = checkpoint.readers()
-    samples = draw_samples(read_images(options.images), INSTRUCTIONS, 32)
+    samples = draw_samples(read_images(options.images, 32), INSTRUCTIONS, 32)
     calibration = measure(checkpoint, readers, samples, model=checkpoint.digest())
     feeds: list[Feed] = []
     for sample in samples[:: len(samples) // 8]:
@@ -351,9 +351,9 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
         feeds += transformer_feeds(exact, record(exact, case))
     statistics = LinearStatistics(GRAPHS["transformer"](checkpoint.model, "float32"), readers, len(feeds))
     statistics.run(feeds, lambda what, done, total: None)
-    ratios = np.array([calibration.amax[name].max() / amax.max() for name, amax in statistics.amax.items()])
+    ratios = np.array([calibration.amax[name].max() / amax.max() for name, amax in statistics.found.amax.items()])
     channels = np.concatenate(
-        [calibration.amax[name] / np.maximum(amax, 1e-6) for name, amax in statistics.amax.items()]
+        [calibration.amax[name] / np.maximum(amax, 1e-6) for name, amax in statistics.found.amax.items()]
     )
     figures = {
         "samples": len(samples),
@@ -365,9 +365,9 @@ def compare_calibrations(options: argparse.Namespace, exact: Editor, folder: Pat
     }
     trajectory_calibration = replace(
         calibration,
-        amax=calibration.amax | statistics.amax,
+        amax=calibration.amax | statistics.found.amax,
         smoothing_scales={
-            scheme: scales | statistics.smoothing_scales.get(scheme, {})
+            scheme: scales | statistics.found.smoothing_scales.get(scheme, {})
             for scheme, scales in calibration.smoothing_scales.items()
         },
     )

@@ -22,6 +22,7 @@ __all__ = [
     "WORK_LOCK",
     "HeldFolder",
     "clear_leftovers",
+    "is_held",
     "leftovers",
     "remove_folder",
     "remove_leftover",
@@ -156,7 +157,7 @@ def resumed_bytes(path: Path) -> int:
     """Bytes that ``resumed_folder`` would take up or free for ``path``."""
     path = path.resolve()
     found = [folder for folder, _, kind in leftovers_of(path.parent, path.name) if kind == "pieces"]
-    return sum(size_of(folder, alone=True) for folder in found if not _is_held(folder))
+    return sum(size_of(folder, alone=True) for folder in found if not is_held(folder))
 
 
 def clear_leftovers(path: Path) -> None:
@@ -181,7 +182,7 @@ def restore_moved(parent: Path, name: str | None = None) -> None:
 
 def leftovers(parent: Path) -> tuple[Path, ...]:
     """The leftover folders in ``parent``, of any name, that nobody uses."""
-    return tuple(path for path, _, _ in leftovers_of(parent) if path.is_dir() and not _is_held(path))
+    return tuple(path for path, _, _ in leftovers_of(parent) if path.is_dir() and not is_held(path))
 
 
 def remove_folder(path: Path) -> bool:
@@ -333,7 +334,8 @@ def _open_lock(folder: Path) -> tuple[str, int | None]:
     return "", None
 
 
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
+    """Whether somebody uses ``folder``, or that cannot be told."""
     try:
         _, descriptor = _open_lock(folder)
     except OSError:

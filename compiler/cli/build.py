@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qie.compiler.cli.calibration_lines import calibration_facts, calibration_lines
 from qie.compiler.cli.options import (
     DEFAULT_MODEL,
     AllowUnreadOption,
@@ -40,6 +41,12 @@ def build(
     name: Annotated[str | None, typer.Option(help="Name of the bundle.", show_default="MODEL-GPU")] = None,
     lora: LoraOption = None,
     calibration: CalibrationOption = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images to calibrate with, like those to be edited.", show_default="built-in images"
+        ),
+    ] = None,
     revision: RevisionOption = None,
     schedule: ScheduleOption = None,
     allow_unread: AllowUnreadOption = False,
@@ -95,6 +102,9 @@ def build(
         language=language,
         memory_gib=memory_gib,
     )
+    from qie.compiler.packing.calibrate import check_images
+
+    check_images(plan, images, calibration)
     if not as_json:
         say(describe(plan))
     elif dry_run:
@@ -104,7 +114,7 @@ def build(
     if not overwrite:
         _ask_before_replacing(plan)
     with Bars(enabled=not as_json) as bars:
-        bundle = build_bundle(plan, stream=stream, progress=bars)
+        bundle = build_bundle(plan, images=images, stream=stream, progress=bars)
     return _print_built(bundle, as_json=as_json)
 
 
@@ -155,6 +165,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
         "modulation": plan.recipe.modulation,
         "modulation_bytes": plan.modulation_bytes,
         "tables_bytes": plan.tables_bytes,
+        "calibration": calibration_facts(plan),
         "components": [
             {
                 "component": c.component,
@@ -187,6 +198,7 @@ def describe(plan: "Plan") -> str:
     ]
     if plan.checkpoint.revision is not None:
         heading.append(f"download: {_download(plan)}")
+    heading += calibration_lines(plan)
     sections = ["\n".join(heading), _components(plan)]
     problem = next(filter(None, (missing_builder(plan, c.component) for c in plan.components)), None)
     if problem is not None:

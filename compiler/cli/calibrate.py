@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
@@ -35,6 +36,16 @@ def calibrate(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=4096, help="Number of forward passes to observe.")] = 32,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="RECIPE", help="Recipe to measure for.", show_default="all schemes, for every recipe"
+        ),
+    ] = None,
+    side: Annotated[
+        int | None,
+        typer.Option(min=64, help="Reduce images to the area of a square with this side.", show_default="the model's"),
+    ] = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also rank the linears by error, and choose which to exclude.")
     ] = False,
@@ -52,12 +63,15 @@ def calibrate(
 ) -> None:
     """Measure the scales that FP8 and INT8 need.
 
+    `qie build` does this itself where there is no calibration, with fewer samples and without a ranking.
+
     Runs edits of your images through the model block by block, in float32 and without PyTorch.
     """
     from qie.compiler.planning.resolve import compile_packages
 
     with compile_packages():
         from qie.compiler.checkpoint.checkpoint import open_checkpoint
+        from qie.compiler.planning.calibration import calibration_model
         from qie.compiler.planning.checks import check_download
         from qie.compiler.quantization.calibration import read_calibration
         from qie.compiler.quantization.measure import calibrate_model
@@ -76,9 +90,12 @@ def calibrate(
         read_calibration(out)  # nothing but a calibration is replaced
     names = [_checked(name, SCHEMES, "scheme") for name in scheme or ["fp8"]]
     quantizable = _checked(component, QUANTIZABLE, "component")
+    measured = _schemes_of(recipe) if recipe is not None else tuple(SCHEMES)
     texts = INSTRUCTIONS if instructions is None else _lines(instructions)
     drawn = draw_samples(read_images(images, samples), texts, samples)
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
+    if side is not None:
+        checkpoint = replace(checkpoint, model=calibration_model(checkpoint.model, side * side))
     check_download(checkpoint, destination=out, output_bytes=0)
     with Bars(enabled=not as_json) as bars:
         calibration, rankings = calibrate_model(
@@ -87,6 +104,7 @@ def calibrate(
             out,
             component=quantizable,
             schemes=[name for name in SCHEMES if name in names] if sensitivity else (),
+            measured=(*measured, *(names if sensitivity else ())),
             budget=budget,
             ranking=ranking,
             progress=bars,
@@ -129,6 +147,17 @@ def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:
             f"unknown {option} {name!r}, expected one of {', '.join(table)}; choose one", option=option
         )
     return key
+
+
+def _schemes_of(recipe: str) -> tuple[SchemeName, ...]:
+    """The schemes of a recipe."""
+    from qie.compiler.planning.calibration import needed_schemes
+    from qie.compiler.recipe.load import load_recipe
+
+    resolved = load_recipe(recipe)
+    if not resolved.quantizes:
+        raise CalibrationError(f"the recipe {recipe} does not quantize; name one that does", option="for")
+    return needed_schemes(resolved)
 
 
 def _lines(path: Path) -> list[str]:

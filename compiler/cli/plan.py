@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qie.compiler.cli.calibration_lines import calibration_facts, calibration_lines
 from qie.compiler.cli.options import (
     DEFAULT_MODEL,
     GpuOption,
@@ -74,6 +75,7 @@ def facts(estimated: "Estimate", refused: "QieError | None") -> dict[str, Any]:
         "edit": to_plain(estimated.workload),
         "components": [to_plain(component) for component in estimated.components],
         "language": [to_plain(component) for component in estimated.language],
+        "calibration": calibration_facts(plan),
         "disk_bytes": estimated.disk_bytes,
         "gpu_bytes": estimated.gpu_bytes,
         "gpu_memory_bytes": int(recipe.memory_gib * GIB),
@@ -106,6 +108,7 @@ def describe(estimated: "Estimate") -> str:
             _build_table(estimated),
             "",
             f"host memory: {human_memory(estimated.host_bytes)} of {human_memory(plan.memory)}",
+            *calibration_lines(plan),
             "",
             f"{where} memory in the largest edit that the recipe allows",
             "",

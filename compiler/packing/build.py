@@ -20,7 +20,9 @@ __all__ = ["build"]
 
 
 @overload
-def build(model: "Plan", *, stream: bool = ..., progress: Progress = ...) -> Bundle: ...
+def build(
+    model: "Plan", *, images: str | Path | None = ..., stream: bool = ..., progress: Progress = ...
+) -> Bundle: ...
 
 
 @overload
@@ -30,6 +32,7 @@ def build(
     gpu: str | Path = ...,
     loras: Sequence[LoraSource] = ...,
     calibration: str | Path | None = ...,
+    images: str | Path | None = ...,
     out: str | Path | None = ...,
     name: str | None = ...,
     revision: str | None = ...,
@@ -49,6 +52,7 @@ def build(
     gpu: str | Path = "cpu",
     loras: Sequence[LoraSource] = (),
     calibration: str | Path | None = None,
+    images: str | Path | None = None,
     out: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -64,13 +68,16 @@ def build(
 
     What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines of an
     earlier bundle with an equal key and undamaged files are kept. What a build that failed or was stopped had completed
-    is taken up by the next build of the same destination.
+    is taken up by the next build of the same destination. Where the recipe quantizes and there is no calibration, one
+    is made (``calibrated``).
 
     Args:
-        model: a plan, or a model as ``plan_build`` takes it; the next eleven arguments belong to the latter.
+        model: a plan, or a model as ``plan_build`` takes it; the arguments of that name belong to the latter.
         gpu: see ``plan_build``.
         loras: see ``plan_build``.
         calibration: see ``plan_build``.
+        images: folder of images to make the calibration of, with or without a plan; None for the built-in ones where
+            one has to be made.
         out: see ``plan_build``.
         name: see ``plan_build``.
         revision: see ``plan_build``.
@@ -110,6 +117,7 @@ def build(
         )
         plan = model
 
+    from qie.compiler.packing.calibrate import calibrated, check_images
     from qie.compiler.packing.pack import pack
     from qie.compiler.packing.pieces import open_pieces
     from qie.compiler.packing.shard_sources import check_whole, shard_source
@@ -121,6 +129,7 @@ def build(
     clear_leftovers(plan.destination.resolve())
     source = shard_source(plan.checkpoint) if stream else None
     check_buildable(plan, more_bytes=0 if source is None else max(shard.bytes for shard in source.shards.values()))
+    check_images(plan, images, calibration)
     check_fit(plan)
     if source is None:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
@@ -130,4 +139,5 @@ def build(
             checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
         else:
             checkpoint = plan.checkpoint.streamed(source, pieces.folder / "shard", progress=partial(progress, "fetch"))
-        return pack(replace(plan, checkpoint=checkpoint), pieces, progress=progress)
+        plan = calibrated(replace(plan, checkpoint=checkpoint), images=images, progress=progress)
+        return pack(plan, pieces, progress=progress)

@@ -27,7 +27,6 @@ def check_buildable(plan: Plan, *, more_bytes: int = 0) -> None:
 
     Raises:
         BackendMissingError: no builder of this qie serves the recipe, or it is not installed.
-        CalibrationError: a component is quantized, and there is no calibration.
         CheckpointError: the configs of the checkpoint do not belong together.
         BuildError: the destination holds something else than a bundle, or its disk is too small.
     """
@@ -37,7 +36,6 @@ def check_buildable(plan: Plan, *, more_bytes: int = 0) -> None:
             raise BackendMissingError(
                 f"{reason}; build on a machine that meets this, or use the recipe cpu", option="gpu"
             )
-    check_calibrated(plan)
     check_tokenizer(plan.checkpoint)
     path = plan.destination
     if path.exists() and not is_bundle(path) and not (path.is_dir() and not any(path.iterdir())):

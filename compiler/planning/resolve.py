@@ -16,8 +16,9 @@ from qie.engines.files import is_link_loop
 
 if TYPE_CHECKING:
     from qie.compiler.planning.plan import Plan
+    from qie.compiler.quantization.calibration import Calibration
 
-__all__ = ["LoraSource", "bundle_name", "compile_packages", "plan_build"]
+__all__ = ["LoraSource", "bundle_name", "compile_packages", "plan_build", "with_calibration"]
 
 LoraSource = str | Path | tuple[str | Path, float]
 """A LoRA to fuse: ``"PATH"``, ``"PATH:WEIGHT"`` or (path, weight)."""
@@ -50,7 +51,7 @@ def plan_build(
         gpu: recipe, by name or by path of a .toml file.
         loras: LoRAs to fuse into the transformer, in this order; the weight is 1 where none is given.
         calibration: file written by ``qie calibrate``; None for the recipe's, else the checkpoint's own,
-            which is read where the recipe quantizes.
+            which is read where the recipe quantizes. Where there is none, the build makes one.
         out: folder of the bundle; None for a folder by name in ``$QIE_HOME/bundles``.
         name: name of the bundle there; None for MODEL-GPU, and after it ``language`` and the LoRAs.
         revision: branch, tag or commit of a hub id.
@@ -106,6 +107,27 @@ def plan_build(
         allow_unread=allow_unread,
         device=device,
         memory_gib=memory_gib,
+    )
+
+
+def with_calibration(plan: "Plan", calibration: "Calibration") -> "Plan":
+    """``plan``, planned again with ``calibration``.
+
+    Raises:
+        QieError: see ``make_plan``.
+    """
+    from qie.compiler.planning.plan import make_plan
+
+    return make_plan(
+        plan.checkpoint,
+        recipe_name=plan.recipe_name,
+        recipe=plan.recipe,
+        loras=plan.loras,
+        destination=plan.destination,
+        calibration=calibration,
+        schedule=plan.schedule,
+        allow_unread=plan.allow_unread,
+        device=plan.device,
     )
 
 

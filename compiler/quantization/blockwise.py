@@ -4,11 +4,11 @@ A graph is cut where its blocks begin (``transformer_blocks.7``, ``layers.7``). 
 onnxruntime executes it for all samples before the weights of the next segment are read.
 """
 
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -16,24 +16,31 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from qie.compiler.checkpoint.safetensors import TensorReader
-from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.blocks import by_block, read_by
 from qie.compiler.graphs.graph import IR_VERSION, OPSET, Graph
-from qie.compiler.weights.stream import write_weights
+from qie.compiler.quantization.block_weights import BlockWeights, Readers, read_weights
+from qie.compiler.weights.prepare import check_weights
 from qie.compiler.weights.weight import Weight
 from qie.engines.progress import Progress
 
-__all__ = ["Readers", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
+__all__ = ["Segment", "Values", "loaded", "no_preparation", "read_later", "run", "run_segments", "segments"]
+
+
+def no_preparation(segment: "Segment", samples: Sequence["Values"]) -> None:
+    """Prepare nothing before a segment."""
+
 
 Values = dict[str, NDArray[Any]]
 """Name in the graph -> value, of one sample."""
 
-Readers = Mapping[Subfolder, TensorReader]
-"""The tensors of a checkpoint."""
+BeforeSegment = Callable[["Segment", Sequence[Values]], None]
+"""Called with a segment that runs next, and the samples."""
 
 AfterSample = Callable[["Segment", int, Values], None]
 """Called with a segment, the index of a sample, and what the segment read and computed of it."""
+
+AfterSegment = Callable[["Segment", Values], None]
+"""Called with a segment after its last sample, and its weights as the graph reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,28 +65,35 @@ class Segment:
     makes: tuple[str, ...]
     types: Mapping[str, int]
 
-    def write(self, folder: Path, readers: Readers, outputs: Sequence[str]) -> Path:
-        """Write the segment as a graph with these outputs, and its weights, into ``folder``."""
-        written = write_weights(self.weights, readers, folder / "weights")
-        stored = []
-        for weight in self.weights:
-            offset, length = written.places[weight.name]
-            tensor = onnx.TensorProto(name=weight.name, data_type=self.types[weight.name], dims=weight.shape)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", "weights"), ("offset", offset), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            stored.append(tensor)
+    @property
+    def rows(self) -> dict[str, tuple[str, str]]:
+        """Weights of which a sample needs only some rows, as those of an embedding -> name of the row numbers, which
+        the segment reads, and of the value that the rows are."""
+        used = Counter(name for node in self.nodes for name in read_by(node))
+        names = {weight.name for weight in self.weights}
+        return {
+            node.input[0]: (node.input[1], node.output[0])
+            for node in self.nodes
+            if node.op_type == "Gather"
+            and all(attribute.i == 0 for attribute in node.attribute if attribute.name == "axis")
+            and node.input[0] in names
+            and used[node.input[0]] == 1
+            and node.input[1] in self.reads
+        }
+
+    def model(self, weights: BlockWeights, outputs: Sequence[str]) -> onnx.ModelProto:
+        """The segment as a model with these outputs. What it reads and its float32 weights are inputs, because
+        onnxruntime uses the memory of an input, and copies that of an initializer."""
+        rows = {taken for _, taken in self.rows.values()}
+        inputs = list(dict.fromkeys((*self.reads, *weights.fed, *rows)))
         graph = helper.make_graph(
-            self.nodes,
+            [node for node in self.nodes if rows.isdisjoint(node.output)],
             self.name,
-            [helper.make_tensor_value_info(name, self.types[name], None) for name in self.reads],
+            [helper.make_tensor_value_info(name, self.types[name], None) for name in inputs],
             [helper.make_tensor_value_info(name, self.types[name], None) for name in outputs],
-            [*self.constants, *stored],
+            [*self.constants, *weights.stored],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        path = folder / "segment.onnx"
-        path.write_bytes(model.SerializeToString())
-        return path
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
 def segments(graph: Graph) -> tuple[Segment, ...]:
@@ -119,8 +133,11 @@ def run(
     progress: Progress,
     *,
     watch: Mapping[str, Sequence[str]] | None = None,
+    before_segment: BeforeSegment = no_preparation,
     after_sample: AfterSample = lambda segment, sample, values: None,
-    after_segment: Callable[[Segment], None] = lambda segment: None,
+    after_segment: AfterSegment = lambda segment, weights: None,
+    start: int = 0,
+    reached: Callable[[int], None] = lambda number: None,
     limit: int | None = None,
 ) -> None:
     """Run ``samples`` through ``graph``, in place.
@@ -131,18 +148,29 @@ def run(
         samples: inputs of the graph before, its outputs after.
         progress: called after each segment.
         watch: see ``run_segments``.
+        before_segment: see ``run_segments``.
         after_sample: see ``run_segments``.
-        after_segment: called with each segment after the last sample.
+        after_segment: see ``run_segments``.
+        start: see ``run_segments``.
+        reached: called after each segment with the number of segments that are done.
         limit: number of segments after which to stop; None for all.
     """
     cut = segments(graph)
-    for number, segment in enumerate(
-        run_segments(cut, readers, samples, watch=watch, after_sample=after_sample), start=1
-    ):
-        after_segment(segment)
+    check_weights([weight for segment in cut[start:limit] for weight in segment.weights], readers)
+    ran = run_segments(
+        cut[:limit],
+        readers,
+        samples,
+        watch=watch,
+        before_segment=before_segment,
+        after_sample=after_sample,
+        after_segment=after_segment,
+        start=start,
+        later=frozenset(name for segment in cut[limit or len(cut) :] for name in segment.reads),
+    )
+    for number, _ in enumerate(ran, start=start + 1):
+        reached(number)
         progress(graph.component, number, len(cut))
-        if number == limit:
-            break
 
 
 def run_segments(
@@ -151,45 +179,78 @@ def run_segments(
     samples: Sequence[Values],
     *,
     watch: Mapping[str, Sequence[str]] | None = None,
+    before_segment: BeforeSegment = no_preparation,
     after_sample: AfterSample = lambda segment, sample, values: None,
+    after_segment: AfterSegment = lambda segment, weights: None,
+    start: int = 0,
+    later: frozenset[str] = frozenset(),
 ) -> Iterator[Segment]:
     """Run ``samples`` through the segments ``cut``, in place, and yield each segment after its last sample.
 
-    A sample holds the graph's inputs before and its outputs after; values that nothing reads any more are dropped.
+    A sample holds the graph's inputs before and its outputs after; values that nothing reads any more are dropped. The
+    weights of the next segment are read in a thread while a segment runs.
 
     Args:
         cut: the segments of a graph.
         readers: the checkpoint's tensors.
-        samples: the values of each sample.
+        samples: the values of each sample, in front of segment ``start``.
         watch: weight -> values that ``after_sample`` also gets for the segment of that weight.
+        before_segment: called before every segment.
         after_sample: called after every run with what the segment read and computed.
+        after_segment: called after the last sample of every segment.
+        start: number of the segment to begin with.
+        later: values to keep although nothing in ``cut`` reads them.
     """
     watched = watch or {}
-    for number, segment in enumerate(cut):
-        later = read_later(cut, number)
-        extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
-        with loaded(segment, readers, [name for name in extra if name not in segment.reads]) as compute:
-            for sample, values in enumerate(samples):
-                computed = compute(values)
-                after_sample(segment, sample, values | computed)
-                values |= {name: computed[name] for name in segment.makes}
-                for name in [name for name in values if name not in later]:
-                    del values[name]
-                del computed
-        yield segment
+    with ThreadPoolExecutor(1, "qie-weights") as pool:
+        coming = None
+        for number, segment in enumerate(cut[start:], start=start):
+            kept = read_later(cut, number) | later
+            extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
+            before_segment(segment, samples)
+            weights = read_weights(segment.weights, segment.rows, readers) if coming is None else coming.result()
+            coming = None
+            if number + 1 < len(cut):
+                following = cut[number + 1]
+                coming = pool.submit(read_weights, following.weights, following.rows, readers)
+            outputs = [name for name in extra if name not in segment.reads]
+            with _session(segment, weights, outputs) as compute:
+                for sample, values in enumerate(samples):
+                    computed = compute(values)
+                    after_sample(segment, sample, values | computed)
+                    values |= {name: computed[name] for name in segment.makes}
+                    for name in [name for name in values if name not in kept]:
+                        del values[name]
+                    del computed
+                after_segment(segment, weights.fed)
+            del weights, compute
+            yield segment
 
 
 @contextmanager
-def loaded(segment: Segment, readers: Readers, extra: Sequence[str] = ()) -> Iterator[Callable[[Values], Values]]:
+def loaded(segment: Segment, readers: Readers) -> Iterator[Callable[[Values], Values]]:
+    """A function from a sample's values to those that ``segment`` makes of them."""
+    check_weights(segment.weights, readers)
+    with _session(segment, read_weights(segment.weights, segment.rows, readers), ()) as compute:
+        yield compute
+
+
+@contextmanager
+def _session(segment: Segment, weights: BlockWeights, extra: Sequence[str]) -> Iterator[Callable[[Values], Values]]:
     """A function from a sample's values to those that ``segment`` makes of them, and to the values ``extra``."""
     outputs = list(dict.fromkeys((*segment.makes, *extra)))
-    with tempfile.TemporaryDirectory(prefix="qie-") as folder:
-        session = _session(segment.write(Path(folder), readers, outputs))
+    weights.widen()
+    session = _open(segment.model(weights, outputs))
 
-        def compute(values: Values) -> Values:
-            return dict(zip(outputs, session.run(outputs, {name: values[name] for name in segment.reads}), strict=True))
+    def compute(values: Values) -> Values:
+        feed = {name: values[name] for name in segment.reads} | weights.fed
+        for name, (numbers, taken) in segment.rows.items():
+            feed[taken] = weights.rows_of(name, values[numbers])
+        feed = {name: feed[name] for name in inputs}
+        return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
-        yield compute
+    inputs = [value.name for value in session.get_inputs()]
+    yield compute
 
 
 def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
@@ -197,12 +258,13 @@ def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
     return frozenset(name for segment in cut[number + 1 :] for name in segment.reads) | frozenset(cut[-1].makes)
 
 
-def _session(path: Path) -> ort.InferenceSession:
+def _open(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # execute Q/DQ as written, products in float32
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped, without a second copy
+    options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of what is an initializer
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # weights are read meanwhile
     options.enable_cpu_mem_arena = False  # frees memory between nodes
     available = ort.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    return ort.InferenceSession(str(path), options, providers=providers)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=providers)

@@ -5,7 +5,7 @@ memory, the smoothing of its groups is chosen too: the alpha with the smallest o
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,20 @@ from pathlib import Path
 from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache
 from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Readers
+from qie.compiler.graphs.graph import Graph
+from qie.compiler.quantization.block_weights import Readers
+from qie.compiler.quantization.blockwise import Values, no_preparation, run
 from qie.compiler.quantization.calibration import Calibration, write_calibration
+from qie.compiler.quantization.partial import PartialCalibration, Reached
+from qie.compiler.quantization.sample_modulation import SampleModulation
 from qie.compiler.quantization.samples import (
     CalibrationSample,
     component_values,
     digest,
-    language_values,
-    transformer_values,
+    prompt_values,
+    sample_modulation,
+    step_values,
+    vision_values,
 )
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.sensitivity import Sensitivity, sensitivity
@@ -40,6 +46,7 @@ def calibrate_model(
     *,
     component: Component = "transformer",
     schemes: Sequence[SchemeName] = (),
+    measured: Collection[SchemeName] = tuple(SCHEMES),
     budget: float = 0.02,
     ranking: Path | None = None,
     ranking_samples: int = 16,
@@ -53,6 +60,7 @@ def calibrate_model(
         out: the calibration file to write.
         component: the component to rank.
         schemes: the schemes to rank for; none for a calibration alone.
+        measured: see ``schemes`` of ``measure``.
         budget: relative L2 error that quantization may cause.
         ranking: JSON file to write the rankings into; None to write none.
         ranking_samples: the number of samples used for ranking.
@@ -66,7 +74,7 @@ def calibrate_model(
     checkpoint = checkpoint.with_weights(progress=partial(progress, "download"))
     readers = checkpoint.readers()
     model = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
-    calibration = measure(checkpoint, readers, samples, model=model, progress=progress)
+    calibration = measure(checkpoint, readers, samples, model=model, schemes=measured, progress=progress)
     values = component_values(component, checkpoint, readers, samples[:ranking_samples], progress) if schemes else []
     rankings = [
         sensitivity(
@@ -95,6 +103,8 @@ def measure(
     samples: Sequence[CalibrationSample],
     *,
     model: str,
+    schemes: Collection[SchemeName] = tuple(SCHEMES),
+    partial: PartialCalibration | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """The calibration of ``checkpoint`` over ``samples``, with nothing excluded.
@@ -104,31 +114,100 @@ def measure(
         readers: the checkpoint's tensors.
         samples: forward passes to observe.
         model: digest of the checkpoint.
+        schemes: schemes to choose the smoothing for; largest magnitudes are measured for all.
+        partial: what is kept after every block, from which the next call continues; None to keep nothing.
         progress: called with what runs, segments done and segments in all.
 
     Raises:
         CheckpointError: weights are missing or of another shape.
         RequestError: the model cannot take an image or an instruction.
     """
-    prompts = language_values(checkpoint, readers, samples, progress)
-    language = LinearStatistics(
-        GRAPHS["language"](checkpoint.model, "float32"), readers, len(samples), checkpoint.model.language
+    config = checkpoint.model
+    modulation = sample_modulation(config, readers, samples)
+    statistics = {
+        "language": LinearStatistics(
+            GRAPHS["language"](config, "float32"), readers, len(samples), config.language, schemes=schemes
+        ),
+        "transformer": LinearStatistics(
+            GRAPHS["transformer"](config, "float32"), readers, len(samples), schemes=schemes
+        ),
+    }
+    walk = _Walk(readers, statistics, modulation, partial, progress)
+    vision = walk.run(GRAPHS["vision"](config, "float32"), lambda: vision_values(config, samples))
+    prompts = walk.run(statistics["language"].graph, lambda: prompt_values(checkpoint, samples, vision))
+    walk.run(
+        statistics["transformer"].graph,
+        lambda: step_values(
+            config, readers, samples, [values["prompt_embeds"] for values in prompts], modulation, progress
+        ),
     )
-    language.run(prompts, progress)
-    prompt_embeds = [values["prompt_embeds"] for values in prompts]
-    steps = transformer_values(checkpoint, readers, samples, prompt_embeds, progress)
-    transformer = LinearStatistics(GRAPHS["transformer"](checkpoint.model, "float32"), readers, len(samples))
-    transformer.run(steps, progress)
-    smoothed = [name for name, scheme in SCHEMES.items() if scheme.smoothed]
+    found = [each.found for each in statistics.values()]
+    used = [name for name, scheme in SCHEMES.items() if scheme.smoothed and name in schemes]
     return Calibration(
         model=model,
         name=checkpoint.name,
         data=digest(samples),
         samples=len(samples),
-        amax=language.amax | transformer.amax,
+        amax={name: values for each in found for name, values in each.amax.items()},
         smoothing_scales={
-            name: language.smoothing_scales.get(name, {}) | transformer.smoothing_scales.get(name, {})
-            for name in smoothed
+            name: {g: v for each in found for g, v in each.smoothing_scales.get(name, {}).items()} for name in used
         },
-        alphas={name: language.alphas.get(name, {}) | transformer.alphas.get(name, {}) for name in smoothed},
+        alphas={name: {g: v for each in found for g, v in each.alphas.get(name, {}).items()} for name in used},
     )
+
+
+_ORDER: tuple[Component, ...] = ("vision", "language", "transformer")
+"""What a sample runs through; the VAE's encoder, which is short, runs again where the transformer begins."""
+
+
+class _Walk:
+    """Runs samples through the components in order, from where an earlier run stopped."""
+
+    def __init__(
+        self,
+        readers: Readers,
+        statistics: Mapping[str, LinearStatistics],
+        modulation: SampleModulation,
+        partial: PartialCalibration | None,
+        progress: Progress,
+    ) -> None:
+        self._readers, self._statistics, self._modulation = readers, statistics, modulation
+        self._partial, self._progress = partial, progress
+        self._reached = None if partial is None else partial.read()
+        if self._reached is not None:
+            for component, found in self._reached.found.items():
+                statistics[component].found = found
+
+    def run(self, graph: Graph, begin: Callable[[], list[Values]]) -> list[Values]:
+        """The samples behind ``graph``, in front of which ``begin`` makes them; nothing where it was passed before."""
+        component, reached = graph.component, self._reached
+        done = 0
+        if reached is None:
+            samples = begin()
+        elif _ORDER.index(reached.component) > _ORDER.index(component):
+            return []
+        elif reached.component == component:
+            samples, done = [dict(values) for values in reached.samples], reached.segments
+            if component == "transformer":
+                self._modulation.restore(samples)
+        else:
+            samples = begin()
+        self._reached = None
+
+        def keep(segments: int) -> None:
+            if self._partial is not None:
+                found = {name: each.found for name, each in self._statistics.items()}
+                left = [{n: v for n, v in s.items() if n not in ("modulation", "modulation_out")} for s in samples]
+                self._partial.write(Reached(component=component, segments=segments, samples=left, found=found))
+
+        if component in self._statistics:
+            self._statistics[component].run(
+                samples,
+                self._progress,
+                before_segment=self._modulation.before_segment if component == "transformer" else no_preparation,
+                start=done,
+                reached=keep,
+            )
+        else:
+            run(graph, self._readers, samples, self._progress, start=done, reached=keep)
+        return samples

@@ -17,20 +17,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qie.compiler.checkpoint.checkpoint import Checkpoint
+from qie.compiler.checkpoint.model import Model
 from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.graphs.components import GRAPHS
-from qie.compiler.quantization.blockwise import Readers, Values, run
-from qie.compiler.weights.modulation import CheckpointModulation
+from qie.compiler.quantization.block_weights import Readers
+from qie.compiler.quantization.blockwise import Values, run
+from qie.compiler.quantization.sample_modulation import SampleModulation
 from qie.engines.bundle.manifest import Component
-from qie.engines.bundle.specs import DEFAULT_NEGATIVE
+from qie.engines.bundle.specs import DEFAULT_NEGATIVE, SIDE_MULTIPLE
 from qie.engines.errors import CalibrationError
 from qie.engines.inputs.feeds import encoder_feed, language_feed, transformer_feed, vision_feed
-from qie.engines.inputs.image import load_image, prepare
-from qie.engines.inputs.modulation import compute_tables, split_tables
+from qie.engines.inputs.image import load_image, output_size, prepare
 from qie.engines.inputs.noise import standard_normal
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
-from qie.engines.inputs.vision import vision_inputs
+from qie.engines.inputs.vision import VisionInputs, vision_inputs
 from qie.engines.progress import Progress
 
 __all__ = [
@@ -40,8 +41,12 @@ __all__ = [
     "digest",
     "draw_samples",
     "language_values",
+    "prompt_values",
     "read_images",
+    "sample_modulation",
+    "step_values",
     "transformer_values",
+    "vision_values",
 ]
 
 ASPECTS = (None, 1.0, 16 / 9, 9 / 16)
@@ -114,19 +119,70 @@ def digest(samples: Sequence[CalibrationSample]) -> str:
     return sha256.hexdigest()
 
 
+def vision_values(model: Model, samples: Sequence[CalibrationSample]) -> list[Values]:
+    """The inputs of the vision tower for each sample."""
+    return [vision_feed(_vision_inputs(model, sample)) for sample in samples]
+
+
+def prompt_values(
+    checkpoint: Checkpoint, samples: Sequence[CalibrationSample], vision: Sequence[Values]
+) -> list[Values]:
+    """The inputs of the language model for each sample, from the outputs of the vision tower."""
+    tokenizer, model = load_tokenizer(checkpoint.path), checkpoint.model
+    values: list[Values] = []
+    for sample, outputs in zip(samples, vision, strict=True):
+        grids = _vision_inputs(model, sample).grids
+        tokens = encode(tokenizer, [sample.text], grids, model.prompt, allow_blank=True)
+        values.append(language_feed(tokens, outputs["image_embeds"]))
+    return values
+
+
 def language_values(
     checkpoint: Checkpoint, readers: Readers, samples: Sequence[CalibrationSample], progress: Progress
 ) -> list[Values]:
     """The inputs of the language model for each sample; runs the vision tower."""
-    model = checkpoint.model
-    tokenizer = load_tokenizer(checkpoint.path)
-    inputs = [vision_inputs([prepare(s.image, model.areas).vision], model.processor) for s in samples]
-    vision: list[Values] = [vision_feed(one) for one in inputs]
-    run(GRAPHS["vision"](model, "float32"), readers, vision, progress)
+    vision = vision_values(checkpoint.model, samples)
+    run(GRAPHS["vision"](checkpoint.model, "float32"), readers, vision, progress)
+    return prompt_values(checkpoint, samples, vision)
+
+
+def sample_modulation(model: Model, readers: Readers, samples: Sequence[CalibrationSample]) -> SampleModulation:
+    """The modulation of each sample at its sigma."""
+    return SampleModulation(model.transformer, readers["transformer"], _sigmas(model, samples))
+
+
+def step_values(
+    model: Model,
+    readers: Readers,
+    samples: Sequence[CalibrationSample],
+    prompts_1LD: Sequence[NDArray[np.float32]],
+    modulation: SampleModulation,
+    progress: Progress,
+) -> list[Values]:
+    """The inputs of the transformer for each sample, whose prompt embeddings are ``prompts_1LD``.
+
+    Runs the VAE's encoder. ``modulation`` is not computed yet.
+    """
+    encoded: list[Values] = [encoder_feed(prepare(s.image, model.areas).vae) for s in samples]
+    run(GRAPHS["vae_encoder"](model, "float32"), readers, encoded, progress)
     values: list[Values] = []
-    for sample, one, outputs in zip(samples, inputs, vision, strict=True):
-        tokens = encode(tokenizer, [sample.text], one.grids, model.prompt, allow_blank=True)
-        values.append(language_feed(tokens, outputs["image_embeds"]))
+    for number, (sample, sigma) in enumerate(zip(samples, _sigmas(model, samples), strict=True)):
+        latents_1HWC = encoded[number].pop("latents")
+        _, height, width, _ = latents_1HWC.shape
+        x_1NC = latents_1HWC.reshape(1, height * width, -1)
+        noise_1NC = standard_normal(x_1NC.shape, seed=sample.seed, dtype="float32")
+        values.append(
+            transformer_feed(
+                latents_BNC=(np.float32(1 - sigma) * x_1NC + np.float32(sigma) * noise_1NC).astype(np.float32),
+                reference_BRC=x_1NC,
+                prompt_BLD=prompts_1LD[number],
+                rotary=model.rotary,
+                grids=[(height, width), (height, width)],
+                modulation_YM=modulation.blocks[number],
+                modulation_out_O=modulation.out[number],
+                dsigma=-1 / STEPS,
+            )
+        )
     return values
 
 
@@ -141,39 +197,9 @@ def transformer_values(
 
     Runs the VAE's encoder and computes the modulation of every sigma.
     """
-    model = checkpoint.model
-    encoded: list[Values] = [encoder_feed(prepare(s.image, model.areas).vae) for s in samples]
-    run(GRAPHS["vae_encoder"](model, "float32"), readers, encoded, progress)
-    latents_1HWC = [values["latents"] for values in encoded]
-    grids = [(x_1HWC.shape[1], x_1HWC.shape[2]) for x_1HWC in latents_1HWC]
-    sample_sigmas = [
-        float(sigmas(model.scheduler, steps=STEPS, noise_tokens=h * w)[int(s.position * STEPS)])
-        for s, (h, w) in zip(samples, grids, strict=True)
-    ]
-    config = model.transformer
-    flat = compute_tables(
-        CheckpointModulation(config, readers["transformer"]),
-        config,
-        np.array([*sample_sigmas, 0], np.float32),
-        progress=lambda done, total: progress("modulation", done, total),
-    )
-    tables = split_tables(flat, config)
-    values: list[Values] = []
-    for number, (sample, grid, sigma) in enumerate(zip(samples, grids, sample_sigmas, strict=True)):
-        x_1NC = latents_1HWC[number].reshape(1, grid[0] * grid[1], -1)
-        noise_1NC = standard_normal(x_1NC.shape, seed=sample.seed, dtype="float32")
-        values.append(
-            transformer_feed(
-                latents_BNC=(np.float32(1 - sigma) * x_1NC + np.float32(sigma) * noise_1NC).astype(np.float32),
-                reference_BRC=x_1NC,
-                prompt_BLD=prompts_1LD[number],
-                rotary=model.rotary,
-                grids=[grid, grid],
-                modulation_YM=tables.blocks[number],
-                modulation_out_O=tables.out[number],
-                dsigma=-1 / STEPS,
-            )
-        )
+    modulation = sample_modulation(checkpoint.model, readers, samples)
+    values = step_values(checkpoint.model, readers, samples, prompts_1LD, modulation, progress)
+    modulation.compute(progress)
     return values
 
 
@@ -190,6 +216,20 @@ def component_values(
         return prompts
     run(GRAPHS["language"](checkpoint.model, "float32"), readers, prompts, progress)
     return transformer_values(checkpoint, readers, samples, [v["prompt_embeds"] for v in prompts], progress)
+
+
+def _vision_inputs(model: Model, sample: CalibrationSample) -> VisionInputs:
+    return vision_inputs([prepare(sample.image, model.areas).vision], model.processor)
+
+
+def _sigmas(model: Model, samples: Sequence[CalibrationSample]) -> list[float]:
+    """The sigma of each sample: that of its position in the schedule of an edit of its size."""
+    found = []
+    for sample in samples:
+        width, height = output_size(sample.image.size, model.areas.vae_area)
+        tokens = (width // SIDE_MULTIPLE) * (height // SIDE_MULTIPLE)
+        found.append(float(sigmas(model.scheduler, steps=STEPS, noise_tokens=tokens)[int(sample.position * STEPS)]))
+    return found
 
 
 def _cropped(image: Image.Image, aspect: float | None) -> Image.Image:

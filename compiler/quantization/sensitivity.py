@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.checkpoint import Checkpoint
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.metrics.error import pooled_relative_l2
-from qie.compiler.quantization.blockwise import Readers, Segment, Values, loaded, read_later, run, segments
+from qie.compiler.quantization.block_weights import Readers
+from qie.compiler.quantization.blockwise import Segment, Values, loaded, read_later, run, segments
 from qie.compiler.quantization.calibration import Calibration
 from qie.compiler.quantization.linears import linears
 from qie.compiler.quantization.qdq import Quantized, quantize_linears

@@ -1,35 +1,39 @@
 """Statistics of one component: the amax of what its linears read, and the smoothing scales of each block."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.quantization.blockwise import Readers, Segment, Values, run
+from qie.compiler.quantization.block_weights import Readers
+from qie.compiler.quantization.blockwise import Segment, Values, no_preparation, run
 from qie.compiler.quantization.linears import attention_input_names, attention_inputs, linear_inputs, linears
-from qie.compiler.quantization.schemes import SCHEMES, Scheme
-from qie.compiler.quantization.smoothing import Group, smoothing_groups, smoothing_scales
+from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.quantization.smoothing import Group, smoothing_groups
+from qie.compiler.quantization.smoothing_search import Observed, best_smoothing, largest_magnitudes
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.progress import Progress
 
-__all__ = ["LinearStatistics"]
-
-ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""The values of alpha that are tried for every group."""
+__all__ = ["Found", "LinearStatistics"]
 
 ROWS = 512
 """Tokens, over all samples, on which a smoothing is tried."""
 
-MAX_ERROR_RATIO = 0.95
-"""A smoothing that costs a multiplication must bring the error below this share of the error without it."""
+THREADS = os.cpu_count() or 1
+"""Groups whose smoothing is searched at once."""
 
 Array = NDArray[np.float32]
 
 
-class LinearStatistics:
-    """Runs samples through one graph and records statistics of its linears.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Found:
+    """Statistics of the linears of a component.
 
     Attributes:
         amax: linear -> largest magnitude of each channel of its input [in]; also of queries, keys and values.
@@ -37,23 +41,59 @@ class LinearStatistics:
         alphas: scheme -> group -> the alpha of these scales.
     """
 
-    def __init__(self, graph: Graph, readers: Readers, samples: int, language: LanguageConfig | None = None) -> None:
-        """Observe ``graph`` over ``samples`` samples; ``language`` is required for the language model."""
+    amax: dict[str, Array] = field(default_factory=dict)
+    smoothing_scales: dict[SchemeName, dict[str, Array]] = field(default_factory=dict)
+    alphas: dict[SchemeName, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, scheme: SchemeName, group: str, alpha: float, scales: Array) -> None:
+        """Add the smoothing of a group."""
+        self.smoothing_scales.setdefault(scheme, {})[group] = scales
+        self.alphas.setdefault(scheme, {})[group] = alpha
+
+
+class LinearStatistics:
+    """Runs samples through one graph and records statistics of its linears.
+
+    Attributes:
+        found: the statistics so far.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        readers: Readers,
+        samples: int,
+        language: LanguageConfig | None = None,
+        *,
+        schemes: Collection[SchemeName] = tuple(SCHEMES),
+    ) -> None:
+        """Observe ``graph`` over ``samples`` samples, for builds with ``schemes``.
+
+        ``language`` is required for the language model.
+        """
         self.graph, self.readers, self.samples = graph, readers, samples
-        self.reader = readers[graph.subfolder]
         names = linears(graph)
         self.inputs = {name: value for name, value in linear_inputs(graph).items() if name in set(names)}
         self.attentions = attention_inputs(graph)
         self.groups = smoothing_groups(graph.component, names, language)
-        self.schemes = tuple(name for name, scheme in SCHEMES.items() if graph.component in scheme.smoothed)
-        self.amax: dict[str, Array] = {}
-        self.smoothing_scales: dict[SchemeName, dict[str, Array]] = {scheme: {} for scheme in self.schemes}
-        self.alphas: dict[SchemeName, dict[str, float]] = {scheme: {} for scheme in self.schemes}
+        self.schemes = tuple(
+            name for name, scheme in SCHEMES.items() if name in schemes and graph.component in scheme.smoothed
+        )
+        self.found = Found()
         self._fitted_amax: dict[str, Array] = {}
         self._rows: dict[str, list[Array]] = {}
 
-    def run(self, values: Sequence[Values], progress: Progress, *, limit: int | None = None) -> None:
-        """Run ``values``, one entry per sample, through the graph or through its first ``limit`` segments, in place."""
+    def run(
+        self,
+        values: Sequence[Values],
+        progress: Progress,
+        *,
+        before_segment: Callable[[Segment, Sequence[Values]], None] = no_preparation,
+        start: int = 0,
+        reached: Callable[[int], None] = lambda number: None,
+        limit: int | None = None,
+    ) -> None:
+        """Run ``values``, one entry per sample, through the graph in place; see ``blockwise.run``."""
         watch: dict[str, list[str]] = {f"{name}.weight": [value] for name, value in self.inputs.items()}
         for weight, attention in self._weights_before_attention():
             watch[weight] += self.attentions[attention]
@@ -63,32 +103,39 @@ class LinearStatistics:
             values,
             progress,
             watch=watch,
+            before_segment=before_segment,
             after_sample=self._observe,
             after_segment=self._smooth,
+            start=start,
+            reached=reached,
             limit=limit,
         )
 
     def _observe(self, segment: Segment, sample: int, values: Values) -> None:
         """Record what the linears of ``segment`` read of one sample."""
         rng = np.random.default_rng(sample)
-        drawn: dict[str, Array] = {}
+        readers: dict[str, list[str]] = {}
         for name in self._linears_of(segment):
-            value = self.inputs[name]
+            readers.setdefault(self.inputs[name], []).append(name)
+        for value, names in readers.items():
             x = values[value].reshape(-1, values[value].shape[-1])
-            amax = np.abs(x).max(0)
-            _raise(self.amax, name, amax)
-            if sample % 2 == 0:
-                _raise(self._fitted_amax, name, amax)
-            if value not in drawn:
+            amax = largest_magnitudes(x)
+            for name in names:
+                _raise(self.found.amax, name, amax)
+            if self.schemes:
                 count = min(len(x), -(-ROWS // self.samples))
-                drawn[value] = x[np.sort(rng.choice(len(x), count, replace=False))]
-            self._rows.setdefault(name, []).append(drawn[value])
+                rows = x[np.sort(rng.choice(len(x), count, replace=False))]
+                for name in names:
+                    self._rows.setdefault(name, []).append(rows)
+                    if sample % 2 == 0:
+                        _raise(self._fitted_amax, name, amax)
 
         weights = {f"{name}.weight" for name in self._linears_of(segment)}
         for weight, attention in self._weights_before_attention():
             if weight in weights:
                 for name, value in zip(attention_input_names(attention), self.attentions[attention], strict=True):
-                    _raise(self.amax, name, np.abs(values[value]).reshape(-1, values[value].shape[-1]).max(0))
+                    x = values[value].reshape(-1, values[value].shape[-1])
+                    _raise(self.found.amax, name, largest_magnitudes(x))
 
     def _weights_before_attention(self) -> list[tuple[str, str]]:
         """A weight of the segment of each attention, and the attention's name."""
@@ -97,67 +144,38 @@ class LinearStatistics:
             for name in self.attentions
         ]
 
-    def _smooth(self, segment: Segment) -> None:
+    def _smooth(self, segment: Segment, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Choose the smoothing of the groups of ``segment``, and drop the rows that it was chosen on."""
         names = set(self._linears_of(segment))
-        for group in self.groups:
-            if names.issuperset(group.consumers):
-                rows = {name: np.concatenate(self._rows[name][1::2] or self._rows[name]) for name in group.consumers}
-                weights = {name: self.reader.read(f"{name}.weight").astype(np.float32).T for name in group.consumers}
-                for scheme in self.schemes:
-                    chosen = self._best_smoothing(group, SCHEMES[scheme], rows, weights)
-                    if chosen is not None:
-                        self.alphas[scheme][group.name], self.smoothing_scales[scheme][group.name] = chosen
+
+        def choose(group: Group) -> dict[SchemeName, tuple[float, Array] | None]:
+            rows = {self.inputs[name]: self._judged(name) for name in group.consumers}
+            observed = {
+                name: Observed(
+                    rows=rows[self.inputs[name]], fitted_amax=self._fitted_amax[name], amax=self.found.amax[name]
+                )
+                for name in group.consumers
+            }
+            weights = {name: tensors[f"{name}.weight"] for name in group.consumers}
+            return {scheme: best_smoothing(group, SCHEMES[scheme], observed, weights) for scheme in self.schemes}
+
+        groups = [group for group in self.groups if self.schemes and names.issuperset(group.consumers)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for group, chosen in zip(groups, pool.map(choose, groups), strict=True):
+                for scheme, smoothing in chosen.items():
+                    if smoothing is not None:
+                        self.found.add(scheme, group.name, *smoothing)
         for name in names:
             self._rows.pop(name, None)
             self._fitted_amax.pop(name, None)
 
+    def _judged(self, name: str) -> Array:
+        """Rows of the input of a linear from the samples that a smoothing is judged on."""
+        return np.concatenate(self._rows[name][1::2] or self._rows[name])
+
     def _linears_of(self, segment: Segment) -> list[str]:
         names = {weight.name.removesuffix(".weight") for weight in segment.weights}
         return [name for name in self.inputs if name in names]
-
-    def _best_smoothing(
-        self, group: Group, scheme: Scheme, rows: Mapping[str, Array], weights: Mapping[str, Array]
-    ) -> tuple[float, Array] | None:
-        """Alpha and scales with the least error, or None where the group is as good without smoothing.
-
-        Scales follow the amax of inputs where the scheme quantizes these (SmoothQuant), their mean magnitude where it
-        does not (AWQ). Scales are fitted to every other sample and judged on the rest, because a channel that fills its
-        range is clipped where another sample has more of it. The scales of the chosen alpha are then fitted to all
-        samples.
-        """
-        names = group.consumers
-        if scheme.inputs is None:
-            inputs = np.mean([np.abs(rows[name]).mean(0) for name in names], axis=0)
-        else:
-            inputs = np.max([self._fitted_amax[name] for name in names], axis=0)
-        widest = np.max([np.abs(weights[name]).max(1) for name in names], axis=0)
-        inputs, widest = group.reduce_max(inputs), group.reduce_max(widest)
-        exact = {name: rows[name] @ weights[name] for name in names}
-
-        def error(scales: Array) -> float:
-            total = 0.0
-            for name in names:
-                expanded = group.expand(scales)
-                x = rows[name] / expanded
-                if scheme.inputs is not None:
-                    amax = (self._fitted_amax[name] / expanded).max()
-                    x = scheme.inputs.fake_quantize(x, scheme.inputs.scale_from_amax(amax))
-                product = x @ scheme.weights.fake_quantize(weights[name] * expanded[:, None])
-                total += float(np.square(product - exact[name]).mean() / np.square(exact[name]).mean())
-            return total
-
-        least = error(np.ones(len(inputs), np.float32)) * (1.0 if group.producers else MAX_ERROR_RATIO)
-        best_alpha = None
-        for alpha in ALPHAS:
-            alpha_error = error(smoothing_scales(inputs, widest, alpha))
-            if alpha_error < least:
-                least, best_alpha = alpha_error, alpha
-        if best_alpha is None:
-            return None
-        if scheme.inputs is not None:
-            inputs = group.reduce_max(np.max([self.amax[name] for name in names], axis=0))
-        return best_alpha, smoothing_scales(inputs, widest, best_alpha)
 
 
 def _raise(amax: dict[str, Array], name: str, values: Array) -> None:

@@ -28,12 +28,16 @@ from qie.engines.progress import StageProgress, no_progress
 
 __all__ = [
     "BundleModulation",
+    "ModulationInputs",
     "ModulationShape",
     "ModulationWeights",
     "Tables",
+    "block_rows",
     "compute_tables",
     "conditioning",
+    "modulation_inputs",
     "modulation_tables",
+    "output_rows",
     "silu",
     "split_tables",
     "timesteps",
@@ -166,21 +170,62 @@ def compute_tables(
     Returns:
         float32 [S, L * M * D + 2 * D]: every block's rows, then 1 + scale and shift of the output norm.
     """
-    conditioning_SD = conditioning(weights, timesteps(sigmas))
-    zero_SD = np.broadcast_to(conditioning(weights, np.zeros(1, np.float32)), conditioning_SD.shape)
+    inputs = modulation_inputs(weights, timesteps(sigmas))
     rows: list[Array] = []
     for layer in range(shape.layers):
-        for stream in streams(references=shape.zero_cond_t):
-            x_SD = zero_SD if stream == "references" else conditioning_SD
-            values = _linear(weights, f"transformer_blocks.{layer}.{MODULES[stream]}.1", x_SD)
-            for half in HALVES:
-                values[:, module_slice(half, "scale", shape.width)] += 1
-            rows.append(values)
+        rows += _stream_rows(weights, shape, inputs, layer)
         progress(layer + 1, shape.layers)
-    last = _linear(weights, NORM_OUT, conditioning_SD)
-    last[:, : shape.width] += 1
-    rows.append(last)
+    rows.append(output_rows(weights, shape, inputs))
     return np.ascontiguousarray(np.concatenate(rows, axis=1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ModulationInputs:
+    """What every modulation layer reads.
+
+    Attributes:
+        steps: [S, D] for the timesteps of the steps.
+        zero: [S, D] for timestep 0, which references have.
+    """
+
+    steps: Array
+    zero: Array
+
+
+def modulation_inputs(weights: ModulationWeights, timestep_S: Array) -> ModulationInputs:
+    """What the modulation layers read at the timesteps ``timestep_S``."""
+    steps_SD = conditioning(weights, timestep_S)
+    zero_1D = conditioning(weights, np.zeros(1, np.float32))
+    return ModulationInputs(steps=steps_SD, zero=np.broadcast_to(zero_1D, steps_SD.shape))
+
+
+def block_rows(weights: ModulationWeights, shape: ModulationShape, inputs: ModulationInputs, layer: int) -> Array:
+    """The modulation of one block at every step, float32 [S, M * D]; see ``compute_tables``."""
+    return np.concatenate(_stream_rows(weights, shape, inputs, layer), axis=1)
+
+
+def output_rows(weights: ModulationWeights, shape: ModulationShape, inputs: ModulationInputs) -> Array:
+    """1 + scale and shift of the output norm at every step, float32 [S, 2 * D]."""
+    last = _linear(weights, NORM_OUT, inputs.steps)
+    last[:, : shape.width] += 1
+    return last
+
+
+def _stream_rows(
+    weights: ModulationWeights, shape: ModulationShape, inputs: ModulationInputs, layer: int
+) -> list[Array]:
+    """The rows of each stream of a block, each module's weights read once."""
+    rows: list[Array] = []
+    read, weight, bias = "", np.empty(0, np.float32), np.empty(0, np.float32)
+    for stream in streams(references=shape.zero_cond_t):
+        name = f"transformer_blocks.{layer}.{MODULES[stream]}.1"
+        if name != read:
+            read, weight, bias = name, weights.read(f"{name}.weight").T, weights.read(f"{name}.bias")
+        values = (inputs.zero if stream == "references" else inputs.steps) @ weight + bias
+        for half in HALVES:
+            values[:, module_slice(half, "scale", shape.width)] += 1
+        rows.append(values)
+    return rows
 
 
 def timesteps(sigmas: Array) -> Array:

@@ -18,9 +18,6 @@ BAD_RECIPES: dict[str, tuple[str | None, str]] = {
     "wrong type": ('extends = "cpu"\nmemory_gib = "lots"', "memory_gib"),
     "out of range": ('extends = "cpu"\n[[schedules]]\nsteps = 0\nguidance = 4.0', "steps"),
     "extends nothing": ('extends = "nope"', 'there is no recipe "nope"'),
-    "quantization": (
-        'extends = "cpu"\ncompute_capability = "8.9"\n[components.transformer]\nscheme = "fp8"',
-        r'quantizes transformer \("fp8"\), which needs a calibration of this model; make one with `qie calibrate`'),
 }  # fmt: skip
 
 

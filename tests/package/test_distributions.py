@@ -112,7 +112,8 @@ def read_wheel(path: Path) -> dict[str, bytes]:
 def packaged() -> dict[str, bytes]:
     """What must be installed, by its name below the import root's parent."""
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
-    recipes += [path for path in (ROOT / "recipes" / "pocket").rglob("*") if path.is_file()]
+    for folder in ("calibration", "pocket"):
+        recipes += [path for path in (ROOT / "recipes" / folder).rglob("*") if path.is_file()]
     styles = list((ROOT / "compiler").rglob("*.css"))
     files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes, *styles]}
     return files | {f"qie/{name}": (ROOT / "src" / "qie" / name).read_bytes() for name in ("__init__.py", "py.typed")}

@@ -12,7 +12,7 @@ from qie.compiler.packing.build import build
 from qie.compiler.packing.export import export_graphs
 from qie.compiler.planning.resolve import plan_build
 from qie.engines.bundle.bundle import open_bundle
-from qie.engines.errors import BuildError, CalibrationError, CheckpointError, QieError, RecipeError
+from qie.engines.errors import BuildError, CheckpointError, QieError, RecipeError
 from tests.support.command_line import Qie, Refusal
 from tests.support.hub import COMMIT, HUB_ID, FakeHub
 
@@ -44,11 +44,6 @@ def test_the_weights_are_downloaded_after_the_plan(hub: FakeHub, tmp_path: Path)
 
 SMALL = "[shapes]\nmin_side = 32\nbatch = { max = 64 }\n"
 REJECTED: dict[str, tuple[str, type[QieError], str]] = {
-    "no calibration": (
-        f'extends = "l40s"\n{SMALL}[components.transformer]\nscheme = "fp8"\nexclude = []\n',
-        CalibrationError,
-        "which needs a calibration of this model",
-    ),
     "too large for the GPU": (
         f'extends = "cpu"\nmemory_gib = 0.25\n[limits]\nbuild_workspace_gib = 0.25\n{SMALL}', RecipeError, "not fit"),
 }  # fmt: skip

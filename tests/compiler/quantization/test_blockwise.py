@@ -56,7 +56,8 @@ def test_pieces_are_the_whole(checkpoint: Path, component: Component, tmp_path: 
     for sample in samples:
         assert sample.keys() == expected.keys()
         for name, value in expected.items():
-            np.testing.assert_allclose(sample[name], value, rtol=1e-5, atol=1e-5)
+            tolerance = 1 if value.dtype == np.uint8 else 1e-5  # other kernels than those of constant weights
+            np.testing.assert_allclose(sample[name].astype(float), value.astype(float), rtol=1e-5, atol=tolerance)
     if component in ("transformer", "language", "vision"):
         assert len(pieces) == 1 + len(
             {w.name.split(".")[-4] for w in graph.weights if "norm_q" in w.name} or pieces[1:]

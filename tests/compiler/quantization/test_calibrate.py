@@ -206,7 +206,7 @@ def test_no_calibration_at_all(qie: Qie, checkpoint: Path, tmp_path: Path, refus
     assert "is not a qie calibration, or is damaged" in refusal(done)
     done = qie("build", checkpoint, "--gpu", recipe(tmp_path), "--calibration", tmp_path / "none.npz")
     assert "cannot read the calibration" in refusal(done)
-    done = qie("build", checkpoint, "--gpu", recipe(tmp_path))
+    done = qie("export", checkpoint, "--gpu", recipe(tmp_path), "--out", tmp_path / "e", "--weights")
     assert "needs a calibration of this model; make one with `qie calibrate`" in refusal(done)
 
 

@@ -13,7 +13,7 @@ from qie.compiler.planning.cost import cost
 from qie.compiler.planning.parts import build_bytes
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.recipe.load import load_recipe
-from qie.compiler.weights.stream import total_bytes
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.bundle.manifest import COMPONENTS
 from tests.support.full_width import full_width_graph, full_width_model, write_full_width
 

@@ -1,0 +1,49 @@
+"""What a plan says about its calibration, for the commands that print plans."""
+
+from typing import TYPE_CHECKING, Any
+
+from qie.engines.terminal import human_seconds, wrap
+
+if TYPE_CHECKING:
+    from qie.compiler.planning.plan import Plan
+
+__all__ = ["calibration_facts", "calibration_lines"]
+
+
+def calibration_lines(plan: "Plan") -> list[str]:
+    """Where the scales come from: nothing for a plan that does not quantize."""
+    if not plan.recipe.quantizes:
+        return []
+    if plan.calibration is not None:
+        return [f"calibration: {plan.calibration.source}"]
+    from qie.compiler.planning.calibration import planned_calibration
+
+    made = planned_calibration(plan)
+    assert made is not None
+    cores = f"{made.cores} core{'s' if made.cores > 1 else ''}"
+    time = f"about {human_seconds(made.seconds)}" if made.seconds >= 10 else "a few seconds"
+    return [
+        wrap(
+            f"calibration: {made.samples} samples at {made.size}, {time} on {cores}; "
+            "an earlier build's is used where it is the same"
+        )
+    ]
+
+
+def calibration_facts(plan: "Plan") -> dict[str, Any] | None:
+    """The same as JSON data; None for a plan that does not quantize."""
+    if not plan.recipe.quantizes:
+        return None
+    from qie.compiler.planning.calibration import planned_calibration
+
+    made = planned_calibration(plan)
+    if made is None:
+        assert plan.calibration is not None
+        return {"file": str(plan.calibration.source)}
+    return {
+        "samples": made.samples,
+        "width": made.size.width,
+        "height": made.size.height,
+        "flops": made.flops,
+        "seconds": made.seconds,
+    }

@@ -1,0 +1,169 @@
+"""The calibration of a build whose recipe quantizes and that has none: made once, and kept for the next build.
+
+``$QIE_HOME/calibrations`` has a file KEY.npz of each, and a folder KEY.partial of one that is being made or was
+stopped.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache, open_checkpoint
+from qie.compiler.planning.calibration import SAMPLES, calibration_model, needed_schemes
+from qie.compiler.planning.plan import Plan
+from qie.compiler.planning.resolve import with_calibration
+from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
+from qie.compiler.quantization.instructions import INSTRUCTIONS
+from qie.compiler.quantization.measure import measure
+from qie.compiler.quantization.partial import PartialCalibration
+from qie.compiler.quantization.samples import CalibrationSample, digest, draw_samples, read_images
+from qie.compiler.recipe.schema import SchemeName
+from qie.engines.bundle.clean import CALIBRATIONS
+from qie.engines.errors import CalibrationError
+from qie.engines.files import qie_home, try_lock
+from qie.engines.folders import WORK_LOCK, remove_leftover
+from qie.engines.progress import Progress, no_progress
+
+__all__ = ["IMAGES", "calibrated", "check_images"]
+
+IMAGES = Path(__file__).parents[2] / "recipes" / "calibration"
+"""The images that come with qie."""
+
+METHOD = 1
+"""Changes with what is measured, how, and in which format it is kept, so that what was kept before is made again."""
+
+_PAUSE = 0.2
+"""Seconds between two looks at a calibration that another build makes."""
+
+
+def check_images(plan: Plan, images: str | Path | None, calibration: str | Path | None = None) -> None:
+    """Check, before anything is downloaded, that a calibration can be made of ``images``; None is the built-in ones.
+
+    Raises:
+        CalibrationError: the folder has no images, a calibration is given too, or the recipe does not quantize.
+        ImageError: an image cannot be read.
+    """
+    if images is None:
+        return
+    if calibration is not None:
+        raise CalibrationError(
+            f"{calibration} is a calibration, and {images} are images to make one of; give one of the two",
+            option="images",
+        )
+    if not plan.recipe.quantizes:
+        raise CalibrationError(
+            f"the recipe {plan.recipe_name} does not quantize, and images are for a calibration; leave them out",
+            option="images",
+        )
+    read_images(Path(images), SAMPLES)
+
+
+def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progress = no_progress) -> Plan:
+    """``plan`` with a calibration: as it is where it has one or needs none, else planned again with one made here.
+
+    The calibration is of the checkpoint without LoRAs, and of the schemes of the recipe alone. What an earlier call
+    made of equal samples and weights is taken; what a stopped one left is continued. Where another process makes the
+    same, this one waits.
+
+    Args:
+        plan: of a build; missing weights are downloaded.
+        images: folder of images; None for the built-in ones where the plan has no calibration. With it, another
+            calibration than that of the plan is made.
+        progress: called with what runs, units done and units in all.
+
+    Raises:
+        CalibrationError: ``images`` has no images, or the calibration cannot be kept in ``qie_home()``.
+        CheckpointError: weights are missing, damaged or of another shape.
+    """
+    if not plan.recipe.quantizes or (plan.calibration is not None and images is None):
+        return plan
+    checkpoint = _plain(plan.checkpoint.with_weights(progress=partial(progress, "download")))
+    samples = draw_samples(read_images(IMAGES if images is None else Path(images), SAMPLES), INSTRUCTIONS, SAMPLES)
+    model = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
+    schemes = needed_schemes(plan.recipe)
+    key = _key(checkpoint, model, samples, schemes)
+    folder = qie_home() / CALIBRATIONS
+    path = folder / f"{key}.npz"
+    kept = _kept(path, model)
+    if kept is None:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _working(folder / f"{key}.partial") as work:
+            kept = _kept(path, model)
+            if kept is None:
+                made = measure(
+                    checkpoint,
+                    checkpoint.readers(),
+                    samples,
+                    model=model,
+                    schemes=schemes,
+                    partial=PartialCalibration(path=work / "reached", key=key),
+                    progress=progress,
+                )
+                with _writing(folder):
+                    write_calibration(made, path)
+                (work / "reached").unlink(missing_ok=True)
+                kept = read_calibration(path)
+        remove_leftover(folder / f"{key}.partial")
+    return with_calibration(plan, kept)
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with its own schedule, and images of the area of samples."""
+    own = open_checkpoint(str(checkpoint.path), weights=False).model
+    return replace(checkpoint, model=calibration_model(own))
+
+
+def _key(
+    checkpoint: Checkpoint, model: str, samples: Sequence[CalibrationSample], schemes: Sequence[SchemeName]
+) -> str:
+    """Digest of everything that decides a calibration."""
+    decides = [METHOD, model, digest(samples), list(schemes), checkpoint.model.areas.vae_area]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _kept(path: Path, model: str) -> Calibration | None:
+    """The calibration that an earlier build kept; None where there is none, or a damaged one."""
+    with suppress(CalibrationError):
+        calibration = read_calibration(path)
+        calibration.check_model(model)
+        return calibration
+    return None
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what to do where ``folder`` cannot be written."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CalibrationError(
+            f"a calibration cannot be kept in {folder} ({error.strerror}); set QIE_HOME to a folder with free space"
+        ) from error
+
+
+@contextmanager
+def _working(folder: Path) -> Iterator[Path]:
+    """The folder of a calibration that is being made, held by this process; waits while another one holds it."""
+    while True:
+        try:
+            with _writing(folder):
+                folder.mkdir(exist_ok=True)
+                descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # it was deleted meanwhile
+        try:
+            if try_lock(descriptor, exclusive=True) is not False and os.fstat(descriptor).st_nlink:
+                yield folder
+                return
+        finally:
+            os.close(descriptor)
+        time.sleep(_PAUSE)

@@ -1,0 +1,78 @@
+"""The calibration that a build makes where its recipe quantizes and there is none, and its time, counted."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from qie.compiler.checkpoint.model import Model
+from qie.compiler.planning.cost import cost
+from qie.compiler.planning.plan import Plan
+from qie.compiler.planning.workload import Workload, sizes_of
+from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.recipe.schema import Recipe, SchemeName
+from qie.engines.bundle.manifest import COMPONENTS, Component
+from qie.engines.bundle.specs import Size
+from qie.engines.inputs.sizes import calculate_dimensions
+
+__all__ = ["AREA", "SAMPLES", "PlannedCalibration", "calibration_model", "needed_schemes", "planned_calibration"]
+
+SAMPLES = 8
+"""Forward passes that a build observes."""
+
+AREA = 384 * 384
+"""Pixels of the samples' images at most: a quarter of the tokens of a model's own area would be 512 x 512, and ranges
+do not depend on the area (docs/quantization.md)."""
+
+FLOPS_PER_CORE = 60e9
+"""Operations a second that a core does in float32, in all of a calibration: 2 cores of an AMD EPYC with AVX-512."""
+
+_ONCE: tuple[Component, ...] = ("vision", "language", "vae_encoder", "transformer")
+"""The components that a sample runs through."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedCalibration:
+    """A calibration to make.
+
+    Attributes:
+        samples: forward passes.
+        size: of the samples' images, where they are square.
+        flops: operations of all.
+        cores: of this machine.
+    """
+
+    samples: int
+    size: Size
+    flops: int
+    cores: int
+
+    @property
+    def seconds(self) -> float:
+        """An estimate for this machine: ``flops`` at ``FLOPS_PER_CORE``."""
+        return self.flops / (FLOPS_PER_CORE * self.cores)
+
+
+def planned_calibration(plan: Plan) -> PlannedCalibration | None:
+    """What the build of ``plan`` measures; None where it needs no calibration or has one."""
+    if plan.calibration is not None or not plan.recipe.quantizes:
+        return None
+    model = calibration_model(plan.model)
+    size = calculate_dimensions(model.areas.vae_area, 1)
+    small = replace(plan, checkpoint=replace(plan.checkpoint, model=model))
+    sizes: Mapping[Component, Mapping[str, int]] = sizes_of(
+        small, Workload(size=size, references=1, steps=1, guidance=1)
+    )
+    graphs = {planned.component: planned.graph for planned in plan.components}
+    flops = SAMPLES * sum(cost(graphs[component], sizes[component]).flops() for component in _ONCE)
+    return PlannedCalibration(samples=SAMPLES, size=size, flops=flops, cores=os.cpu_count() or 1)
+
+
+def calibration_model(model: Model, area: int = AREA) -> Model:
+    """``model`` with images of at most ``area`` square pixels."""
+    return replace(model, areas=replace(model.areas, vae_area=min(area, model.areas.vae_area)))
+
+
+def needed_schemes(recipe: Recipe) -> tuple[SchemeName, ...]:
+    """The schemes that ``recipe`` uses."""
+    used = {recipe.components[component].scheme for component in COMPONENTS}
+    return tuple(name for name in SCHEMES if name in used)
