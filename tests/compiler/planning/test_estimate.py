@@ -239,8 +239,8 @@ def test_building_must_fit_into_the_host(published: Estimate) -> None:
     refused = refusal(on(published, memory=3 * GIB))
     assert isinstance(refused, BuildError)
     assert str(refused) == (
-        "building language takes about 21.2 GiB of host memory, and 2.5 GiB in parts of one block each (0.2 GiB + 1.6 "
-        "x 1.4 GiB), for weights of 13.1 GiB, and the build may use 3.0 GiB; build on a machine with more memory"
+        "building language takes about 21.3 GiB of host memory, and 2.5 GiB in parts of one block each (0.2 GiB + 1.6 "
+        "x 1.4 GiB), for weights of 13.2 GiB, and the build may use 3.0 GiB; build on a machine with more memory"
     )
 
 
