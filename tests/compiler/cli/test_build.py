@@ -83,7 +83,7 @@ def test_an_interrupted_build_leaves_nothing(workplace: Path, checkpoint: Path, 
     with subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:
-        while not list(qie_home.glob("bundles/.long.*.tmp/schedules/*")):
+        while not list(qie_home.glob("bundles/.long.*/*/schedules/*")):
             assert running.poll() is None
             time.sleep(0.005)
         running.send_signal(signal.SIGINT)
