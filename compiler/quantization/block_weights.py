@@ -32,11 +32,13 @@ class BlockWeights:
     Attributes:
         fed: what is float32 in the graph; bfloat16 until it is widened.
         tables: of which rows are taken, in the checkpoint's dtype.
+        others: what else was asked for, as the checkpoint has it.
         stored: other dtypes, as initializers.
     """
 
     fed: dict[str, NDArray[Any]]
     tables: dict[str, NDArray[Any]]
+    others: dict[str, NDArray[Any]]
     stored: tuple[onnx.TensorProto, ...]
 
     def widen(self) -> None:
@@ -59,28 +61,48 @@ class BlockWeights:
         return rows
 
 
-def read_weights(weights: Sequence[Weight], tables: Collection[str], readers: Readers) -> BlockWeights:
-    """Read the weights of a block; of those in ``tables`` only rows are needed.
+def read_weights(
+    weights: Sequence[Weight], tables: Collection[str], others: Collection[str], readers: Readers
+) -> BlockWeights:
+    """Read the weights of a block in the order of the files.
+
+    Args:
+        weights: of one subfolder.
+        tables: names of those of which only rows are needed.
+        others: more tensors of the same subfolder.
+        readers: the checkpoint's tensors.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape or dtype, or not finite.
     """
-    fed: dict[str, NDArray[Any]] = {}
-    stored = []
-    lookup = {weight.name: weight for weight in weights if weight.name in tables and not weight.layout}
-    assert len(lookup) == len(tables)
+    assert len({weight.subfolder for weight in weights}) <= 1, "weights of several subfolders"
+    if not weights:
+        return BlockWeights(fed={}, tables={}, others={}, stored=())
+    reader = readers[weights[0].subfolder]
+    of_source: dict[str, list[Weight]] = {}
     for weight in weights:
-        if weight.name in lookup:
-            continue
-        raw = readers[weight.subfolder].read(weight.source)
-        if weight.dtype == "float32" and weight.quantizer is None:
-            narrow = raw.dtype.name == "bfloat16"
-            fed[weight.name] = prepare(replace(weight, dtype="bfloat16") if narrow else weight, raw)
-        else:
-            stored.append(numpy_helper.from_array(prepare(weight, raw), weight.name))
+        of_source.setdefault(weight.source, []).append(weight)
+    assert all(not weight.layout for weight in weights if weight.name in tables)
+    fed: dict[str, NDArray[Any]] = {}
+    rows: dict[str, NDArray[Any]] = {}
+    raws: dict[str, NDArray[Any]] = {}
+    stored: dict[str, onnx.TensorProto] = {}
+    for name in reader.order({*of_source, *others}):
+        raw = reader.read(name)
+        if name in others:
+            raws[name] = raw
+        for weight in of_source.get(name, ()):
+            if weight.name in tables:
+                rows[weight.name] = raw
+            elif weight.dtype == "float32" and weight.quantizer is None:
+                narrow = raw.dtype.name == "bfloat16"
+                fed[weight.name] = prepare(replace(weight, dtype="bfloat16") if narrow else weight, raw)
+            else:
+                stored[weight.name] = numpy_helper.from_array(prepare(weight, raw), weight.name)
         del raw
     return BlockWeights(
         fed=fed,
-        tables={name: readers[weight.subfolder].read(weight.source) for name, weight in lookup.items()},
-        stored=tuple(stored),
+        tables=rows,
+        others=raws,
+        stored=tuple(stored[weight.name] for weight in weights if weight.name in stored),
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 import onnxruntime as ort
@@ -23,18 +23,11 @@ from qie.compiler.weights.prepare import check_weights
 from qie.compiler.weights.weight import Weight
 from qie.engines.progress import Progress
 
-__all__ = ["Segment", "Values", "loaded", "no_preparation", "read_later", "run", "run_segments", "segments"]
-
-
-def no_preparation(segment: "Segment", samples: Sequence["Values"]) -> None:
-    """Prepare nothing before a segment."""
+__all__ = ["Preparation", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
 
 
 Values = dict[str, NDArray[Any]]
 """Name in the graph -> value, of one sample."""
-
-BeforeSegment = Callable[["Segment", Sequence[Values]], None]
-"""Called with a segment that runs next, and the samples."""
 
 AfterSample = Callable[["Segment", int, Values], None]
 """Called with a segment, the index of a sample, and what the segment read and computed of it."""
@@ -96,6 +89,18 @@ class Segment:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
+class Preparation(Protocol):
+    """What has to be computed from other weights before a segment runs."""
+
+    def names(self, segment: "Segment") -> Sequence[str]:
+        """Tensors of the graph's subfolder that ``prepare`` needs; asked once, while the segment before runs."""
+        ...
+
+    def prepare(self, segment: "Segment", tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Compute what ``segment`` reads, from these tensors as the checkpoint has them."""
+        ...
+
+
 def segments(graph: Graph) -> tuple[Segment, ...]:
     """The segments of ``graph`` in order: the beginning, then one per block; the last includes the end."""
     proto = graph.proto("", None).graph
@@ -133,7 +138,7 @@ def run(
     progress: Progress,
     *,
     watch: Mapping[str, Sequence[str]] | None = None,
-    before_segment: BeforeSegment = no_preparation,
+    preparation: Preparation | None = None,
     after_sample: AfterSample = lambda segment, sample, values: None,
     after_segment: AfterSegment = lambda segment, weights: None,
     start: int = 0,
@@ -148,7 +153,7 @@ def run(
         samples: inputs of the graph before, its outputs after.
         progress: called after each segment.
         watch: see ``run_segments``.
-        before_segment: see ``run_segments``.
+        preparation: see ``run_segments``.
         after_sample: see ``run_segments``.
         after_segment: see ``run_segments``.
         start: see ``run_segments``.
@@ -162,7 +167,7 @@ def run(
         readers,
         samples,
         watch=watch,
-        before_segment=before_segment,
+        preparation=preparation,
         after_sample=after_sample,
         after_segment=after_segment,
         start=start,
@@ -179,7 +184,7 @@ def run_segments(
     samples: Sequence[Values],
     *,
     watch: Mapping[str, Sequence[str]] | None = None,
-    before_segment: BeforeSegment = no_preparation,
+    preparation: Preparation | None = None,
     after_sample: AfterSample = lambda segment, sample, values: None,
     after_segment: AfterSegment = lambda segment, weights: None,
     start: int = 0,
@@ -195,24 +200,29 @@ def run_segments(
         readers: the checkpoint's tensors.
         samples: the values of each sample, in front of segment ``start``.
         watch: weight -> values that ``after_sample`` also gets for the segment of that weight.
-        before_segment: called before every segment.
+        preparation: of every segment.
         after_sample: called after every run with what the segment read and computed.
         after_segment: called after the last sample of every segment.
         start: number of the segment to begin with.
         later: values to keep although nothing in ``cut`` reads them.
     """
     watched = watch or {}
+
+    def read(segment: Segment) -> BlockWeights:
+        others = () if preparation is None else preparation.names(segment)
+        return read_weights(segment.weights, segment.rows, others, readers)
+
     with ThreadPoolExecutor(1, "qie-weights") as pool:
-        coming = None
+        coming = pool.submit(read, cut[start]) if start < len(cut) else None
         for number, segment in enumerate(cut[start:], start=start):
             kept = read_later(cut, number) | later
             extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
-            before_segment(segment, samples)
-            weights = read_weights(segment.weights, segment.rows, readers) if coming is None else coming.result()
-            coming = None
-            if number + 1 < len(cut):
-                following = cut[number + 1]
-                coming = pool.submit(read_weights, following.weights, following.rows, readers)
+            assert coming is not None
+            weights = coming.result()
+            coming = pool.submit(read, cut[number + 1]) if number + 1 < len(cut) else None
+            if preparation is not None:
+                preparation.prepare(segment, weights.others)
+                weights.others.clear()
             outputs = [name for name in extra if name not in segment.reads]
             with _session(segment, weights, outputs) as compute:
                 for sample, values in enumerate(samples):
@@ -231,7 +241,7 @@ def run_segments(
 def loaded(segment: Segment, readers: Readers) -> Iterator[Callable[[Values], Values]]:
     """A function from a sample's values to those that ``segment`` makes of them."""
     check_weights(segment.weights, readers)
-    with _session(segment, read_weights(segment.weights, segment.rows, readers), ()) as compute:
+    with _session(segment, read_weights(segment.weights, segment.rows, (), readers), ()) as compute:
         yield compute
 
 

@@ -15,7 +15,7 @@ from qie.compiler.checkpoint.tokenizer import check_tokenizer
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantization.block_weights import Readers
-from qie.compiler.quantization.blockwise import Values, no_preparation, run
+from qie.compiler.quantization.blockwise import Values, run
 from qie.compiler.quantization.calibration import Calibration, write_calibration
 from qie.compiler.quantization.partial import PartialCalibration, Reached
 from qie.compiler.quantization.sample_modulation import SampleModulation
@@ -204,7 +204,7 @@ class _Walk:
             self._statistics[component].run(
                 samples,
                 self._progress,
-                before_segment=self._modulation.before_segment if component == "transformer" else no_preparation,
+                preparation=self._modulation if component == "transformer" else None,
                 start=done,
                 reached=keep,
             )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.quantization.block_weights import Readers
-from qie.compiler.quantization.blockwise import Segment, Values, no_preparation, run
+from qie.compiler.quantization.blockwise import Preparation, Segment, Values, run
 from qie.compiler.quantization.linears import attention_input_names, attention_inputs, linear_inputs, linears
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.smoothing import Group, smoothing_groups
@@ -88,7 +88,7 @@ class LinearStatistics:
         values: Sequence[Values],
         progress: Progress,
         *,
-        before_segment: Callable[[Segment, Sequence[Values]], None] = no_preparation,
+        preparation: Preparation | None = None,
         start: int = 0,
         reached: Callable[[int], None] = lambda number: None,
         limit: int | None = None,
@@ -103,7 +103,7 @@ class LinearStatistics:
             values,
             progress,
             watch=watch,
-            before_segment=before_segment,
+            preparation=preparation,
             after_sample=self._observe,
             after_segment=self._smooth,
             start=start,

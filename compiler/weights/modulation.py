@@ -232,8 +232,11 @@ def write_modulation(
 class CheckpointModulation:
     """The modulation weights read from a checkpoint, rounded as ``ModulationFile`` stores them."""
 
-    def __init__(self, shape: ModulationShape, reader: TensorReader) -> None:
-        self._reader = reader
+    def __init__(
+        self, shape: ModulationShape, reader: TensorReader, tensors: Mapping[str, NDArray[Any]] | None = None
+    ) -> None:
+        """Of ``reader``, of which ``tensors`` were read already where these are given, and no other is read."""
+        self._read = reader.read if tensors is None else tensors.__getitem__
         self._weights = {weight.name: weight for weight in modulation_weights(shape, reader)}
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -242,7 +245,7 @@ class CheckpointModulation:
         Raises:
             CheckpointError: the tensor is missing, of another shape or not finite.
         """
-        return prepare(self._weights[name], self._reader.read(name)).astype(np.float32)
+        return prepare(self._weights[name], self._read(name)).astype(np.float32)
 
 
 def _bytes(weight: Weight) -> int:

@@ -278,7 +278,7 @@ def test_attention_in_fp8(tiny_checkpoint: Checkpoint, readers: dict[Any, Tensor
     statistics.run([dict(values)], lambda *_: None)
     names = attention_inputs(plain)
     assert len(names) == 2
-    amax = {name: statistics.amax[name] for attention in names for name in attention_input_names(attention)}
+    amax = {name: statistics.found.amax[name] for attention in names for name in attention_input_names(attention)}
     known = Calibration(model="m", name="tiny", data="d", samples=1, amax=amax)
     section = ComponentRecipe(precision="float32", attention="fp8")
     graph = quantize_by_recipe(GRAPHS[component](tiny_checkpoint.model, "float32"), section, known, language).graph
