@@ -12,6 +12,7 @@ import pytest
 from qie.compiler.backends import onnxruntime
 from qie.compiler.packing import pieces
 from qie.compiler.packing.build import build
+from qie.compiler.planning import calibration
 from qie.compiler.synthetic.shards import SyntheticShards
 from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
 from qie.engines.bundle.bundle import Bundle, verify
@@ -47,19 +48,39 @@ def content(bundle: Bundle) -> Manifest:
 def test_streamed_weights_make_the_bundle_of_a_folder_and_every_shard_comes_once(
     on_demand: Path, uninterrupted: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched: Counter[str] = Counter()
-    fetch = SyntheticShards.fetch
-
-    def counted(self: SyntheticShards, path: str, target: Path, **options: Any) -> None:
-        fetched[path] += 1
-        assert not list(tmp_path.rglob("*.safetensors"))  # the one before is gone
-        fetch(self, path, target, **options)
-
-    monkeypatch.setattr(SyntheticShards, "fetch", counted)
+    fetched = counted(tmp_path, monkeypatch)
     assert content(build(on_demand, out=tmp_path / "out", stream=True)) == uninterrupted
     source = SyntheticShards.open(on_demand)
     assert source is not None and fetched == dict.fromkeys(source.shards, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_build_that_calibrates_fetches_every_shard_twice(
+    on_demand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QIE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(calibration, "SAMPLES", 2)
+    fetched = counted(tmp_path, monkeypatch)
+    recipe = tmp_path / "fp8.toml"
+    recipe.write_text('extends = "cpu"\n[components.transformer]\nscheme = "fp8"\n')
+    bundle = build(on_demand, gpu=recipe, out=tmp_path / "out", stream=True)
+    verify(bundle)
+    assert bundle.manifest.calibration is not None
+    assert len(fetched) == 6 and set(fetched.values()) == {2}
+
+
+def counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each shard is fetched, into an empty place in ``folder``."""
+    fetched: Counter[str] = Counter()
+    fetch = SyntheticShards.fetch
+
+    def count(self: SyntheticShards, path: str, target: Path, **options: Any) -> None:
+        fetched[path] += 1
+        assert not list(folder.rglob("*.safetensors"))  # the one before is gone
+        fetch(self, path, target, **options)
+
+    monkeypatch.setattr(SyntheticShards, "fetch", count)
+    return fetched
 
 
 def test_streaming_a_folder_with_its_weights_reads_them_there(
