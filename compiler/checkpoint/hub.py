@@ -78,6 +78,7 @@ class HubShards:
         from huggingface_hub import HfApi
 
         self._hub_id, self._commit = hub_id, commit
+        self._headers: dict[str, dict[str, TensorFacts]] = {}
         try:
             siblings = HfApi().model_info(hub_id, revision=commit, files_metadata=True).siblings or []
         except Exception as problem:  # whatever the network raised
@@ -92,13 +93,15 @@ class HubShards:
         }
 
     def tensors(self, path: str) -> Mapping[str, TensorFacts]:
-        """The tensors of a shard in the order of its bytes, from its header.
+        """The tensors of a shard in the order of its bytes, from its header, which is asked for once.
 
         Raises:
             CheckpointError: the hub does not answer, or a dtype is unknown.
         """
         from huggingface_hub import HfApi
 
+        if path in self._headers:
+            return self._headers[path]
         try:
             header = HfApi().parse_safetensors_file_metadata(self._hub_id, path, revision=self._commit)
         except Exception as problem:
@@ -107,10 +110,11 @@ class HubShards:
                 "folder"
             ) from problem
         in_order = sorted(header.tensors.items(), key=lambda item: item[1].data_offsets[0])
-        return {
+        self._headers[path] = {
             name: TensorFacts(dtype=numpy_dtype(path, name, info.dtype).name, shape=tuple(info.shape))
             for name, info in in_order
         }
+        return self._headers[path]
 
     def fetch(self, path: str, target: Path, *, progress: StageProgress) -> None:
         """Download a shard.

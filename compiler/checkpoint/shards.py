@@ -72,12 +72,13 @@ class Fetched:
         Args:
             source: of the shards.
             folder: for one shard.
-            progress: called with the bytes fetched and the bytes of all shards, while fetching.
+            progress: called with the bytes fetched and the bytes of all shards, while fetching, in each pass over the
+                shards: a pass ends where a shard comes again.
         """
         self.source = source
         self._folder, self._progress = folder, progress
         self._total = sum(shard.bytes for shard in source.shards.values())
-        self._fetched = 0
+        self._passed: set[str] = set()
         self._open: tuple[str, SafetensorsReader] | None = None
         self._lock = threading.Lock()
 
@@ -106,7 +107,9 @@ class Fetched:
     def _fetch(self, path: str) -> SafetensorsReader:
         shard = self.source.shards[path]
         target = self._folder / Path(path).name
-        before = self._fetched
+        if path in self._passed:
+            self._passed.clear()
+        before = sum(self.source.shards[passed].bytes for passed in self._passed)
 
         def progress(done: int, total: int) -> None:
             self._progress(min(before + done, self._total), self._total)
@@ -134,8 +137,8 @@ class Fetched:
             ) from problem
         if found != shard.sha256:
             raise CheckpointError(f"{path} has the sha256 {found[:12]}, expected {shard.sha256[:12]}; start again")
-        self._fetched += shard.bytes
-        progress(0, 0)
+        self._passed.add(path)
+        progress(shard.bytes, shard.bytes)
         return open_file(target)
 
 
@@ -209,8 +212,14 @@ class StreamedReader:
         return tensor
 
     def order(self, names: Iterable[str]) -> tuple[str, ...]:
-        """These names in the order in which their tensors lie in the files, each once."""
+        """These names in the order in which their tensors lie in the files, each once.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         wanted = frozenset(names)
+        for name in wanted:
+            self._known(name)
         return tuple(name for name in self._places if name in wanted)
 
     def _known(self, name: str) -> TensorFacts:

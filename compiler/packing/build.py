@@ -4,6 +4,7 @@ What needs ``qie[compile]`` is imported after the plan, which says so where it i
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,8 +89,8 @@ def build(
         memory_gib: see ``plan_build``.
         stream: fetch weights one shard at a time and delete each when it was read, so that the disk never holds the
             checkpoint. A folder that has its weights is read as it is.
-        progress: called with (kind of work, bytes or units done, bytes or units in all); during the download from
-            another thread.
+        progress: called with (kind of work, bytes or units done, bytes or units in all); while weights are downloaded
+            or fetched also from another thread.
 
     Raises:
         QieError: the model cannot be planned (see ``plan_build``) or built (see ``check_buildable``, ``check_fit`` and
@@ -133,11 +134,14 @@ def build(
     check_fit(plan)
     if source is None:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
-    with disk_errors(plan.destination, plan.disk_bytes), open_pieces(plan.destination) as pieces:
+    with ExitStack() as stack:
+        with disk_errors(plan.destination, plan.disk_bytes):
+            pieces = stack.enter_context(open_pieces(plan.destination))
         if source is None:
             check_whole(plan.checkpoint)
             checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
         else:
             checkpoint = plan.checkpoint.streamed(source, pieces.folder / "shard", progress=partial(progress, "fetch"))
         plan = calibrated(replace(plan, checkpoint=checkpoint), images=images, progress=progress)
-        return pack(plan, pieces, progress=progress)
+        with disk_errors(plan.destination, plan.disk_bytes):
+            return pack(plan, pieces, progress=progress)

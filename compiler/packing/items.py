@@ -12,6 +12,7 @@ from qie.compiler.planning.profiles import profiles
 from qie.compiler.recipe.schema import BackendName
 from qie.engines.backends import BACKENDS, Source
 from qie.engines.bundle.manifest import Component, ProfileRecord, stem
+from qie.engines.records import to_plain
 
 __all__ = ["Item", "Target", "items"]
 
@@ -54,7 +55,7 @@ class Item:
     @property
     def key(self) -> str:
         """sha256 of everything that decides its files."""
-        facts = [[t.stem, t.engine, t.finish, t.key] for t in self.targets]
+        facts = [[t.stem, t.engine, t.finish, t.key, to_plain(t.shapes)] for t in self.targets]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

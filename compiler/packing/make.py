@@ -16,6 +16,7 @@ from qie.compiler.packing.sources import weights_name, write_graph_source, write
 from qie.compiler.packing.take_over import take_over
 from qie.compiler.planning.plan import Plan
 from qie.compiler.recipe.schema import BackendName
+from qie.compiler.weights.prepare import check_weights
 from qie.compiler.weights.stream import stream
 from qie.compiler.weights.weights_file import WeightFile, WeightsFile
 from qie.engines.bundle.bundle import Bundle
@@ -58,8 +59,9 @@ def make_pieces(
 ) -> None:
     """Make every piece of ``items`` that ``pieces`` lacks.
 
-    The files of a subfolder are read once. An engine is built as soon as its weights are complete, and they are deleted
-    before the next ones are read.
+    The files of a subfolder are read once, but for those of a source that is no graph. An engine is built as soon as
+    its weights are complete, and they are deleted before more is read. Where the files have neighboring parts mixed,
+    the weights of two are on the disk.
 
     Args:
         plan: of the build.
@@ -74,14 +76,14 @@ def make_pieces(
         QieError: see the writers and builders.
         OSError: the disk is full or cannot be written.
     """
-    waiting: dict[WeightsFile, tuple[_Job, Target]] = {}
-    for item in items:
-        if pieces.find(item.key, progress=partial(progress, "verify")) is None:
-            job = _begin(item, pieces, old)
-            graphs = [target for target in job.lacking() if target.source == "graph"]
-            waiting |= {WeightsFile(t.graph.weights, job.work / weights_name(t)): (job, t) for t in graphs}
-            if not graphs:
-                _complete(job, plan, readers, pieces, progress)
+    absent = [item for item in items if pieces.find(item.key, progress=partial(progress, "verify")) is None]
+    jobs = [_begin(item, pieces, old) for item in absent]
+    graphs = [(job, t) for job in jobs for t in job.lacking() if t.source == "graph"]
+    check_weights([weight for _, target in graphs for weight in target.graph.weights], readers)
+    waiting = {WeightsFile(t.graph.weights, job.work / weights_name(t)): (job, t) for job, t in graphs}
+    for job in jobs:
+        if all(other is not job for other, _ in graphs):
+            _complete(job, plan, readers, pieces, progress)
     for subfolder in dict.fromkeys(planned.graph.subfolder for planned in plan.components):
         files = [file for file, (_, target) in waiting.items() if target.graph.subfolder == subfolder]
         tables = [modulation] if modulation is not None and subfolder == "transformer" else []

@@ -16,14 +16,13 @@ from qie.compiler.packing.writing import writing
 from qie.compiler.planning.estimate import estimate
 from qie.compiler.planning.keys import graph_keys, modulation_key
 from qie.compiler.planning.plan import Plan
-from qie.compiler.quantization import calibration
+from qie.compiler.quantization.calibration import FILE, Calibration
 from qie.compiler.recipe.schema import to_toml
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA,
     Defaults,
-    FileRecord,
     LoraRecord,
     Manifest,
     ModelRecord,
@@ -33,7 +32,7 @@ from qie.engines.bundle.manifest import (
 )
 from qie.engines.bundle.sealed import write_manifest
 from qie.engines.cache import encoder_cache_on_disk, tables_cache
-from qie.engines.errors import BundleError
+from qie.engines.errors import BundleError, CalibrationError
 from qie.engines.progress import Progress
 
 __all__ = ["pack"]
@@ -55,9 +54,9 @@ def pack(plan: Plan, pieces: Pieces, *, progress: Progress) -> Bundle:
     old = _earlier(plan.destination)
     made, digest = _pieces(plan, pieces, old, progress)
     with writing(plan.destination, plan.disk_bytes) as folder:
+        manifest = _manifest(plan, folder, digest, tuple(made.values()))
         for key, piece in made.items():
             pieces.place(key, piece, folder)
-        manifest = _manifest(plan, folder, digest, tuple(made.values()))
         write_manifest(manifest, folder)
         if old is not None:
             _drop_cached(old, manifest)
@@ -68,12 +67,16 @@ def _pieces(plan: Plan, pieces: Pieces, old: Bundle | None, progress: Progress) 
     """Make what ``pieces`` lacks: the pieces by their keys, in the order of the plan, and the checkpoint's digest."""
     readers = checkpoint_readers(plan)
     digest = plan.checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
-    if plan.calibration is not None and plan.recipe.quantizes:
-        plan.calibration.check_model(digest)
+    calibration = plan.calibration if plan.recipe.quantizes else None
     wanted = items(plan, graph_keys(plan, digest))
     modulation = modulation_key(plan, digest)
     keys = [*(item.key for item in wanted), modulation]
-    pieces.retain(keys)
+    if plan.checkpoint.fetched is not None:
+        plan.checkpoint.fetched.close()  # its shard lies among the pieces
+    pieces.retain([*keys, *([] if calibration is None else [str(calibration.sha256)])])
+    if calibration is not None:
+        calibration.check_model(digest)
+        keys.append(_keep_calibration(calibration, pieces))
     tables = None if pieces.find(modulation) else ModulationPiece(plan, modulation, pieces, readers)
     make_pieces(plan, wanted, pieces, readers, old, tables, progress=progress)
     made = {key: pieces.find(key) for key in keys}
@@ -82,7 +85,7 @@ def _pieces(plan: Plan, pieces: Pieces, old: Bundle | None, progress: Progress) 
 
 
 def _manifest(plan: Plan, folder: Path, digest: str, made: tuple[Piece, ...]) -> Manifest:
-    """The manifest of what is in ``folder``; writes the tokenizer and the calibration there."""
+    """The manifest of ``made``; writes the tokenizer into ``folder``."""
     checkpoint, recipe = plan.checkpoint, plan.recipe
     load_tokenizer(checkpoint.path).save(str(folder / TOKENIZER_FILE), pretty=False)
     default = plan.model.schedules(recipe)[0]
@@ -103,7 +106,7 @@ def _manifest(plan: Plan, folder: Path, digest: str, made: tuple[Piece, ...]) ->
             specialization=recipe.specialization,
         ),
         tokenizer=file_record(folder, TOKENIZER_FILE),
-        calibration=_calibration(folder, plan),
+        calibration=next((record for piece in made for record in piece.files if record.path == FILE), None),
         schedules=modulation.files,
         engines=tuple(engine for piece in made for engine in piece.engines),
         graphs=tuple(graph for piece in made for graph in piece.graphs),
@@ -129,13 +132,29 @@ def _model_record(checkpoint: Checkpoint, *, digest: str, modulation: Modulation
     )
 
 
-def _calibration(folder: Path, plan: Plan) -> FileRecord | None:
-    """A copy of the calibration in ``folder``, where a component is quantized: for reproduction and the next build."""
-    if plan.calibration is None or not plan.recipe.quantizes:
-        return None
-    assert plan.calibration.source is not None
-    shutil.copyfile(plan.calibration.source, folder / calibration.FILE)
-    return file_record(folder, calibration.FILE)
+def _keep_calibration(calibration: Calibration, pieces: Pieces) -> str:
+    """Make a copy of ``calibration`` a piece, before anything is made with it: for reproduction and the next build.
+
+    Returns:
+        The key of the piece.
+
+    Raises:
+        CalibrationError: its file was changed since it was read.
+    """
+    assert calibration.source is not None
+    key = str(calibration.sha256)
+    if pieces.find(key) is not None:
+        return key
+    work = pieces.begin(key)
+    try:
+        shutil.copyfile(calibration.source, work / FILE)
+        record = file_record(work, FILE)
+    except FileNotFoundError:
+        record = None
+    if record is None or record.sha256 != key:
+        raise CalibrationError(f"{calibration.source} was changed or deleted since it was read; start again")
+    pieces.keep(key, Piece(files=(record,)))
+    return key
 
 
 def _drop_cached(old: Bundle, manifest: Manifest) -> None:

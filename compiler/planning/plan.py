@@ -223,6 +223,7 @@ def make_plan(
     allow_unread: bool = False,
     device: int | None = None,
     memory_gib: float | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """Plan the build of ``checkpoint`` by ``recipe`` into the folder ``destination``.
 
@@ -239,6 +240,7 @@ def make_plan(
         allow_unread: accept tensors that nothing reads.
         device: see ``Plan``.
         memory_gib: host memory that the build may use; see ``host_memory``.
+        memory: the same in bytes, of a plan that is made again.
 
     Raises:
         CheckpointError: the weights that are here do not belong to the configs, a LoRA does not belong to the model,
@@ -247,7 +249,7 @@ def make_plan(
         CalibrationError: the calibration lacks a linear.
         BuildError: no build can have that much memory.
     """
-    memory = host_memory(recipe, memory_gib)
+    memory = host_memory(recipe, memory_gib) if memory is None else memory
     checkpoint.check_layers()
     schedule = find_schedule(schedule, loras)
     checkpoint = replace(checkpoint, model=distilled_model(checkpoint.model, schedule))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from qie.engines.bundle.bundle import bundles_folder
 from qie.engines.errors import BackendMissingError, BuildError
 from qie.engines.files import is_link_loop
-from qie.engines.machine import GIB
 
 if TYPE_CHECKING:
     from qie.compiler.planning.plan import Plan
@@ -129,7 +128,7 @@ def with_calibration(plan: "Plan", calibration: "Calibration") -> "Plan":
         schedule=plan.schedule,
         allow_unread=plan.allow_unread,
         device=plan.device,
-        memory_gib=plan.memory / GIB,
+        memory=plan.memory,
     )
 
 

@@ -12,12 +12,15 @@ import pytest
 from qie.compiler.backends import onnxruntime
 from qie.compiler.packing import pieces
 from qie.compiler.packing.build import build
+from qie.compiler.packing.items import items
 from qie.compiler.planning import calibration
+from qie.compiler.planning.keys import graph_keys
+from qie.compiler.planning.resolve import plan_build
 from qie.compiler.synthetic.shards import SyntheticShards
 from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
 from qie.engines.bundle.bundle import Bundle, verify
 from qie.engines.bundle.manifest import Manifest
-from qie.engines.errors import BuildError, CheckpointError
+from qie.engines.errors import BuildError, CalibrationError, CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +167,60 @@ def test_pieces_count_as_room_on_the_disk(
         build(whole, out=tmp_path / "out")
     free = int(str(refused.value).partition(" has ")[2].partition(" free")[0].replace(",", ""))
     assert 0.9 * needed < free <= needed
+
+
+def test_a_calibration_that_changes_while_it_is_used_is_noticed(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QIE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(calibration, "SAMPLES", 2)
+    recipe = tmp_path / "fp8.toml"
+    recipe.write_text('extends = "cpu"\n[components.transformer]\nscheme = "fp8"\n')
+    made = build(whole, gpu=recipe, out=tmp_path / "out")
+    kept = made.path / "calibration.npz"
+    plan = plan_build(whole, gpu=recipe, out=tmp_path / "other", calibration=kept)
+    content = kept.read_bytes()
+    kept.unlink()
+    kept.write_bytes(content + b" ")
+    with pytest.raises(CalibrationError, match="was changed or deleted since it was read; start again"):
+        build(plan)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tensor_that_is_missing_is_found_before_a_shard_is_fetched(
+    on_demand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = counted(tmp_path, monkeypatch)
+    tensors = SyntheticShards.tensors
+
+    def lacking(self: SyntheticShards, path: str) -> Any:
+        return {name: facts for name, facts in tensors(self, path).items() if name != "decoder.conv_out.bias"}
+
+    monkeypatch.setattr(SyntheticShards, "tensors", lacking)
+    with pytest.raises(CheckpointError, match=r"vae tensor 'decoder\.conv_out\.bias' is missing"):
+        build(on_demand, out=tmp_path / "out", stream=True)
+    assert not fetched
+
+
+def test_a_piece_for_another_machine_depends_on_its_shapes(whole: Path, tmp_path: Path) -> None:
+    """It has the shapes for which the engine is built there."""
+    keys = []
+    for batch in (2, 3):
+        recipe = tmp_path / "h100.toml"
+        recipe.write_text(f'extends = "h100"\n[shapes]\nbatch = {{ max = {batch} }}\n[components.transformer]\n'
+                          'scheme = "none"\nexclude = []\n')  # fmt: skip
+        plan = plan_build(whole, gpu=recipe, out=tmp_path / "out")
+        keys.append([item.key for item in items(plan, graph_keys(plan, "digest"))])
+    changed = [one != other for one, other in zip(*keys, strict=True)]
+    assert changed == [False, False, False, True, False]
+
+
+def test_progress_of_fetching_never_goes_back_within_a_pass(on_demand: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    build(
+        on_demand,
+        out=tmp_path / "out",
+        stream=True,
+        progress=lambda what, done, total: seen.append((done, total)) if what == "fetch" else None,
+    )
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
