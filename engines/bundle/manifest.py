@@ -45,7 +45,7 @@ _Dim = Annotated[int, Range(1, 1 << 31)]
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
@@ -357,7 +357,7 @@ class Manifest:
     """A bundle's table of contents.
 
     Attributes:
-        schema: version of this layout, ``SCHEMA``.
+        schema: version of this layout, ``SCHEMA`` or an earlier one that is read.
         qie: version that built the bundle.
         model: the model and its constants.
         loras: those fused into the weights.
