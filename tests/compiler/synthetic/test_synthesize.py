@@ -79,7 +79,12 @@ def test_without_shards_everything_else_is_there(whole: Path, on_demand: Path) -
         for path, data in contents(whole).items()
         if path.endswith(".safetensors")
     }
-    assert not open_checkpoint(str(on_demand), weights=False).complete
+    checkpoint = open_checkpoint(str(on_demand), weights=False)
+    assert not checkpoint.complete
+    with pytest.raises(
+        CheckpointError, match="has no weights, and they can be made .*; synthesize the checkpoint with"
+    ):
+        checkpoint.with_weights()
 
 
 def test_a_shard_on_demand_is_that_of_the_whole(whole: Path, on_demand: Path, tmp_path: Path) -> None:
