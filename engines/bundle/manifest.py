@@ -42,9 +42,7 @@ __all__ = [
 
 _Number = Annotated[int, Range(0, 1 << 53)]
 _Dim = Annotated[int, Range(1, 1 << 31)]
-
 _SHA256 = re.compile("[0-9a-f]{64}")
-
 SCHEMA = 4
 MANIFEST = "manifest.json"
 
