@@ -6,7 +6,6 @@ with the scheme, of the built-in images, and extrapolates the time to all blocks
 is that of this process; the checkpoint is written in another one.
 """
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from bench.report import argument_parser, environment, write_report
+from bench.stages import peak_bytes
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.packing.calibrate import IMAGES
 from qie.compiler.planning.calibration import SAMPLES, calibration_model
@@ -115,13 +115,6 @@ def of_all(segments: Mapping[str, Sequence[float]], seconds: float) -> tuple[flo
     blocks = {name: fmean(segments[name][2:-1]) for name in PUBLISHED}
     more = (PUBLISHED[name] - (len(segments[name]) - 1) for name in PUBLISHED)
     return seconds + sum(count * of_one for count, of_one in zip(more, blocks.values(), strict=True)), blocks
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process, from the kernel."""
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak is not None
-    return int(peak[1]) * 1024
 
 
 if __name__ == "__main__":

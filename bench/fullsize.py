@@ -1,10 +1,10 @@
 """A build at full size with made-up weights: ``python -m bench.fullsize [--layers N] [--gpu RECIPE] [--json FILE]``.
 
 Builds Qwen-Image-Edit-2511 with random weights by one call, stage by stage: seconds, CPU seconds, peak memory, bytes
-read and written. The weights are made one shard at a time, so that the disk holds the bundle and one shard;
-``--folder`` writes them first and reads them from there. The floor of the weights' stages is the time that a plain
-read of the same bytes and a plain write of the bytes out take in the same run, at the rates of ``--floor-gib`` GiB past
-the page cache.
+read and written. The weights are made one shard at a time, so that the disk holds the bundle and one shard, and the
+stages include the time to make them, which is given too; ``--folder`` writes them first and reads them from there. The
+floor of the weights' stages is the time that a plain read of the tensors and a plain write of the files that are made
+of them take in the same run, at the rates of ``--floor-gib`` GiB past the page cache.
 """
 
 import argparse
@@ -12,18 +12,28 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.report import argument_parser, environment, write_report
-from bench.stages import Cost, Stages
+from bench.stages import Cost, Stages, plain_read, plain_write
+from qie.compiler.packing.build import build
+from qie.compiler.planning.estimate import estimate
+from qie.compiler.planning.plan import Plan
+from qie.compiler.planning.resolve import plan_build
+from qie.compiler.synthetic.shards import SyntheticShards
+from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
+from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.bundle.bundle import Bundle
+from qie.engines.progress import StageProgress, no_progress
 from qie.engines.terminal import human_bytes, human_seconds, table
 
-BLOCK = 1 << 24
-"""Bytes of one read or write of the floor."""
+WEIGHTS = "weights of "
+"""Beginning of the name of a stage that reads and writes weights."""
 
 
 def main() -> None:
@@ -60,11 +70,6 @@ def arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     """Synthesize, plan, build; the figures."""
-    from qie.compiler.packing.build import build
-    from qie.compiler.planning.estimate import estimate
-    from qie.compiler.planning.resolve import plan_build
-    from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
-
     stages = Stages()
     read, write = floor(home, int(options.floor_gib * 2**30))
     with stages.stage("synthesize"):
@@ -83,7 +88,8 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
             home / "checkpoint", gpu=options.gpu, calibration=options.calibration, memory_gib=options.memory_gib
         )
     start = time.perf_counter()
-    bundle = build(plan, stream=not options.folder, progress=stages)
+    with counted_fetches(stages):
+        bundle = build(plan, stream=not options.folder, progress=stages)
     seconds = time.perf_counter() - start
     stages.end()
     if options.keep_calibration is not None and bundle.manifest.calibration is not None:
@@ -99,19 +105,46 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
         "planned_bundle_bytes": estimated.disk_bytes,
         "read_bytes_per_second": read,
         "write_bytes_per_second": write,
+        "fetched_bytes": stages.fetched_bytes,
+        "fetch_seconds": stages.fetch_seconds,
         "stages": {
-            name: asdict(cost) | {"floor_ratio": ratio(name, cost, read, write)} for name, cost in stages.costs.items()
+            name: asdict(cost) | {"floor_ratio": ratio(name, cost, plan, read, write)}
+            for name, cost in stages.costs.items()
         },
         "engines": engines(bundle),
         "planned_host_bytes": estimated.host_bytes,
     }
 
 
-def ratio(name: str, cost: Cost, read: float, write: float) -> float | None:
-    """How often the floor's time a stage took that reads and writes weights; None for another one."""
-    if not name.startswith("weights"):
+def ratio(name: str, cost: Cost, plan: Plan, read: float, write: float) -> float | None:
+    """How often the floor's time a stage took that reads and writes weights; None for another one.
+
+    The floor is that of the bytes of the tensors, and of the files of weights and tables that are made of them.
+    """
+    if not name.startswith(WEIGHTS):
         return None
-    return cost.seconds / (cost.read_bytes / read + cost.written_bytes / write)
+    written = written_bytes(plan, name.removeprefix(WEIGHTS))
+    return cost.seconds / (cost.total / read + written / write)
+
+
+def written_bytes(plan: Plan, subfolder: str) -> int:
+    """Bytes of the files that are made of the weights of ``subfolder`` in one pass."""
+    graphs = [part for planned in plan.components if planned.graph.subfolder == subfolder for part in planned.parts]
+    tables = plan.tables_bytes + plan.modulation_bytes if subfolder == "transformer" else 0
+    return sum(total_bytes(graph.weights) for graph in graphs) + tables
+
+
+@contextmanager
+def counted_fetches(stages: Stages) -> Iterator[None]:
+    """Count the shards that are made on demand in the block."""
+    fetch = SyntheticShards.fetch
+
+    def counted(self: SyntheticShards, path: str, target: Path, *, progress: StageProgress = no_progress) -> None:
+        with stages.fetching(self.shards[path].bytes):
+            fetch(self, path, target, progress=progress)
+
+    with patch.object(SyntheticShards, "fetch", counted):
+        yield
 
 
 def engines(bundle: Bundle) -> list[dict[str, Any]]:
@@ -129,21 +162,9 @@ def engines(bundle: Bundle) -> list[dict[str, Any]]:
 
 def floor(folder: Path, count: int) -> tuple[float, float]:
     """Bytes per second of a plain read, and of a plain write, of a file of ``count`` bytes that is in no cache."""
-    file, block = folder / "floor", os.urandom(BLOCK)
-    start = time.perf_counter()
-    with file.open("wb") as stream:
-        for _ in range(count // BLOCK):
-            stream.write(block)
-        stream.flush()
-        os.fsync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    written = time.perf_counter() - start
-    buffer = bytearray(BLOCK)
-    start = time.perf_counter()
-    with file.open("rb", buffering=0) as stream:
-        while stream.readinto(buffer):
-            pass
-    taken = time.perf_counter() - start
+    file = folder / "floor"
+    written = plain_write(file, count)
+    taken = plain_read(file)
     file.unlink()
     return count / taken, count / written
 
@@ -157,6 +178,10 @@ def report(figures: Mapping[str, Any]) -> str:
         ["recipe", figures["recipe"]],
         ["build", human_seconds(figures["seconds"])],
         ["bundle", f"{human_bytes(figures['bundle_bytes'])}, planned {human_bytes(figures['planned_bundle_bytes'])}"],
+        [
+            "shards made",
+            f"{human_bytes(figures['fetched_bytes'])} in {human_seconds(figures['fetch_seconds'])}, beside the stages",
+        ],
         ["plain read", f"{figures['read_bytes_per_second'] / 1e9:.2f} GB/s"],
         ["plain write", f"{figures['write_bytes_per_second'] / 1e9:.2f} GB/s"],
     ]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import argument_parser, environment, write_report
+from bench.stages import forget, peak_bytes, plain_read, plain_write
 from qie.compiler.checkpoint.safetensors import open_file
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.recipe.schema import SchemeName
@@ -35,8 +36,6 @@ WIDTH, WIDE, TABLE = 3072, 12288, (152064, 3584)
 QUANTIZED: dict[str, SchemeName] = {"fp8": "fp8", "int8": "int8-smooth", "int4": "w4a16"}
 KINDS = {"copy": 3.0, **dict.fromkeys(QUANTIZED, 6.0), "float32": 3.0}
 """What is made of the tensors -> the most times its floor that it may take."""
-
-CHUNK = 1 << 24
 
 
 def main() -> None:
@@ -128,21 +127,19 @@ def measure(kind: str, file: Path) -> dict[str, Any]:
     bytes_in = file.stat().st_size
     bytes_out = total_bytes(weights)
     floor = floor_seconds(file, target, bytes_out)
-    drop(file)
+    forget(file)
     cpu, start = time.process_time(), time.perf_counter()
     written = write_weights(weights, {"transformer": reader}, target)
     seconds = time.perf_counter() - start
     cpu = time.process_time() - cpu
     target.unlink()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     return {
         "bytes_in": bytes_in,
         "bytes_out": written.bytes,
         "floor_seconds": floor,
         "seconds": seconds,
         "cpu_seconds": cpu,
-        "peak_bytes": peak,
+        "peak_bytes": peak_bytes(),
     }
 
 
@@ -166,25 +163,9 @@ def made_of(name: str, shape: tuple[int, ...], kind: str) -> Iterator[Weight]:
 
 def floor_seconds(file: Path, target: Path, bytes_out: int) -> float:
     """Seconds to read ``file``, and then to write ``bytes_out`` bytes."""
-    drop(file)
-    buffer = np.random.default_rng(0).integers(0, 256, CHUNK, np.uint8).data
-    start = time.perf_counter()
-    with file.open("rb", buffering=0) as stream:
-        while stream.readinto(buffer):
-            pass
-    with target.open("wb", buffering=0) as stream:
-        for offset in range(0, bytes_out, CHUNK):
-            stream.write(buffer[: bytes_out - offset])
-        os.fsync(stream.fileno())
-    seconds = time.perf_counter() - start
+    seconds = plain_read(file) + plain_write(target, bytes_out)
     target.unlink()
     return seconds
-
-
-def drop(file: Path) -> None:
-    """Let the kernel forget what it has cached of ``file``."""
-    with file.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

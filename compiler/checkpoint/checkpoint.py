@@ -21,10 +21,13 @@ from qie.engines.files import qie_home, replacing
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.records import brief
 
-__all__ = ["POCKET", "Checkpoint", "digest_cache", "open_checkpoint"]
+__all__ = ["ON_DEMAND", "POCKET", "Checkpoint", "digest_cache", "open_checkpoint"]
 
 POCKET = Path(__file__).parents[2] / "recipes" / "pocket"
 """The small trained model that comes with qie."""
+
+ON_DEMAND = "synthetic.json"
+"""A file of a checkpoint without weights, whose shards are made one at a time (``qie.compiler.synthetic.shards``)."""
 
 _CONFIGS = {
     "transformer": "transformer/config.json",
@@ -82,11 +85,17 @@ class Checkpoint:
         The weights are those of the commit of the configs. ``progress`` may be called from another thread.
 
         Raises:
-            CheckpointError: the weights cannot be downloaded, or a file is missing, cut short or broken.
+            CheckpointError: the weights cannot be downloaded or are made on demand, or a file is missing, cut short or
+                broken.
         """
         try:
             self.readers()
         except CheckpointError:
+            if (self.path / ON_DEMAND).is_file():
+                raise CheckpointError(
+                    f"{self.path} has no weights, and they can be made one shard at a time, as a build that "
+                    "streams does; synthesize the checkpoint with its weights"
+                ) from None
             if self.revision is None:
                 raise
             hub.fetch_weights(self.name, self.revision, self.path, progress=progress)

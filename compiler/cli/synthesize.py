@@ -59,7 +59,7 @@ def synthesize(
             }
         )
     if not dry_run:
-        say(f"{out}: written; build with: qie build {out} --gpu l40s")
+        say(f"{out}: written; build with: qie build {out} --gpu l40s{' --stream' if on_demand else ''}")
     return None
 
 

@@ -28,6 +28,9 @@ from qie.engines.progress import Progress, no_progress
 
 __all__ = ["export_graphs"]
 
+_GRAPH_FILE = re.compile(rf"({'|'.join(COMPONENTS)})(\.\d+)?\.(onnx|weights)")
+"""Of a component, or of one of its parts (``stem``)."""
+
 _LLM_FILE = re.compile(r"config\.json|encoder\.py|build\.sh|rank\d+\.safetensors")
 
 
@@ -115,9 +118,8 @@ def _check_destination(path: Path) -> None:
 
 def _is_exported(name: Path) -> bool:
     """Whether an export writes a file or folder of that name."""
-    names = {f"{component}.{suffix}" for component in COMPONENTS for suffix in ("onnx", "weights")} | {WORK_LOCK}
     if name.parts[0] == LLM_FOLDER:
         return len(name.parts) == 1 or (len(name.parts) == 2 and _LLM_FILE.fullmatch(name.parts[1]) is not None)
     if name.parts[0] == TEXT_ENCODER:
         return len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[1] in FILES)
-    return str(name) in names
+    return str(name) == WORK_LOCK or _GRAPH_FILE.fullmatch(str(name)) is not None

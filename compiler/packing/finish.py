@@ -7,7 +7,7 @@ from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.engines import build_engine, drop_graph
 from qie.compiler.packing.made_from import bundle_recipe
 from qie.compiler.packing.take_over import take_over
-from qie.compiler.packing.writing import writing
+from qie.compiler.packing.writing import check_unchanged, writing
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import GraphRecord
@@ -33,7 +33,8 @@ def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progre
     Raises:
         BackendMissingError: this machine can build none of them.
         BundleError: the bundle is damaged.
-        RecipeError, BuildError: no graph is left, a builder failed, or the disk is full.
+        RecipeError, BuildError: no graph is left, a builder failed, the disk is full, or the bundle was replaced or
+            deleted meanwhile.
     """
     manifest = bundle.manifest
     if not manifest.graphs:
@@ -56,6 +57,7 @@ def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progre
             drop_graph(graph, engine, folder)
             engines.append(engine)
         waiting = tuple(graph for graph in manifest.graphs if graph not in ready)
+        check_unchanged(bundle)
         write_manifest(replace(manifest, engines=(*engines, *manifest.engines), graphs=waiting), folder)
     return open_bundle(bundle.path.absolute())
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import MANIFEST
 from qie.engines.errors import BuildError
 from qie.engines.files import is_disk_full
 from qie.engines.folders import replacing_folder
 
-__all__ = ["disk_errors", "writing"]
+__all__ = ["check_unchanged", "disk_errors", "writing"]
 
 
 @contextmanager
@@ -44,3 +45,13 @@ def disk_errors(destination: Path, needed: int) -> Iterator[None]:
         raise BuildError(
             f"{destination} cannot be written ({problem}); choose another folder", option="out"
         ) from problem
+
+
+def check_unchanged(bundle: Bundle) -> None:
+    """Reject to replace a bundle that is another one now than when it was opened.
+
+    Raises:
+        BuildError: it was replaced or deleted.
+    """
+    if bundle.folder.replaced:
+        raise BuildError(f"{bundle.path} was changed meanwhile; start again")

@@ -6,12 +6,13 @@ without a download; its edits are noise.
 Weights depend only on the seed and the tensor's name, and come from raw PCG64 bits, so equal arguments give equal
 bytes. Their scales keep activations near 1 at any depth, and every parameter affects the output: norms are spread
 around 1, biases are not zero, the temporal slices of a kernel differ.
+
+The values are others than those of ``qie synthesize`` (``qie.compiler.synthetic.values``): what the parity tests have
+recorded and their tolerances are of these, and they have no outliers, which float32 parity does not need.
 """
 
 import hashlib
 import math
-import os
-import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -24,6 +25,7 @@ from qie.compiler.synthetic.configs import config_files
 from qie.compiler.synthetic.layout import StoredDType, index_files, shard_files
 from qie.compiler.synthetic.scales import center_and_std
 from qie.engines.errors import CheckpointError
+from qie.engines.folders import replacing_folder
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
 
@@ -58,9 +60,7 @@ def write_checkpoint(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; delete it or choose another one")
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as partial:
         shards = shard_files(architecture, dtype=dtype, shard_bytes=lambda _: shard_bytes) if weights else ()
         for path, content in {**config_files(architecture, words), **index_files(shards)}.items():
             (partial / path).parent.mkdir(exist_ok=True)
@@ -72,9 +72,6 @@ def write_checkpoint(
                 for tensor in shard.tensors:
                     values = _values(shard.subfolder, tensor.name, tensor.shape, seed)
                     stream.write(values.astype(stored).tobytes())
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qie.compiler.checkpoint.checkpoint import ON_DEMAND
 from qie.compiler.checkpoint.safetensors import read_json
 from qie.compiler.checkpoint.shards import Shard, TensorFacts
 from qie.compiler.synthetic.architecture import ARCHITECTURES, Architecture
@@ -22,7 +23,7 @@ from qie.engines.progress import StageProgress, no_progress
 
 __all__ = ["FILE", "Recorded", "SyntheticShards", "shard_bytes", "synthetic_json"]
 
-FILE = "synthetic.json"
+FILE = ON_DEMAND
 """Name of the record in the checkpoint's folder."""
 
 _FORMAT = 1

@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qie.compiler.synthetic.configs import config_files
 from qie.compiler.synthetic.layout import ShardFile, index_files
 from qie.compiler.synthetic.shards import FILE, Recorded, shard_bytes, synthetic_json
 from qie.engines.errors import CheckpointError
-from qie.engines.files import existing
+from qie.engines.files import existing, is_disk_full
 from qie.engines.folders import replacing_folder
 from qie.engines.progress import Progress, no_progress
 
@@ -139,13 +140,12 @@ def synthesize(plan: Synthesis, *, progress: Progress = no_progress) -> Path:
         The folder.
 
     Raises:
-        CheckpointError: the folder came into use meanwhile.
-        OSError: it cannot be written, or the disk is full.
+        CheckpointError: the folder came into use meanwhile, it cannot be written, or the disk is full.
     """
     totals: Counter[Subfolder] = Counter()
     for file in plan.files:
         totals[file.subfolder] += file.bytes
-    with replacing_folder(plan.folder) as folder:
+    with _disk_errors(plan), replacing_folder(plan.folder) as folder:
         for path, text in plan.texts.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
@@ -166,6 +166,23 @@ def synthesize(plan: Synthesis, *, progress: Progress = no_progress) -> Path:
             (folder / FILE).write_text(synthetic_json(plan.recorded, shards), encoding="utf-8")
         _check_folder(plan.folder)  # what came meanwhile is not lost
     return plan.folder
+
+
+@contextmanager
+def _disk_errors(plan: Synthesis) -> Iterator[None]:
+    """Say what to do where the folder of ``plan`` cannot be written."""
+    try:
+        yield
+    except OSError as problem:
+        if is_disk_full(problem):
+            raise CheckpointError(
+                f"the disk of {plan.folder} is full, the checkpoint needs {plan.disk_bytes:,} bytes; free some space "
+                "or choose a folder on another disk",
+                option="out",
+            ) from problem
+        raise CheckpointError(
+            f"{plan.folder} cannot be written ({problem}); choose another folder", option="out"
+        ) from problem
 
 
 def _check_folder(folder: Path) -> None:

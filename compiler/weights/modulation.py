@@ -202,7 +202,7 @@ def write_modulation(
     mode: Modulation,
     progress: StageProgress = no_progress,
 ) -> ModulationFile:
-    """Make a ``ModulationFile`` of all tensors that it takes, each of which is read once; it is finished.
+    """Make a ``ModulationFile`` of all tensors that it takes, each read once in the order of the files; it is finished.
 
     Args:
         shape: dimensions of the transformer.
@@ -220,9 +220,10 @@ def write_modulation(
     file = ModulationFile(shape, readers["transformer"], folder, schedules=schedules, tables=tables, mode=mode)
     sizes = {weight.name: _bytes(weight) for weight in modulation_weights(shape, readers["transformer"])}
     done, total = 0, sum(sizes.values())
-    rest = [source for source in file.sources if source[1] not in file.first]
-    for subfolder, name in (*(("transformer", name) for name in file.first), *rest):
-        file.take(subfolder, name, readers[subfolder].read(name))
+    reader = readers["transformer"]
+    rest = reader.order(name for _, name in file.sources if name not in file.first)
+    for name in (*file.first, *rest):
+        file.take("transformer", name, reader.read(name))
         done += sizes[name]
         progress(done, total)
     file.finish()

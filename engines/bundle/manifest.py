@@ -42,10 +42,8 @@ __all__ = [
 
 _Number = Annotated[int, Range(0, 1 << 53)]
 _Dim = Annotated[int, Range(1, 1 << 31)]
-
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 
 Component = Literal["vision", "language", "vae_encoder", "transformer", "vae_decoder"]
@@ -357,7 +355,7 @@ class Manifest:
     """A bundle's table of contents.
 
     Attributes:
-        schema: version of this layout, ``SCHEMA``.
+        schema: version of this layout, ``SCHEMA`` or an earlier one that is read.
         qie: version that built the bundle.
         model: the model and its constants.
         loras: those fused into the weights.

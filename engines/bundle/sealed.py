@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from qie.engines.records import from_plain, to_plain
 
 __all__ = ["parse_manifest", "read_manifest", "seal", "write_manifest"]
 
+_READABLE = (3, SCHEMA)
+"""Schemas that are read. Since 4 a manifest has ``added`` and the digest of the modulation, which may have no file."""
+
 _LONGEST = 1 << 26
 """Bytes; the manifest of the published models has less than a thousandth of it."""
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write ``manifest``, the last file of a bundle that is being built, in place: it is the bundle's lock."""
-    text = json.dumps(seal(to_plain(manifest)), indent=1, ensure_ascii=False)
+    """Write ``manifest``, the last file of a bundle that is being built, in place: it is the bundle's lock.
+
+    It gets this version's schema, also where it was read from an older one.
+    """
+    text = json.dumps(seal(to_plain(replace(manifest, schema=SCHEMA))), indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -58,13 +65,16 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
             raise ValueError(f"{len(content):,} bytes")
         data = json.loads(content)
         schema = data.get("schema") if isinstance(data, dict) else None
-        sealed = schema == SCHEMA and seal(data)["digest"] == data.get("digest")
+        sealed = schema in _READABLE and seal(data)["digest"] == data.get("digest")
     except (ValueError, RecursionError) as problem:
         raise BundleError(
             f"{path} cannot be read ({first_line(problem)}); build the bundle again with `qie build`"
         ) from None
-    if schema != SCHEMA:
-        raise BundleError(f"{path} has schema {schema!r}, expected {SCHEMA}; build the bundle again with `qie build`")
+    if schema not in _READABLE:
+        raise BundleError(
+            f"{path} has schema {schema!r}, expected {' or '.join(map(str, _READABLE))}; build the bundle again with "
+            "`qie build`"
+        )
     if not sealed:
         raise BundleError(f"{path} is damaged, its digest is another; build the bundle again with `qie build`")
     del data["digest"]

@@ -10,6 +10,8 @@ Shape suffixes: S steps, D width, L layers, M rows per block.
 
 import hashlib
 import math
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -240,20 +242,44 @@ def split_tables(flat: NDArray[Any], shape: ModulationShape) -> Tables:
 
 
 class BundleModulation:
-    """The modulation weights of a bundle, mapped and widened one tensor at a time."""
+    """The modulation weights of a bundle, read one tensor at a time.
+
+    They are not mapped: a disk that fails raises an error, and kills nothing.
+    """
 
     def __init__(self, folder: Path, record: ModulationRecord) -> None:
         assert record.file is not None, "a bundle without modulation weights"
-        self.mapped = np.memmap(folder / record.file.path, dtype=np.uint8, mode="r")
+        self._path = folder / record.file.path
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
         self._tensors = {t.name: t for t in record.tensors}
 
     def read(self, name: str) -> Array:
-        """A tensor as float32."""
+        """A tensor as float32.
+
+        Raises:
+            BundleError: see ``stored``.
+        """
+        return widen(self.stored(name))
+
+    def stored(self, name: str) -> NDArray[np.generic]:
+        """A tensor as it is stored: float32, or bfloat16 as its bits (uint16). Threads may read at once.
+
+        Raises:
+            BundleError: the file cannot be read, or is cut short.
+        """
         tensor = self._tensors[name]
-        dtype = np.dtype(np.uint16 if tensor.dtype == "bfloat16" else np.float32)
-        count = int(np.prod(tensor.shape)) * dtype.itemsize
-        raw = self.mapped[tensor.offset : tensor.offset + count].view(dtype).reshape(tensor.shape)
-        return widen(raw)
+        values = np.empty(tensor.shape, np.uint16 if tensor.dtype == "bfloat16" else np.float32)
+        content = values.reshape(-1).view(np.uint8).data
+        done, problem = 0, "it is cut short"
+        try:
+            while count := os.preadv(self._descriptor, [content[done:]], tensor.offset + done):
+                done += count
+        except OSError as failure:
+            problem = str(failure.strerror)
+        if done < len(content):
+            raise BundleError(f"{self._path} cannot be read ({problem}); build the bundle again with `qie build`")
+        return values
 
 
 def _linear(weights: ModulationWeights, name: str, x: Array) -> Array:

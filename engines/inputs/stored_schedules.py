@@ -79,18 +79,17 @@ def stored_schedules(manifest: Manifest) -> tuple[StoredSchedule, ...]:
 def missing_tables(manifest: Manifest, steps: int, size: Size | None = None) -> RequestError:
     """What to raise where the bundle has neither the tables of so many steps, at ``size``, nor weights to make them."""
     sizes = sizes_with_tables(manifest, steps)
-    command = f"qie add-schedule BUNDLE --steps {steps}"
     if sizes and size is not None:
         return RequestError(
             f"this bundle has no modulation tables of {steps} steps at {size}, but at {_listed(sizes)}; choose one of "
-            f"these sizes, or add it with `{command} --size {size}`",
+            "these sizes, or add it with `qie add-schedule`",
             option="size",
         )
     counts = [schedule.steps for schedule in stored_schedules(manifest)]
     known = f"but of {_listed(counts)}" if counts else "nor of other numbers"
     return RequestError(
         f"this bundle has no modulation tables of {steps} steps, {known}; choose one of these, or add them with "
-        f"`{command}`",
+        "`qie add-schedule`",
         option="steps",
     )
 

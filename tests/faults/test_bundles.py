@@ -30,7 +30,7 @@ BAD_BUNDLES: dict[str, tuple[Break, str]] = {
     "manifest missing": (lambda b: (b / "manifest.json").unlink(), "there is no bundle .*; choose one of `qie list`"),
     "manifest cut short": (lambda b: cut(b / "manifest.json"), f"manifest.json cannot be read .*; {AGAIN}"),
     "manifest of another schema": (lambda b: change_manifest(b, schema=99),
-        f"schema 99, expected 3; {AGAIN}"),
+        f"schema 99, expected 3 or 4; {AGAIN}"),
     "manifest changed": (lambda b: change_json(b / "manifest.json", qie="9.9"),
         f"manifest.json is damaged, its digest is another; {AGAIN}"),
     "manifest with an unknown key": (lambda b: change_manifest(b, colour="red"),

@@ -132,7 +132,7 @@ def test_a_download_of_the_hub_has_links_to_its_blobs(bundle: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 200_000, '{"schema":' * 100_000, '{"schema": 3, "digest": ' + "9" * 10_000 + "}", "\ufeff{}", "{}{}",
+    ["[" * 200_000, '{"schema":' * 100_000, '{"schema": 4, "digest": ' + "9" * 10_000 + "}", "\ufeff{}", "{}{}",
      "\0" * 100, '{"schema": 1e999}', '{"schema": NaN}', '{"schema": "\\ud800"}', "nul"],
     ids=range(10),
 )  # fmt: skip

@@ -24,7 +24,8 @@ def test_disk_use_is_stated_before_the_folder_is_written(qie: Qie, tmp_path: Pat
 
 
 def test_a_checkpoint_on_demand_is_planned_like_a_whole_one(qie: Qie, tmp_path: Path) -> None:
-    assert qie("synthesize", "tiny", "-o", tmp_path / "tiny", "--on-demand", "--seed", "3").returncode == 0
+    done = qie("synthesize", "tiny", "-o", tmp_path / "tiny", "--on-demand", "--seed", "3")
+    assert done.stdout.endswith(f"written; build with: qie build {tmp_path / 'tiny'} --gpu l40s --stream\n")
     assert not list((tmp_path / "tiny").rglob("*.safetensors"))
     assert json.loads((tmp_path / "tiny/synthetic.json").read_text())["seed"] == 3
     planned = qie("plan", tmp_path / "tiny", "--gpu", "cpu")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from safetensors.numpy import save_file
 
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.packing.add_schedule import add_schedule
+from qie.compiler.packing.schedule_plan import plan_schedule
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
+from qie.compiler.synthetic.shards import SyntheticShards
+from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
 from qie.engines.bundle.bundle import Bundle, open_bundle, verify
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
@@ -119,6 +123,52 @@ def test_the_loras_are_those_of_the_bundle(checkpoint: Path, tmp_path: Path) -> 
     assert [schedule.steps for schedule in stored_schedules(added.manifest)] == [2, 4, 8, 20]
 
 
+def test_shards_that_are_made_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the transformer, each once, and give the tables of a folder that has them."""
+    whole, on_demand = (
+        synthesize(plan_synthesis("tiny", tmp_path / name / "tiny", shard_bytes=300_000, on_demand=name == "demand"))
+        for name in ("whole", "demand")
+    )
+    alone = build(whole, tmp_path / "alone", TABLES).path
+    copy = shutil.copytree(alone, tmp_path / "copy")
+    fetched: list[str] = []
+    fetch = SyntheticShards.fetch
+
+    def noted(self: SyntheticShards, path: str, *arguments: Any, **options: Any) -> None:
+        fetched.append(path)
+        fetch(self, path, *arguments, **options)
+
+    monkeypatch.setattr(SyntheticShards, "fetch", noted)
+    planned = plan_schedule(open_bundle(copy), steps=5, model=on_demand)
+    assert planned.disk_bytes - planned.table_bytes < 310_000 < planned.fetch_bytes
+    shards, total_bytes = planned.shards, planned.fetch_bytes
+    del planned  # it holds the bundle that is replaced
+    reports: list[tuple[int, int]] = []
+
+    def report(what: str, done: int, total: int) -> None:
+        if what == "fetch":
+            reports.append((done, total))
+
+    added = add_schedule(copy, steps=5, model=on_demand, progress=report)
+    assert fetched == list(shards)
+    assert {total for _, total in reports} == {total_bytes}
+    assert added.manifest.schedules == add_schedule(alone, steps=5, model=whole).manifest.schedules
+    verify(added)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "copy", "demand", "mine.toml", "whole"]
+
+
+def test_a_bundle_that_was_replaced_meanwhile_stays(copied: Path, checkpoint: Path) -> None:
+    replaced: list[Bundle] = []
+
+    def replace(what: str, done: int, total: int) -> None:
+        if what == "modulation" and done == total:
+            replaced.append(add_schedule(copied, steps=6, model=checkpoint))
+
+    with pytest.raises(BuildError, match="copied was changed meanwhile; start again"):
+        add_schedule(copied, steps=5, model=checkpoint, progress=replace)
+    assert open_bundle(copied).manifest == replaced[0].manifest
+
+
 def test_another_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
     before = content(copied)
     other = write_checkpoint(tmp_path / "other", ARCHITECTURES["tiny"], seed=2)
@@ -189,7 +239,12 @@ def test_the_command(
     asked = ("run", "photo.png", "make it red", "--bundle", copied, "--cfg", "1", "--steps", "5")
     refused = qie(*asked)
     assert refused.returncode == 2
-    assert "`qie add-schedule BUNDLE --steps 5`" in refused.stderr
+    assert "choose one of these, or add them with `qie add-schedule` (--steps)" in refused.stderr
+    size = content(copied)
+    planned = qie("add-schedule", copied, "--steps", "5", "--model", checkpoint, "--dry-run")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert "tables of 5 steps, for " in planned.stdout and "computed from tiny, in " in planned.stdout
+    assert content(copied) == size
     done = qie("add-schedule", copied, "--steps", "5", "--model", checkpoint)
     assert (done.returncode, done.stderr) == (0, "")
     assert "it edits with 4 steps at" in done.stdout

@@ -53,6 +53,7 @@ def test_a_component_in_parts_is_exported_whole(make: Make, tmp_path: Path) -> N
     assert [file.name for file in export_graphs(plan, weights=False)] == [f"{name}.onnx" for name in COMPONENTS]
     names = [file.name for file in export_graphs(plan, weights=False, in_parts=True)]
     assert names[3:5] == ["transformer.0.onnx", "transformer.1.onnx"]
+    assert [file.name for file in export_graphs(plan, weights=False, in_parts=True)] == names  # it replaces its own
 
 
 def test_without_weights(make: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Bundles whose engines are yet to be built on the machine of the GPU."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,20 @@ def left_from_a100(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     there = replace(BACKENDS["tensorrt"], build_module="tensorrt_rtx", builds_on_gpu=False)
     monkeypatch.setitem(BACKENDS, "tensorrt", there)
     return bundle
+
+
+def test_a_bundle_that_was_replaced_meanwhile_stays(left_from_a100: Bundle, tmp_path: Path) -> None:
+    path = left_from_a100.path
+
+    def replace_it(*_: object) -> None:
+        if not (tmp_path / "aside").exists():
+            shutil.copytree(path, tmp_path / "other")
+            path.rename(tmp_path / "aside")
+            (tmp_path / "other").rename(path)
+
+    with pytest.raises(BuildError, match="bundle was changed meanwhile; start again"):
+        finish_bundle(left_from_a100, progress=replace_it)
+    assert open_bundle(path).manifest == left_from_a100.manifest
 
 
 def test_finishing(left_from_a100: Bundle) -> None:
@@ -146,7 +161,7 @@ def test_the_command(left_from_a100: Bundle, qie: Callable[..., CompletedProcess
     shown = qie("build", "--finish", path, "--dry-run").stdout
     assert shown.split() == [str(path), "lacks", *", ".join(f"{c} for tensorrt" for c in COMPONENTS).split()]
     planned_json = json.loads(qie("build", "--finish", path, "--dry-run", "--json").stdout)
-    assert planned_json["components"][0] == {"component": "vision", "backend": "tensorrt"}
+    assert planned_json["components"][0] == {"component": "vision", "part": 0, "backend": "tensorrt"}
     assert open_bundle(str(path)).manifest == left_from_a100.manifest
     done = json.loads(qie("build", "--finish", path, "--json").stdout)
     assert (done["bundle"], done["unfinished"]) == (str(path), [])

@@ -336,6 +336,7 @@ def test_plan_prints_four_tables(qie: Qie, tiny_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "One run of each component: 64x96, 2 images\n" in done.stdout
     assert "The whole edit: 3 steps, no guidance\n" in done.stdout
+    assert re.search(r"\ndisk while building: [\d.]+ MB, with --stream one shard of the checkpoint more\n", done.stdout)
     for component in ("vision", "language", "vae_encoder", "transformer", "vae_decoder"):
         assert done.stdout.count(f"\n{component} ") == 4
     assert "not known" in done.stdout

@@ -113,6 +113,9 @@ def test_no_order_of_the_tensors_and_no_mode_changes_a_byte(tmp_path: Path) -> N
     stored = StoredModulation(tmp_path / "weights", other.record)
     for name in stored.names():
         assert np.array_equal(stored.read(name), reader.read(name).astype(stored.dtype(name)))
+    for ask in (stored.shape, stored.dtype, stored.read):
+        with pytest.raises(CheckpointError, match="have no tensor 'none'; build the bundle again"):
+            ask("none")
 
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:

@@ -71,15 +71,25 @@ def test_no_json(tmp_path: Path, text: str) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, "3", None, [3], {}])
+@pytest.mark.parametrize("schema", [0, 1, 2, "3", 5, None, [3], {}])
 def test_another_schema(bundle: Path, tmp_path: Path, schema: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema .*, expected {SCHEMA}; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema .*, expected 3 or {SCHEMA}; {AGAIN}"):
         read_manifest(write(tmp_path, plain(bundle) | {"schema": schema}))
+
+
+def test_the_schema_before_is_read_and_written_as_this_one(manifest: Manifest, bundle: Path, tmp_path: Path) -> None:
+    old = plain(bundle) | {"schema": 3}
+    del old["added"], old["model"]["modulation"]["digest"]
+    read = read_manifest(write(tmp_path, old))
+    modulation = replace(manifest.model.modulation, digest=None)
+    assert read == replace(manifest, schema=3, model=replace(manifest.model, modulation=modulation))
+    write_manifest(read, tmp_path)
+    assert read_manifest(tmp_path) == replace(read, schema=SCHEMA)
 
 
 @pytest.mark.parametrize("data", [[], "x", 1, None, {}])
 def test_json_of_something_else(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(BundleError, match=f"has schema None, expected {SCHEMA}; {AGAIN}"):
+    with pytest.raises(BundleError, match=f"has schema None, expected 3 or {SCHEMA}; {AGAIN}"):
         read_manifest(write(tmp_path, json.dumps(data)))
 
 

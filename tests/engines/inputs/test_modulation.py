@@ -14,6 +14,7 @@ from qie.engines.bfloat16 import narrow, round_to_bfloat16, widen
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import FileRecord, ModulationRecord, ModulationTensor
 from qie.engines.bundle.specs import SchedulerSpec
+from qie.engines.errors import BundleError
 from qie.engines.inputs.modulation import BundleModulation, compute_tables, split_tables
 from qie.engines.inputs.modulation import silu as silu_of
 from qie.engines.inputs.modulation import timesteps as timesteps_of
@@ -185,9 +186,15 @@ def test_the_name_depends_on_weights_and_schedule(make: Callable[..., Case]) -> 
     assert table_name(record, SIGMAS.copy()) in names
 
 
-def test_the_weights_of_a_bundle_are_mapped_not_read(bundle: Path) -> None:
+def test_the_weights_of_a_bundle_that_are_cut_short(bundle: Path, tmp_path: Path) -> None:
     opened: Bundle = open_bundle(str(bundle))
-    weights = BundleModulation(bundle, opened.manifest.model.modulation)
-    assert isinstance(weights.mapped, np.memmap)
+    record = opened.manifest.model.modulation
+    (tmp_path / "modulation.weights").write_bytes((bundle / "modulation.weights").read_bytes()[:-1])
+    weights = BundleModulation(tmp_path, record)
+    weights.read(record.tensors[0].name)
+    with pytest.raises(
+        BundleError, match="modulation.weights cannot be read .it is cut short.; build the bundle again"
+    ):
+        weights.read(record.tensors[-1].name)
     with pytest.raises(KeyError):
         weights.read("no.such.tensor")
