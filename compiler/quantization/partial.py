@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qie.compiler.quantization.blockwise import Values
+from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.statistics import Found
 from qie.engines.bundle.manifest import Component
 from qie.engines.files import replacing
@@ -94,7 +95,7 @@ class PartialCalibration:
         self._written.clear()
         try:
             return self._read()
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, StopIteration):
             self._files.clear()
             self._written.clear()
             return None
@@ -106,8 +107,8 @@ class PartialCalibration:
         found = {component: Found() for component in about["found"]}
         samples: list[Values] = [{} for _ in range(about["samples"])]
         for name, values in arrays.items():
-            number, value = name.split("/", 1)
-            samples[int(number)][value] = values
+            sample, value = name.split("/", 1)
+            samples[int(sample)][value] = values
         for number, expected in enumerate(about["files"]):
             more, arrays, digest = _read_file(self._of(number))
             if digest != expected:
@@ -117,7 +118,8 @@ class PartialCalibration:
                 if kind == "amax":
                     found[component].amax[rest] = values
                 else:
-                    scheme, group = rest.split("/", 1)
+                    scheme = next(scheme for scheme in SCHEMES if rest.startswith(f"{scheme}/"))
+                    group = rest.removeprefix(f"{scheme}/")
                     found[component].add(scheme, group, more["alphas"][component][scheme][group], values)
             self._files.append(digest)
             self._written.update(arrays)
