@@ -17,7 +17,14 @@ from pathlib import Path
 
 import qie
 from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache, open_checkpoint
-from qie.compiler.planning.calibration import SAMPLES, calibration_area, calibration_model, needed_schemes
+from qie.compiler.planning.calibration import (
+    SAMPLES,
+    calibration_area,
+    calibration_model,
+    needed_schemes,
+    planned_calibration,
+)
+from qie.compiler.planning.calibration_memory import memory_refusal
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import with_calibration
 from qie.compiler.quantization.blockwise import providers
@@ -55,6 +62,7 @@ def check_images(plan: Plan, images: str | Path | None, calibration: str | Path 
     Raises:
         CalibrationError: the folder has no images, a calibration is given too, or the recipe does not quantize.
         ImageError: an image cannot be read.
+        BuildError: another calibration than the plan's needs more host memory than the build may use.
     """
     if images is None:
         return
@@ -69,6 +77,11 @@ def check_images(plan: Plan, images: str | Path | None, calibration: str | Path 
             option="images",
         )
     read_images(Path(images), SAMPLES)
+    if plan.calibration is not None:  # without one, the estimate of the build has examined it
+        made = planned_calibration(replace(plan, calibration=None))
+        assert made is not None
+        if refused := memory_refusal(made.memory, plan.memory):
+            raise refused
 
 
 def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progress = no_progress) -> Plan:

@@ -15,7 +15,7 @@ from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import plan_build
 from qie.compiler.quantization.schemes import SCHEMES
 from qie.engines.bundle.clean import remove, unneeded
-from qie.engines.errors import CalibrationError
+from qie.engines.errors import BuildError, CalibrationError
 from tests.support.command_line import Qie, Refusal
 from tests.support.images import smooth_image
 
@@ -207,6 +207,12 @@ def test_a_calibration_that_does_not_fit_is_refused(
     assert "of host memory (0.28 GiB for the process + " in refusal(qie(*quantizing))
     assert not (qie_home / "calibrations").exists()
     assert "and the build may use 0.25 GiB" in refusal(qie("plan", *quantizing[1:]))
+    (tmp_path / "mine").mkdir()
+    smooth_image(90, 60).save(tmp_path / "mine" / "one.png")
+    pocket = plan_build("pocket", gpu=recipe(tmp_path), memory_gib=0.25)  # which has a calibration of its own
+    module.check_images(pocket, None)
+    with pytest.raises(BuildError, match="calibrating .* takes about"):
+        module.check_images(pocket, tmp_path / "mine")
 
 
 def test_images_that_cannot_be_used(qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path) -> None:
