@@ -20,7 +20,7 @@ from bench.report import argument_parser, environment, write_report
 from bench.stages import peak_bytes
 from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.packing.calibrate import IMAGES
-from qie.compiler.planning.calibration import SAMPLES, calibration_model
+from qie.compiler.planning.calibration import SAMPLES, calibration_area, calibration_model
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.measure import measure
 from qie.compiler.quantization.partial import PartialCalibration
@@ -57,7 +57,7 @@ def main() -> None:
         if not folder.exists():
             subprocess.run([sys.executable, "-c", MAKE, str(folder), str(options.layers)], check=True)
         checkpoint = open_checkpoint(str(folder))
-        checkpoint = replace(checkpoint, model=calibration_model(checkpoint.model))
+        checkpoint = replace(checkpoint, model=calibration_model(checkpoint.model, calibration_area(options.scheme)))
         samples = draw_samples(read_images(IMAGES, options.samples), INSTRUCTIONS, options.samples)
         times: dict[str, list[float]] = {}
         cpu: dict[str, list[float]] = {}

@@ -6,7 +6,6 @@ the same number of threads in one run of the benchmark; figures are medians afte
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from qie.engines.editing.settings import resolve
 from qie.engines.inputs.feeds import transformer_feed
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.schedule import sigmas
+from qie.engines.machine import cores
 from qie.engines.terminal import table
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "cat.jpg"
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    threads = os.cpu_count() or 1
+    threads = cores()
     torch.set_num_threads(threads)
     editor = Editor(open_bundle(options.bundle), encoder_cache=EncoderCache(bytes_max=0))
     print(f"{threads} threads, torch {torch.__version__}, medians of {options.runs} runs")

@@ -30,7 +30,7 @@ LoraOption = Annotated[
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
-        help="Calibration file written by `qie calibrate`; required by recipes that quantize.",
+        help="Calibration file written by `qie calibrate`, for recipes that quantize; without one the build makes it.",
         show_default="the recipe's, else the model's own",
     ),
 ]

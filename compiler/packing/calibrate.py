@@ -8,16 +8,26 @@ import hashlib
 import json
 import os
 import time
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import qie
 from qie.compiler.checkpoint.checkpoint import Checkpoint, digest_cache, open_checkpoint
-from qie.compiler.planning.calibration import SAMPLES, calibration_model, needed_schemes
+from qie.compiler.planning.calibration import (
+    SAMPLES,
+    calibration_area,
+    calibration_model,
+    needed_schemes,
+    planned_calibration,
+)
+from qie.compiler.planning.calibration_memory import memory_refusal
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import with_calibration
+from qie.compiler.quantization.blockwise import providers
 from qie.compiler.quantization.calibration import Calibration, read_calibration, write_calibration
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.quantization.measure import measure
@@ -28,15 +38,19 @@ from qie.engines.bundle.clean import CALIBRATIONS
 from qie.engines.errors import CalibrationError
 from qie.engines.files import qie_home, try_lock
 from qie.engines.folders import WORK_LOCK, remove_leftover
+from qie.engines.machine import version_of
 from qie.engines.progress import Progress, no_progress
 
-__all__ = ["IMAGES", "calibrated", "check_images"]
+__all__ = ["IMAGES", "WAITING", "calibrated", "check_images"]
 
 IMAGES = Path(__file__).parents[2] / "recipes" / "calibration"
 """The images that come with qie."""
 
-METHOD = 1
+METHOD = 2
 """Changes with what is measured, how, and in which format it is kept, so that what was kept before is made again."""
+
+WAITING = "waiting for another build"
+"""What progress is called with while another build makes the calibration."""
 
 _PAUSE = 0.2
 """Seconds between two looks at a calibration that another build makes."""
@@ -48,6 +62,7 @@ def check_images(plan: Plan, images: str | Path | None, calibration: str | Path 
     Raises:
         CalibrationError: the folder has no images, a calibration is given too, or the recipe does not quantize.
         ImageError: an image cannot be read.
+        BuildError: another calibration than the plan's needs more host memory than the build may use.
     """
     if images is None:
         return
@@ -62,6 +77,11 @@ def check_images(plan: Plan, images: str | Path | None, calibration: str | Path 
             option="images",
         )
     read_images(Path(images), SAMPLES)
+    if plan.calibration is not None:  # without one, the estimate of the build has examined it
+        made = planned_calibration(replace(plan, calibration=None))
+        assert made is not None
+        if refused := memory_refusal(made.memory, plan.memory):
+            raise refused
 
 
 def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progress = no_progress) -> Plan:
@@ -83,7 +103,9 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
     """
     if not plan.recipe.quantizes or (plan.calibration is not None and images is None):
         return plan
-    checkpoint = _plain(plan.checkpoint.with_weights(progress=partial(progress, "download")))
+    checkpoint = _plain(
+        plan.checkpoint.with_weights(progress=partial(progress, "download")), plan.recipe.components.transformer.scheme
+    )
     samples = draw_samples(read_images(IMAGES if images is None else Path(images), SAMPLES), INSTRUCTIONS, SAMPLES)
     model = checkpoint.digest(cache=digest_cache(), progress=partial(progress, "digest of the checkpoint"))
     schemes = needed_schemes(plan.recipe)
@@ -92,9 +114,7 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
     path = folder / f"{key}.npz"
     kept = _kept(path, model)
     if kept is None:
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with _working(folder / f"{key}.partial") as work:
+        with _working(folder / f"{key}.partial", progress) as work:
             kept = _kept(path, model)
             if kept is None:
                 made = measure(
@@ -107,25 +127,35 @@ def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progre
                     progress=progress,
                 )
                 with _writing(folder):
+                    folder.mkdir(parents=True, exist_ok=True)  # as it may have been deleted meanwhile
                     write_calibration(made, path)
-                (work / "reached").unlink(missing_ok=True)
+                shutil.rmtree(work / "reached", ignore_errors=True)
                 kept = read_calibration(path)
         remove_leftover(folder / f"{key}.partial")
     return with_calibration(plan, kept)
 
 
-def _plain(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with its own schedule, and images of the area of samples."""
+def _plain(checkpoint: Checkpoint, scheme: SchemeName) -> Checkpoint:
+    """``checkpoint`` with its own schedule, and images of the area of samples; ``scheme`` is the transformer's."""
     own = open_checkpoint(str(checkpoint.path), weights=False).model
-    return replace(checkpoint, model=calibration_model(own))
+    return replace(checkpoint, model=calibration_model(own, calibration_area(scheme)))
 
 
 def _key(
     checkpoint: Checkpoint, model: str, samples: Sequence[CalibrationSample], schemes: Sequence[SchemeName]
 ) -> str:
     """Digest of everything that decides a calibration."""
-    decides = [METHOD, model, digest(samples), list(schemes), checkpoint.model.areas.vae_area]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    packages = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
+    decides = {
+        "method": METHOD,
+        "model": model,
+        "samples": digest(samples),
+        "schemes": list(schemes),
+        "area": checkpoint.model.areas.vae_area,
+        "versions": {"qie": qie.__version__, **{package: version_of(package) for package in packages}},
+        "providers": providers(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _kept(path: Path, model: str) -> Calibration | None:
@@ -142,8 +172,6 @@ def _writing(folder: Path) -> Iterator[None]:
     """Say what to do where ``folder`` cannot be written."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise CalibrationError(
             f"a calibration cannot be kept in {folder} ({error.strerror}); set QIE_HOME to a folder with free space"
@@ -151,19 +179,31 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _working(folder: Path) -> Iterator[Path]:
+def _working(folder: Path, progress: Progress) -> Iterator[Path]:
     """The folder of a calibration that is being made, held by this process; waits while another one holds it."""
-    while True:
-        try:
-            with _writing(folder):
-                folder.mkdir(exist_ok=True)
-                descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # it was deleted meanwhile
-        try:
-            if try_lock(descriptor, exclusive=True) is not False and os.fstat(descriptor).st_nlink:
-                yield folder
-                return
-        finally:
-            os.close(descriptor)
+    waited = False
+    while (descriptor := _hold(folder)) is None:
+        if not waited:
+            progress(WAITING, 0, 1)
+        waited = True
         time.sleep(_PAUSE)
+    try:
+        if waited:
+            progress(WAITING, 1, 1)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def _hold(folder: Path) -> int | None:
+    """The descriptor of the lock of ``folder``, which is made where it is absent; None while another process has it."""
+    with _writing(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            return None  # it was deleted meanwhile
+    if try_lock(descriptor, exclusive=True) is not False and os.fstat(descriptor).st_nlink:
+        return descriptor
+    os.close(descriptor)
+    return None

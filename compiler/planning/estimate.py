@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.parts import block_bytes
+from qie.compiler.planning.calibration import PlannedCalibration, planned_calibration
+from qie.compiler.planning.calibration_memory import memory_refusal
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
 from qie.compiler.planning.parts import HOST_BASE, build_bytes, io_bytes, tensor_bytes
@@ -101,12 +103,14 @@ class Estimate:
         workload: the edit.
         components: the engines, in the order in which an edit uses them.
         language: the language model on every backend that can run it under the recipe, those of the recipe first.
+        calibration: that the build makes before; None where it makes none.
     """
 
     plan: Plan
     workload: Workload
     components: tuple[ComponentEstimate, ...]
     language: tuple[ComponentEstimate, ...]
+    calibration: PlannedCalibration | None
 
     @property
     def disk_bytes(self) -> int:
@@ -145,8 +149,9 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Peak host memory of the build; engines are built one after the other."""
-        return max(c.host_bytes for c in self.components)
+        """Peak host memory of the build; the calibration is made, then engines one after the other."""
+        calibration = 0 if self.calibration is None else self.calibration.memory.bytes
+        return max(calibration, *(c.host_bytes for c in self.components))
 
     @property
     def flops(self) -> int:
@@ -187,6 +192,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
         workload=work,
         components=tuple(on(planned, _backend(plan, planned)) for planned in plan.components),
         language=tuple(on(language, backend) for backend in _able(plan.recipe) if _expresses(plan, language, backend)),
+        calibration=planned_calibration(plan),
     )
 
 
@@ -245,7 +251,8 @@ def refusal(estimated: Estimate) -> RecipeError | BuildError | None:
     for component in estimated.components:
         if component.host_bytes > estimated.plan.memory:
             return BuildError(_host_refusal(estimated.plan, component), option="memory_gib")
-    return None
+    calibration = estimated.calibration
+    return None if calibration is None else memory_refusal(calibration.memory, estimated.plan.memory)
 
 
 def _host_refusal(plan: Plan, component: ComponentEstimate) -> str:

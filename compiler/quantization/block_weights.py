@@ -41,6 +41,11 @@ class BlockWeights:
     others: dict[str, NDArray[Any]]
     stored: tuple[onnx.TensorProto, ...]
 
+    @property
+    def fed_bytes(self) -> int:
+        """Size of ``fed`` in float32."""
+        return sum(4 * tensor.size for tensor in self.fed.values())
+
     def widen(self) -> None:
         """Make ``fed`` float32, one weight at a time."""
         for name, tensor in self.fed.items():

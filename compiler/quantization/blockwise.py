@@ -14,17 +14,22 @@ from typing import Any, Protocol
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from qie.compiler.graphs.blocks import by_block, read_by
 from qie.compiler.graphs.graph import IR_VERSION, OPSET, Graph
 from qie.compiler.quantization.block_weights import BlockWeights, Readers, read_weights
 from qie.compiler.weights.prepare import check_weights
 from qie.compiler.weights.weight import Weight
+from qie.engines.bundle.manifest import Component
+from qie.engines.errors import CalibrationError, first_line
 from qie.engines.progress import Progress
 
-__all__ = ["Preparation", "Segment", "Values", "loaded", "read_later", "run", "run_segments", "segments"]
+__all__ = ["Preparation", "Segment", "Values", "loaded", "providers", "read_later", "run", "run_segments", "segments"]
 
+COPIED = 256_000_000
+"""Bytes of float32 weights up to which a segment has them as initializers: onnxruntime copies these and lays them out
+for its kernels, without which a convolution is slow."""
 
 Values = dict[str, NDArray[Any]]
 """Name in the graph -> value, of one sample."""
@@ -41,6 +46,7 @@ class Segment:
     """Consecutive nodes of a graph.
 
     Attributes:
+        component: of the graph.
         name: the block, or "beginning".
         nodes: the nodes in order.
         constants: initializers that are no weights.
@@ -50,6 +56,7 @@ class Segment:
         types: element type of every value.
     """
 
+    component: Component
     name: str
     nodes: tuple[onnx.NodeProto, ...]
     constants: tuple[onnx.TensorProto, ...]
@@ -76,15 +83,18 @@ class Segment:
 
     def model(self, weights: BlockWeights, outputs: Sequence[str]) -> onnx.ModelProto:
         """The segment as a model with these outputs. What it reads and its float32 weights are inputs, because
-        onnxruntime uses the memory of an input, and copies that of an initializer."""
+        onnxruntime uses the memory of an input, and copies that of an initializer; few weights are initializers."""
         rows = {taken for _, taken in self.rows.values()}
-        inputs = list(dict.fromkeys((*self.reads, *weights.fed, *rows)))
+        copied = weights.fed if weights.fed_bytes <= COPIED else {}
+        fed = () if copied else weights.fed
+        inputs = list(dict.fromkeys((*self.reads, *fed, *rows)))
+        initializers = [numpy_helper.from_array(tensor, name) for name, tensor in copied.items()]
         graph = helper.make_graph(
             [node for node in self.nodes if rows.isdisjoint(node.output)],
             self.name,
             [helper.make_tensor_value_info(name, self.types[name], None) for name in inputs],
             [helper.make_tensor_value_info(name, self.types[name], None) for name in outputs],
-            [*self.constants, *weights.stored],
+            [*self.constants, *weights.stored, *initializers],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
@@ -119,6 +129,7 @@ def segments(graph: Graph) -> tuple[Segment, ...]:
         read = dict.fromkeys(name for node in nodes for name in read_by(node) if name not in computed)
         result.append(
             Segment(
+                component=graph.component,
                 name=name,
                 nodes=tuple(nodes),
                 constants=tuple(constants[name] for name in read if name in constants),
@@ -250,17 +261,38 @@ def _session(segment: Segment, weights: BlockWeights, extra: Sequence[str]) -> I
     """A function from a sample's values to those that ``segment`` makes of them, and to the values ``extra``."""
     outputs = list(dict.fromkeys((*segment.makes, *extra)))
     weights.widen()
-    session = _open(segment.model(weights, outputs))
+    rows = segment.rows
+    with _failures(segment):
+        session = _open(segment.model(weights, outputs), prepacked=weights.fed_bytes <= COPIED)
 
     def compute(values: Values) -> Values:
         feed = {name: values[name] for name in segment.reads} | weights.fed
-        for name, (numbers, taken) in segment.rows.items():
+        for name, (numbers, taken) in rows.items():
             feed[taken] = weights.rows_of(name, values[numbers])
         feed = {name: feed[name] for name in inputs}
-        return dict(zip(outputs, session.run(outputs, feed), strict=True))
+        with _failures(segment):
+            return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
     inputs = [value.name for value in session.get_inputs()]
     yield compute
+
+
+@contextmanager
+def _failures(segment: Segment) -> Iterator[None]:
+    """Say in which segment onnxruntime failed, whose exceptions have no common class."""
+    try:
+        yield
+    except Exception as problem:
+        raise CalibrationError(
+            f"onnxruntime {ort.__version__} failed in {segment.name} of {segment.component} ({first_line(problem)}); "
+            "free some memory and start again, or calibrate on a machine with more"
+        ) from problem
+
+
+def providers() -> list[str]:
+    """The execution providers of onnxruntime that segments run on, the first choice first."""
+    available = ort.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
 
 
 def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
@@ -268,13 +300,12 @@ def read_later(cut: Sequence[Segment], number: int) -> frozenset[str]:
     return frozenset(name for segment in cut[number + 1 :] for name in segment.reads) | frozenset(cut[-1].makes)
 
 
-def _open(model: onnx.ModelProto) -> ort.InferenceSession:
+def _open(model: onnx.ModelProto, *, prepacked: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # execute Q/DQ as written, products in float32
-    options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of what is an initializer
+    if not prepacked:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of an initializer
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # weights are read meanwhile
     options.enable_cpu_mem_arena = False  # frees memory between nodes
-    available = ort.get_available_providers()
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=providers())

@@ -83,7 +83,7 @@ def read_images(folder: Path, count: int) -> list[Image.Image]:
 
     Raises:
         CalibrationError: the folder has no images.
-        RequestError: an image cannot be read.
+        ImageError: an image cannot be read.
     """
     found = folder.iterdir() if folder.is_dir() else ()
     files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())

@@ -1,6 +1,5 @@
 """Statistics of one component: the amax of what its linears read, and the smoothing scales of each block."""
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from qie.compiler.quantization.schemes import SCHEMES
 from qie.compiler.quantization.smoothing import Group, smoothing_groups
 from qie.compiler.quantization.smoothing_search import Observed, best_smoothing, largest_magnitudes
 from qie.compiler.recipe.schema import SchemeName
+from qie.engines.machine import cores
 from qie.engines.progress import Progress
 
 __all__ = ["Found", "LinearStatistics"]
@@ -25,7 +25,7 @@ __all__ = ["Found", "LinearStatistics"]
 ROWS = 512
 """Tokens, over all samples, on which a smoothing is tried."""
 
-THREADS = os.cpu_count() or 1
+THREADS = cores()
 """Groups whose smoothing is searched at once."""
 
 Array = NDArray[np.float32]
@@ -75,6 +75,7 @@ class LinearStatistics:
         names = linears(graph)
         self.inputs = {name: value for name, value in linear_inputs(graph).items() if name in set(names)}
         self.attentions = attention_inputs(graph)
+        self._attentions_of = _by_linear(self.attentions, self.inputs)
         self.groups = smoothing_groups(graph.component, names, language)
         self.schemes = tuple(
             name for name, scheme in SCHEMES.items() if name in schemes and graph.component in scheme.smoothed
@@ -95,8 +96,8 @@ class LinearStatistics:
     ) -> None:
         """Run ``values``, one entry per sample, through the graph in place; see ``blockwise.run``."""
         watch: dict[str, list[str]] = {f"{name}.weight": [value] for name, value in self.inputs.items()}
-        for weight, attention in self._weights_before_attention():
-            watch[weight] += self.attentions[attention]
+        for linear, attention in self._attentions_of.items():
+            watch[f"{linear}.weight"] += self.attentions[attention]
         run(
             self.graph,
             self.readers,
@@ -130,19 +131,11 @@ class LinearStatistics:
                     if sample % 2 == 0:
                         _raise(self._fitted_amax, name, amax)
 
-        weights = {f"{name}.weight" for name in self._linears_of(segment)}
-        for weight, attention in self._weights_before_attention():
-            if weight in weights:
+        for linear in self._linears_of(segment):
+            if attention := self._attentions_of.get(linear):
                 for name, value in zip(attention_input_names(attention), self.attentions[attention], strict=True):
                     x = values[value].reshape(-1, values[value].shape[-1])
                     _raise(self.found.amax, name, largest_magnitudes(x))
-
-    def _weights_before_attention(self) -> list[tuple[str, str]]:
-        """A weight of the segment of each attention, and the attention's name."""
-        return [
-            (next(f"{linear}.weight" for linear in self.inputs if linear.startswith(f"{name}.")), name)
-            for name in self.attentions
-        ]
 
     def _smooth(self, segment: Segment, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Choose the smoothing of the groups of ``segment``, and drop the rows that it was chosen on."""
@@ -174,8 +167,16 @@ class LinearStatistics:
         return np.concatenate(self._rows[name][1::2] or self._rows[name])
 
     def _linears_of(self, segment: Segment) -> list[str]:
-        names = {weight.name.removesuffix(".weight") for weight in segment.weights}
-        return [name for name in self.inputs if name in names]
+        return [name for weight in segment.weights if (name := weight.name.removesuffix(".weight")) in self.inputs]
+
+
+def _by_linear(attentions: Collection[str], linears: Collection[str]) -> dict[str, str]:
+    """The first linear of each attention, which is in its segment -> the attention."""
+    first: dict[str, str] = {}
+    for linear in linears:
+        for end in [number for number, letter in enumerate(linear) if letter == "."]:
+            first.setdefault(linear[:end], linear)
+    return {first[attention]: attention for attention in attentions}
 
 
 def _raise(amax: dict[str, Array], name: str, values: Array) -> None:

@@ -25,9 +25,9 @@ _CACHES = {
 """Entry of ``qie_home()`` -> what it is. Each is made again when it is needed."""
 
 
-_STOPPED = ".partial"
+_FINISHED, _STOPPED = ".npz", ".partial"
 
-_CALIBRATIONS = {".npz": "a calibration that a build made", _STOPPED: "left by a stopped calibration"}
+_CALIBRATIONS = {_FINISHED: "a calibration that a build made", _STOPPED: "left by a stopped calibration"}
 """Suffix of an entry of ``CALIBRATIONS`` -> what it is."""
 
 
@@ -46,11 +46,14 @@ class Unneeded:
     bytes: int
 
 
-def unneeded() -> tuple[Unneeded, ...]:
-    """What may be deleted: leftovers of builds and deletions that nobody uses any more, then caches."""
+def unneeded(*, calibrations: bool = False) -> tuple[Unneeded, ...]:
+    """What may be deleted: leftovers of builds and deletions that nobody uses any more, then caches.
+
+    Finished calibrations, which may be the work of half an hour, are among it with ``calibrations`` alone.
+    """
     folders = leftovers(bundles_folder())
     found = [(path, f"left by a stopped build or deletion of {_name_of(path)}") for path in folders]
-    found += [(path, _CALIBRATIONS[path.suffix]) for path in _calibrations()]
+    found += [(path, _CALIBRATIONS[path.suffix]) for path in _calibrations() if calibrations or path.suffix != _FINISHED]
     found += [(qie_home() / name, what) for name, what in _CACHES.items() if (qie_home() / name).exists()]
     return tuple(Unneeded(path=path, what=what, bytes=size_of(path)) for path, what in found)
 

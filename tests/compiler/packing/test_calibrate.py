@@ -6,7 +6,6 @@ import shutil
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qie.compiler.packing import calibrate as module
@@ -14,8 +13,9 @@ from qie.compiler.packing.build import build
 from qie.compiler.packing.calibrate import calibrated
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import plan_build
+from qie.compiler.quantization.schemes import SCHEMES
 from qie.engines.bundle.clean import remove, unneeded
-from qie.engines.errors import CalibrationError
+from qie.engines.errors import BuildError, CalibrationError
 from tests.support.command_line import Qie, Refusal
 from tests.support.images import smooth_image
 
@@ -125,8 +125,42 @@ def test_two_builds_at_once_make_one(plan: Plan, qie_home: Path) -> None:
         npz.write_bytes(content)
     thread.join(30)
     assert results[0].calibration is not None
-    assert set(stages) <= {"digest of the checkpoint"}
+    assert set(stages) <= {"digest of the checkpoint", module.WAITING}
+    assert stages.count(module.WAITING) == 2  # when it begins and when it ends
     assert kept(qie_home) == [".npz"]
+
+
+def test_a_home_that_vanishes_while_a_calibration_is_made(plan: Plan, qie_home: Path) -> None:
+    def vanish(what: str, done: int, total: int) -> None:
+        if (what, done) == ("language", 2):
+            shutil.rmtree(qie_home / "calibrations")
+
+    assert calibrated(plan, progress=vanish).calibration is not None
+    assert kept(qie_home) == [".npz"]
+
+
+def test_a_home_that_vanishes_while_a_build_waits(plan: Plan, qie_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[bool] = []
+
+    def held_by_another(descriptor: int, *, exclusive: bool) -> bool:
+        attempts.append(exclusive)
+        if len(attempts) == 1:
+            shutil.rmtree(qie_home / "calibrations")
+        return len(attempts) > 1
+
+    monkeypatch.setattr(module, "try_lock", held_by_another)
+    assert calibrated(plan).calibration is not None
+    assert len(attempts) == 2
+
+
+@pytest.mark.parametrize(("changed", "to"), [("version_of", "9.9"), ("providers", ["OtherExecutionProvider"])])
+def test_other_tools_make_another(
+    plan: Plan, qie_home: Path, monkeypatch: pytest.MonkeyPatch, changed: str, to: object
+) -> None:
+    calibrated(plan)
+    monkeypatch.setattr(module, changed, lambda *package: to)
+    calibrated(plan)
+    assert kept(qie_home) == [".npz", ".npz"]
 
 
 def test_a_home_that_cannot_be_written(plan: Plan, qie_home: Path) -> None:
@@ -140,8 +174,12 @@ def test_clean_lists_what_is_kept_and_what_was_left(plan: Plan, qie_home: Path) 
     left = qie_home / "calibrations" / "0.partial"
     left.mkdir()
     (left / ".lock").touch()
-    (left / "reached").write_bytes(b"half")
-    items = {item.what: item for item in unneeded()}
+    (left / "reached").mkdir()
+    (left / "reached" / "state").write_bytes(b"half")
+    listed = [item.what for item in unneeded()]
+    assert "left by a stopped calibration" in listed
+    assert "a calibration that a build made" not in listed
+    items = {item.what: item for item in unneeded(calibrations=True)}
     assert {"a calibration that a build made", "left by a stopped calibration"} <= items.keys()
     assert all(remove(item) for item in items.values())
     assert kept(qie_home) == []
@@ -153,12 +191,28 @@ def test_clean_lists_what_is_kept_and_what_was_left(plan: Plan, qie_home: Path) 
 def test_the_plan_says_it(qie: Qie, checkpoint: Path, tmp_path: Path) -> None:
     text = " ".join(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run").stdout.split())
     assert "calibration: 8 samples at 128x128, a few seconds on" in text
+    assert "MiB of host memory; an earlier build's" in text
     facts = json.loads(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run", "--json").stdout)
     assert (facts["calibration"]["samples"], facts["calibration"]["width"]) == (8, 128)
     assert "calibration: 8 samples" in qie("plan", checkpoint, "--gpu", recipe(tmp_path)).stdout
     assert "calibration" not in qie("build", checkpoint, "--dry-run").stdout
     assert json.loads(qie("plan", "pocket", "--gpu", "cpu", "--json").stdout)["calibration"] is None
     assert "pocket/calibration.npz" in qie("build", "pocket", "--gpu", recipe(tmp_path), "--dry-run").stdout
+
+
+def test_a_calibration_that_does_not_fit_is_refused(
+    qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path, qie_home: Path
+) -> None:
+    quantizing = ("build", checkpoint, "--gpu", recipe(tmp_path), "--memory-gib", "0.25")
+    assert "of host memory (0.28 GiB for the process + " in refusal(qie(*quantizing))
+    assert not (qie_home / "calibrations").exists()
+    assert "and the build may use 0.25 GiB" in refusal(qie("plan", *quantizing[1:]))
+    (tmp_path / "mine").mkdir()
+    smooth_image(90, 60).save(tmp_path / "mine" / "one.png")
+    pocket = plan_build("pocket", gpu=recipe(tmp_path), memory_gib=0.25)  # which has a calibration of its own
+    module.check_images(pocket, None)
+    with pytest.raises(BuildError, match="calibrating .* takes about"):
+        module.check_images(pocket, tmp_path / "mine")
 
 
 def test_images_that_cannot_be_used(qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path) -> None:
@@ -189,4 +243,10 @@ def test_the_built_in_images() -> None:
     assert [*images, "README.md"] == sorted(files, key=lambda name: (name == "README.md", name))
     assert all(f"| `{name}` |" in text for name in images)
     assert sum((module.IMAGES / name).stat().st_size for name in images) < 500_000
-    assert np.prod(module.calibration_model(plan_build("pocket").model).areas.vae_area) == 128 * 128
+
+
+def test_the_area_of_samples() -> None:
+    model = plan_build("pocket").model
+    assert module.calibration_model(model, 512 * 512).areas.vae_area == 128 * 128
+    sides = {scheme: module.calibration_area(scheme) ** 0.5 for scheme in SCHEMES}
+    assert sides == {"fp8": 384, "int8-smooth": 512, "w8a16": 384, "w4a16": 384}

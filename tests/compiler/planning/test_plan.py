@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qie.compiler.planning.checks import check_buildable
+from qie.compiler.planning.checks import check_buildable, check_calibrated
 from qie.compiler.planning.plan import Plan, recipe_schedules
 from qie.compiler.synthetic.checkpoint import ARCHITECTURES, write_checkpoint
 from qie.engines.bundle.bundle import open_bundle
@@ -99,7 +99,7 @@ def test_quantization(make: Make) -> None:
     with pytest.raises(
         CalibrationError, match=r'quantizes transformer \("fp8"\), which needs a calibration of this mod'
     ):
-        check_buildable(plan)
+        check_calibrated(plan)
 
 
 def test_parts_of_different_models(make: Make) -> None:

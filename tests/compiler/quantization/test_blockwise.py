@@ -11,9 +11,11 @@ from qie.compiler.checkpoint.checkpoint import open_checkpoint
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph, write_graph
+from qie.compiler.quantization import blockwise
 from qie.compiler.quantization.blockwise import Values, run_segments, segments
 from qie.compiler.weights.stream import write_weights
 from qie.engines.bundle.manifest import COMPONENTS, Component
+from qie.engines.errors import CalibrationError
 
 SIZES = {
     "batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25, "patches": 16,
@@ -36,8 +38,12 @@ def draw(graph: Graph) -> Values:
     return made
 
 
+@pytest.mark.parametrize("copied", [0, 256_000_000])
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_pieces_are_the_whole(checkpoint: Path, component: Component, tmp_path: Path) -> None:
+def test_pieces_are_the_whole(
+    checkpoint: Path, component: Component, copied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "COPIED", copied)
     opened = open_checkpoint(str(checkpoint))
     readers: dict[Any, TensorReader] = {part: opened.reader(part) for part in ("transformer", "text_encoder", "vae")}
     graph = GRAPHS[component](opened.model, "float32")
@@ -79,3 +85,11 @@ def test_a_block_has_its_own_weights_and_no_others(checkpoint: Path) -> None:
         "proj_out.weight",
         "proj_out.bias",
     }
+
+
+def test_a_failure_of_onnxruntime_names_the_block(checkpoint: Path, readers: dict[Any, TensorReader]) -> None:
+    graph = GRAPHS["transformer"](open_checkpoint(str(checkpoint)).model, "float32")
+    values = draw(graph)
+    values["prompt_embeds"] = values["prompt_embeds"][..., :-1]
+    with pytest.raises(CalibrationError, match=r"onnxruntime .* failed in beginning of transformer \(.*\); free some"):
+        list(run_segments(segments(graph), readers, [values]))

@@ -1,6 +1,6 @@
 """A calibration that was stopped goes on where it was, and ends with the same bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,36 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert back.found["transformer"].amax == {}
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty", "another key", "text", "folder"])
-def test_a_damaged_state_counts_as_absent(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "reached"
-    PartialCalibration(path=path, key="k").write(REACHED)
+def test_a_block_writes_its_own_statistics_alone(tmp_path: Path) -> None:
+    partial = PartialCalibration(path=tmp_path / "reached", key="k")
+    found = Found(amax={"a": np.ones(1000, np.float32)})
+    reached = replace(REACHED, found={"language": found})
+    partial.write(reached)
+    first = (partial.path / "0.found").stat()
+    found.amax["b"] = np.full(3, 2, np.float32)
+    partial.write(replace(reached, segments=3))
+    assert sorted(file.name for file in partial.path.iterdir()) == ["0.found", "1.found", "state"]
+    assert (partial.path / "0.found").stat() == first
+    assert (partial.path / "1.found").stat().st_size < 1000
+
+    again = PartialCalibration(path=tmp_path / "reached", key="k")
+    back = again.read()
+    assert back is not None
+    assert {name: len(values) for name, values in back.found["language"].amax.items()} == {"a": 1000, "b": 3}
+    back.found["language"].amax["c"] = np.ones(1, np.float32)
+    again.write(back)
+    assert sorted(file.name for file in partial.path.iterdir()) == ["0.found", "1.found", "2.found", "state"]
+    for file in partial.path.iterdir():  # a file of another state, whose own digest is right
+        if file.name == "0.found":
+            file.write_bytes((partial.path / "1.found").read_bytes())
+    assert again.read() is None
+
+
+@pytest.mark.parametrize("name", ["state", "0.found"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty", "text", "folder", "absent"])
+def test_a_damaged_state_counts_as_absent(tmp_path: Path, damage: str, name: str) -> None:
+    PartialCalibration(path=tmp_path / "reached", key="k").write(REACHED)
+    path = tmp_path / "reached" / name
     content = bytearray(path.read_bytes())
     match damage:
         case "flipped":
@@ -141,9 +167,17 @@ def test_a_damaged_state_counts_as_absent(tmp_path: Path, damage: str) -> None:
             content.clear()
         case "text":
             content[:] = b"not a state of a calibration, " * 9
+    path.unlink()
+    match damage:
         case "folder":
-            path.unlink()
             path.mkdir()
-    if damage != "folder":
-        path.write_bytes(content)
-    assert PartialCalibration(path=path, key="other" if damage == "another key" else "k").read() is None
+        case "absent":
+            pass
+        case _:
+            path.write_bytes(content)
+    assert PartialCalibration(path=tmp_path / "reached", key="k").read() is None
+
+
+def test_a_state_of_another_calibration_counts_as_absent(tmp_path: Path) -> None:
+    PartialCalibration(path=tmp_path / "reached", key="k").write(REACHED)
+    assert PartialCalibration(path=tmp_path / "reached", key="other").read() is None
