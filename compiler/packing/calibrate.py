@@ -7,8 +7,8 @@ stopped.
 import hashlib
 import json
 import os
-import time
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace

@@ -67,8 +67,8 @@ def memory_refusal(memory: CalibrationMemory, most: int) -> BuildError | None:
     if memory.bytes <= most:
         return None
     return BuildError(
-        f"calibrating {memory.component} takes about {_gib(memory.bytes)} of host memory ({memory.terms}), and the build "
-        f"may use {_gib(most)}; calibrate on a machine with more memory and give the build that calibration",
+        f"calibrating {memory.component} takes about {_gib(memory.bytes)} of host memory ({memory.terms}), and the "
+        f"build may use {_gib(most)}; calibrate on a machine with more memory and give the build that calibration",
         option="memory_gib",
     )
 

@@ -53,7 +53,9 @@ def unneeded(*, calibrations: bool = False) -> tuple[Unneeded, ...]:
     """
     folders = leftovers(bundles_folder())
     found = [(path, f"left by a stopped build or deletion of {_name_of(path)}") for path in folders]
-    found += [(path, _CALIBRATIONS[path.suffix]) for path in _calibrations() if calibrations or path.suffix != _FINISHED]
+    found += [
+        (path, _CALIBRATIONS[path.suffix]) for path in _calibrations() if calibrations or path.suffix != _FINISHED
+    ]
     found += [(qie_home() / name, what) for name, what in _CACHES.items() if (qie_home() / name).exists()]
     return tuple(Unneeded(path=path, what=what, bytes=size_of(path)) for path, what in found)
 
