@@ -42,7 +42,7 @@ def test_weights_that_change_during_a_build(bad_checkpoint: Path, tmp_path: Path
     done: list[str] = []
 
     def hook(what: str, *_: Any) -> None:
-        if what == "vae_encoder" and not done:
+        if what == "weights of vae" and not done:
             done.append(what)
             change(file)
 

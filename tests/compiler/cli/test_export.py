@@ -42,6 +42,6 @@ def test_the_published_model_costs_seconds_and_little_memory(
         counts = {part["component"]: part["parameters"] for part in plan["components"]}
         assert round(counts["transformer"] / 1e9, 2) == 13.51
         assert 7.0e9 < counts["language"] < 7.1e9
-        assert plan["modulation_bytes"] > 2 * 6.8e9
+        assert (plan["modulation"], plan["modulation_bytes"]) == ("tables", 0)
     else:
         assert sum(path.stat().st_size for path in Path("graphs").iterdir()) < 20e6
