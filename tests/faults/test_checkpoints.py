@@ -97,7 +97,7 @@ def test_parts_of_different_models_are_found_before_anything_is_written(
     def fail(*_: object) -> None:
         raise AssertionError("the build has begun")
 
-    monkeypatch.setattr("qie.compiler.packing.pack.writing", fail)
+    monkeypatch.setattr("qie.compiler.packing.pieces.open_pieces", fail)
     change_json(bad_checkpoint / "text_encoder" / "config.json", image_token_id=5)
     assert qie("build", "bad").returncode == 2
 

@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("function", ["write_manifest", "write_modulation"])
+@pytest.mark.parametrize("function", ["write_manifest", "ModulationPiece"])
 def test_a_disk_that_is_full_at_a_late_stage(
     qie: Qie, refusal: Refusal, checkpoint: Path, qie_home: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
