@@ -346,7 +346,7 @@ def test_the_manifest_is_the_last_file(build: Build, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(pack, "write_manifest", write)
     bundle = build()
-    assert json.loads((bundle.path / "manifest.json").read_text())["schema"] == 3
+    assert json.loads((bundle.path / "manifest.json").read_text())["schema"] == 4
 
 
 def test_a_larger_batch_than_the_recipe_allows_is_split(build: Build) -> None:
