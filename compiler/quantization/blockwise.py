@@ -25,7 +25,18 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CalibrationError, first_line
 from qie.engines.progress import Progress
 
-__all__ = ["Preparation", "Segment", "Values", "loaded", "providers", "read_later", "run", "run_segments", "segments"]
+__all__ = [
+    "COPIED",
+    "Preparation",
+    "Segment",
+    "Values",
+    "loaded",
+    "providers",
+    "read_later",
+    "run",
+    "run_segments",
+    "segments",
+]
 
 COPIED = 256_000_000
 """Bytes of float32 weights up to which a segment has them as initializers: onnxruntime copies these and lays them out
