@@ -138,7 +138,7 @@ def test_a_process_that_ends_without_an_answer_is_a_failure(tmp_path: Path, monk
 def test_a_gpu_without_its_bindings_is_not_measured(pocket_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     on_gpu = [replace(e, compute_capability="8.9") for e in open_bundle(pocket_bundle).manifest.engines]
-    editor = SimpleNamespace(stages=SimpleNamespace(engines={e.component: e for e in on_gpu}))
+    editor = SimpleNamespace(stages=SimpleNamespace(engines={e.component: (e,) for e in on_gpu}))
 
     class Opened:
         def __init__(self, *_: object, **__: object) -> None: ...
