@@ -41,7 +41,7 @@ class ModulationPiece:
         return self._file.sources
 
     def take(self, subfolder: Subfolder, name: str, tensor: NDArray[Any]) -> None:
-        """Take one tensor, which is only valid during the call."""
+        """Take one tensor, which must not change any more."""
         self._file.take(subfolder, name, tensor)
 
     def finish(self) -> None:

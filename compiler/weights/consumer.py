@@ -19,7 +19,7 @@ class Consumer(Protocol):
         ...
 
     def take(self, subfolder: Subfolder, name: str, tensor: NDArray[Any]) -> None:
-        """Take one tensor, which is only valid during the call."""
+        """Take one tensor, which must not change any more."""
         ...
 
     def finish(self) -> None:

@@ -129,7 +129,7 @@ class ModulationFile:
         return tuple(f"{linear}.{kind}" for linear in EMBEDDER for kind in ("weight", "bias"))
 
     def take(self, subfolder: Subfolder, name: str, tensor: NDArray[Any]) -> None:
-        """Take one tensor, which is only valid during the call; one that was taken before is not looked at.
+        """Take one tensor, which must not change any more; one that was taken before is not looked at.
 
         Raises:
             CheckpointError: the tensor is of another shape or not finite, or the modulation is not finite.

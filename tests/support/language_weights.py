@@ -1,6 +1,5 @@
 """Weights of a small language model, and the settings with which they are written for TensorRT-LLM."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from qie.compiler.backends.tensorrt_llm.settings import Settings
 from qie.compiler.backends.tensorrt_llm.tensors import sources
 from qie.compiler.checkpoint.configs import LanguageConfig
 from qie.compiler.checkpoint.safetensors import open_file
+from tests.support.tensors import Tensors
 
-__all__ = ["LANGUAGE", "LINEARS", "PUBLISHED", "Tensors", "language_settings", "language_weights", "linears", "stored"]
+__all__ = ["LANGUAGE", "LINEARS", "PUBLISHED", "language_settings", "language_weights", "linears", "stored"]
 
 LINEARS = (
     "self_attn.q_proj",
@@ -49,28 +49,6 @@ PUBLISHED = LanguageConfig(
     mrope_section=(16, 24, 24),
 )
 """The decoder of Qwen2.5-VL-7B-Instruct (config.json on Hugging Face)."""
-
-
-class Tensors:
-    """A reader over arrays."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        self.tensors = dict(tensors)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self.tensors[name].dtype.name
-
-    def order(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(names))
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
 
 
 def linears(config: LanguageConfig = LANGUAGE) -> tuple[str, ...]:

@@ -1,13 +1,11 @@
 """Smoothing scales and groups: the formula by hand, grouped-query heads, and which tensors carry the scales."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import pytest
 
 from qie.compiler.checkpoint.safetensors import TensorReader
 from qie.compiler.quantization.smoothing import Group, smoothed_reader, smoothing_groups, smoothing_scales
+from tests.support.tensors import Tensors
 
 INPUTS = np.array([1, 4, 16, 64], np.float32)
 WEIGHTS = np.array([2, 2, 8, 8], np.float32)
@@ -45,28 +43,6 @@ def test_a_group_without_repeats_changes_no_order() -> None:
     assert np.array_equal(group.expand(INPUTS), INPUTS) and np.array_equal(group.reduce_max(INPUTS), INPUTS)
 
 
-class Tensors:
-    """Tensors in memory, in place of a checkpoint."""
-
-    def __init__(self, **tensors: np.ndarray) -> None:
-        self.tensors = tensors
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self.tensors[name].dtype.name
-
-    def order(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(names))
-
-    def read(self, name: str) -> Any:
-        return self.tensors[name]
-
-
 def test_two_linears_in_a_row_compute_the_same() -> None:
     """The rows of the first are divided, the columns of the second multiplied, and nothing else is touched."""
     rng = np.random.default_rng(0)
@@ -75,7 +51,7 @@ def test_two_linears_in_a_row_compute_the_same() -> None:
     before = {name: tensor.copy() for name, tensor in tensors.items()}
     group = Group(name="out", consumers=("o",), producers=(("v.weight", "divide_rows"), ("v.bias", "divide_rows")))
     scales = np.array([0.5, 1, 2, 8], np.float32)
-    reader: TensorReader = smoothed_reader(Tensors(**tensors), [group], {"out": scales})
+    reader: TensorReader = smoothed_reader(Tensors(tensors), [group], {"out": scales})
     after = {name: reader.read(name) for name in tensors}
 
     def product(values: dict[str, np.ndarray]) -> np.ndarray:

@@ -16,12 +16,12 @@ from qie.compiler.weights.quantizer import Quantizer
 from tests.support.language_weights import (
     LANGUAGE,
     LINEARS,
-    Tensors,
     language_settings,
     language_weights,
     linears,
     stored,
 )
+from tests.support.tensors import Tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

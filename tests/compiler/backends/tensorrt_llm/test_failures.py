@@ -16,7 +16,8 @@ from qie.compiler.backends.tensorrt_llm.config import checkpoint_config
 from qie.compiler.backends.tensorrt_llm.settings import Settings
 from qie.compiler.backends.tensorrt_llm.tensors import checkpoint_bytes
 from qie.engines.errors import BuildError, CheckpointError, ExportError, QieError, RecipeError
-from tests.support.language_weights import LANGUAGE, Tensors, language_settings, language_weights, linears
+from tests.support.language_weights import LANGUAGE, language_settings, language_weights, linears
+from tests.support.tensors import Tensors
 
 LAYER = "language_model.layers.0."
 
