@@ -11,12 +11,15 @@ Messages: ``{"progress": n}`` in thousandths, never decreasing; then one of
 ``{"done": {...}}``     see ``compile_engine``.
 """
 
+import ctypes
 import json
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ Tell = Callable[[Mapping[str, Any]], bool]
 
 ALL = 1000
 """Progress is in thousandths."""
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 COMPILING = 700
 """Thousandths for the phases that TensorRT reports; the rest is writing the engine. With two blocks of the published
@@ -272,8 +278,15 @@ def _peak_bytes() -> int:
     return int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _end_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends (prctl(2)); elsewhere its next message fails."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Read a job and compile it. Other output on stdout goes to stderr, so that it cannot break a message."""
+    _end_with_parent()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as messages:
         os.dup2(2, 1)
         job = json.load(sys.stdin)

@@ -1,5 +1,10 @@
 """The calls of TensorRT's API, against a stand-in that lacks the names that only TensorRT for RTX has."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qie.compiler.backends.tensorrt import worker
 from qie.compiler.backends.tensorrt.worker import compile_engine
 
 
@@ -147,3 +153,38 @@ def test_the_worker_stops_once_its_reader_is_gone(job: dict[str, Any]) -> None:
     compile_engine(StandIn(), job, lambda message: bool(messages.append(message)))  # type: ignore[func-returns-value]
     assert [m for m in messages if "progress" in m] == messages[:1]
     assert "failed" in messages[-1]
+
+
+def test_the_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Two compilers of one machine's memory are too many: the next build would start another."""
+    (tmp_path / "endless.py").write_text("import time\nprint('compiling', flush=True)\ntime.sleep(600)\n")
+    start = (
+        "import subprocess, sys\n"
+        f"command = [sys.executable, {worker.__file__!r}]\n"
+        "worker = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)\n"
+        'worker.stdin.write(\'{"module": "endless"}\')\n'
+        "worker.stdin.close()\n"
+        "assert worker.stderr.readline() == 'compiling\\n'\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+    for _ in range(1000):
+        if not _runs(pid):
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker goes on")
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process ``pid`` is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
