@@ -147,7 +147,8 @@ def leftovers_of(parent: Path, name: str | None = None) -> list[tuple[Path, str,
         entries = sorted(parent.iterdir())
     except OSError:
         return []
-    matches = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
+    named = [(entry, match) for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))]
+    matches = [(entry, match) for entry, match in named if not entry.is_symlink()]  # qie makes no links
     found = [(entry, match) for entry, match in matches if _is_ours(entry, match)]
     wanted = None if name is None else _shortened(name)
     return [(entry, match["name"], match["kind"]) for entry, match in found if wanted in (None, match["name"])]

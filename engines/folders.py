@@ -5,18 +5,17 @@ manifest. The lock tells across threads, processes, containers and hosts what is
 the next build of the same name, by ``qie rm`` and by ``qie clean``.
 """
 
-import ctypes
 import errno
 import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qie.engines.files import is_leftover, leftovers_of, size_of, sync, temporary_name, try_lock
+from qie.engines.files import is_leftover, leftovers_of, sync, temporary_name, try_lock
 
 __all__ = [
     "WORK_LOCK",
@@ -24,12 +23,10 @@ __all__ = [
     "clear_leftovers",
     "is_held",
     "leftovers",
+    "remove_entry",
     "remove_folder",
     "remove_leftover",
-    "replacing_folder",
     "restore_moved",
-    "resumed_bytes",
-    "resumed_folder",
 ]
 
 T = TypeVar("T")
@@ -43,9 +40,6 @@ _LOCKS = ("manifest.json", WORK_LOCK)
 _ATTEMPTS = 500
 _PAUSE = 0.01
 """Seconds between two attempts to hold a folder that is being replaced."""
-
-_RENAME_EXCHANGE = 2
-"""Flag of renameat2 (linux/fs.h): the two names swap what they name."""
 
 
 class HeldFolder:
@@ -75,7 +69,11 @@ class HeldFolder:
     @property
     def replaced(self) -> bool:
         """Whether its name is another folder's now, or nobody's."""
-        return not _is_at(self.path, self._directory)
+        return not self.is_at(self.path)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether it is the folder ``path``."""
+        return _is_at(path, self._directory)
 
     def read(self, action: Callable[[Path], T], *, discard: Callable[[T], object] | None = None) -> T:
         """The result of ``action`` with the path at which the folder is, again where that changed meanwhile.
@@ -99,65 +97,6 @@ class HeldFolder:
                 return result
             if discard is not None:
                 discard(result)
-
-
-@contextmanager
-def replacing_folder(path: Path, *, lock: str = WORK_LOCK) -> Iterator[Path]:
-    """A temporary folder beside ``path``; it replaces ``path`` when the block succeeds, otherwise it is removed.
-
-    It is flushed to the disk, then the two change places at once, so that there is always one of them. Leftovers of
-    killed processes are removed first. A link is followed.
-
-    Args:
-        path: the folder to write.
-        lock: name of a file of the complete folder that exists from the start, is written in place and tells that
-            somebody writes it; by default a file that is deleted in the end.
-    """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(path)
-    folder, descriptor = _create(path, lock)
-    try:
-        yield folder
-        _flush(folder)
-        _publish(folder, path)
-        if lock == WORK_LOCK:
-            _unlink_own(path / lock, descriptor)
-    finally:
-        os.close(descriptor)
-        remove_leftover(folder)
-
-
-@contextmanager
-def resumed_folder(path: Path, *, worth: int) -> Iterator[Path]:
-    """A folder beside ``path`` for pieces of it, which an attempt that failed leaves to the next one.
-
-    It is the folder that an earlier attempt left, or a new one where there is none or another process has it. When the
-    block succeeds it is removed, otherwise it stays if keeping it is worth its place.
-
-    Args:
-        path: what is made of the pieces. A link is followed.
-        worth: bytes from which the pieces of a failed attempt are kept; those of a killed one stay in any case.
-    """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder, descriptor = _adopt(path) or _create(path, WORK_LOCK, "pieces")
-    try:
-        yield folder
-    except BaseException:
-        os.close(descriptor)
-        if size_of(folder) < worth:
-            remove_leftover(folder)
-        raise
-    os.close(descriptor)
-    remove_leftover(folder)
-
-
-def resumed_bytes(path: Path) -> int:
-    """Bytes that ``resumed_folder`` would take up or free for ``path``."""
-    path = path.resolve()
-    found = [folder for folder, _, kind in leftovers_of(path.parent, path.name) if kind == "pieces"]
-    return sum(size_of(folder, alone=True) for folder in found if not is_held(folder))
 
 
 def clear_leftovers(path: Path) -> None:
@@ -220,8 +159,8 @@ def remove_leftover(folder: Path) -> bool:
         if try_lock(descriptor, exclusive=True):
             for entry in folder.iterdir():
                 if entry.name != lock:
-                    _remove(entry)
-            _remove(folder / lock)
+                    remove_entry(entry)
+            remove_entry(folder / lock)
             folder.rmdir()
     except OSError:
         pass
@@ -230,98 +169,12 @@ def remove_leftover(folder: Path) -> bool:
     return not folder.exists()
 
 
-def _unlink_own(path: Path, descriptor: int) -> None:
-    """Unlink the open file, unless another folder has taken its place meanwhile."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat(path.stat(), os.fstat(descriptor)):
-            path.unlink()
-
-
-def _remove(entry: Path) -> None:
+def remove_entry(entry: Path) -> None:
+    """Delete a file, a link or a folder."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry)
     else:
         entry.unlink(missing_ok=True)
-
-
-def _adopt(path: Path) -> tuple[Path, int] | None:
-    """The folder of pieces that an earlier attempt at ``path`` left, and the descriptor of its lock; None without one.
-
-    Where several were left, the others are removed.
-    """
-    found: tuple[Path, int] | None = None
-    for folder, _, kind in leftovers_of(path.parent, path.name):
-        if kind != "pieces":
-            continue
-        if found is not None:
-            remove_leftover(folder)
-            continue
-        try:
-            descriptor = os.open(folder / WORK_LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            remove_leftover(folder)
-            continue
-        if try_lock(descriptor, exclusive=True) is True and os.fstat(descriptor).st_nlink:
-            found = folder, descriptor
-        else:
-            os.close(descriptor)
-    return found
-
-
-def _create(path: Path, lock: str, kind: str = "tmp") -> tuple[Path, int]:
-    """A new folder beside ``path`` with a locked file in it, and the file's descriptor."""
-    while True:
-        folder = temporary_name(path, kind)
-        folder.mkdir()
-        try:
-            descriptor = os.open(folder / lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # another process took the empty folder for a leftover
-        if try_lock(descriptor, exclusive=True) is not False and os.fstat(descriptor).st_nlink:
-            return folder, descriptor
-        os.close(descriptor)
-
-
-def _flush(folder: Path) -> None:
-    """Force everything in ``folder`` onto the disk."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(place, name))
-        sync(Path(place))
-
-
-def _publish(folder: Path, path: Path) -> None:
-    """Let ``folder`` and ``path`` change places; where the file system cannot, move ``path`` aside first."""
-    while not _exchange(folder, path):
-        aside = None
-        if path.exists() and any(path.iterdir()):
-            aside = temporary_name(path, "old")
-            path.rename(aside)
-        try:
-            folder.rename(path)
-        except OSError as problem:
-            if aside is not None and not path.exists():
-                aside.rename(path)
-            if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                continue  # another process was faster
-            raise
-        if aside is not None:
-            done_with = temporary_name(path, "removed")  # what is half-deleted must not be put back
-            aside.rename(done_with)
-            remove_leftover(done_with)
-        break
-    sync(path.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names at once; False where the system cannot, or ``other`` does not exist."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_fdcwd = -100  # both paths are absolute
-    code: int = renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), _RENAME_EXCHANGE)
-    return code == 0
 
 
 def _open_lock(folder: Path) -> tuple[str, int | None]:

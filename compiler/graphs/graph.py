@@ -21,6 +21,7 @@ from qie.compiler.checkpoint.subfolders import Subfolder
 from qie.compiler.graphs.source import SourceLines
 from qie.compiler.weights.weight import DType, Layout, Weight
 from qie.engines.bundle.manifest import Component, TensorSpec
+from qie.engines.files import replacing
 
 __all__ = ["DTYPES", "IR_VERSION", "OPSET", "Graph", "Parameter", "constant", "write_graph"]
 
@@ -158,5 +159,9 @@ class Graph:
 
 
 def write_graph(graph: Graph, path: Path, location: str, places: dict[str, tuple[int, int]] | None) -> None:
-    """Write ``graph`` to ``path``, with its weights in the file ``location`` beside it (``Graph.proto``)."""
-    path.write_bytes(graph.proto(location, places).SerializeToString(deterministic=True))
+    """Write ``graph`` to ``path``, with its weights in the file ``location`` beside it (``Graph.proto``).
+
+    An earlier file is replaced and not written to: another name of it, as in another bundle, keeps its content.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(graph.proto(location, places).SerializeToString(deterministic=True))

@@ -66,7 +66,7 @@ def add_schedule(
     if needed > free:
         raise BuildError(f"the tables for {opened.path} need {needed:,} bytes, and {free:,} are free; free some space")
     manifest, record = opened.manifest, opened.manifest.model.modulation
-    with writing(opened.path, needed) as folder:
+    with writing(opened.path, needed, replaces=opened) as folder:
         shard = folder / "shard"
         if record.file is None:
             reader = planned.reader(shard, progress=progress)
@@ -93,6 +93,5 @@ def add_schedule(
         shutil.rmtree(shard, ignore_errors=True)
         added = AddedSchedule(steps=steps, sizes=planned.sizes)
         tables = (*manifest.schedules, *made.tables)
-        check_unchanged(opened)
         write_manifest(replace(manifest, schedules=tables, added=(*manifest.added, added)), folder)
     return open_bundle(opened.path.absolute())

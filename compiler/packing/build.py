@@ -67,10 +67,10 @@ def build(
 ) -> Bundle:
     """Build a bundle and put it at its destination, in place of an earlier one.
 
-    What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines of an
-    earlier bundle with an equal key and undamaged files are kept. What a build that failed or was stopped had completed
-    is taken up by the next build of the same destination. Where the recipe quantizes and there is no calibration, one
-    is made (``calibrated``).
+    What cannot be built, does not fit or lacks disk space is rejected before weights are downloaded. Engines and
+    modulation tables of an earlier bundle with an equal key and undamaged files are kept. What a build that failed or
+    was stopped had completed is taken up by the next build of the same destination. Where the recipe quantizes and
+    there is no calibration, one is made (``calibrated``).
 
     Args:
         model: a plan, or a model as ``plan_build`` takes it; the arguments of that name belong to the latter.

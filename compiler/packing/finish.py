@@ -7,7 +7,7 @@ from qie.compiler.backends import BUILDERS
 from qie.compiler.packing.engines import build_engine, drop_graph
 from qie.compiler.packing.made_from import bundle_recipe
 from qie.compiler.packing.take_over import take_over
-from qie.compiler.packing.writing import check_unchanged, writing
+from qie.compiler.packing.writing import writing
 from qie.compiler.recipe.schema import Recipe
 from qie.engines.bundle.bundle import Bundle, open_bundle
 from qie.engines.bundle.manifest import GraphRecord
@@ -48,7 +48,7 @@ def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progre
     free = shutil.disk_usage(bundle.path).free
     if needed > free:
         raise BuildError(f"finishing {bundle.path} needs {needed:,} bytes, and {free:,} are free; free some space")
-    with writing(bundle.path, needed) as folder:
+    with writing(bundle.path, needed, replaces=bundle) as folder:
         if not take_over(manifest.files(), bundle, folder):
             raise BundleError(f"{bundle.path} is damaged; build the bundle again with `qie build`")
         engines = []
@@ -57,7 +57,6 @@ def finish_bundle(bundle: Bundle, *, device: int | None = None, progress: Progre
             drop_graph(graph, engine, folder)
             engines.append(engine)
         waiting = tuple(graph for graph in manifest.graphs if graph not in ready)
-        check_unchanged(bundle)
         write_manifest(replace(manifest, engines=(*engines, *manifest.engines), graphs=waiting), folder)
     return open_bundle(bundle.path.absolute())
 

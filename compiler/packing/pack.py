@@ -11,7 +11,7 @@ from qie.compiler.packing.items import items
 from qie.compiler.packing.make import make_pieces
 from qie.compiler.packing.pieces import Piece, Pieces
 from qie.compiler.packing.readers import checkpoint_readers
-from qie.compiler.packing.schedules import ModulationPiece
+from qie.compiler.packing.schedules import ModulationPiece, take_modulation
 from qie.compiler.packing.writing import writing
 from qie.compiler.planning.estimate import estimate
 from qie.compiler.planning.keys import graph_keys, modulation_key
@@ -77,7 +77,8 @@ def _pieces(plan: Plan, pieces: Pieces, old: Bundle | None, progress: Progress) 
     if calibration is not None:
         calibration.check_model(digest)
         keys.append(_keep_calibration(calibration, pieces))
-    tables = None if pieces.find(modulation) else ModulationPiece(plan, modulation, pieces, readers)
+    has_tables = pieces.find(modulation) is not None or take_modulation(plan, modulation, pieces, old)
+    tables = None if has_tables else ModulationPiece(plan, modulation, pieces, readers)
     make_pieces(plan, wanted, pieces, readers, old, tables, progress=progress)
     made = {key: pieces.find(key) for key in keys}
     assert None not in made.values()

@@ -1,9 +1,10 @@
 """The pieces of a bundle that is being built: each complete, verified when it is taken up again, kept until all are.
 
 A piece is a folder named by its key, with its files as they are named in the bundle, and ``piece.json``, which is
-written last.
+written last: what the piece consists of, and the sha256 of that and of the key.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord, ModulationRecord
 from qie.engines.files import replacing, sha256_of, sync
-from qie.engines.folders import WORK_LOCK, resumed_folder
+from qie.engines.folders import WORK_LOCK
+from qie.engines.new_folders import resumed_folder
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.records import from_plain, to_plain
 
@@ -80,7 +82,7 @@ class Pieces:
     def _drop(self, unwanted: Callable[[Path], bool]) -> None:
         for entry in self.folder.iterdir():
             if entry.name != WORK_LOCK and unwanted(entry):
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+                _delete(entry)
 
     def find(self, key: str, *, progress: StageProgress = no_progress) -> Piece | None:
         """The piece ``key``, whose files are compared with their digests; None where it is absent or damaged.
@@ -90,11 +92,9 @@ class Pieces:
             progress: called with the bytes compared and the bytes in all.
         """
         place = self.folder / key
-        piece = None
-        with suppress(OSError, ValueError):
-            piece = from_plain(Piece, json.loads((place / RECORD).read_text(encoding="utf-8")))
+        piece = None if place.is_symlink() else _read(place / RECORD, key)
         if piece is None or not (key in self._whole or _is_whole(piece, place, progress)):
-            shutil.rmtree(place, ignore_errors=True)
+            _delete(place)
             return None
         self._whole.add(key)
         return piece
@@ -102,7 +102,7 @@ class Pieces:
     def begin(self, key: str) -> Path:
         """An empty folder for the files of the piece ``key``, which ``keep`` completes."""
         work = self.folder / f"{key}{WORK}"
-        shutil.rmtree(work, ignore_errors=True)
+        _delete(work)
         work.mkdir()
         return work
 
@@ -111,8 +111,9 @@ class Pieces:
         work = self.folder / f"{key}{WORK}"
         for record in piece.records():
             sync(work / record.path)
+        content = {"piece": to_plain(piece), "sha256": _digest(key, piece)}
         with replacing(work / RECORD) as temporary:
-            temporary.write_text(json.dumps(to_plain(piece)), encoding="utf-8")
+            temporary.write_text(json.dumps(content), encoding="utf-8")
         work.rename(self.folder / key)
         sync(self.folder)
         self._whole.add(key)
@@ -145,12 +146,38 @@ def open_pieces(destination: Path) -> Iterator[Pieces]:
             pieces.drop_incomplete()
 
 
+def _digest(key: str, piece: Piece) -> str:
+    """sha256 of a piece's record and its key."""
+    return hashlib.sha256(json.dumps([key, to_plain(piece)]).encode()).hexdigest()
+
+
+def _read(record: Path, key: str) -> Piece | None:
+    """The piece that ``record`` describes; None where it does not, or describes that of another key."""
+    with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+        content = json.loads(record.read_text(encoding="utf-8"))
+        piece = from_plain(Piece, content["piece"])
+        if content["sha256"] == _digest(key, piece):
+            return piece
+    return None
+
+
+def _delete(entry: Path) -> None:
+    """Delete a file, a link or a folder, as far as the system lets it."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            entry.unlink()
+
+
 def _is_whole(piece: Piece, place: Path, progress: StageProgress) -> bool:
     records = piece.records()
     done, total = 0, sum(record.bytes for record in records)
     for record in records:
         file = place / record.path
-        if not file.is_file() or file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+        if file.resolve() != file.absolute() or not file.is_file():
+            return False  # a link may lead anywhere later
+        if file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
             return False
         done += record.bytes
         progress(done, total)

@@ -30,9 +30,10 @@ def take_over(records: Sequence[FileRecord], old: Bundle, folder: Path) -> bool:
 
 
 def _link(name: str, target: Path, old: Path) -> None:
-    """Give the file ``name`` of the folder ``old`` the second name ``target``, or copy it."""
+    """Give the file ``name`` of the folder ``old``, links followed, the second name ``target``, or copy it."""
     target.unlink(missing_ok=True)
+    file = os.path.realpath(old / name)
     try:
-        os.link(old / name, target)
+        os.link(file, target)
     except OSError:
-        shutil.copy(old / name, target)
+        shutil.copy(file, target)

@@ -8,22 +8,30 @@ from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import MANIFEST
 from qie.engines.errors import BuildError
 from qie.engines.files import is_disk_full
-from qie.engines.folders import replacing_folder
+from qie.engines.new_folders import ReplacedError, replacing_folder
 
 __all__ = ["check_unchanged", "disk_errors", "writing"]
 
 
 @contextmanager
-def writing(destination: Path, needed: int, *, lock: str = MANIFEST) -> Iterator[Path]:
-    """A folder that replaces ``destination`` when the block succeeds; ``needed`` bytes are for the error message.
+def writing(destination: Path, needed: int, *, lock: str = MANIFEST, replaces: Bundle | None = None) -> Iterator[Path]:
+    """A folder that replaces ``destination`` when the block succeeds.
 
-    ``lock``: see ``replacing_folder``.
+    Args:
+        destination: of the folder.
+        needed: bytes, for the error message.
+        lock: see ``replacing_folder``.
+        replaces: the bundle that is replaced; None for whatever is there.
 
     Raises:
-        BuildError: the folder cannot be written, or the disk is full.
+        BuildError: the folder cannot be written, the disk is full, or ``replaces`` was replaced or deleted.
     """
-    with disk_errors(destination, needed), replacing_folder(destination, lock=lock) as folder:
-        yield folder
+    held = None if replaces is None else replaces.folder
+    try:
+        with disk_errors(destination, needed), replacing_folder(destination, lock=lock, replaces=held) as folder:
+            yield folder
+    except ReplacedError as problem:
+        raise BuildError(f"{destination} was changed meanwhile; start again") from problem
 
 
 @contextmanager
@@ -35,6 +43,8 @@ def disk_errors(destination: Path, needed: int) -> Iterator[None]:
     """
     try:
         yield
+    except ReplacedError:
+        raise
     except OSError as problem:
         if is_disk_full(problem):
             raise BuildError(

@@ -13,7 +13,7 @@ from qie.engines.bundle.bundle import Bundle, foreign_files, is_bundle, open_bun
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import BackendMissingError, BuildError, BundleError, CalibrationError
 from qie.engines.files import existing, is_leftover
-from qie.engines.folders import resumed_bytes
+from qie.engines.new_folders import resumed_bytes
 
 __all__ = ["check_buildable", "check_calibrated", "check_download", "missing_builder", "other_bundle"]
 

@@ -25,7 +25,7 @@ from qie.compiler.synthetic.configs import config_files
 from qie.compiler.synthetic.layout import StoredDType, index_files, shard_files
 from qie.compiler.synthetic.scales import center_and_std
 from qie.engines.errors import CheckpointError
-from qie.engines.folders import replacing_folder
+from qie.engines.new_folders import replacing_folder
 
 __all__ = ["ARCHITECTURES", "Architecture", "tensor_shapes", "write_checkpoint"]
 

@@ -16,7 +16,7 @@ from qie.compiler.synthetic.layout import ShardFile, index_files
 from qie.compiler.synthetic.shards import FILE, Recorded, shard_bytes, synthetic_json
 from qie.engines.errors import CheckpointError
 from qie.engines.files import existing, is_disk_full
-from qie.engines.folders import replacing_folder
+from qie.engines.new_folders import replacing_folder
 from qie.engines.progress import Progress, no_progress
 
 __all__ = ["MOST_LAYERS", "SYNTHETIC", "Synthesis", "plan_synthesis", "synthesize"]

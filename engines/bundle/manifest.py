@@ -237,11 +237,10 @@ class ModulationRecord:
         file: where the weights are; None where the bundle has tables alone.
         tables: dtype in which the transformer reads the modulation.
         tensors: of the file, in its order; none without a file.
-        layers: blocks of the transformer.
-        width: of the transformer.
+        layers, width: of the transformer.
         zero_cond_t: references have modulation of their own, at timestep 0.
-        digest: sha256 of the content of the weights, whether the bundle has them or not (
-            ``qie.compiler.weights.modulation``); None in bundles of earlier versions, which have a file.
+        digest: sha256 of the content of the weights, in the bundle or not; None in bundles of earlier versions.
+        key: of the weights and the recipe's tables (``modulation_key``); None in bundles of earlier versions.
     """
 
     file: FileRecord | None
@@ -251,12 +250,13 @@ class ModulationRecord:
     width: Annotated[int, Range(1, 1 << 20)]
     zero_cond_t: bool
     digest: str | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         if self.digest is None and self.file is None:
             raise ValueError("there is neither a file nor a digest of the modulation weights")
-        if self.digest is not None and not _SHA256.fullmatch(self.digest):
-            raise ValueError(f"the digest is {self.digest!r}, expected 64 hex digits")
+        if not all(_SHA256.fullmatch(value) for value in (self.digest, self.key) if value is not None):
+            raise ValueError(f"the digests are {self.digest!r} and {self.key!r}, expected 64 hex digits")
 
     @property
     def identity(self) -> str:

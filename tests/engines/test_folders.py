@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qie.engines import folders as module
+from qie.engines import new_folders
 from qie.engines.files import temporary_name
 from qie.engines.folders import (
     HeldFolder,
@@ -19,11 +20,9 @@ from qie.engines.folders import (
     leftovers,
     remove_folder,
     remove_leftover,
-    replacing_folder,
     restore_moved,
-    resumed_bytes,
-    resumed_folder,
 )
+from qie.engines.new_folders import replacing_folder
 
 MANIFEST = "manifest.json"
 
@@ -50,7 +49,7 @@ def replace_by(path: Path, content: str) -> None:
 def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without a system that lets two names change places at once."""
     if request.param == "two renames":
-        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(new_folders, "_exchange", lambda one, other: False)
 
 
 # One folder
@@ -96,7 +95,7 @@ def test_a_failing_rename_puts_the_earlier_folder_back(tmp_path: Path, monkeypat
             raise OSError(5, "the disk is gone")
         return real(self, target)
 
-    monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(new_folders, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="the disk is gone"):
         replace_by(path, "new")
@@ -151,7 +150,7 @@ def test_a_folder_whose_lock_comes_between_two_looks_stays(tmp_path: Path, monke
         looks.append(folder)
         return ("", None) if len(looks) == 1 else inner(folder)
 
-    with module.replacing_folder(tmp_path / "mine") as folder:
+    with replacing_folder(tmp_path / "mine") as folder:
         (folder / "weights").write_text("of the other thread")
         monkeypatch.setattr(module, name, look)
         assert not module.remove_leftover(folder)
@@ -331,54 +330,9 @@ def test_what_cannot_be_held(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# Pieces that the next attempt takes up
-
-
-def test_pieces_stay_after_a_failure_and_go_after_success(tmp_path: Path) -> None:
-    path = tmp_path / "mine"
-    with pytest.raises(RuntimeError), resumed_folder(path, worth=1) as first:
-        (first / "piece").write_text("12345")
-        raise RuntimeError
-    assert first.is_dir() and resumed_bytes(path) == 5
-    with resumed_folder(path, worth=1) as second:
-        assert second == first and (second / "piece").read_text() == "12345"
-        assert resumed_bytes(path) == 0  # somebody has them
-    assert names(tmp_path) == []
-
-
-def test_a_folder_of_little_worth_goes_after_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), resumed_folder(tmp_path / "mine", worth=1):
-        raise KeyboardInterrupt
-    assert names(tmp_path) == []
-
-
-def test_pieces_that_another_process_has_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "mine"
-    with resumed_folder(path, worth=1) as one:
-        (one / "piece").touch()
-        with resumed_folder(path, worth=1) as other:
-            assert other != one and names(other) == [module.WORK_LOCK]
-        clear_leftovers(path)
-        assert (one / "piece").exists()
-
-
-def test_of_several_folders_of_pieces_one_is_taken_up(tmp_path: Path) -> None:
-    path = tmp_path / "mine"
-    for token in ("0" * 16, "1" * 16):
-        folder = tmp_path / f".mine.{token}.pieces"
-        folder.mkdir()
-        (folder / module.WORK_LOCK).touch()
-        (folder / "piece").touch()
-    with resumed_folder(path, worth=1) as folder:
-        assert names(tmp_path) == [folder.name]
-
-
-def test_pieces_outlive_a_replaced_folder_and_go_with_a_removed_one(tmp_path: Path) -> None:
+def test_the_folder_that_was_read_is_replaced(tmp_path: Path, renames: None) -> None:
     path = make(tmp_path / "mine", "old")
-    with pytest.raises(RuntimeError), resumed_folder(path, worth=1) as folder:
-        (folder / "piece").write_text("1")
-        raise RuntimeError
-    replace_by(path, "new")
-    assert folder.exists() and folder in leftovers(tmp_path)
-    assert remove_folder(path)
-    assert names(tmp_path) == []
+    held = HeldFolder(path, MANIFEST)
+    with replacing_folder(path, lock=MANIFEST, replaces=held) as folder:
+        (folder / MANIFEST).write_text("new")
+    assert (path / MANIFEST).read_text() == "new"

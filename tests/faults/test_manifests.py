@@ -19,6 +19,7 @@ from qie.engines.bundle.structure import read_structure
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.errors import BundleError, QieError
+from tests.support.bundles import in_hub_cache
 from tests.support.damage import change_manifest
 from tests.support.images import smooth_image
 from tests.support.soak import spread
@@ -118,16 +119,7 @@ def test_links_stay_inside(copied: Path) -> None:
 
 
 def test_a_download_of_the_hub_has_links_to_its_blobs(bundle: Path, tmp_path: Path) -> None:
-    """huggingface_hub keeps snapshots/COMMIT/FILE as a link to blobs/DIGEST."""
-    repository = tmp_path / "models--owner--bundle"
-    snapshot = repository / "snapshots" / "0123abc"
-    (repository / "blobs").mkdir(parents=True)
-    for number, file in enumerate(sorted(path for path in bundle.rglob("*") if path.is_file())):
-        link = snapshot / file.relative_to(bundle)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, repository / "blobs" / str(number))
-        link.symlink_to(repository / "blobs" / str(number))
-    edit(snapshot)
+    edit(in_hub_cache(bundle, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qie.compiler.recipe.schema import Recipe, to_toml
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.progress import Progress, no_progress
 
-__all__ = ["build", "linked", "planned"]
+__all__ = ["build", "in_hub_cache", "linked", "planned"]
 
 
 def planned(
@@ -70,3 +70,16 @@ def linked(bundle: Path, destination: Path) -> Path:
     (copy / "manifest.json").unlink()  # readers and writers lock it
     shutil.copy2(bundle / "manifest.json", copy)
     return copy
+
+
+def in_hub_cache(bundle: Path, cache: Path) -> Path:
+    """``bundle`` copied as huggingface_hub lays out what it downloads: snapshots/COMMIT/FILE links to blobs/DIGEST."""
+    repository = cache / "models--owner--bundle"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in bundle.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / str(number), snapshot / file.relative_to(bundle)
+        shutil.copy(file, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot

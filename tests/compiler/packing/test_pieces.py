@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,20 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (pieces.begin(OTHER) / "half").touch()
         raise KeyboardInterrupt
     return tmp_path / "mine"
+
+
+def change(place: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the record of a piece."""
+    record = json.loads((place / RECORD).read_text())
+    edit(record)
+    (place / RECORD).write_text(json.dumps(record))
+
+
+def behind_a_link(entry: Path) -> None:
+    """Move a file or a folder elsewhere, and leave a link to it."""
+    elsewhere = next(parent for parent in entry.parents if parent.suffix == ".pieces").with_name("elsewhere")
+    entry.rename(elsewhere)
+    entry.symlink_to(elsewhere)
 
 
 def test_what_is_complete_is_found_by_the_next_build(stopped: Path) -> None:
@@ -62,6 +78,14 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_piece(stopped: Path) 
         lambda place: (place / RECORD).write_text('{"engines": 1}'),
         lambda place: (place / RECORD).write_bytes(b"\xff"),
         lambda place: (place / RECORD).unlink(),
+        lambda place: (place / RECORD).write_text("{}"),
+        lambda place: (place / RECORD).write_text(json.dumps({"piece": {}, "sha256": "0" * 64})),
+        lambda place: (place / RECORD).write_text("[" * 200_000),
+        lambda place: change(place, lambda record: record["piece"]["files"].clear()),
+        lambda place: change(place, lambda record: record.pop("sha256")),
+        lambda place: behind_a_link(place / "schedules/one"),
+        lambda place: behind_a_link(place / "schedules"),
+        lambda place: behind_a_link(place),
     ],
 )
 def test_a_damaged_piece_is_made_again(stopped: Path, damage: object) -> None:
@@ -70,6 +94,13 @@ def test_a_damaged_piece_is_made_again(stopped: Path, damage: object) -> None:
         assert pieces.find(KEY) is None
         make(pieces, KEY)
         assert pieces.find(KEY) is not None
+
+
+def test_the_piece_of_another_key_is_none(stopped: Path) -> None:
+    place = next(stopped.parent.iterdir())
+    (place / KEY).rename(place / OTHER)
+    with open_pieces(stopped) as pieces:
+        assert pieces.find(OTHER) is None
 
 
 def test_pieces_of_another_plan_are_deleted(stopped: Path) -> None:

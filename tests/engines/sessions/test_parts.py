@@ -19,7 +19,7 @@ from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import BundleError
 from qie.engines.sessions.choose import choose_engines
-from tests.support.bundles import build
+from tests.support.bundles import build, in_hub_cache
 from tests.support.damage import change_manifest
 from tests.support.editors import uncached_editor
 from tests.support.fake_gpu import Gpu
@@ -75,6 +75,11 @@ def test_an_edit_in_parts_is_the_one_of_the_whole(divided: Path, whole: Editor, 
     with uncached_editor(divided) as editor:
         assert [len(parts) for parts in editor.stages.engines.values()] == [1, 2, 1, 2, 1]
         assert same(steps_of(editor, request(**REQUESTS[name])), steps_of(whole, request(**REQUESTS[name])))
+
+
+def test_parts_behind_the_links_of_a_download(divided: Path, tmp_path: Path) -> None:
+    with uncached_editor(in_hub_cache(divided, tmp_path)) as linked, uncached_editor(divided) as editor:
+        assert same(steps_of(linked, request()), steps_of(editor, request()))
 
 
 @pytest.mark.parametrize("residency", ["resident", "sequential"])
