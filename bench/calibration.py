@@ -76,7 +76,7 @@ def main() -> None:
             checkpoint.readers(),
             samples,
             model="",
-            schemes=(options.scheme,),
+            schemes={"language": (options.scheme,), "transformer": (options.scheme,)},
             partial=PartialCalibration(path=temporary / "reached", key=""),
             progress=progress,
         )

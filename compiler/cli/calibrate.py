@@ -1,7 +1,7 @@
 """``qie calibrate``: statistics for quantization, and which linears to exclude from it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
@@ -11,6 +11,7 @@ import typer
 from qie.compiler.cli.options import RevisionOption
 from qie.compiler.quantization.instructions import INSTRUCTIONS
 from qie.compiler.recipe.quantizable import QUANTIZABLE, SchemeName
+from qie.engines.bundle.manifest import Component
 from qie.engines.cli.options import JsonOption, print_json
 from qie.engines.errors import CalibrationError
 from qie.engines.files import is_writable
@@ -76,7 +77,7 @@ def calibrate(
         from qie.compiler.quantization.calibration import read_calibration
         from qie.compiler.quantization.measure import calibrate_model
         from qie.compiler.quantization.samples import draw_samples, read_images
-        from qie.compiler.quantization.schemes import SCHEMES
+        from qie.compiler.quantization.schemes import ALL_SCHEMES, SCHEMES
         from qie.compiler.quantization.sensitivity import describe
 
     _check_file(out, "out")
@@ -90,7 +91,9 @@ def calibrate(
         read_calibration(out)  # nothing but a calibration is replaced
     names = [_checked(name, SCHEMES, "scheme") for name in scheme or ["fp8"]]
     quantizable = _checked(component, QUANTIZABLE, "component")
-    measured = _schemes_of(recipe) if recipe is not None else tuple(SCHEMES)
+    measured = _schemes_of(recipe) if recipe is not None else ALL_SCHEMES
+    if sensitivity:
+        measured = {**measured, quantizable: (*measured.get(quantizable, ()), *names)}
     texts = INSTRUCTIONS if instructions is None else _lines(instructions)
     drawn = draw_samples(read_images(images, samples), texts, samples)
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
@@ -104,7 +107,7 @@ def calibrate(
             out,
             component=quantizable,
             schemes=[name for name in SCHEMES if name in names] if sensitivity else (),
-            measured=(*measured, *(names if sensitivity else ())),
+            measured=measured,
             budget=budget,
             ranking=ranking,
             progress=bars,
@@ -149,8 +152,8 @@ def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:
     return key
 
 
-def _schemes_of(recipe: str) -> tuple[SchemeName, ...]:
-    """The schemes of a recipe."""
+def _schemes_of(recipe: str) -> Mapping[Component, Sequence[SchemeName]]:
+    """The schemes of the components that a recipe quantizes."""
     from qie.compiler.planning.calibration import needed_schemes
     from qie.compiler.recipe.load import load_recipe
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from qie.compiler.quantization.partial import PartialCalibration
 from qie.compiler.quantization.samples import CalibrationSample, digest, draw_samples, read_images
 from qie.compiler.recipe.schema import SchemeName
 from qie.engines.bundle.clean import CALIBRATIONS
+from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CalibrationError
 from qie.engines.files import qie_home, try_lock
 from qie.engines.folders import WORK_LOCK, remove_leftover
@@ -142,7 +143,10 @@ def _plain(checkpoint: Checkpoint, scheme: SchemeName) -> Checkpoint:
 
 
 def _key(
-    checkpoint: Checkpoint, model: str, samples: Sequence[CalibrationSample], schemes: Sequence[SchemeName]
+    checkpoint: Checkpoint,
+    model: str,
+    samples: Sequence[CalibrationSample],
+    schemes: Mapping[Component, Sequence[SchemeName]],
 ) -> str:
     """Digest of everything that decides a calibration."""
     packages = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
@@ -150,7 +154,7 @@ def _key(
         "method": METHOD,
         "model": model,
         "samples": digest(samples),
-        "schemes": list(schemes),
+        "schemes": {component: list(names) for component, names in schemes.items()},
         "area": checkpoint.model.areas.vae_area,
         "versions": {"qie": qie.__version__, **{package: version_of(package) for package in packages}},
         "providers": providers(),

@@ -34,7 +34,7 @@ nothing by it (docs/quantization.md)."""
 SMOOTHED_AREA = 512 * 512
 """The same where the transformer is smoothed, which loses by smaller samples: 1.6 times the operations."""
 
-FLOPS_PER_CORE = 60e9
+FLOPS_PER_CORE = 50e9
 """Operations a second that a core does in float32, in all of a calibration: 2 cores of an AMD EPYC with AVX-512."""
 
 _ONCE: tuple[Component, ...] = ("vision", "language", "vae_encoder", "transformer")
@@ -101,7 +101,7 @@ def calibration_model(model: Model, area: int) -> Model:
     return replace(model, areas=replace(model.areas, vae_area=min(area, model.areas.vae_area)))
 
 
-def needed_schemes(recipe: Recipe) -> tuple[SchemeName, ...]:
-    """The schemes that ``recipe`` uses."""
-    used = {recipe.components[component].scheme for component in COMPONENTS}
-    return tuple(name for name in SCHEMES if name in used)
+def needed_schemes(recipe: Recipe) -> dict[Component, tuple[SchemeName, ...]]:
+    """The scheme of each component that ``recipe`` quantizes."""
+    schemes = {component: recipe.components[component].scheme for component in COMPONENTS}
+    return {component: (scheme,) for component, scheme in schemes.items() if scheme in SCHEMES}

@@ -9,18 +9,27 @@ from qie.compiler.graphs.graph import DTYPES, Graph
 from qie.compiler.planning.cost import Cost
 from qie.compiler.quantization.blockwise import COPIED, Segment, segments
 from qie.engines.bundle.manifest import Component
+from qie.engines.bundle.modulation_rows import MODULES, ROWS
 from qie.engines.errors import BuildError
 from qie.engines.machine import GIB
 
 __all__ = ["CalibrationMemory", "calibration_memory", "memory_refusal"]
 
-BASE = 300_000_000
-"""Memory of the process: Python, onnx, onnxruntime and the graphs. With it the sum is 2.76 GB for the published 2511 at
-384 x 384, where 2.38 GB were measured on four blocks of that width (``bench.calibration``)."""
+BASE = 700_000_000
+"""Memory of the process: Python, onnx, onnxruntime, and what they hold beyond the terms below. With it the sums for
+eight blocks of the published 2511 are 2.37 GB at 384 x 384 and 2.97 GB at 512 x 512, where 2.37 GB and 2.79 GB were
+measured (2 cores, onnxruntime 1.32)."""
+
+NODE = 20_000
+"""Memory of a node of a graph, which several graphs hold: the process has 576 MB with the 11,593 nodes of the published
+transformer before it reads a weight, and 382 MB with 1,297."""
 
 COPIES = 6
 """How often a segment's float32 weights are held where they are initializers: measured 0.45 GB for the 0.077 GB of a
 published VAE's encoder."""
+
+MODULATION = 4
+"""Bytes for each of a block's modulation weights: all as stored, and one of its two linears in float32."""
 
 STORED = 2
 """Bytes of a weight in the checkpoint: bfloat16, as published."""
@@ -32,30 +41,29 @@ class CalibrationMemory:
 
     Attributes:
         component: the component.
+        graph_bytes: its graphs.
         block_bytes: a block in float32, or a table of which rows are taken.
-        next_bytes: what is read of the next block meanwhile, with its modulation.
         samples_bytes: values of all samples.
-        run_bytes: what one run of the block computes.
+        run_bytes: what one run of the block computes, or what is read to compute its modulation.
     """
 
     component: Component
+    graph_bytes: int
     block_bytes: int
-    next_bytes: int
     samples_bytes: int
     run_bytes: int
 
     @property
     def bytes(self) -> int:
         """All, with ``BASE``."""
-        return BASE + self.block_bytes + self.next_bytes + self.samples_bytes + self.run_bytes
+        return BASE + self.graph_bytes + self.block_bytes + self.samples_bytes + self.run_bytes
 
     @property
     def terms(self) -> str:
         """The sum, for people."""
         terms = [
-            ("the process", BASE),
+            ("the process", BASE + self.graph_bytes),
             ("its block in float32", self.block_bytes),
-            ("the next block as stored", self.next_bytes),
             ("the samples", self.samples_bytes),
             ("a run", self.run_bytes),
         ]
@@ -87,21 +95,19 @@ def calibration_memory(
     """
     cut = segments(graph)
     config = model.transformer
-    modulation = config.modulation_rows * config.width**2 if graph.component == "transformer" else 0
+    linears = len(set(MODULES.values())) if graph.component == "transformer" else 0
+    modulation = linears * ROWS * config.width**2
     widths = {"transformer": config.width, "language": model.language.width, "vision": model.vision.width}
-    coming = [_stored(segment, modulation) for segment in cut[1:]]
-    block, after = max(
-        zip((_held(segment) for segment in cut), [*coming, 0], strict=True), key=lambda both: both[0] + both[1]
-    )
     wider = 4 // DTYPES[graph.dtype].numpy().itemsize
     tokens = max(sizes.get(name, 0) for name in ("tokens", "prompt_tokens", "patches"))
     hidden = 4 * tokens * widths.get(graph.component, 0)
+    run = wider * (counted.activation_bytes - counted.scores_bytes) + counted.scores_bytes
     return CalibrationMemory(
         component=graph.component,
-        block_bytes=block,
-        next_bytes=after,
+        graph_bytes=NODE * sum(len(segment.nodes) for segment in cut),
+        block_bytes=max(_held(segment) for segment in cut),
         samples_bytes=samples * (wider * counted.io_bytes + hidden),
-        run_bytes=wider * (counted.activation_bytes - counted.scores_bytes) + counted.scores_bytes,
+        run_bytes=max(run, MODULATION * modulation),
     )
 
 
@@ -111,11 +117,6 @@ def _held(segment: Segment) -> int:
     wide = 4 * sum(math.prod(weight.shape) for weight in segment.weights if weight.name not in tables)
     rows = STORED * sum(math.prod(weight.shape) for weight in segment.weights if weight.name in tables)
     return rows + (COPIES * wide if wide <= COPIED else wide)
-
-
-def _stored(segment: Segment, modulation: int) -> int:
-    """Bytes of a segment's weights as they are read."""
-    return STORED * (modulation + sum(math.prod(weight.shape) for weight in segment.weights))
 
 
 def _gib(count: float) -> str:

@@ -1,11 +1,7 @@
-"""The weights of one block in memory, as its graph reads them.
-
-They are read and laid out in the checkpoint's dtype, half the size of float32, and widened when the block runs, so that
-the next block's can be read meanwhile.
-"""
+"""The weights of one block in memory, as its graph reads them: each is converted as soon as it was read."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +26,7 @@ class BlockWeights:
     """Weights by name.
 
     Attributes:
-        fed: what is float32 in the graph; bfloat16 until it is widened.
+        fed: what is float32 in the graph.
         tables: of which rows are taken, in the checkpoint's dtype.
         others: what else was asked for, as the checkpoint has it.
         stored: other dtypes, as initializers.
@@ -43,14 +39,8 @@ class BlockWeights:
 
     @property
     def fed_bytes(self) -> int:
-        """Size of ``fed`` in float32."""
-        return sum(4 * tensor.size for tensor in self.fed.values())
-
-    def widen(self) -> None:
-        """Make ``fed`` float32, one weight at a time."""
-        for name, tensor in self.fed.items():
-            if tensor.dtype != np.float32:
-                self.fed[name] = tensor.astype(np.float32)
+        """Size of ``fed``."""
+        return sum(tensor.nbytes for tensor in self.fed.values())
 
     def rows_of(self, name: str, numbers: NDArray[Any]) -> NDArray[np.float32]:
         """The rows ``numbers`` [...] of a table [rows, width], float32 [..., width].
@@ -100,8 +90,7 @@ def read_weights(
             if weight.name in tables:
                 rows[weight.name] = raw
             elif weight.dtype == "float32" and weight.quantizer is None:
-                narrow = raw.dtype.name == "bfloat16"
-                fed[weight.name] = prepare(replace(weight, dtype="bfloat16") if narrow else weight, raw)
+                fed[weight.name] = prepare(weight, raw)
             else:
                 stored[weight.name] = numpy_helper.from_array(prepare(weight, raw), weight.name)
         del raw

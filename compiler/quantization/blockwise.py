@@ -6,7 +6,6 @@ onnxruntime executes it for all samples before the weights of the next segment a
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from qie.compiler.weights.prepare import check_weights
 from qie.compiler.weights.weight import Weight
 from qie.engines.bundle.manifest import Component
 from qie.engines.errors import CalibrationError, first_line
+from qie.engines.machine import release_memory
 from qie.engines.progress import Progress
 
 __all__ = [
@@ -114,7 +114,7 @@ class Preparation(Protocol):
     """What has to be computed from other weights before a segment runs."""
 
     def names(self, segment: "Segment") -> Sequence[str]:
-        """Tensors of the graph's subfolder that ``prepare`` needs; asked once, while the segment before runs."""
+        """Tensors of the graph's subfolder that ``prepare`` needs; asked once, before it."""
         ...
 
     def prepare(self, segment: "Segment", tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -215,7 +215,7 @@ def run_segments(
     """Run ``samples`` through the segments ``cut``, in place, and yield each segment after its last sample.
 
     A sample holds the graph's inputs before and its outputs after; values that nothing reads any more are dropped. The
-    weights of the next segment are read in a thread while a segment runs.
+    weights of one segment are in memory at a time.
 
     Args:
         cut: the segments of a graph.
@@ -230,33 +230,27 @@ def run_segments(
     """
     watched = watch or {}
 
-    def read(segment: Segment) -> BlockWeights:
+    for number, segment in enumerate(cut[start:], start=start):
+        kept = read_later(cut, number) | later
+        extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
         others = () if preparation is None else preparation.names(segment)
-        return read_weights(segment.weights, segment.rows, others, readers)
-
-    with ThreadPoolExecutor(1, "qie-weights") as pool:
-        coming = pool.submit(read, cut[start]) if start < len(cut) else None
-        for number, segment in enumerate(cut[start:], start=start):
-            kept = read_later(cut, number) | later
-            extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
-            assert coming is not None
-            weights = coming.result()
-            coming = pool.submit(read, cut[number + 1]) if number + 1 < len(cut) else None
-            if preparation is not None:
-                preparation.prepare(segment, weights.others)
-                weights.others.clear()
-            outputs = [name for name in extra if name not in segment.reads]
-            with _session(segment, weights, outputs) as compute:
-                for sample, values in enumerate(samples):
-                    computed = compute(values)
-                    after_sample(segment, sample, values | computed)
-                    values |= {name: computed[name] for name in segment.makes}
-                    for name in [name for name in values if name not in kept]:
-                        del values[name]
-                    del computed
-                after_segment(segment, weights.fed)
-            del weights, compute
-            yield segment
+        weights = read_weights(segment.weights, segment.rows, others, readers)
+        if preparation is not None:
+            preparation.prepare(segment, weights.others)
+            weights.others.clear()
+        release_memory()
+        outputs = [name for name in extra if name not in segment.reads]
+        with _session(segment, weights, outputs) as compute:
+            for sample, values in enumerate(samples):
+                computed = compute(values)
+                after_sample(segment, sample, values | computed)
+                values |= {name: computed[name] for name in segment.makes}
+                for name in [name for name in values if name not in kept]:
+                    del values[name]
+                del computed
+            after_segment(segment, weights.fed)
+        del weights, compute
+        yield segment
 
 
 @contextmanager
@@ -271,7 +265,6 @@ def loaded(segment: Segment, readers: Readers) -> Iterator[Callable[[Values], Va
 def _session(segment: Segment, weights: BlockWeights, extra: Sequence[str]) -> Iterator[Callable[[Values], Values]]:
     """A function from a sample's values to those that ``segment`` makes of them, and to the values ``extra``."""
     outputs = list(dict.fromkeys((*segment.makes, *extra)))
-    weights.widen()
     rows = segment.rows
     with _failures(segment):
         session = _open(segment.model(weights, outputs), prepacked=weights.fed_bytes <= COPIED)
@@ -317,6 +310,5 @@ def _open(model: onnx.ModelProto, *, prepacked: bool) -> ort.InferenceSession:
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # execute Q/DQ as written, products in float32
     if not prepacked:
         options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of an initializer
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # weights are read meanwhile
     options.enable_cpu_mem_arena = False  # frees memory between nodes
     return ort.InferenceSession(model.SerializeToString(), options, providers=providers())

@@ -28,7 +28,7 @@ from qie.compiler.quantization.samples import (
     step_values,
     vision_values,
 )
-from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.quantization.schemes import ALL_SCHEMES, SCHEMES
 from qie.compiler.quantization.sensitivity import Sensitivity, sensitivity
 from qie.compiler.quantization.statistics import LinearStatistics
 from qie.compiler.recipe.schema import SchemeName
@@ -46,7 +46,7 @@ def calibrate_model(
     *,
     component: Component = "transformer",
     schemes: Sequence[SchemeName] = (),
-    measured: Collection[SchemeName] = tuple(SCHEMES),
+    measured: Mapping[Component, Collection[SchemeName]] = ALL_SCHEMES,
     budget: float = 0.02,
     ranking: Path | None = None,
     ranking_samples: int = 16,
@@ -103,7 +103,7 @@ def measure(
     samples: Sequence[CalibrationSample],
     *,
     model: str,
-    schemes: Collection[SchemeName] = tuple(SCHEMES),
+    schemes: Mapping[Component, Collection[SchemeName]] = ALL_SCHEMES,
     partial: PartialCalibration | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
@@ -114,7 +114,7 @@ def measure(
         readers: the checkpoint's tensors.
         samples: forward passes to observe.
         model: digest of the checkpoint.
-        schemes: schemes to choose the smoothing for; largest magnitudes are measured for all.
+        schemes: component -> schemes to choose its smoothing for; largest magnitudes are measured for all.
         partial: what is kept after every block, from which the next call continues; None to keep nothing.
         progress: called with what runs, segments done and segments in all.
 
@@ -126,10 +126,14 @@ def measure(
     modulation = sample_modulation(config, readers, samples)
     statistics = {
         "language": LinearStatistics(
-            GRAPHS["language"](config, "float32"), readers, len(samples), config.language, schemes=schemes
+            GRAPHS["language"](config, "float32"),
+            readers,
+            len(samples),
+            config.language,
+            schemes=schemes.get("language", ()),
         ),
         "transformer": LinearStatistics(
-            GRAPHS["transformer"](config, "float32"), readers, len(samples), schemes=schemes
+            GRAPHS["transformer"](config, "float32"), readers, len(samples), schemes=schemes.get("transformer", ())
         ),
     }
     walk = _Walk(readers, statistics, modulation, partial, progress)
@@ -142,7 +146,8 @@ def measure(
         ),
     )
     found = [each.found for each in statistics.values()]
-    used = [name for name, scheme in SCHEMES.items() if scheme.smoothed and name in schemes]
+    asked = {name for names in schemes.values() for name in names}
+    used = [name for name, scheme in SCHEMES.items() if scheme.smoothed and name in asked]
     return Calibration(
         model=model,
         name=checkpoint.name,

@@ -10,6 +10,7 @@ that. What does not have its sha256, or is of another calibration, counts as abs
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -95,7 +96,16 @@ class PartialCalibration:
         self._written.clear()
         try:
             return self._read()
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, StopIteration):
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            StopIteration,
+        ):
             self._files.clear()
             self._written.clear()
             return None
@@ -171,7 +181,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]], str
 def _parse(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]], str]:
     sha256 = hashlib.sha256()
 
+    size = os.fstat(file.fileno()).st_size
+
     def take(count: int) -> bytes:
+        if not 0 <= count <= size:
+            raise ValueError("damaged")
         content = file.read(count)
         if len(content) != count:
             raise ValueError("cut short")

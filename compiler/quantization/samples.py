@@ -85,7 +85,9 @@ def read_images(folder: Path, count: int) -> list[Image.Image]:
         CalibrationError: the folder has no images.
         ImageError: an image cannot be read.
     """
-    found = folder.iterdir() if folder.is_dir() else ()
+    if not folder.is_dir():
+        raise CalibrationError(f"there is no folder {folder}; name a folder of images like those to be edited")
+    found = folder.iterdir()
     files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise CalibrationError(

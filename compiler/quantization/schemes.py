@@ -1,12 +1,13 @@
 """Quantization schemes, one row each: how the weights and the inputs of linears are quantized."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qie.compiler.recipe.schema import SchemeName
 from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.manifest import Component
 
-__all__ = ["ATTENTION", "SCHEMES", "Scheme"]
+__all__ = ["ALL_SCHEMES", "ATTENTION", "SCHEMES", "Scheme"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,12 @@ SCHEMES: dict[SchemeName, Scheme] = {
     ),
 }
 """Every scheme by its name in a recipe; "none" stands for no quantization and has no row."""
+
+ALL_SCHEMES: Mapping[Component, tuple[SchemeName, ...]] = {
+    "language": tuple(SCHEMES),
+    "transformer": tuple(SCHEMES),
+}
+"""Every scheme of the components that linears are measured of."""
 
 ATTENTION = Quantizer(dtype="float8_e4m3fn")
 """Quantizer of queries, keys and values where a recipe sets ``attention`` to "fp8"."""

@@ -204,7 +204,7 @@ def test_a_calibration_that_does_not_fit_is_refused(
     qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path, qie_home: Path
 ) -> None:
     quantizing = ("build", checkpoint, "--gpu", recipe(tmp_path), "--memory-gib", "0.25")
-    assert "of host memory (0.28 GiB for the process + " in refusal(qie(*quantizing))
+    assert "of host memory (0.66 GiB for the process + " in refusal(qie(*quantizing))
     assert not (qie_home / "calibrations").exists()
     assert "and the build may use 0.25 GiB" in refusal(qie("plan", *quantizing[1:]))
     (tmp_path / "mine").mkdir()
@@ -217,6 +217,8 @@ def test_a_calibration_that_does_not_fit_is_refused(
 
 def test_images_that_cannot_be_used(qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path) -> None:
     quantizing = ("build", checkpoint, "--gpu", recipe(tmp_path), "--images")
+    assert "there is no folder" in refusal(qie(*quantizing, tmp_path / "none"))
+    (tmp_path / "none").mkdir()
     assert "has no images" in refusal(qie(*quantizing, tmp_path / "none"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")

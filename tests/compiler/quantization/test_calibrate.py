@@ -251,7 +251,7 @@ def test_the_command(
     assert "cannot read the calibration" in refusal(qie("build", checkpoint, "--gpu", shipping))
 
     for words, expected in (
-        (("--images", workplace / "none"), "has no images"),
+        (("--images", workplace / "none"), "there is no folder"),
         (("--images", image_folder, "--scheme", "int3"), "unknown scheme 'int3', expected one of fp8,"),
         (
             ("--images", image_folder, "--component", "vision"),

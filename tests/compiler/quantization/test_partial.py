@@ -17,8 +17,10 @@ from qie.compiler.quantization.partial import PartialCalibration, Reached
 from qie.compiler.quantization.samples import CalibrationSample, draw_samples, read_images
 from qie.compiler.quantization.statistics import Found
 from qie.compiler.recipe.schema import SchemeName
+from qie.engines.bundle.manifest import Component
 
-SCHEMES: tuple[SchemeName, ...] = ("fp8", "int8-smooth")
+BOTH: tuple[SchemeName, ...] = ("fp8", "int8-smooth")
+SCHEMES: dict[Component, tuple[SchemeName, ...]] = {"language": BOTH, "transformer": BOTH}
 BOUNDARIES = [(component, number) for component in ("vision", "language", "transformer") for number in (1, 2, 3)]
 
 
@@ -77,11 +79,24 @@ def test_without_smoothing_only_what_fp8_needs_is_measured(
     two_samples: tuple[CalibrationSample, ...],
     whole: Calibration,
 ) -> None:
-    made = measure(tiny_checkpoint, readers, two_samples, model="m", schemes=("fp8",))
+    made = measure(tiny_checkpoint, readers, two_samples, model="m", schemes={"transformer": ("fp8",)})
     assert (made.smoothing_scales, made.alphas) == ({}, {})
     assert set(whole.smoothing_scales) == {"int8-smooth"}
     assert made.amax.keys() == whole.amax.keys()
     assert all(np.array_equal(values, whole.amax[name]) for name, values in made.amax.items())
+
+
+def test_only_the_components_that_are_quantized_are_smoothed(
+    tiny_checkpoint: Checkpoint,
+    readers: dict[Any, TensorReader],
+    two_samples: tuple[CalibrationSample, ...],
+    whole: Calibration,
+) -> None:
+    made = measure(tiny_checkpoint, readers, two_samples, model="m", schemes={"transformer": ("int8-smooth",)})
+    groups, every = made.smoothing_scales["int8-smooth"], whole.smoothing_scales["int8-smooth"]
+    assert groups.keys() == {name for name in every if name.startswith("transformer_blocks.")}
+    assert len(groups) < len(every)
+    assert all(np.array_equal(values, every[name]) for name, values in groups.items())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
