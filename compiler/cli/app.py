@@ -100,7 +100,7 @@ _needs_arguments(
 app.add_typer(recipes_app, name="recipes")
 _needs_arguments(
     epilog=examples(
-        "qie synthesize 2511 --out 2511-synthetic --layers 4 --language-layers 2",
+        "qie synthesize 2511 --out 2511-synthetic --layers 5 --language-layers 2",
         "qie synthesize 2511 --out 2511-synthetic --on-demand",
     ),
 )(synthesize)

@@ -1,5 +1,6 @@
 """``qie synthesize``: a checkpoint of published sizes with made-up weights."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from qie.compiler.synthetic.synthesize import Synthesis
 
 __all__ = ["synthesize"]
+
+KEPT_BLOCKS = 4
+"""Blocks that recipes which quantize keep as they are: with no more there is nothing to quantize."""
+
+SMALL = 1 << 30
+"""Bytes of a model that runs on a CPU in seconds."""
 
 
 def synthesize(
@@ -59,7 +66,8 @@ def synthesize(
             }
         )
     if not dry_run:
-        say(f"{out}: written; build with: qie build {out} --gpu l40s{' --stream' if on_demand else ''}")
+        words = ["qie", "build", str(out), "--gpu", _recipe(plan), *(["--stream"] if on_demand else [])]
+        say(f"{out}: written; build with: {shlex.join(words)}")
     return None
 
 
@@ -75,3 +83,10 @@ def _state(model: str, plan: "Synthesis") -> None:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count > 1 else ''}"
+
+
+def _recipe(plan: "Synthesis") -> str:
+    """A recipe that builds the checkpoint of ``plan``."""
+    if plan.weight_bytes < SMALL:
+        return "cpu"
+    return "l40s" if plan.recorded.layers > KEPT_BLOCKS else "a100"

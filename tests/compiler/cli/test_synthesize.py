@@ -19,13 +19,13 @@ def test_disk_use_is_stated_before_the_folder_is_written(qie: Qie, tmp_path: Pat
     sizes, disk, written = done.stdout.splitlines()
     assert sizes.startswith("tiny: 1 transformer block, 2 language layers, bfloat16, seed 0: 3 shards, ")
     assert disk.startswith("needs 2.") and disk.endswith(" are free")
-    assert written == f"{tmp_path / 'out'}: written; build with: qie build {tmp_path / 'out'} --gpu l40s"
+    assert written == f"{tmp_path / 'out'}: written; build with: qie build {tmp_path / 'out'} --gpu cpu"
     assert json.loads((tmp_path / "out/transformer/config.json").read_text())["num_layers"] == 1
 
 
 def test_a_checkpoint_on_demand_is_planned_like_a_whole_one(qie: Qie, tmp_path: Path) -> None:
     done = qie("synthesize", "tiny", "-o", tmp_path / "tiny", "--on-demand", "--seed", "3")
-    assert done.stdout.endswith(f"written; build with: qie build {tmp_path / 'tiny'} --gpu l40s --stream\n")
+    assert done.stdout.endswith(f"written; build with: qie build {tmp_path / 'tiny'} --gpu cpu --stream\n")
     assert not list((tmp_path / "tiny").rglob("*.safetensors"))
     assert json.loads((tmp_path / "tiny/synthetic.json").read_text())["seed"] == 3
     planned = qie("plan", tmp_path / "tiny", "--gpu", "cpu")
