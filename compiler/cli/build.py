@@ -63,7 +63,7 @@ def build(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop; downloads only the configs.")
+        bool, typer.Option("--dry-run", help="Print the plan, say whether it fits, stop; downloads only the configs.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle of another model, recipe or LoRA without asking.")
@@ -102,15 +102,19 @@ def build(
         language=language,
         memory_gib=memory_gib,
     )
-    from qie.compiler.packing.calibrate import check_images
+    from qie.compiler.packing.calibrate import for_images
+    from qie.compiler.packing.shard_sources import check_whole
+    from qie.compiler.planning.estimate import check_fit
 
-    check_images(plan, images, calibration)
+    plan = for_images(plan, images, calibration)
     if not as_json:
-        say(describe(plan))
+        say(describe(plan, images))
     elif dry_run:
         print_json(facts(plan))
+    if not stream:
+        check_whole(plan.checkpoint)
     if dry_run:
-        return None
+        return check_fit(plan)
     if not overwrite:
         _ask_before_replacing(plan)
     with Bars(enabled=not as_json) as bars:
@@ -186,8 +190,11 @@ def facts(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def describe(plan: "Plan") -> str:
-    """The plan as text: what is built from what, and what has to be downloaded."""
+def describe(plan: "Plan", images: Path | None = None) -> str:
+    """The plan as text: what is built from what, and what has to be downloaded.
+
+    ``images`` are those that a calibration is made of; None for the built-in ones.
+    """
     from qie.compiler.planning.checks import missing_builder
 
     loras = ", ".join(f"{lora.name}:{lora.weight:g}" for lora in plan.loras) or "none"
@@ -198,7 +205,7 @@ def describe(plan: "Plan") -> str:
     ]
     if plan.checkpoint.revision is not None:
         heading.append(f"download: {_download(plan)}")
-    heading += calibration_lines(plan)
+    heading += calibration_lines(plan, images=images)
     sections = ["\n".join(heading), _components(plan)]
     problem = next(filter(None, (missing_builder(plan, c.component) for c in plan.components)), None)
     if problem is not None:

@@ -1,8 +1,9 @@
 """What a plan says about its calibration, for the commands that print plans."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qie.engines.terminal import human_memory, human_seconds, wrap
+from qie.engines.terminal import human_memory, human_seconds, printable, wrap
 
 if TYPE_CHECKING:
     from qie.compiler.planning.calibration import PlannedCalibration
@@ -11,10 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["calibration_facts", "calibration_lines"]
 
 
-def calibration_lines(plan: "Plan", made: "PlannedCalibration | None" = None) -> list[str]:
+def calibration_lines(
+    plan: "Plan", made: "PlannedCalibration | None" = None, *, images: Path | None = None
+) -> list[str]:
     """Where the scales come from: nothing for a plan that does not quantize.
 
-    ``made`` is what ``planned_calibration`` says of ``plan``, where that is known already.
+    ``made`` is what ``planned_calibration`` says of ``plan``, where that is known already; ``images`` are those that a
+    calibration is made of, None for the built-in ones.
     """
     if not plan.recipe.quantizes:
         return []
@@ -26,9 +30,10 @@ def calibration_lines(plan: "Plan", made: "PlannedCalibration | None" = None) ->
     assert made is not None
     cores = f"{made.cores} core{'s' if made.cores > 1 else ''}"
     time = f"about {human_seconds(made.seconds)}" if made.seconds >= 10 else "a few seconds"
+    source = "the built-in images" if images is None else printable(str(images))
     return [
         wrap(
-            f"calibration: {made.samples} samples at {made.size}, {time} on {cores}, "
+            f"calibration: {made.samples} samples of {source} at {made.size}, {time} on {cores}, "
             f"about {human_memory(made.memory.bytes)} of host memory; an earlier build's is used where it is the same"
         )
     ]

@@ -118,7 +118,7 @@ def build(
         )
         plan = model
 
-    from qie.compiler.packing.calibrate import calibrated, check_images
+    from qie.compiler.packing.calibrate import calibrated, for_images
     from qie.compiler.packing.pack import pack
     from qie.compiler.packing.pieces import open_pieces
     from qie.compiler.packing.shard_sources import check_whole, shard_source
@@ -130,7 +130,7 @@ def build(
     clear_leftovers(plan.destination.resolve())
     source = shard_source(plan.checkpoint) if stream else None
     check_buildable(plan, more_bytes=0 if source is None else max(shard.bytes for shard in source.shards.values()))
-    check_images(plan, images, calibration)
+    plan = for_images(plan, images, calibration)
     check_fit(plan)
     if source is None:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)

@@ -22,9 +22,7 @@ from qie.compiler.planning.calibration import (
     calibration_area,
     calibration_model,
     needed_schemes,
-    planned_calibration,
 )
-from qie.compiler.planning.calibration_memory import memory_refusal
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import with_calibration
 from qie.compiler.quantization.blockwise import providers
@@ -42,7 +40,7 @@ from qie.engines.folders import WORK_LOCK, remove_leftover
 from qie.engines.machine import version_of
 from qie.engines.progress import Progress, no_progress
 
-__all__ = ["IMAGES", "WAITING", "calibrated", "check_images"]
+__all__ = ["IMAGES", "WAITING", "calibrated", "for_images"]
 
 IMAGES = Path(__file__).parents[2] / "recipes" / "calibration"
 """The images that come with qie."""
@@ -57,16 +55,20 @@ _PAUSE = 0.2
 """Seconds between two looks at a calibration that another build makes."""
 
 
-def check_images(plan: Plan, images: str | Path | None, calibration: str | Path | None = None) -> None:
-    """Check, before anything is downloaded, that a calibration can be made of ``images``; None is the built-in ones.
+def for_images(plan: Plan, images: str | Path | None, calibration: str | Path | None = None) -> Plan:
+    """``plan``, planned for a calibration that is made of ``images``, before anything is downloaded.
+
+    Args:
+        plan: of a build.
+        images: folder of images; None for the plan as it is.
+        calibration: that was given too.
 
     Raises:
         CalibrationError: the folder has no images, a calibration is given too, or the recipe does not quantize.
         ImageError: an image cannot be read.
-        BuildError: another calibration than the plan's needs more host memory than the build may use.
     """
     if images is None:
-        return
+        return plan
     if calibration is not None:
         raise CalibrationError(
             f"{calibration} is a calibration, and {images} are images to make one of; give one of the two",
@@ -78,11 +80,7 @@ def check_images(plan: Plan, images: str | Path | None, calibration: str | Path 
             option="images",
         )
     read_images(Path(images), SAMPLES)
-    if plan.calibration is not None:  # without one, the estimate of the build has examined it
-        made = planned_calibration(replace(plan, calibration=None))
-        assert made is not None
-        if refused := memory_refusal(made.memory, plan.memory):
-            raise refused
+    return plan if plan.calibration is None else with_calibration(plan, None)
 
 
 def calibrated(plan: Plan, *, images: str | Path | None = None, progress: Progress = no_progress) -> Plan:

@@ -110,8 +110,8 @@ def plan_build(
     )
 
 
-def with_calibration(plan: "Plan", calibration: "Calibration") -> "Plan":
-    """``plan``, planned again with ``calibration``.
+def with_calibration(plan: "Plan", calibration: "Calibration | None") -> "Plan":
+    """``plan``, planned again with ``calibration``, or for one that is still to be made.
 
     Raises:
         QieError: see ``make_plan``.

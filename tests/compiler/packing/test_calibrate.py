@@ -14,6 +14,7 @@ from qie.compiler.packing.calibrate import calibrated
 from qie.compiler.planning.plan import Plan
 from qie.compiler.planning.resolve import plan_build
 from qie.compiler.quantization.schemes import SCHEMES
+from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
 from qie.engines.bundle.clean import remove, unneeded
 from qie.engines.errors import BuildError, CalibrationError
 from tests.support.command_line import Qie, Refusal
@@ -190,7 +191,7 @@ def test_clean_lists_what_is_kept_and_what_was_left(plan: Plan, qie_home: Path) 
 
 def test_the_plan_says_it(qie: Qie, checkpoint: Path, tmp_path: Path) -> None:
     text = " ".join(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run").stdout.split())
-    assert "calibration: 8 samples at 128x128, a few seconds on" in text
+    assert "calibration: 8 samples of the built-in images at 128x128, a few seconds on" in text
     assert "MiB of host memory; an earlier build's" in text
     facts = json.loads(qie("build", checkpoint, "--gpu", recipe(tmp_path), "--dry-run", "--json").stdout)
     assert (facts["calibration"]["samples"], facts["calibration"]["width"]) == (8, 128)
@@ -210,9 +211,25 @@ def test_a_calibration_that_does_not_fit_is_refused(
     (tmp_path / "mine").mkdir()
     smooth_image(90, 60).save(tmp_path / "mine" / "one.png")
     pocket = plan_build("pocket", gpu=recipe(tmp_path), memory_gib=0.25)  # which has a calibration of its own
-    module.check_images(pocket, None)
+    assert module.for_images(pocket, None) is pocket
+    assert module.for_images(pocket, tmp_path / "mine").calibration is None
     with pytest.raises(BuildError, match="calibrating .* takes about"):
-        module.check_images(pocket, tmp_path / "mine")
+        build(pocket, images=tmp_path / "mine")
+
+
+def test_a_dry_run_says_what_the_build_does(
+    qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path, qie_home: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    smooth_image(90, 60).save(tmp_path / "mine" / "one.png")
+    dry = ("build", "pocket", "--gpu", recipe(tmp_path), "--images", tmp_path / "mine", "--dry-run")
+    said = " ".join(qie(*dry).stdout.split())
+    assert f"calibration: 8 samples of {tmp_path / 'mine'} at " in said and "calibration.npz" not in said
+    assert "and the build may use 0.25 GiB" in refusal(qie(*dry, "--memory-gib", "0.25"))
+    on_demand = synthesize(plan_synthesis("tiny", tmp_path / "tiny", on_demand=True))
+    assert "stream them" in refusal(qie("build", on_demand, "--dry-run"))
+    assert qie("build", on_demand, "--dry-run", "--stream").returncode == 0
+    assert not (qie_home / "calibrations").exists()
 
 
 def test_images_that_cannot_be_used(qie: Qie, refusal: Refusal, checkpoint: Path, tmp_path: Path) -> None:
