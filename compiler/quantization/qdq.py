@@ -88,7 +88,8 @@ def quantize_by_recipe(
     names = [name for name in linears(graph) if name not in exclude]
     if not names:
         raise RecipeError(
-            f'components.{graph.component}.exclude leaves no linear to quantize; shorten it, or set scheme to "none"'
+            f"components.{graph.component}.exclude of the recipe leaves none of the {len(linears(graph))} linears of "
+            'this model to quantize; shorten it in a recipe of your own, or set scheme to "none" there'
         )
     return quantize_linears(graph, section.scheme, names, calibration, language)
 

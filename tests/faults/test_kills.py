@@ -39,7 +39,7 @@ def test_a_killed_build(checkpoint: Path, bundle: Path, qie_home: Path, earlier:
     total = count_operations(BUILD, checkpoint, path)
     assert total > 40
     wanted = content(open_bundle("mine"))
-    for number, operation in enumerate(spread(range(1, total + 1), 3)):
+    for number, operation in enumerate(spread(range(1, total + 1), 2)):
         if path.exists():
             remove_bundle(path)
         if earlier:

@@ -25,10 +25,22 @@ from tests.support.bundles import build, planned
 from tests.support.small_graphs import Worker, small
 
 
+@pytest.fixture(scope="module")
+def graphs_alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built for the H100: nothing here builds engines for Hopper; not to be changed."""
+    return build(checkpoint, tmp_path_factory.mktemp("h100") / "bundle", small("h100")).path
+
+
+@pytest.fixture(scope="module")
+def both(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built for the A100 without one: engines, and graphs; not to be changed."""
+    return build(checkpoint, tmp_path_factory.mktemp("a100") / "bundle", small("a100")).path
+
+
 @pytest.fixture
-def unfinished(checkpoint: Path, tmp_path: Path) -> Bundle:
-    """Graphs alone: nothing here builds for Hopper."""
-    bundle = build(checkpoint, tmp_path / "bundle", small("h100"))
+def unfinished(graphs_alone: Path, tmp_path: Path) -> Bundle:
+    """Graphs alone."""
+    bundle = open_bundle(shutil.copytree(graphs_alone, tmp_path / "bundle"))
     assert bundle.manifest.engines == ()
     assert [graph.component for graph in bundle.manifest.graphs] == list(COMPONENTS)
     verify(bundle)
@@ -56,9 +68,9 @@ def test_finishing_needs_the_gpu(unfinished: Bundle) -> None:
 
 
 @pytest.fixture
-def left_from_a100(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """What is built for the A100 without one. From then on TensorRT for RTX plays the TensorRT of a machine with it."""
-    bundle = build(checkpoint, tmp_path / "bundle", small("a100"))
+def left_from_a100(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """Engines and graphs for the A100. From then on TensorRT for RTX plays the TensorRT of a machine with it."""
+    bundle = open_bundle(shutil.copytree(both, tmp_path / "bundle"))
     there = replace(BACKENDS["tensorrt"], build_module="tensorrt_rtx", builds_on_gpu=False)
     monkeypatch.setitem(BACKENDS, "tensorrt", there)
     return bundle

@@ -29,7 +29,7 @@ def test_every_fault_has_an_expectation() -> None:
     assert all(checks for checks, _ in EXPECTED.values())
 
 
-@pytest.mark.parametrize("name", spread([name for name in FAULTS if FAULTS[name].level != "edits"], 31))
+@pytest.mark.parametrize("name", spread([name for name in FAULTS if FAULTS[name].level != "edits"], 18))
 def test_a_fault_is_found(sound: Sound, tmp_path: Path, name: str) -> None:
     report = inject(FAULTS[name], sound, tmp_path)
     assert report.verdict == "failed"
