@@ -1,4 +1,4 @@
-"""Folders that are whole or absent while others read, replace and delete them.
+"""Folders that others read, replace and delete at the same time.
 
 Whoever writes a folder, and whoever reads one, holds a lock on a file inside it (``try_lock``): for a bundle its
 manifest. The lock tells across threads, processes, containers and hosts what is in use; what nobody holds is deleted by

@@ -52,7 +52,11 @@ def replacing_folder(path: Path, *, lock: str = WORK_LOCK, replaces: HeldFolder 
     clear_leftovers(path)
     folder, descriptor = _create(path, lock)
     try:
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            _remove_own(folder, lock)
+            raise
         _flush(folder)
         _publish(folder, path, replaces)
         if lock == WORK_LOCK:
@@ -79,21 +83,26 @@ def resumed_folder(path: Path, *, worth: int) -> Iterator[Path]:
     path = _resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, descriptor = _adopt(path) or _create(path, WORK_LOCK, "pieces")
-    stays = False
+    stays = True
     try:
         yield folder
+        stays = False
     except BaseException:
         stays = size_of(folder) >= worth
         raise
     finally:
         if not stays:
-            _remove_own(folder)
+            _remove_own(folder, WORK_LOCK)
         os.close(descriptor)
 
 
 def resumed_bytes(path: Path) -> int:
-    """Bytes that ``resumed_folder`` would take up or free for ``path``."""
-    path = path.resolve()
+    """Bytes that ``resumed_folder`` would take up or free for ``path``.
+
+    Raises:
+        OSError: the links at ``path`` lead back to themselves.
+    """
+    path = _resolved(path)
     found = [folder for folder, _, kind in leftovers_of(path.parent, path.name) if kind == "pieces"]
     return sum(size_of(folder, alone=True) for folder in found if not is_held(folder))
 
@@ -105,13 +114,14 @@ def _unlink_own(path: Path, descriptor: int) -> None:
             path.unlink()
 
 
-def _remove_own(folder: Path) -> None:
-    """Delete a folder whose lock this process holds, the lock last, as far as the system lets it."""
+def _remove_own(folder: Path, lock: str) -> None:
+    """Delete a folder whose file ``lock`` this process holds, that file last, as far as the system lets it."""
     with suppress(OSError):
         for entry in folder.iterdir():
-            if entry.name != WORK_LOCK:
-                remove_entry(entry)
-        remove_entry(folder / WORK_LOCK)
+            if entry.name != lock:
+                with suppress(OSError):
+                    remove_entry(entry)
+        remove_entry(folder / lock)
         folder.rmdir()
 
 
@@ -178,18 +188,25 @@ def _publish(folder: Path, path: Path, replaces: HeldFolder | None) -> None:
     Raises:
         ReplacedError: ``path`` is not ``replaces``.
     """
+    own = folder.stat()
     while True:
         if replaces is not None and replaces.replaced:
             raise ReplacedError(f"{path} is another folder")
         if _exchange(folder, path):
-            if replaces is not None and not replaces.is_at(folder):  # somebody was faster
-                _exchange(folder, path)
-                raise ReplacedError(f"{path} is another folder")
-            break
+            if replaces is None or replaces.is_at(folder):
+                break
+            with suppress(FileNotFoundError):  # somebody was faster than the look, and another may have been since
+                if os.path.samestat(path.stat(), own):
+                    _exchange(folder, path)
+            raise ReplacedError(f"{path} is another folder")
         aside = None
         if path.exists() and any(path.iterdir()):
             aside = temporary_name(path, "old")
             path.rename(aside)
+        if replaces is not None and (aside is None or not replaces.is_at(aside)):
+            if aside is not None:
+                aside.rename(path)
+            raise ReplacedError(f"{path} is another folder")
         try:
             folder.rename(path)
         except OSError as problem:

@@ -153,14 +153,16 @@ def _checked(name: str, table: Mapping[Name, object], option: str) -> Name:
 
 
 def _schemes_of(recipe: str) -> Mapping[Component, Sequence[SchemeName]]:
-    """The schemes of the components that a recipe quantizes."""
+    """The schemes of a recipe, each for every component: the file may serve other recipes."""
     from qie.compiler.planning.calibration import needed_schemes
+    from qie.compiler.quantization.schemes import ALL_SCHEMES
     from qie.compiler.recipe.load import load_recipe
 
     resolved = load_recipe(recipe)
     if not resolved.quantizes:
         raise CalibrationError(f"the recipe {recipe} does not quantize; name one that does", option="for")
-    return needed_schemes(resolved)
+    used = {scheme for schemes in needed_schemes(resolved).values() for scheme in schemes}
+    return {component: [name for name in schemes if name in used] for component, schemes in ALL_SCHEMES.items()}
 
 
 def _lines(path: Path) -> list[str]:

@@ -127,10 +127,10 @@ def build(
     from qie.compiler.planning.estimate import check_fit
     from qie.engines.folders import clear_leftovers
 
+    plan = for_images(plan, images, calibration)
     clear_leftovers(plan.destination.resolve())
     source = shard_source(plan.checkpoint) if stream else None
     check_buildable(plan, more_bytes=0 if source is None else max(shard.bytes for shard in source.shards.values()))
-    plan = for_images(plan, images, calibration)
     check_fit(plan)
     if source is None:
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)

@@ -175,9 +175,12 @@ def _is_whole(piece: Piece, place: Path, progress: StageProgress) -> bool:
     done, total = 0, sum(record.bytes for record in records)
     for record in records:
         file = place / record.path
-        if file.resolve() != file.absolute() or not file.is_file():
-            return False  # a link may lead anywhere later
-        if file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+        try:
+            if os.path.realpath(file) != str(file.absolute()) or not file.is_file():
+                return False  # a link may lead anywhere later
+            if file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+                return False
+        except OSError:
             return False
         done += record.bytes
         progress(done, total)

@@ -27,11 +27,8 @@ def writing(destination: Path, needed: int, *, lock: str = MANIFEST, replaces: B
         BuildError: the folder cannot be written, the disk is full, or ``replaces`` was replaced or deleted.
     """
     held = None if replaces is None else replaces.folder
-    try:
-        with disk_errors(destination, needed), replacing_folder(destination, lock=lock, replaces=held) as folder:
-            yield folder
-    except ReplacedError as problem:
-        raise BuildError(f"{destination} was changed meanwhile; start again") from problem
+    with disk_errors(destination, needed), replacing_folder(destination, lock=lock, replaces=held) as folder:
+        yield folder
 
 
 @contextmanager
@@ -39,12 +36,12 @@ def disk_errors(destination: Path, needed: int) -> Iterator[None]:
     """Around everything that is written to the disk of ``destination``, where ``needed`` bytes are needed.
 
     Raises:
-        BuildError: it cannot be written, or the disk is full.
+        BuildError: it cannot be written, the disk is full, or the folder to replace is another one than was read.
     """
     try:
         yield
-    except ReplacedError:
-        raise
+    except ReplacedError as problem:
+        raise BuildError(f"{destination} was changed meanwhile; start again") from problem
     except OSError as problem:
         if is_disk_full(problem):
             raise BuildError(

@@ -65,7 +65,7 @@ class CalibrationMemory:
             ("the process", BASE + self.graph_bytes),
             ("its block in float32", self.block_bytes),
             ("the samples", self.samples_bytes),
-            ("a run", self.run_bytes),
+            ("a run, or modulation", self.run_bytes),
         ]
         return " + ".join(f"{_gib(count)} for {what}" for what, count in terms)
 

@@ -71,8 +71,6 @@ def plan_build(
         ExportError: the graphs do not express the model.
         BuildError: the name cannot be a bundle's, no folder can be at ``out``, or no build can have that much memory.
     """
-    if out is not None and is_link_loop(Path(out)):
-        raise BuildError(f"{out} is a link that leads back to itself; choose another folder", option="out")
     with compile_packages():
         from qie.compiler.checkpoint.checkpoint import open_checkpoint
         from qie.compiler.checkpoint.lora import open_lora, parse_lora
@@ -94,14 +92,16 @@ def plan_build(
     opened = [open_lora(Path(path), weight) for path, weight in weighted]
     parts = [*([] if language is None else [language]), *(lora.path.stem for lora in opened)]
     default = bundle_name(checkpoint.name, recipe_name, parts)
-    named = bundles_folder() / (name or default)
+    destination = bundles_folder() / (name or default) if out is None else Path(out)
+    if is_link_loop(destination):
+        raise BuildError(f"{destination} is a link that leads back to itself; choose another folder", option="out")
     given = calibration or recipe.calibration
     return make_plan(
         checkpoint,
         recipe_name=recipe_name,
         recipe=recipe,
         loras=opened,
-        destination=named if out is None else Path(out),
+        destination=destination,
         calibration=find_calibration(given, checkpoint.path) if given or recipe.quantizes else None,
         schedule=schedule,
         allow_unread=allow_unread,

@@ -1,4 +1,4 @@
-"""The weights of one block in memory, as its graph reads them: each is converted as soon as it was read."""
+"""The weights of one block in memory: what its graph reads is converted as soon as it was read."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

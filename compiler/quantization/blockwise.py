@@ -229,7 +229,6 @@ def run_segments(
         later: values to keep although nothing in ``cut`` reads them.
     """
     watched = watch or {}
-
     for number, segment in enumerate(cut[start:], start=start):
         kept = read_later(cut, number) | later
         extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]

@@ -86,6 +86,11 @@ def quantize_by_recipe(
     measured = None if calibration is None else calibration.exclude.get(f"{graph.component}/{section.scheme}")
     exclude = excluded(graph, section.exclude) if measured is None else tuple(measured)
     names = [name for name in linears(graph) if name not in exclude]
+    if not names and measured is not None and calibration is not None:
+        raise RecipeError(
+            f"{calibration.source} excludes every linear of {graph.component}; calibrate again with a larger --budget, "
+            'or set scheme to "none"'
+        )
     if not names:
         raise RecipeError(
             f"components.{graph.component}.exclude of the recipe leaves none of the {len(linears(graph))} linears of "

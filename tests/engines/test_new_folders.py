@@ -122,9 +122,10 @@ def test_links_that_lead_back_to_themselves(tmp_path: Path) -> None:
 # A folder that is another one than was read
 
 
-@pytest.mark.parametrize("later", ["before", "between look and exchange", "deleted"])
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("later", ["before", "between look and exchange", "deleted", "deleted after the look"])
 def test_another_folder_than_was_read_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str, exchanges: bool
 ) -> None:
     path = make(tmp_path / "mine", "old")
     name = "_exchange"
@@ -132,9 +133,12 @@ def test_another_folder_than_was_read_is_not_replaced(
 
     def exchange(one: Path, other: Path) -> bool:
         monkeypatch.setattr(new_folders, name, inner)
-        replace_by(path, "of another process")
-        return inner(one, other)
+        remove_folder(path) if later == "deleted after the look" else replace_by(path, "of another process")
+        return bool(inner(one, other)) if exchanges else False
 
+    if not exchanges:
+        monkeypatch.setattr(new_folders, name, lambda one, other: False)
+        inner = getattr(new_folders, name)
     with pytest.raises(ReplacedError), replacing_folder(path, lock=MANIFEST, replaces=held) as folder:
         (folder / MANIFEST).write_text("new")
         if later == "before":
@@ -145,5 +149,6 @@ def test_another_folder_than_was_read_is_not_replaced(
             monkeypatch.setattr(new_folders, name, exchange)
     del held
     gc.collect()
-    assert names(tmp_path) == ([] if later == "deleted" else ["mine"])
-    assert later == "deleted" or (path / MANIFEST).read_text() == "of another process"
+    deleted = later.startswith("deleted")
+    assert names(tmp_path) == ([] if deleted else ["mine"])
+    assert deleted or (path / MANIFEST).read_text() == "of another process"

@@ -109,6 +109,7 @@ class TensorRT:
         weights_bytes = sum(file.bytes for file in graph.files if file.path != graph.path)
         job = {
             "module": self.facts.build_module,
+            "parent": os.getpid(),
             "onnx": str(folder / graph.path),
             "engine": str(engine),
             "weights_bytes": weights_bytes,

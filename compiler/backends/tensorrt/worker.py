@@ -279,7 +279,7 @@ def _peak_bytes() -> int:
 
 
 def _end_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends (prctl(2)); elsewhere its next message fails."""
+    """Let Linux kill this process when the thread that started it ends (prctl(2)); elsewhere its next message fails."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -290,6 +290,8 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as messages:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
+        if os.getppid() != job["parent"]:
+            return  # it ended before the kernel was told
 
         def tell(message: Mapping[str, Any]) -> bool:
             try:

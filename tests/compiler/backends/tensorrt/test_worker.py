@@ -159,10 +159,10 @@ def test_the_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
     """Two compilers of one machine's memory are too many: the next build would start another."""
     (tmp_path / "endless.py").write_text("import time\nprint('compiling', flush=True)\ntime.sleep(600)\n")
     start = (
-        "import subprocess, sys\n"
+        "import json, os, subprocess, sys\n"
         f"command = [sys.executable, {worker.__file__!r}]\n"
         "worker = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)\n"
-        'worker.stdin.write(\'{"module": "endless"}\')\n'
+        "worker.stdin.write(json.dumps({'module': 'endless', 'parent': os.getpid()}))\n"
         "worker.stdin.close()\n"
         "assert worker.stderr.readline() == 'compiling\\n'\n"
         "print(worker.pid, flush=True)\n"
