@@ -1,0 +1,98 @@
+"""Builds that are killed at random moments: none leaves a bundle that is wrong, and the next one makes the same bundle.
+
+The moments are random, so that a failure names the one it was found at. The compiler numbers some of the values that
+it makes in the order of their addresses, so that two engines of one graph differ in a few bytes, whether a build was
+killed or not: of an engine, its size and its structure are compared.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qie.compiler.synthetic.synthesize import plan_synthesis, synthesize
+from qie.engines.bundle.bundle import bundles, open_bundle, remove_bundle, verify
+from qie.engines.bundle.manifest import Manifest
+from qie.engines.errors import BundleError
+from qie.engines.files import leftovers_of
+
+pytest.importorskip("tensorrt_rtx")
+
+SCRIPT = "from qie.compiler.cli.main import main; main()"
+
+
+def start(*words: str | Path) -> "subprocess.Popen[bytes]":
+    """Start ``qie build`` of the bundle "mine"."""
+    command = [sys.executable, "-c", SCRIPT, "build", *map(str, words), "--name", "mine"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def seconds_to(*words: str | Path, where: str = "the first build") -> float:
+    """Seconds of a build that nothing interrupts."""
+    begun = time.monotonic()
+    with start(*words) as running:
+        _, said = running.communicate()
+    assert running.returncode == 0, f"{where}: {said.decode()}"
+    return time.monotonic() - begun
+
+
+def content() -> Manifest:
+    """What is in the bundle "mine", whose files are as its manifest says, but for what differs from build to build."""
+    bundle = open_bundle("mine")
+    verify(bundle)
+    engines = [
+        replace(
+            engine,
+            build_seconds=0.0,
+            build_peak_bytes=0,
+            files=tuple(replace(file, sha256="0" * 64) for file in engine.files),
+        )
+        for engine in bundle.manifest.engines
+    ]
+    assert all(engine.structure is not None for engine in engines)
+    return replace(bundle.manifest, engines=tuple(engines))
+
+
+def kill_often(times: int, qie_home: Path, *words: str | Path) -> None:
+    """Kill the build ``times`` times, each at a random moment, and complete it every time."""
+    limit = seconds_to(*words)
+    wanted = content()
+    for number in range(times):
+        remove_bundle(qie_home / "bundles" / "mine")
+        shutil.rmtree(qie_home / "calibrations", ignore_errors=True)
+        moment = random.uniform(0, limit)
+        with start(*words) as running:
+            try:
+                running.wait(moment)
+            except subprocess.TimeoutExpired:
+                running.kill()
+        where = f"kill {number + 1}, after {moment:.3f} of {limit:.3f} s"
+        assert running.returncode in (0, -signal.SIGKILL), where
+        if bundles():
+            assert content() == wanted, where
+        else:
+            with pytest.raises(BundleError):
+                open_bundle("mine")
+        seconds_to(*words, where=where)
+        assert content() == wanted, where
+        assert leftovers_of(qie_home / "bundles") == [], where
+
+
+@pytest.mark.soak
+def test_a_build_of_pocket(qie_home: Path) -> None:
+    kill_often(50, qie_home, "pocket", "--gpu", "l40s")
+
+
+@pytest.mark.soak
+def test_a_build_of_four_blocks_of_the_published_width(tmp_path: Path, qie_home: Path) -> None:
+    """Calibration, weights, and engines, of a checkpoint whose shards are made on demand."""
+    planned = plan_synthesis("2511", tmp_path / "four", layers=4, language_layers=2, on_demand=True)
+    recipe = tmp_path / "all.toml"
+    recipe.write_text('extends = "l40s"\n[components.transformer]\nexclude = []\n')
+    kill_often(10, qie_home, synthesize(planned), "--gpu", recipe, "--stream")
