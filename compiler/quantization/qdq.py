@@ -88,8 +88,9 @@ def quantize_by_recipe(
     names = [name for name in linears(graph) if name not in exclude]
     if not names and measured is not None and calibration is not None:
         raise RecipeError(
-            f"{calibration.source} excludes every linear of {graph.component}; calibrate again with a larger --budget, "
-            'or set scheme to "none"'
+            f"{calibration.source} excludes every linear of {graph.component}; calibrate again with a larger budget, "
+            'or set scheme to "none"',
+            option="calibration",
         )
     if not names:
         raise RecipeError(
