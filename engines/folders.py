@@ -25,6 +25,7 @@ __all__ = [
     "leftovers",
     "remove_entry",
     "remove_folder",
+    "remove_held",
     "remove_leftover",
     "restore_moved",
 ]
@@ -157,16 +158,24 @@ def remove_leftover(folder: Path) -> bool:
         return not folder.exists()
     try:
         if try_lock(descriptor, exclusive=True):
-            for entry in folder.iterdir():
-                if entry.name != lock:
-                    remove_entry(entry)
-            remove_entry(folder / lock)
-            folder.rmdir()
+            remove_held(folder, lock)
     except OSError:
         pass
     finally:
         os.close(descriptor)
     return not folder.exists()
+
+
+def remove_held(folder: Path, lock: str) -> None:
+    """Delete a folder whose file ``lock`` this process holds, as far as the system lets it; that file comes last."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name != lock:
+                with suppress(OSError):
+                    remove_entry(entry)
+        if all(entry.name == lock for entry in folder.iterdir()):
+            remove_entry(folder / lock)
+            folder.rmdir()
 
 
 def remove_entry(entry: Path) -> None:

@@ -16,7 +16,7 @@ from qie.engines.folders import (
     HeldFolder,
     clear_leftovers,
     is_held,
-    remove_entry,
+    remove_held,
     remove_leftover,
 )
 
@@ -55,7 +55,7 @@ def replacing_folder(path: Path, *, lock: str = WORK_LOCK, replaces: HeldFolder 
         try:
             yield folder
         except BaseException:
-            _remove_own(folder, lock)
+            remove_held(folder, lock)
             raise
         _flush(folder)
         _publish(folder, path, replaces)
@@ -92,7 +92,7 @@ def resumed_folder(path: Path, *, worth: int) -> Iterator[Path]:
         raise
     finally:
         if not stays:
-            _remove_own(folder, WORK_LOCK)
+            remove_held(folder, WORK_LOCK)
         os.close(descriptor)
 
 
@@ -112,17 +112,6 @@ def _unlink_own(path: Path, descriptor: int) -> None:
     with suppress(FileNotFoundError):
         if os.path.samestat(path.stat(), os.fstat(descriptor)):
             path.unlink()
-
-
-def _remove_own(folder: Path, lock: str) -> None:
-    """Delete a folder whose file ``lock`` this process holds, that file last, as far as the system lets it."""
-    with suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.name != lock:
-                with suppress(OSError):
-                    remove_entry(entry)
-        remove_entry(folder / lock)
-        folder.rmdir()
 
 
 def _resolved(path: Path) -> Path:

@@ -111,9 +111,9 @@ def build(
         say(describe(plan, images))
     elif dry_run:
         print_json(facts(plan))
-    if not stream:
-        check_whole(plan.checkpoint)
     if dry_run:
+        if not stream:
+            check_whole(plan.checkpoint)
         return check_fit(plan)
     if not overwrite:
         _ask_before_replacing(plan)

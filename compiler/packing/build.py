@@ -133,12 +133,12 @@ def build(
     check_buildable(plan, more_bytes=0 if source is None else max(shard.bytes for shard in source.shards.values()))
     check_fit(plan)
     if source is None:
+        check_whole(plan.checkpoint)
         check_download(plan.checkpoint, destination=plan.destination, output_bytes=plan.disk_bytes)
     with ExitStack() as stack:
         with disk_errors(plan.destination, plan.disk_bytes):
             pieces = stack.enter_context(open_pieces(plan.destination))
         if source is None:
-            check_whole(plan.checkpoint)
             checkpoint = plan.checkpoint.with_weights(progress=partial(progress, "download"))
         else:
             checkpoint = plan.checkpoint.streamed(source, pieces.folder / "shard", progress=partial(progress, "fetch"))

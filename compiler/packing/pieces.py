@@ -7,7 +7,6 @@ written last: what the piece consists of, and the sha256 of that and of the key.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from qie.engines.bundle.manifest import EngineRecord, FileRecord, GraphRecord, ModulationRecord
 from qie.engines.files import replacing, sha256_of, sync
-from qie.engines.folders import WORK_LOCK
+from qie.engines.folders import WORK_LOCK, remove_entry
 from qie.engines.new_folders import resumed_folder
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.records import from_plain, to_plain
@@ -163,11 +162,8 @@ def _read(record: Path, key: str) -> Piece | None:
 
 def _delete(entry: Path) -> None:
     """Delete a file, a link or a folder, as far as the system lets it."""
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            entry.unlink()
+    with suppress(OSError):
+        remove_entry(entry)
 
 
 def _is_whole(piece: Piece, place: Path, progress: StageProgress) -> bool:

@@ -180,7 +180,6 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]], str
 
 def _parse(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]], str]:
     sha256 = hashlib.sha256()
-
     size = os.fstat(file.fileno()).st_size
 
     def take(count: int) -> bytes:

@@ -9,27 +9,7 @@ from qie.engines import folders as module
 from qie.engines import new_folders
 from qie.engines.folders import HeldFolder, clear_leftovers, leftovers, remove_folder
 from qie.engines.new_folders import ReplacedError, replacing_folder, resumed_bytes, resumed_folder
-
-MANIFEST = "manifest.json"
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def make(path: Path, content: str) -> Path:
-    """A folder with a manifest and a file."""
-    path.mkdir(parents=True)
-    (path / MANIFEST).write_text(content)
-    (path / "weights").write_text(content)
-    return path
-
-
-def replace_by(path: Path, content: str) -> None:
-    with replacing_folder(path, lock=MANIFEST) as folder:
-        (folder / MANIFEST).write_text(content)
-        (folder / "weights").write_text(content)
-
+from tests.support.folders import MANIFEST, make, names, replace_by
 
 # Pieces that the next attempt takes up
 
