@@ -234,10 +234,11 @@ def run_segments(
         extra = [value for weight in segment.weights for value in watched.get(weight.name, ())]
         others = () if preparation is None else preparation.names(segment)
         weights = read_weights(segment.weights, segment.rows, others, readers)
+        release_memory()
         if preparation is not None:
             preparation.prepare(segment, weights.others)
             weights.others.clear()
-        release_memory()
+            release_memory()
         outputs = [name for name in extra if name not in segment.reads]
         with _session(segment, weights, outputs) as compute:
             for sample, values in enumerate(samples):

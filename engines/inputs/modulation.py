@@ -222,6 +222,7 @@ def _stream_rows(
     for stream in streams(references=shape.zero_cond_t):
         name = f"transformer_blocks.{layer}.{MODULES[stream]}.1"
         if name != read:
+            weight = bias  # the last one is not held while the next one is read
             read, weight, bias = name, weights.read(f"{name}.weight").T, weights.read(f"{name}.bias")
         values = (inputs.zero if stream == "references" else inputs.steps) @ weight + bias
         for half in HALVES:

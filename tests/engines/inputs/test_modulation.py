@@ -1,5 +1,6 @@
 """Modulation tables: equal to an independent evaluation."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_progress_goes_block_by_block(make: Callable[..., Case]) -> None:
         BundleModulation(folder, record), record, SIGMAS, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(n + 1, LAYERS) for n in range(LAYERS)]
+
+
+def test_one_large_weight_is_in_memory_at_a_time(make: Callable[..., Case]) -> None:
+    """The weights of a published block's modulation are 226 MB each in float32."""
+    folder, record, _ = make()
+    stored = BundleModulation(folder, record)
+    read: list[weakref.ref[NDArray[np.float32]]] = []
+
+    class Watched:
+        def read(self, name: str) -> NDArray[np.float32]:
+            held = [weight for weight in read if weight() is not None]
+            assert not (held and name.endswith(".weight")), name
+            array = stored.read(name).copy()
+            if "_mod" in name and name.endswith(".weight"):
+                read.append(weakref.ref(array))
+            return array
+
+    assert np.array_equal(compute_tables(Watched(), record, SIGMAS), compute_tables(stored, record, SIGMAS))
+    assert len(read) == 2 * LAYERS
 
 
 def test_large_values_do_not_warn() -> None:
