@@ -38,6 +38,8 @@ WEIGHTS = "weights of "
 
 def main() -> None:
     options = arguments()
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="fullsize-", dir=options.work))
     os.environ["QIE_HOME"] = str(home / "home")
     try:
