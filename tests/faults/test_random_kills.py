@@ -99,8 +99,8 @@ def test_a_build_of_pocket(qie_home: Path) -> None:
 
 @pytest.mark.soak
 def test_a_build_of_four_blocks_of_the_published_width(tmp_path: Path, qie_home: Path) -> None:
-    """Weights and engines of a checkpoint whose shards are made on demand; four of ten builds calibrate."""
+    """Weights and engines of a checkpoint whose shards are made on demand; two of ten builds calibrate."""
     planned = plan_synthesis("2511", tmp_path / "four", layers=4, language_layers=2, on_demand=True)
     recipe = tmp_path / "all.toml"
     recipe.write_text('extends = "l40s"\n[components.transformer]\nexclude = []\n')
-    kill_often(10, qie_home, synthesize(planned), "--gpu", recipe, "--stream", calibrating=4)
+    kill_often(10, qie_home, synthesize(planned), "--gpu", recipe, "--stream", calibrating=2)
