@@ -17,8 +17,8 @@ __all__ = ["CalibrationMemory", "calibration_memory", "memory_refusal"]
 
 BASE = 700_000_000
 """Memory of the process: Python, onnx, onnxruntime, and what they hold beyond the terms below. With it the sums for
-the published 2511 are 2.62 GB at 384 x 384 and 2.86 GB at 448 x 448, where 2.84 GB were measured with all 60 blocks; with
-eight blocks 2.37 GB at 384 x 384, as measured (2 cores, onnxruntime 1.32)."""
+the published 2511 are 2.62 GB at 384 x 384 and 2.86 GB at 448 x 448, where 2.84 GB were measured with all 60 blocks;
+with eight blocks 2.37 GB at 384 x 384, as measured (2 cores, onnxruntime 1.32)."""
 
 NODE = 20_000
 """Memory of a node of a graph, which several graphs hold: the process has 576 MB with the 11,593 nodes of the published
