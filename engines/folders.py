@@ -232,10 +232,10 @@ def _hold(path: Path, lock: str) -> tuple[int, int]:
 
 def _release(path: Path, directory: int, descriptor: int) -> None:
     """Let go of a folder; the last reader of one that was replaced or removed deletes it."""
+    os.close(descriptor)  # first: whoever moves the folder after the look below finds it free
     place = None
     with suppress(OSError):
         place = _place(path, directory)
-    os.close(descriptor)
     os.close(directory)
     if place is not None and place != path and is_leftover(place):
         remove_leftover(place)

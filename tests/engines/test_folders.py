@@ -220,6 +220,27 @@ def test_who_holds_a_folder_reads_what_it_opened(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mine"]
 
 
+@pytest.mark.usefixtures("renames")
+def test_a_replacement_while_the_last_reader_lets_go_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer finds the folder still held, and the reader may have looked before it was replaced."""
+    path, close = make(tmp_path / "mine", "old"), os.close
+    held = HeldFolder(path, MANIFEST)
+
+    def replace_first(descriptor: int) -> None:
+        monkeypatch.setattr(os, "close", close)
+        replace_by(path, "new")
+        assert len(names(tmp_path)) == 2
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", replace_first)
+    del held
+    gc.collect()
+    assert (path / "weights").read_text() == "new"
+    assert names(tmp_path) == ["mine"]
+
+
 def test_a_folder_that_is_removed_lives_as_long_as_its_reader(tmp_path: Path) -> None:
     path = make(tmp_path / "mine", "old")
     one, other = HeldFolder(path, MANIFEST), HeldFolder(path, MANIFEST)
