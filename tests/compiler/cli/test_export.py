@@ -26,7 +26,7 @@ def test_export(qie: Qie, workplace: Path, checkpoint: Path) -> None:
 def test_the_published_model_costs_seconds_and_little_memory(
     words: tuple[str, str], workplace: Path, qie_home: Path
 ) -> None:
-    """Under 800 MB, with the transformer's graph and those of its parts; the limit of 60 seconds is no measurement."""
+    """Under 800 MB, with the transformer's graph and those of its parts; the limit of 300 seconds is no measurement."""
     folder = write_checkpoint(workplace / "2511", ARCHITECTURES["qwen-image-edit-2511"], weights=False)
     peak = "re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]"
     script = (
@@ -34,7 +34,7 @@ def test_the_published_model_costs_seconds_and_little_memory(
         f"try: main()\nfinally: print({peak}, file=sys.stderr)"
     )
     command = [sys.executable, "-c", script, words[0], str(folder), "--gpu", "l40s", words[1], "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stderr) * 1024 < 800e6
     if words[0] == "build":
