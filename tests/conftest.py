@@ -111,6 +111,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts the handlers of signals back that ``main`` sets in this process; an ignored one would go to its children."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def qie(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., CompletedProcess[str]]:
     """The command line in this process: ``qie("run", photo, "make it red")``."""
 

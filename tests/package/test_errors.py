@@ -73,6 +73,7 @@ def test_the_tree_has_no_branch_elsewhere() -> None:
                 assert value in ERRORS, f"{name}.{value.__name__}"
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_the_command_line_ends_with_the_exit_code_of_an_error(
     error: type[errors.QieError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

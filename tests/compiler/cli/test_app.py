@@ -104,6 +104,7 @@ def test_tables_fit_the_terminal(
         assert len(line) <= columns or "/" in line or "fix: " in line, line
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("command", "option", "flag"),
     [("run", "guidance", "--cfg"), ("run", "seeds", "--seed"), ("run", "size", "--size"), ("build", "loras", "--lora"),
