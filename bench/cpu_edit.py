@@ -22,7 +22,7 @@ from qie.compiler.checkpoint.checkpoint import POCKET
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
-from qie.engines.editing.edit import start_noise
+from qie.engines.editing.edit import row_of, start_noise
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
@@ -153,10 +153,8 @@ def measure_transformer(options: argparse.Namespace, editor: Editor, threads: in
     with editor.stages.session("transformer") as session:
         denoiser = Denoiser.start(
             session,
+            [row_of(conditioning, settings, noise, 0)],
             schedule=upload_schedule(session, schedule, tables),
-            noise_BNC=noise,
-            reference_1RC=conditioning.reference,
-            prompt_BLD=conditioning.prompts[0],
             rotary=editor.model.rotary,
             grids=conditioning.grids,
         )

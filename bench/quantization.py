@@ -44,7 +44,7 @@ from qie.compiler.weights.quantizer import Quantizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import Component
 from qie.engines.editing.conditioning import Conditioning, condition
-from qie.engines.editing.denoise import Denoiser, StepState, upload_schedule
+from qie.engines.editing.denoise import Denoiser, Row, StepState, upload_schedule
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
@@ -252,12 +252,17 @@ def teacher_forced_errors(editor: Editor, recordings: Sequence[Recording]) -> tu
     with editor.stages.session("transformer") as session:
         for recording in recordings:
             schedule, tables = schedule_of(editor, recording)
+            row = Row(
+                latents=recording.steps[0].latents[0],
+                reference=recording.conditioning.reference[0],
+                prompt=recording.conditioning.prompts[0][0],
+                negative=None,
+                guidance=1.0,
+            )
             denoiser = Denoiser.start(
                 session,
+                [row],
                 schedule=upload_schedule(session, schedule, tables),
-                noise_BNC=recording.steps[0].latents,
-                reference_1RC=recording.conditioning.reference,
-                prompt_BLD=recording.conditioning.prompts[0],
                 rotary=editor.model.rotary,
                 grids=recording.conditioning.grids,
             )

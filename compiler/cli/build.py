@@ -104,7 +104,7 @@ def build(
     )
     from qie.compiler.packing.calibrate import for_images
     from qie.compiler.packing.shard_sources import check_whole
-    from qie.compiler.planning.estimate import check_fit
+    from qie.compiler.planning.fit import check_fit
 
     plan = for_images(plan, images, calibration)
     if not as_json:

@@ -46,7 +46,8 @@ def plan(
 
     planned = plan_build(model, gpu=gpu, language=language, revision=revision, allow_unread=True, memory_gib=memory_gib)
 
-    from qie.compiler.planning.estimate import estimate, refusal
+    from qie.compiler.planning.estimate import estimate
+    from qie.compiler.planning.fit import refusal
     from qie.compiler.planning.workload import workload
 
     work = workload(planned, size=parse_size(size), references=references, steps=steps, guidance=cfg)

@@ -5,14 +5,15 @@ Architecture: diffusers ``models/transformers/transformer_qwenimage.py``. Guidan
 The graph differs from the reference in three ways (docs/graphs.md):
 
 - The timestep embedder, ``img_mod``, ``txt_mod`` and ``norm_out.linear`` depend only on the timestep. Their outputs are
-  inputs (``modulation``, ``modulation_out``), computed by ``qie.engines.inputs.modulation``.
+  inputs (``modulation``, ``modulation_out``), computed by ``qie.engines.inputs.modulation`` for every step of a
+  schedule; ``step`` names the one that each image of the batch is at.
 - Guidance with its norm rescale and the Euler step are part of the graph. A pass without guidance takes zeros as
   ``negative_velocity`` and 1 as ``guidance``, which leaves its velocity unchanged.
 - The last block computes queries, attention rows and feed-forward only for noise tokens.
 
 Shape suffixes: B batch, N noise tokens, R reference tokens, T = N + R, L text tokens, S = L + T, D width, J width of
-the prompt embeddings, C = 64 latent channels of a token, E half a head width, K blocks, M = rows * D modulation values
-of a block.
+the prompt embeddings, C = 64 latent channels of a token, E half a head width, K blocks, P steps of a schedule, M = rows
+* D modulation values of a block.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,9 @@ class Modulation(NamedTuple):
     """How the timestep modulates one branch of a block.
 
     Attributes:
-        shift: [D], added to the normalized input.
-        gain: [D], factor of the normalized input: 1 + the reference's scale.
-        gate: [D], factor of the branch's output before it is added to the residual.
+        shift: [B, 1, D], added to the normalized input.
+        gain: [B, 1, D], factor of the normalized input: 1 + the reference's scale.
+        gate: [B, 1, D], factor of the branch's output before it is added to the residual.
     """
 
     shift: ir.Value
@@ -59,10 +60,10 @@ def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
     """The graph of one step, whose contract docs/graphs.md states.
 
     Inputs (float32): ``latents`` [B, N, C], ``reference`` [B, R, C], ``prompt_embeds`` [B, L, J], ``rotary_cos`` and
-    ``rotary_sin`` [S, E] in the order text, noise, references, ``modulation`` [K, M] and ``modulation_out`` [2 * D] of
-    the step's timestep, ``negative_velocity`` [B, N, C], ``guidance`` [1], ``dsigma`` [1] (next sigma minus current
-    sigma). A graph in bfloat16 takes its modulation in that. Outputs (float32): ``velocity`` [B, N, C] before guidance,
-    and ``latents_next`` [B, N, C].
+    ``rotary_sin`` [S, E] in the order text, noise, references, ``modulation`` [P * K, M], ``modulation_out`` [P, 2 * D]
+    and ``dsigma`` [P] (next sigma minus that of the step) of every step, ``negative_velocity`` [B, N, C] and
+    ``guidance`` [B]; and ``step`` [B], int64. A graph in bfloat16 takes its modulation in that. Outputs (float32):
+    ``velocity`` [B, N, C] before guidance, and ``latents_next`` [B, N, C].
     """
     c, d = config.in_channels, config.width
     tables: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -72,11 +73,12 @@ def transformer(config: TransformerConfig, *, dtype: DType) -> Graph:
         TensorSpec(name="prompt_embeds", dtype="float32", dims=("batch", "text_tokens", config.joint_width)),
         TensorSpec(name="rotary_cos", dtype="float32", dims=("tokens", config.head_dim // 2)),
         TensorSpec(name="rotary_sin", dtype="float32", dims=("tokens", config.head_dim // 2)),
-        TensorSpec(name="modulation", dtype=tables, dims=(config.layers, config.modulation_rows * d)),
-        TensorSpec(name="modulation_out", dtype=tables, dims=(2 * d,)),
+        TensorSpec(name="modulation", dtype=tables, dims=("steps_of_blocks", config.modulation_rows * d)),
+        TensorSpec(name="modulation_out", dtype=tables, dims=("steps", 2 * d)),
+        TensorSpec(name="dsigma", dtype="float32", dims=("steps",)),
+        TensorSpec(name="step", dtype="int64", dims=("batch",)),
         TensorSpec(name="negative_velocity", dtype="float32", dims=("batch", "noise_tokens", c)),
-        TensorSpec(name="guidance", dtype="float32", dims=(1,)),
-        TensorSpec(name="dsigma", dtype="float32", dims=(1,)),
+        TensorSpec(name="guidance", dtype="float32", dims=("batch",)),
     )
     outputs = tuple(
         TensorSpec(name=name, dtype="float32", dims=("batch", "noise_tokens", c))
@@ -106,28 +108,60 @@ class Transformer(nn.Module):
         prompt_embeds_BLJ: ir.Value,
         cos_SE: ir.Value,
         sin_SE: ir.Value,
-        modulation_KM: ir.Value,
-        modulation_out_2D: ir.Value,
+        modulation_RM: ir.Value,
+        modulation_out_PO: ir.Value,
+        dsigma_P: ir.Value,
+        step_B: ir.Value,
         negative_velocity_BNC: ir.Value,
-        guidance_1: ir.Value,
-        dsigma_1: ir.Value,
+        guidance_B: ir.Value,
     ) -> Sequence[ir.Value]:
         config, dtype = self.config, self.dtype
         tokens = Tokens(op, latents_BNC, prompt_embeds_BLJ, reference_BRC)
-        if dtype != "bfloat16":
-            modulation_KM = cast(op, modulation_KM, "float32", dtype)
-            modulation_out_2D = cast(op, modulation_out_2D, "float32", dtype)
+        steps = Steps(op, config, dtype, modulation_RM, step_B)
 
         image_BTD = self.img_in(op, cast(op, op.Concat(latents_BNC, reference_BRC, axis=1), "float32", dtype))
         text_BLD = self.txt_in(op, self.txt_norm(op, cast(op, prompt_embeds_BLJ, "float32", dtype)))
         for i, block in enumerate(self.transformer_blocks):
             last = i == config.layers - 1
-            image_BTD, text_BLD = block(op, image_BTD, text_BLD, modulation_KM, (cos_SE, sin_SE), tokens, last=last)
+            image_BTD, text_BLD = block(op, image_BTD, text_BLD, steps, (cos_SE, sin_SE), tokens, last=last)
         noise_BND = image_BTD  # the last block keeps nothing else
-        gain_D, shift_D = split(op, modulation_out_2D, 2, axis=0)
-        noise_BND = modulated_norm(op, noise_BND, shift_D, gain_D)
+        gain_B1D, shift_B1D = split(op, steps.of_images(op, modulation_out_PO), 2, axis=2)
+        noise_BND = steps.norm(op, noise_BND, shift_B1D, gain_B1D)
         velocity_BNC = cast(op, self.proj_out(op, noise_BND), dtype, "float32")
-        return velocity_BNC, euler_step(op, latents_BNC, velocity_BNC, negative_velocity_BNC, guidance_1, dsigma_1)
+        dsigma_B11 = op.Unsqueeze(op.Gather(dsigma_P, step_B, axis=0), [1, 2])
+        guidance_B11 = op.Unsqueeze(guidance_B, [1, 2])
+        return velocity_BNC, euler_step(op, latents_BNC, velocity_BNC, negative_velocity_BNC, guidance_B11, dsigma_B11)
+
+
+class Steps:
+    """The step that each image of the batch is at, and what it modulates with.
+
+    Attributes:
+        step_B: int64, number of the step.
+    """
+
+    def __init__(self, op: Any, config: TransformerConfig, dtype: DType, modulation_RM: ir.Value, step_B: ir.Value):
+        """Of the modulation of every step and block, in row step * layers + block."""
+        self.step_B, self._dtype, self._modulation_RM = step_B, dtype, modulation_RM
+        self._first_row_B = op.Mul(step_B, constant(op, config.layers, "int64"))
+        self._one_D = constant(op, [1.0] * config.width, dtype)
+
+    def of_block(self, op: Any, number: int) -> ir.Value:
+        """The modulation of a block, [B, 1, M]."""
+        return self._rows(op, self._modulation_RM, op.Add(self._first_row_B, constant(op, number, "int64")))
+
+    def of_images(self, op: Any, values_PX: ir.Value) -> ir.Value:
+        """The row of its step for each image, [B, 1, X]."""
+        return self._rows(op, values_PX, self.step_B)
+
+    def norm(self, op: Any, x_BSD: ir.Value, shift_B1D: ir.Value, gain_B1D: ir.Value) -> ir.Value:
+        """LayerNorm(x) * gain + shift."""
+        normalized_BSD = op.LayerNormalization(x_BSD, self._one_D, axis=-1, epsilon=EPS)
+        return op.Add(op.Mul(normalized_BSD, gain_B1D), shift_B1D)
+
+    def _rows(self, op: Any, values: ir.Value, row_B: ir.Value) -> ir.Value:
+        tables = "bfloat16" if self._dtype == "bfloat16" else "float32"
+        return cast(op, op.Unsqueeze(op.Gather(values, row_B, axis=0), [1]), tables, self._dtype)
 
 
 class Tokens:
@@ -177,40 +211,39 @@ class Block(nn.Module):
         op: Any,
         image_BTD: ir.Value,
         text_BLD: ir.Value,
-        modulation_KM: ir.Value,
+        steps: Steps,
         rotary_SE: Sequence[ir.Value],
         tokens: Tokens,
         *,
         last: bool,
     ) -> tuple[ir.Value, ir.Value]:
         """The image and the text stream after the block; of the last block, noise tokens [B, N, D] and ``text_BLD``."""
-        modulation_M = op.Gather(modulation_KM, constant(op, self.number, "int64"), axis=0)
-        noise, reference, text = self.modulations(op, modulation_M)
-        image_in_BTD = self.image_norm(op, image_BTD, noise.attention, reference.attention, tokens)
-        text_in_BLD = modulated_norm(op, text_BLD, text.attention.shift, text.attention.gain)
+        noise, reference, text = self.modulations(op, steps.of_block(op, self.number))
+        image_in_BTD = self.image_norm(op, image_BTD, noise.attention, reference.attention, steps, tokens)
+        text_in_BLD = steps.norm(op, text_BLD, text.attention.shift, text.attention.gain)
         attended = self.attn(op, image_in_BTD, text_in_BLD, rotary_SE, tokens, last=last)
         if last:
             noise_out_BND, _ = attended
             noise_BND = op.Add(tokens.of_noise(op, image_BTD), op.Mul(noise.attention.gate, noise_out_BND))
-            noise_out_BND = self.img_mlp(op, modulated_norm(op, noise_BND, noise.mlp.shift, noise.mlp.gain))
+            noise_out_BND = self.img_mlp(op, steps.norm(op, noise_BND, noise.mlp.shift, noise.mlp.gain))
             return op.Add(noise_BND, op.Mul(noise.mlp.gate, noise_out_BND)), text_BLD
 
         image_out_BTD, text_out_BLD = attended
         image_gate = self.image_gate(op, noise.attention, reference.attention, tokens)
         image_BTD = op.Add(image_BTD, op.Mul(image_gate, image_out_BTD))
         text_BLD = op.Add(text_BLD, op.Mul(text.attention.gate, text_out_BLD))
-        image_out_BTD = self.img_mlp(op, self.image_norm(op, image_BTD, noise.mlp, reference.mlp, tokens))
+        image_out_BTD = self.img_mlp(op, self.image_norm(op, image_BTD, noise.mlp, reference.mlp, steps, tokens))
         image_gate = self.image_gate(op, noise.mlp, reference.mlp, tokens)
         image_BTD = op.Add(image_BTD, op.Mul(image_gate, image_out_BTD))
-        text_out_BLD = self.txt_mlp(op, modulated_norm(op, text_BLD, text.mlp.shift, text.mlp.gain))
+        text_out_BLD = self.txt_mlp(op, steps.norm(op, text_BLD, text.mlp.shift, text.mlp.gain))
         return image_BTD, op.Add(text_BLD, op.Mul(text.mlp.gate, text_out_BLD))
 
-    def modulations(self, op: Any, modulation_M: ir.Value) -> tuple[StreamModulation, ...]:
+    def modulations(self, op: Any, modulation_B1M: ir.Value) -> tuple[StreamModulation, ...]:
         """The modulation of noise, reference and text tokens; without ``zero_cond_t`` references share the noise's.
 
         ``qie.engines.bundle.modulation_rows`` documents the order of the rows.
         """
-        rows = iter(split(op, modulation_M, self.config.modulation_rows, axis=0))
+        rows = iter(split(op, modulation_B1M, self.config.modulation_rows, axis=2))
         by_stream = {
             stream: StreamModulation(*(Modulation(*(next(rows) for _ in KINDS)) for _ in HALVES))
             for stream in streams(references=self.config.zero_cond_t)
@@ -219,19 +252,19 @@ class Block(nn.Module):
         return noise, by_stream.get("references", noise), by_stream["text"]
 
     def image_norm(
-        self, op: Any, x_BTD: ir.Value, noise: Modulation, reference: Modulation, tokens: Tokens
+        self, op: Any, x_BTD: ir.Value, noise: Modulation, reference: Modulation, steps: Steps, tokens: Tokens
     ) -> ir.Value:
         """The modulated norm of the image stream, [B, T, D]."""
         if not self.config.zero_cond_t:
-            return modulated_norm(op, x_BTD, noise.shift, noise.gain)
+            return steps.norm(op, x_BTD, noise.shift, noise.gain)
         parts = (
-            modulated_norm(op, tokens.of_noise(op, x_BTD), noise.shift, noise.gain),
-            modulated_norm(op, tokens.of_references(op, x_BTD), reference.shift, reference.gain),
+            steps.norm(op, tokens.of_noise(op, x_BTD), noise.shift, noise.gain),
+            steps.norm(op, tokens.of_references(op, x_BTD), reference.shift, reference.gain),
         )
         return op.Concat(*parts, axis=1)
 
     def image_gate(self, op: Any, noise: Modulation, reference: Modulation, tokens: Tokens) -> ir.Value:
-        """The gate of the image stream: [T, D], or [D] where references are modulated like noise."""
+        """The gate of the image stream: [B, T, D], or [B, 1, D] where references are modulated like noise."""
         if not self.config.zero_cond_t:
             return noise.gate
         return op.Where(tokens.is_noise_T1, noise.gate, reference.gate)
@@ -311,24 +344,19 @@ class FeedForward(nn.Module):
         return self.down(op, op.Gelu(self.up(op, x), approximate="tanh"))
 
 
-def modulated_norm(op: Any, x_BSD: ir.Value, shift_D: ir.Value, gain_D: ir.Value) -> ir.Value:
-    """LayerNorm(x) * gain + shift, as one LayerNormalization whose weight and bias are the modulation."""
-    return op.LayerNormalization(x_BSD, gain_D, shift_D, axis=-1, epsilon=EPS)
-
-
 def euler_step(
     op: Any,
     latents_BNC: ir.Value,
     velocity_BNC: ir.Value,
     negative_velocity_BNC: ir.Value,
-    guidance_1: ir.Value,
-    dsigma_1: ir.Value,
+    guidance_B11: ir.Value,
+    dsigma_B11: ir.Value,
 ) -> ir.Value:
     """Latents + dsigma * guided velocity, rescaled for each token to the norm of the velocity without guidance."""
     difference_BNC = op.Sub(velocity_BNC, negative_velocity_BNC)
-    guided_BNC = op.Add(negative_velocity_BNC, op.Mul(guidance_1, difference_BNC))
+    guided_BNC = op.Add(negative_velocity_BNC, op.Mul(guidance_B11, difference_BNC))
     norm_BN1 = op.ReduceL2(velocity_BNC, [-1], keepdims=1)
     guided_norm_BN1 = op.ReduceL2(guided_BNC, [-1], keepdims=1)
     tiny = constant(op, 1e-30)
     rescaled_BNC = op.Mul(guided_BNC, op.Div(norm_BN1, op.Max(guided_norm_BN1, tiny)))
-    return op.Add(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))
+    return op.Add(latents_BNC, op.Mul(dsigma_B11, rescaled_BNC))

@@ -124,7 +124,7 @@ def build(
     from qie.compiler.packing.shard_sources import check_whole, shard_source
     from qie.compiler.packing.writing import disk_errors
     from qie.compiler.planning.checks import check_buildable, check_download
-    from qie.compiler.planning.estimate import check_fit
+    from qie.compiler.planning.fit import check_fit
     from qie.engines.folders import clear_leftovers
 
     plan = for_images(plan, images, calibration)

@@ -8,9 +8,9 @@ Kernels:
 - Each product (MatMul, Gemm, Conv), Attention and Resize is a kernel. Products of one tensor by several weights, such
   as queries, keys and values, are one product with one output.
 - An Add, Gelu or Mul behind a product is part of it if its operands are weights or tensors of the product's own size
-  that are there before. This does not hold for one of several products and for a quantized one.
+  that are there before, which a Where is not. This does not hold for one of several products and for a quantized one.
 - All other nodes are fused with each other unless a product lies between. A tensor is written if a product reads it, or
-  a kernel behind a later product. A Where is computed again wherever it is read, unless a product reads it as above.
+  a kernel behind a later product. A Where is computed again wherever it is read, unless a product reads it.
 - A norm that a Concat reads is a kernel of its own. RMSNormalization writes its result, LayerNormalization the centered
   input in float32.
 - A ReduceMean ends a kernel, which also writes the Slices of the tensor whose mean square it is.
@@ -200,15 +200,13 @@ class _Kernels:
         others = [each for each in self._storages(self._readers[name][0].input) if each != name]
         return all(
             each in self._weights
-            or (self._tensors[each].bytes == size and (each in self._sources or each not in self._makers))
+            or (self._tensors[each].bytes == size and (each not in self._makers or self._is_there(each)))
             for each in others
         )
 
-    def _ends_product(self, node: onnx.NodeProto, name: str) -> bool:
-        """Whether ``node`` is part of a product and reads ``name`` beside it."""
-        others = [self._makers[each] for each in self._storages(node.input) if each != name and each in self._makers]
-        same_size = self._tensors[node.output[0]].bytes == self._tensors[name].bytes
-        return same_size and any(other.op_type in (*PRODUCTS, *EPILOGUE) for other in others)
+    def _is_there(self, name: str) -> bool:
+        """Whether ``name`` was computed before, and is not computed again where it is read."""
+        return name in self._sources and self._makers[name].op_type != "Where"
 
     def _attend(self, node: onnx.NodeProto, name: str, needs: frozenset[_Buffer]) -> None:
         for buffer in self._prologue(node):
@@ -237,9 +235,7 @@ class _Kernels:
 
     def _fuse(self, node: onnx.NodeProto, name: str, needs: frozenset[_Buffer]) -> None:
         readers = self._readers[name]
-        again = node.op_type == "Where" and not any(
-            reader.op_type in KERNELS or self._ends_product(reader, name) for reader in readers
-        )
+        again = node.op_type == "Where" and not any(reader.op_type in KERNELS for reader in readers)
         stacked = any(reader.op_type == "Concat" for reader in readers)
         behind = any(reader.op_type in KERNELS or self._level(reader) > self._levels[name] for reader in readers)
         sliced = node.op_type == "Slice" and self._storages(node.input)[0] in self._reduced

@@ -8,25 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qie.compiler.graphs.graph import Graph
-from qie.compiler.graphs.parts import block_bytes
 from qie.compiler.planning.calibration import PlannedCalibration, planned_calibration
-from qie.compiler.planning.calibration_memory import memory_refusal
 from qie.compiler.planning.cost import Cost, cost
 from qie.compiler.planning.gpus import GPUS
-from qie.compiler.planning.parts import HOST_BASE, build_bytes, io_bytes, tensor_bytes
+from qie.compiler.planning.parts import build_bytes, io_bytes, tensor_bytes
 from qie.compiler.planning.plan import Plan, PlannedComponent
 from qie.compiler.planning.profiles import largest_dims
 from qie.compiler.planning.sources import language_io_bytes, source_bytes, text_encoder_settings
 from qie.compiler.planning.workload import Workload, largest_sizes, sizes_of, workload
-from qie.compiler.recipe.schema import DIVISIBLE, BackendName, Recipe
+from qie.compiler.recipe.schema import BackendName, Recipe
 from qie.compiler.weights.weights_file import total_bytes
 from qie.engines.backends import BACKENDS, EXPANDED_ON_CPU
 from qie.engines.bundle.manifest import Component
-from qie.engines.errors import BuildError, ExportError, RecipeError
-from qie.engines.inputs.feeds import STEP_INPUTS
+from qie.engines.errors import ExportError, RecipeError
+from qie.engines.inputs.feeds import SCHEDULE_INPUTS
 from qie.engines.machine import GIB
 
-__all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "check_fit", "estimate", "refusal"]
+__all__ = ["REACHABLE", "ComponentEstimate", "Estimate", "estimate"]
 
 REACHABLE = 0.6
 """Fraction of the peak rates for a second, less optimistic time: an assumption, not a measurement."""
@@ -172,8 +170,8 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
         RequestError: the images of ``work`` are too narrow.
     """
     work = workload(plan) if work is None else work
-    sizes, largest = sizes_of(plan, work), _largest(plan)
     steps = max(work.steps, *(schedule.steps for schedule in plan.model.schedules(plan.recipe)))
+    sizes, largest = sizes_of(plan, work), _largest(plan, steps)
     runs: Mapping[Component, int] = {
         "vision": 1,
         "language": work.passes,
@@ -184,7 +182,7 @@ def estimate(plan: Plan, work: Workload | None = None) -> Estimate:
 
     def on(planned: PlannedComponent, backend: BackendName) -> ComponentEstimate:
         component = planned.component
-        return _estimate(plan, planned, backend, sizes[component], largest[component], runs[component], steps)
+        return _estimate(plan, planned, backend, sizes[component], largest[component], runs[component])
 
     language = next(planned for planned in plan.components if planned.component == "language")
     return Estimate(
@@ -218,94 +216,20 @@ def _able(recipe: Recipe) -> tuple[BackendName, ...]:
     return tuple(name for name in every if recipe.misfit(name, "language") is None)
 
 
-def _largest(plan: Plan) -> dict[Component, dict[str, int]]:
+def _largest(plan: Plan, steps: int) -> dict[Component, dict[str, int]]:
     """The sizes that decide about memory: on a CPU those of the largest edit, otherwise the largest of the profiles.
 
     An engine is compiled for the largest size of every dim, such as an image that is as wide and as high as allowed.
+    Of a schedule no engine holds more than the row of a step: it has ``steps``.
     """
+    edit = largest_sizes(plan, steps)
     if plan.recipe.compute_capability is None:
-        return largest_sizes(plan)
-    return {p.component: largest_dims(p.component, plan.recipe, plan.model) for p in plan.components}
-
-
-def check_fit(plan: Plan) -> None:
-    """Reject a build that does not fit, with the numbers.
-
-    Raises:
-        RecipeError, BuildError: see ``refusal``.
-    """
-    refused = refusal(estimate(plan))
-    if refused is not None:
-        raise refused
-
-
-def refusal(estimated: Estimate) -> RecipeError | BuildError | None:
-    """Why a build does not fit, with the numbers; None where it does.
-
-    The error is a RecipeError where the engines need too much GPU memory, a BuildError where the build needs too much
-    host memory.
-    """
-    recipe = estimated.plan.recipe
-    if estimated.gpu_bytes > recipe.memory_gib * GIB:
-        return RecipeError(_gpu_refusal(estimated), option="gpu")
-    for component in estimated.components:
-        if component.host_bytes > estimated.plan.memory:
-            return BuildError(_host_refusal(estimated.plan, component), option="memory_gib")
-    calibration = estimated.calibration
-    return None if calibration is None else memory_refusal(calibration.memory, estimated.plan.memory)
-
-
-def _host_refusal(plan: Plan, component: ComponentEstimate) -> str:
-    planned = next(p for p in plan.components if p.component == component.component)
-    asked = plan.recipe.components[component.component].parts
-    fix = "build on a machine with more memory"
-    parts = ""
-    if component.parts > 1 or asked is not None:
-        parts = f" in {component.parts} part{'s' if component.parts > 1 else ''}, as the recipe says"
-        fix = f"leave components.{component.component}.parts out, or {fix}"
-    elif component.component in DIVISIBLE and BACKENDS[component.backend].source == "graph":
-        largest = max(block_bytes(planned.graph))
-        smallest, factor = (
-            build_bytes(component.backend, planned.graph, largest),
-            BACKENDS[component.backend].host_factor,
-        )
-        if factor is not None:
-            terms = f"{_gib(HOST_BASE)} + {factor:g} x {_gib(largest)}"
-            parts = f", and {_gib(smallest)} in parts of one block each ({terms})"
-    return (
-        f"building {component.component} takes about {_gib(component.host_bytes)} of host memory{parts}, for weights "
-        f"of {_gib(component.weights_bytes)}, and the build may use {_gib(plan.memory)}; {fix}"
-    )
-
-
-def _gpu_refusal(estimated: Estimate) -> str:
-    recipe = estimated.plan.recipe
-    if recipe.residency == "resident":
-        sharing = [c for c in estimated.components if not c.keeps_activations]
-        worst = max(sharing, key=lambda c: c.working_bytes)
-        terms = [("all weights", sum(c.weights_bytes for c in estimated.components))]
-        fix = 'set residency = "sequential" in the recipe'
-    else:
-        worst = max(estimated.components, key=lambda c: c.weights_bytes + c.working_bytes)
-        terms = [(f"weights of {worst.component}", worst.weights_bytes)]
-        fix = "choose a GPU with more memory"
-    if terms[0][1] < recipe.memory_gib * GIB:
-        workspace = "limits.build_workspace_gib, " if worst.workspace_bytes else ""
-        fix += f", or lower {workspace}shapes.batch.max or shapes.references.max in the recipe"
-    terms += [
-        (f"activations of {worst.component}", worst.largest_activation_bytes),
-        ("its inputs and outputs", worst.largest_io_bytes),
-        ("workspace", worst.workspace_bytes),
-    ]
-    if recipe.residency == "resident":
-        terms.append(("activations that engines keep", estimated.kept_bytes))
-    if recipe.compute_capability is None:
-        terms.append(("the rest of the process", estimated.gpu_bytes - sum(count for _, count in terms)))
-    total = " + ".join(f"{name} {_gib(count)}" for name, count in terms if count >= 0.05 * GIB)
-    return (
-        f"{estimated.plan.checkpoint.name} does not fit in the memory of the {recipe.gpu}: {total} = "
-        f"{_gib(estimated.gpu_bytes)}, and the recipe's memory_gib is {recipe.memory_gib:g}; {fix}"
-    )
+        return edit
+    return {
+        p.component: largest_dims(p.component, plan.recipe, plan.model)
+        | {dim: size for dim, size in edit[p.component].items() if dim in ("steps", "steps_of_blocks")}
+        for p in plan.components
+    }
 
 
 def _estimate(
@@ -315,7 +239,6 @@ def _estimate(
     sizes: Mapping[str, int],
     largest: Mapping[str, int],
     runs: int,
-    steps: int,
 ) -> ComponentEstimate:
     chosen = backend == _backend(plan, planned)
     builds = [name for name in (planned.finish, planned.backend) if name is not None] if chosen else []
@@ -339,14 +262,13 @@ def _estimate(
     at_largest = max(costs, key=lambda each: each.activation_bytes)
     activation = at_largest.activation_bytes
     io = costs[0].io_bytes if len(parts) == 1 else io_bytes(parts, largest)
-    io += (steps - 1) * _step_bytes(planned.graph)
     if BACKENDS[backend].source == "tensorrt-llm":
         io = language_io_bytes(plan.model.language, largest)
     if BACKENDS[backend].source == "transformers" and planned.component == "language":
         io += text_encoder_settings(plan.model, plan.recipe, ()).cache_bytes
     if on_cpu:
         activation += (CPU_COPIES - 1) * (activation - at_largest.scores_bytes) + CPU_RUN
-        io += steps * _step_bytes(planned.graph)  # the tables as they are stored
+        io += _schedule_bytes(planned.graph, largest)  # the tables as they are stored
     peak_seconds = _seconds(once, plan.recipe.gpu)
     return ComponentEstimate(
         component=planned.component,
@@ -390,10 +312,6 @@ def _seconds(once: Cost, gpu: str) -> float | None:
     return max(computing, once.moved_bytes / (peaks.bandwidth_gb_s * 1e9))
 
 
-def _step_bytes(graph: Graph) -> int:
-    """Bytes of the inputs that differ from step to step; all their dims are fixed."""
-    return sum(tensor_bytes(spec.shape({}), spec.dtype) for spec in graph.inputs if spec.name in STEP_INPUTS)
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.1f} GiB"
+def _schedule_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of the inputs that hold all steps of a schedule."""
+    return sum(tensor_bytes(spec.shape(sizes), spec.dtype) for spec in graph.inputs if spec.name in SCHEDULE_INPUTS)

@@ -63,6 +63,8 @@ def _spans(component: Component, recipe: Recipe, model: Model) -> dict[str, Rang
         min=(limits.min_side // SIDE_MULTIPLE) ** 2, opt=tuned.tokens, max=limits.max_area // SIDE_MULTIPLE**2
     )
     reference_tokens = _several(references, [size.tokens for size in encoded])
+    default, steps_max = model.schedules(recipe)[0].steps, model.scheduler.num_train_timesteps
+    steps = Range(min=1, opt=default, max=steps_max)
     height = Range(min=limits.min_side, opt=tuned.height, max=limits.max_side)
     width = Range(min=limits.min_side, opt=tuned.width, max=limits.max_side)
     return {
@@ -71,6 +73,8 @@ def _spans(component: Component, recipe: Recipe, model: Model) -> dict[str, Rang
         "image_tokens": image_tokens,
         "text_tokens": text_tokens,
         "prompt_tokens": _each(text_tokens, lambda count: count + PREFIX_TOKENS),
+        "steps": steps,
+        "steps_of_blocks": _each(steps, lambda count: count * model.transformer.layers),
         "noise_tokens": noise_tokens,
         "reference_tokens": reference_tokens,
         "latent_tokens": _sum(noise_tokens, reference_tokens),

@@ -9,7 +9,7 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import SIDE_MULTIPLE, Size
 from qie.engines.editing.settings import GUIDANCE_MAX
 from qie.engines.errors import RequestError
-from qie.engines.inputs.image import output_size
+from qie.engines.inputs.prepare import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS
 from qie.engines.inputs.sizes import calculate_dimensions, resolve_size
 
@@ -84,20 +84,22 @@ def sizes_of(plan: Plan, work: Workload) -> dict[Component, dict[str, int]]:
     reference = Size(width=width, height=height)
     patches = work.references * _patches(plan.model, reference)
     text_tokens = patches // plan.model.processor.merge_size**2 + INSTRUCTION_TOKENS
-    return _dims(plan, 1, work.size, reference, work.references, patches, text_tokens)
+    return _dims(plan, 1, work.steps, work.size, reference, work.references, patches, text_tokens)
 
 
-def largest_sizes(plan: Plan) -> dict[Component, dict[str, int]]:
-    """The free dims of every component's inputs in the largest edit that the recipe allows."""
+def largest_sizes(plan: Plan, steps: int) -> dict[Component, dict[str, int]]:
+    """The free dims of every component's inputs in the largest edit of ``steps`` that the recipe allows."""
     limits = plan.model.limits(plan.recipe)
     image = calculate_dimensions(limits.max_area, 1)
     reference = max(limits.buckets, key=lambda bucket: bucket.area)
     patches = limits.references_max * max(_patches(plan.model, bucket) for bucket in limits.buckets)
-    return _dims(plan, limits.batch_max, image, reference, limits.references_max, patches, limits.prompt_tokens_max)
+    return _dims(
+        plan, limits.batch_max, steps, image, reference, limits.references_max, patches, limits.prompt_tokens_max
+    )
 
 
 def _dims(
-    plan: Plan, batch: int, image: Size, reference: Size, references: int, patches: int, text_tokens: int
+    plan: Plan, batch: int, steps: int, image: Size, reference: Size, references: int, patches: int, text_tokens: int
 ) -> dict[Component, dict[str, int]]:
     """Free dims with the ``patches`` of all references; only the transformer runs a batch."""
     image_tokens = patches // plan.model.processor.merge_size**2
@@ -113,6 +115,8 @@ def _dims(
         "vae_encoder": {"batch": 1, "height": reference.height, "width": reference.width},
         "transformer": {
             "batch": batch,
+            "steps": steps,
+            "steps_of_blocks": steps * plan.model.transformer.layers,
             "noise_tokens": noise_tokens,
             "reference_tokens": references * reference_tokens,
             "latent_tokens": noise_tokens + references * reference_tokens,

@@ -79,7 +79,7 @@ class SampleModulation:
     def restore(self, samples: Sequence[Values]) -> None:
         """Give the samples their modulation inputs."""
         for number, values in enumerate(samples):
-            values |= {"modulation": self.blocks[number], "modulation_out": self.out[number]}
+            values |= {"modulation": self.blocks[number], "modulation_out": self.out[number : number + 1]}
 
     def _compute_block(self, layer: int, weights: ModulationWeights) -> None:
         self.blocks[:, layer] = block_rows(weights, self._config, self._of_steps(weights), layer)

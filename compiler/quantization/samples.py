@@ -27,8 +27,9 @@ from qie.engines.bundle.manifest import Component
 from qie.engines.bundle.specs import DEFAULT_NEGATIVE, SIDE_MULTIPLE
 from qie.engines.errors import CalibrationError
 from qie.engines.inputs.feeds import encoder_feed, language_feed, transformer_feed, vision_feed
-from qie.engines.inputs.image import load_image, output_size, prepare
+from qie.engines.inputs.image import load_image
 from qie.engines.inputs.noise import standard_normal
+from qie.engines.inputs.prepare import output_size, prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import VisionInputs, vision_inputs

@@ -22,8 +22,8 @@ from qie.engines.inputs.feeds import (
     transformer_feed,
     vision_feed,
 )
-from qie.engines.inputs.image import Prepared
 from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prepare import Prepared
 from qie.engines.inputs.prompt import PromptTokens, encode
 from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas

@@ -22,7 +22,7 @@ from qie.engines.editing.editor import Editor
 from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.request import Request
 from qie.engines.errors import BackendMissingError, EngineError, QieError, RequestError
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.sizes import calculate_dimensions, resolve_size
 from qie.engines.inputs.vision import vision_inputs

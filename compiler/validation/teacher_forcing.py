@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qie.compiler.validation.golden.file import GoldenCase
 from qie.compiler.validation.host import grids_of
 from qie.compiler.validation.subject import Executed
-from qie.engines.editing.denoise import Denoiser, upload_schedule
+from qie.engines.editing.denoise import Denoiser, Row, upload_schedule
 from qie.engines.editing.edit import table_dtype
 from qie.engines.inputs.modulation import modulation_tables
 from qie.engines.inputs.schedule import sigmas
@@ -97,14 +97,11 @@ def _start(executed: Executed, case: GoldenCase, session: Session) -> Denoiser:
         tables = modulation_tables(executed.bundle, schedule_S, dtype=table_dtype(stages.engines["transformer"]))
         schedule = upload_schedule(session, schedule_S, tables)
         stages.keep_schedule(schedule_S, schedule)
-    return Denoiser.start(
-        session,
-        schedule=schedule,
-        noise_BNC=case.noise[None],
-        reference_1RC=np.concatenate(case.reference_latents)[None],
-        prompt_BLD=case.prompt_embeds[None],
-        negative_1LD=None if case.negative_embeds is None else case.negative_embeds[None],
+    row = Row(
+        latents=case.noise,
+        reference=np.concatenate(case.reference_latents),
+        prompt=case.prompt_embeds,
+        negative=case.negative_embeds,
         guidance=record.guidance,
-        rotary=model.rotary,
-        grids=grids_of(case),
     )
+    return Denoiser.start(session, [row], schedule=schedule, rotary=model.rotary, grids=grids_of(case))

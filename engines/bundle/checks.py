@@ -30,19 +30,19 @@ TENSORS: dict[Component, tuple[dict[str, Dims], dict[str, Dims]]] = {
     "transformer": (
         {"latents": ("batch", "noise_tokens", "C"), "reference": ("batch", "reference_tokens", "C"),
          "prompt_embeds": ("batch", "text_tokens", "D"), "rotary_cos": ("tokens", "R"), "rotary_sin": ("tokens", "R"),
-         "modulation": ("L", "M"), "modulation_out": ("O",), "negative_velocity": ("batch", "noise_tokens", "C"),
-         "guidance": (1,), "dsigma": (1,)},
+         "modulation": ("steps_of_blocks", "M"), "modulation_out": ("steps", "O"), "dsigma": ("steps",),
+         "step": ("batch",), "negative_velocity": ("batch", "noise_tokens", "C"), "guidance": ("batch",)},
         {"velocity": ("batch", "noise_tokens", "C"), "latents_next": ("batch", "noise_tokens", "C")},
     ),
     "vae_decoder": ({"latents": ("batch", "rows", "columns", "C")}, {"image": ("batch", "height", "width", 3)}),
 }  # fmt: skip
 """Inputs and outputs of every component. Names of dims in lower case are free at run time; the others are fixed: D
-width of the language model, C channels of a token, P values of a patch, V R rotary channels, L M O sizes of the
+width of the language model, C channels of a token, P values of a patch, V R rotary channels, M O sizes of the
 modulation."""
 
 
 _FLOATS = ("float32", "bfloat16")
-_INDICES = ("window_ids", "image_ids", "raster_index", "input_ids", "image_index", "position_ids")
+_INDICES = ("window_ids", "image_ids", "raster_index", "input_ids", "image_index", "position_ids", "step")
 _HIDDEN: dict[str, set[int | str]] = {
     "language": {"batch", "prompt_tokens"},
     "transformer": {"batch", "latent_tokens", "text_tokens"},

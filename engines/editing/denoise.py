@@ -18,8 +18,9 @@ from qie.engines.inputs.feeds import (
     Feed,
     guidance_feed,
     guidance_inputs,
-    guidance_scale,
+    guidance_scales,
     latents_feed,
+    schedule_feed,
     step_feed,
     text_feed,
 )
@@ -27,7 +28,7 @@ from qie.engines.inputs.modulation import Tables
 from qie.engines.progress import StageProgress, no_progress
 from qie.engines.sessions.session import Session, Tensor
 
-__all__ = ["Denoiser", "StepObserver", "StepState", "UploadedSchedule", "denoise", "upload_schedule"]
+__all__ = ["Denoiser", "Row", "StepObserver", "StepState", "UploadedSchedule", "denoise", "upload_schedule"]
 
 Array = NDArray[np.float32]
 
@@ -60,37 +61,50 @@ class UploadedSchedule:
 
     Attributes:
         sigmas: of each step.
-        step_inputs: the engine's inputs that belong to each step.
-        bound: tensors that the engine reads at every step, into which ``step_inputs`` are copied; empty for a session
-            that ``rebinds``, which reads ``step_inputs`` themselves.
+        inputs: the engine's inputs that hold all steps.
     """
 
     sigmas: tuple[float, ...]
-    step_inputs: tuple[dict[str, Tensor], ...]
-    bound: dict[str, Tensor]
+    inputs: dict[str, Tensor]
 
 
 def upload_schedule(session: Session, schedule: Array, tables: Tables) -> UploadedSchedule:
-    """Upload the steps of ``schedule`` [S + 1] with the modulation of each, once for all batches of an edit."""
-    dsigma_S = np.diff(schedule)
-    feeds = [step_feed(*step) for step in zip(tables.blocks, tables.out, dsigma_S, strict=True)]
-    return UploadedSchedule(
-        sigmas=tuple(float(sigma) for sigma in schedule[:-1]),
-        step_inputs=tuple(_upload(session, feed) for feed in feeds),
-        bound={} if session.rebinds else _upload(session, {name: array.copy() for name, array in feeds[0].items()}),
-    )
+    """Upload the steps of ``schedule`` [S + 1] with the modulation of each, once for all edits with it."""
+    feed = schedule_feed(tables.blocks, tables.out, np.diff(schedule).astype(np.float32))
+    return UploadedSchedule(sigmas=tuple(float(sigma) for sigma in schedule[:-1]), inputs=_upload(session, feed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Row:
+    """An image of a batch, as its steps read it.
+
+    Attributes:
+        latents: float32 [N, C], before its next step.
+        reference: float32 [R, C], latents of its reference images, one after the other.
+        prompt: float32 [L, D], prompt embeddings.
+        negative: float32 [M, D], embeddings of the negative prompt; None without guidance.
+        guidance: scale of classifier-free guidance.
+        step: number of its next step.
+    """
+
+    latents: Array
+    reference: Array
+    prompt: Array
+    negative: Array | None
+    guidance: float
+    step: int = 0
 
 
 class Denoiser:
-    """The denoising of one batch of images of one size; its unit is a step.
+    """The denoising of a batch of images of one size; its unit is a step, and each image may be at a step of its own.
 
     ``Denoiser.start`` uploads everything. ``step`` allocates nothing, copies nothing to the host and waits for nothing.
-    A session that ``rebinds`` gets the inputs of a step as other tensors, and latents and next latents swap. Any other
-    session gets the same tensors in every run, and new values are copied into them within its own memory.
+    A session that ``rebinds`` gets the numbers of the steps as other tensors, and latents and next latents swap. Any
+    other session gets the same tensors in every run, and new values are copied into them within its own memory.
 
     Attributes:
         shape: (B, N, C) of the latents.
-        steps: steps of the schedule.
+        steps: steps that can be taken, until the first image has taken its last one.
         steps_done: steps taken or skipped so far.
     """
 
@@ -100,31 +114,30 @@ class Denoiser:
         schedule: UploadedSchedule,
         *,
         shape: tuple[int, ...],
+        first_steps: Sequence[int],
+        step_inputs: Sequence[dict[str, Tensor]],
         inputs: dict[str, Tensor],
         negative_inputs: dict[str, Tensor] | None,
         outputs: dict[str, Tensor],
         negative_outputs: dict[str, Tensor] | None,
     ) -> None:
         """Use ``start``."""
-        self._session, self._schedule = session, schedule
+        self._session, self._schedule, self._step_inputs = session, schedule, step_inputs
+        self._first_steps = tuple(first_steps)
         self._inputs, self._outputs = inputs, outputs
         self._negative_inputs, self._negative_outputs = negative_inputs, negative_outputs
         self._latents, self._latents_next = inputs["latents"], outputs["latents_next"]
         self.shape = shape
-        self.steps, self.steps_done = len(schedule.step_inputs), 0
+        self.steps, self.steps_done = len(step_inputs), 0
         self._ran = False
 
     @classmethod
     def start(
         cls,
         session: Session,
+        rows: Sequence[Row],
         *,
         schedule: UploadedSchedule,
-        noise_BNC: Array,
-        reference_1RC: Array,
-        prompt_BLD: Array,
-        negative_1LD: Array | None = None,
-        guidance: float = 1.0,
         rotary: RotarySpec,
         grids: Sequence[tuple[int, int]],
     ) -> "Denoiser":
@@ -132,12 +145,8 @@ class Denoiser:
 
         Args:
             session: of the transformer.
-            schedule: from ``upload_schedule`` with the same session.
-            noise_BNC: latents at the first sigma.
-            reference_1RC: latents of the reference images, one after the other; the same for the whole batch.
-            prompt_BLD: prompt embeddings, all of one length.
-            negative_1LD: embeddings of the negative prompt; None for no guidance.
-            guidance: scale of classifier-free guidance.
+            rows: the images; arrays of one field have one shape, and all of them have a negative prompt or none has.
+            schedule: of all of them, from ``upload_schedule`` with the same session.
             rotary: constants of the model's rotary embedding.
             grids: (height, width) in tokens of the images being generated, then of each reference image.
 
@@ -145,29 +154,37 @@ class Denoiser:
             RequestError: a prompt is too long for images of this size.
             EngineError: the GPU is out of memory.
         """
-        batch, noise_tokens, _ = noise_BNC.shape
+        latents_BNC = np.stack([row.latents for row in rows])
+        batch, noise_tokens, _ = latents_BNC.shape
         sizes = {"batch": batch, "noise_tokens": noise_tokens}
+        first_steps = [row.step for row in rows]
 
-        # 1. What both passes read: latents, references, the inputs of the step.
-        latents = latents_feed(noise_BNC.copy(), np.repeat(reference_1RC, batch, axis=0))
-        shared = _upload(session, latents) | schedule.bound
+        # 1. What both passes read: latents, references, the schedule, and at which of its steps each image is.
+        latents = latents_feed(latents_BNC, np.stack([row.reference for row in rows]))
+        shared = _upload(session, latents | step_feed(first_steps)) | schedule.inputs
+        steps = len(schedule.sigmas) - max(first_steps)
+        step_inputs = [_upload(session, step_feed([first + n for first in first_steps])) for n in range(steps)]
 
         # 2. The conditional pass, unguided so far.
-        unguided = _upload(session, guidance_feed(np.zeros_like(noise_BNC), 1.0))
+        unguided = _upload(session, guidance_feed(np.zeros_like(latents_BNC), [1.0] * batch))
+        prompt_BLD = np.stack([row.prompt for row in rows])
         inputs = shared | _upload(session, text_feed(prompt_BLD, rotary, grids)) | unguided
         outputs = {name: session.empty(name, sizes) for name in ("velocity", "latents_next")}
 
         # 3. The negative pass runs first and unguided; its velocity then guides the conditional pass.
         negative_inputs = negative_outputs = None
-        if negative_1LD is not None:
-            negative_BLD = np.repeat(negative_1LD, batch, axis=0)
-            negative_inputs = shared | _upload(session, text_feed(negative_BLD, rotary, grids)) | unguided
+        negatives = [row.negative for row in rows if row.negative is not None]
+        if negatives:
+            negative_inputs = shared | _upload(session, text_feed(np.stack(negatives), rotary, grids)) | unguided
             negative_outputs = {name: session.empty(name, sizes) for name in ("velocity", "latents_next")}
-            inputs |= guidance_inputs(negative_outputs["velocity"], session.upload(guidance_scale(guidance)))
+            scales = session.upload(guidance_scales([row.guidance for row in rows]))
+            inputs |= guidance_inputs(negative_outputs["velocity"], scales)
         return cls(
             session,
             schedule,
-            shape=noise_BNC.shape,
+            shape=latents_BNC.shape,
+            first_steps=first_steps,
+            step_inputs=step_inputs,
             inputs=inputs,
             negative_inputs=negative_inputs,
             outputs=outputs,
@@ -176,21 +193,22 @@ class Denoiser:
 
     @property
     def sigma(self) -> float:
-        """Sigma of the next step."""
-        return self._schedule.sigmas[self.steps_done]
+        """Sigma of the next step, of images that are all at the same one."""
+        assert len(set(self._first_steps)) == 1, self._first_steps
+        return self._schedule.sigmas[self._first_steps[0] + self.steps_done]
 
     def step(self) -> None:
-        """Take one step of the schedule: the negative pass where there is guidance, then the conditional pass.
+        """Take one step of every image: the negative pass where there is guidance, then the conditional pass.
 
         Raises:
             EngineError: the backend failed.
         """
         assert self.steps_done < self.steps, "every step of the schedule was taken"
-        session, step_inputs = self._session, self._schedule.step_inputs[self.steps_done]
+        session, step_inputs = self._session, self._step_inputs[self.steps_done]
         rebound = step_inputs | {"latents": self._latents} if session.rebinds else {}
         if not session.rebinds:
             for name, tensor in step_inputs.items():
-                session.copy(tensor, self._schedule.bound[name])
+                session.copy(tensor, self._inputs[name])
         if self._negative_inputs is not None and self._negative_outputs is not None:
             session.run(self._negative_inputs | rebound, self._negative_outputs)
         session.run(self._inputs | rebound, self._outputs | {"latents_next": self._latents_next})

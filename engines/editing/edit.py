@@ -17,21 +17,21 @@ from tokenizers import Tokenizer
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.bundle.manifest import EngineRecord, Manifest
 from qie.engines.bundle.specs import SIDE_MULTIPLE
-from qie.engines.editing.conditioning import condition
-from qie.engines.editing.denoise import Denoiser, StepObserver, denoise, upload_schedule
+from qie.engines.editing.conditioning import Conditioning, condition
+from qie.engines.editing.denoise import Denoiser, Row, StepObserver, denoise, upload_schedule
 from qie.engines.editing.encoder_cache import EncoderCache
 from qie.engines.editing.meter import Meter
 from qie.engines.editing.request import Edit, Request
 from qie.engines.editing.settings import Settings, resolve
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import EngineError, RequestError
-from qie.engines.inputs.image import resize
 from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prepare import resize
 from qie.engines.inputs.rotary import noise_latents
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.progress import Progress, StageProgress
 
-__all__ = ["ImageObserver", "edit", "start_noise", "table_dtype"]
+__all__ = ["ImageObserver", "check_finite", "decode", "edit", "result", "row_of", "start_noise", "table_dtype"]
 
 Array = NDArray[np.float32]
 
@@ -88,20 +88,13 @@ def edit(
             stages.keep_schedule(schedule_S, schedule)
         for number, batch in enumerate(batches):
             with meter("denoise") as report:
+                rows = [row_of(conditioning, settings, noise_BNC, b) for b in batch]
                 denoiser = Denoiser.start(
-                    session,
-                    schedule=schedule,
-                    noise_BNC=noise_BNC[batch],
-                    reference_1RC=conditioning.reference,
-                    prompt_BLD=np.concatenate([conditioning.prompts[instructions[b]] for b in batch]),
-                    negative_1LD=conditioning.negative,
-                    guidance=settings.guidance,
-                    rotary=model.rotary,
-                    grids=conditioning.grids,
+                    session, rows, schedule=schedule, rotary=model.rotary, grids=conditioning.grids
                 )
                 done_in_batch = partial(_report_batch, report, number, len(batches))
                 latents_BNC = denoise(denoiser, progress=done_in_batch, observer=observer)
-            _check_finite(latents_BNC, stages.bundle)
+            check_finite(latents_BNC, stages.bundle)
             latents |= zip(batch, latents_BNC, strict=True)
 
             # 5. Latents to pixels: of each batch at once where that loads no engine twice, otherwise in the end.
@@ -109,14 +102,33 @@ def edit(
                 images |= _decoded(stages, latents, request, settings, meter, on_image, done=len(images))
                 latents = {}
     images |= _decoded(stages, latents, request, settings, meter, on_image, done=len(images))
+    return result(stages.bundle, request, settings, images, meter.seconds)
+
+
+def result(
+    bundle: Bundle, request: Request, settings: Settings, images: Mapping[int, Image.Image], seconds: dict[str, float]
+) -> Edit:
+    """The result of ``request``, all of whose samples are in ``images`` by their number."""
     return Edit(
-        images=tuple(images[b] for b in range(len(images))),
+        images=tuple(images[number] for number in range(len(images))),
         samples=tuple((request.instructions[instruction], seed) for instruction, seed in settings.samples),
         size=settings.size,
         steps=settings.steps,
         guidance=settings.guidance,
-        notes=(*settings.notes, *_replaced(stages.bundle)),
-        seconds=meter.seconds,
+        notes=(*settings.notes, *_replaced(bundle)),
+        seconds=seconds,
+    )
+
+
+def row_of(conditioning: Conditioning, settings: Settings, noise_BNC: Array, sample: int) -> Row:
+    """The image number ``sample`` of ``settings`` before its first step."""
+    instruction, _ = settings.samples[sample]
+    return Row(
+        latents=noise_BNC[sample],
+        reference=conditioning.reference[0],
+        prompt=conditioning.prompts[instruction][0],
+        negative=None if conditioning.negative is None else conditioning.negative[0],
+        guidance=settings.guidance,
     )
 
 
@@ -164,21 +176,35 @@ def _decoded(
     done: int,
 ) -> dict[int, Image.Image]:
     """The images of ``latents`` [N, C] by the number of their sample, where ``done`` images were decoded before."""
-    height, width = settings.size.height // SIDE_MULTIPLE, settings.size.width // SIDE_MULTIPLE
     total, images = len(settings.samples), {}
     with meter("decode") as report, stages.session("vae_decoder"):
         report(done, total)
         for number, latents_NC in sorted(latents.items()):
-            (image_HWC,) = stages.decode([latents_NC.reshape(height, width, -1)])
-            image = Image.fromarray(image_HWC)
-            images[number] = _resized(image, request.images[-1].size) if request.match_input else image
+            images[number] = decode(stages, latents_NC, request, settings)
             report(done + len(images), total)
             if on_image is not None:
                 on_image(number, images[number])
     return images
 
 
-def _check_finite(latents: Array, bundle: Bundle) -> None:
+def decode(stages: Stages, latents_NC: Array, request: Request, settings: Settings) -> Image.Image:
+    """The image of ``latents_NC`` behind the last step.
+
+    Raises:
+        EngineError: the backend failed or memory ran out.
+    """
+    height, width = settings.size.height // SIDE_MULTIPLE, settings.size.width // SIDE_MULTIPLE
+    (image_HWC,) = stages.decode([latents_NC.reshape(height, width, -1)])
+    image = Image.fromarray(image_HWC)
+    return _resized(image, request.images[-1].size) if request.match_input else image
+
+
+def check_finite(latents: Array, bundle: Bundle) -> None:
+    """Check latents behind the last step.
+
+    Raises:
+        EngineError: a value is infinite or NaN.
+    """
     if not np.isfinite(latents).all():
         raise EngineError(
             f"the transformer of {bundle.path} gives latents that are not finite; check the bundle with `qie inspect "

@@ -11,7 +11,7 @@ from qie.engines.bundle.manifest import EngineRecord, Manifest
 from qie.engines.bundle.specs import DEFAULT_NEGATIVE, Size
 from qie.engines.editing.request import Request
 from qie.engines.errors import ImageError, RequestError
-from qie.engines.inputs.image import output_size
+from qie.engines.inputs.prepare import output_size
 from qie.engines.inputs.prompt import PREFIX_TOKENS, PromptTokens
 from qie.engines.inputs.sizes import nearest_bucket, resolve_size
 from qie.engines.inputs.stored_schedules import has_tables, missing_tables, sizes_with_tables

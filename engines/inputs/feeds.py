@@ -5,7 +5,8 @@ compute and returns the arrays that a graph of that component reads (docs/graphs
 
 Shape suffixes: P patches, V image tokens of the prompt, S prompt tokens, L text tokens, D width of the language model,
 H W pixels, h w = H / 16, W / 16 latent tokens, B images of the batch, N noise tokens, R reference tokens, C = 64 latent
-channels of a token, A rotary angles, Y layers, M modulation values of a layer, O modulation values of the output norm.
+channels of a token, A rotary angles, Y layers, M modulation values of a layer, O modulation values of the output norm,
+K steps of a schedule.
 """
 
 from collections.abc import Sequence
@@ -20,15 +21,16 @@ from qie.engines.inputs.rotary import rotary_tables
 from qie.engines.inputs.vision import VisionInputs
 
 __all__ = [
-    "STEP_INPUTS",
+    "SCHEDULE_INPUTS",
     "Feed",
     "decoder_feed",
     "encoder_feed",
     "guidance_feed",
     "guidance_inputs",
-    "guidance_scale",
+    "guidance_scales",
     "language_feed",
     "latents_feed",
+    "schedule_feed",
     "step_feed",
     "text_feed",
     "transformer_feed",
@@ -39,8 +41,8 @@ Feed = dict[str, NDArray[Any]]
 Float32 = NDArray[np.float32]
 Value = TypeVar("Value")
 
-STEP_INPUTS = ("modulation", "modulation_out", "dsigma")
-"""The transformer's inputs that every step of a schedule has its own of, from ``step_feed``."""
+SCHEDULE_INPUTS = ("modulation", "modulation_out", "dsigma")
+"""The transformer's inputs that hold all steps of a schedule, from ``schedule_feed``."""
 
 
 def vision_feed(inputs: VisionInputs) -> Feed:
@@ -88,7 +90,7 @@ def transformer_feed(
     negative_velocity_BNC: Float32 | None = None,
     guidance: float = 1.0,
 ) -> Feed:
-    """The transformer's ten inputs for one pass of one step.
+    """The transformer's eleven inputs for one pass of one step.
 
     Args:
         latents_BNC: of the images being generated, at the sigma of the step.
@@ -106,8 +108,9 @@ def transformer_feed(
     return {
         **latents_feed(latents_BNC, reference_BRC),
         **text_feed(prompt_BLD, rotary, grids),
-        **step_feed(modulation_YM, modulation_out_O, dsigma),
-        **guidance_feed(negative_velocity_BNC, guidance),
+        **schedule_feed(modulation_YM[None], modulation_out_O[None], np.full(1, dsigma, np.float32)),
+        **step_feed([0] * len(latents_BNC)),
+        **guidance_feed(negative_velocity_BNC, [guidance] * len(latents_BNC)),
     }
 
 
@@ -126,25 +129,30 @@ def text_feed(prompt_BLD: Float32, rotary: RotarySpec, grids: Sequence[tuple[int
     return {"prompt_embeds": prompt_BLD, "rotary_cos": cos_TA, "rotary_sin": sin_TA}
 
 
-def step_feed(modulation_YM: Float32, modulation_out_O: Float32, dsigma: float | np.float32) -> Feed:
-    """The part of ``transformer_feed`` that belongs to a step of the schedule, ``STEP_INPUTS``."""
+def schedule_feed(modulation_KYM: Float32, modulation_out_KO: Float32, dsigma_K: Float32) -> Feed:
+    """The part of ``transformer_feed`` that belongs to a schedule, ``SCHEDULE_INPUTS``."""
     return {
-        "modulation": modulation_YM,
-        "modulation_out": modulation_out_O,
-        "dsigma": np.full(1, dsigma, np.float32),
+        "modulation": modulation_KYM.reshape(-1, modulation_KYM.shape[2]),
+        "modulation_out": modulation_out_KO,
+        "dsigma": dsigma_K,
     }
 
 
-def guidance_feed(negative_velocity_BNC: Float32, guidance: float) -> Feed:
-    """The part of ``transformer_feed`` that guides the pass; zeros and 1 for a pass without guidance."""
-    return guidance_inputs(negative_velocity_BNC, guidance_scale(guidance))
+def step_feed(step_B: Sequence[int]) -> Feed:
+    """The part of ``transformer_feed`` that says at which step of its schedule each image is."""
+    return {"step": np.array(step_B, np.int64)}
 
 
-def guidance_inputs(negative_velocity: Value, scale: Value) -> dict[str, Value]:
+def guidance_feed(negative_velocity_BNC: Float32, guidance_B: Sequence[float]) -> Feed:
+    """The part of ``transformer_feed`` that guides the pass; zeros and 1 for an image without guidance."""
+    return guidance_inputs(negative_velocity_BNC, guidance_scales(guidance_B))
+
+
+def guidance_inputs(negative_velocity: Value, scales: Value) -> dict[str, Value]:
     """The inputs of ``guidance_feed`` by name, as arrays or as tensors that the engine has already."""
-    return {"negative_velocity": negative_velocity, "guidance": scale}
+    return {"negative_velocity": negative_velocity, "guidance": scales}
 
 
-def guidance_scale(guidance: float) -> Float32:
-    """The scale of classifier-free guidance as the transformer reads it: float32 [1]."""
-    return np.full(1, guidance, np.float32)
+def guidance_scales(guidance_B: Sequence[float]) -> Float32:
+    """The scale of classifier-free guidance of each image as the transformer reads it: float32 [B]."""
+    return np.array(guidance_B, np.float32)

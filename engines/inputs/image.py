@@ -1,7 +1,4 @@
-"""Images on the host: read a file, resize to what a pipeline takes, write the result.
-
-Shape suffixes: H W C height, width and the 3 channels of an image, uint8 in 0 .. 255, sRGB.
-"""
+"""Image files: read what a person has, write a result."""
 
 import io
 import math
@@ -15,29 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from qie.engines.bundle.specs import Areas, Size
 from qie.engines.errors import ImageError
 from qie.engines.files import existing, is_link_loop, replacing
-from qie.engines.inputs.sizes import calculate_dimensions
 
 __all__ = [
     "MAX_ASPECT",
     "MAX_PIXELS",
-    "Prepared",
     "SourceImage",
     "check_output",
+    "decode_image",
+    "encode_image",
     "load_image",
-    "output_size",
-    "prepare",
-    "resize",
     "save_image",
-    "to_uint8_HWC",
 ]
 
 MAX_PIXELS = 178_956_970
@@ -96,19 +87,6 @@ class SourceImage:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """The two copies of one image.
-
-    Attributes:
-        vision: mode RGB, for ``vision.vision_inputs``.
-        vae: uint8 [H, W, 3], for the VAE encoder.
-    """
-
-    vision: Image.Image
-    vae: NDArray[np.uint8]
-
-
 def load_image(path: Path) -> SourceImage:
     """Read a PNG, JPEG or WebP file; the content decides the format, not the suffix.
 
@@ -120,10 +98,34 @@ def load_image(path: Path) -> SourceImage:
             (checked before anything is decoded), or one side is more than ``MAX_ASPECT`` times the other.
     """
     file = _opened_once(path)
-    head, reader = _identify(path, file)
+    return _decoded(str(path), file, *_identify(path, file))
+
+
+def decode_image(content: bytes, name: str, *, pixels_max: int = MAX_PIXELS) -> SourceImage:
+    """The image in the bytes of a PNG, JPEG or WebP file, as ``load_image`` reads it.
+
+    Args:
+        content: the bytes.
+        name: for errors.
+        pixels_max: pixels that it may have, at most ``MAX_PIXELS``.
+
+    Raises:
+        ImageError: see ``load_image``.
+    """
+    return _decoded(name, io.BytesIO(content), *_format_of(name, content[:32]), pixels_max=pixels_max)
+
+
+def _decoded(
+    name: str,
+    file: Path | io.BytesIO,
+    head: bytes,
+    reader: type[ImageFile.ImageFile],
+    *,
+    pixels_max: int = MAX_PIXELS,
+) -> SourceImage:
     try:
         with warnings.catch_warnings(action="ignore"), reader(file) as image:
-            _check_size(path, *image.size)
+            _check_size(name, *image.size, pixels_max)
             notes = []
             if getattr(image, "is_animated", False):
                 notes.append(f"first of {getattr(image, 'n_frames', 'several')} frames used")
@@ -138,9 +140,9 @@ def load_image(path: Path) -> SourceImage:
                 notes.append("EXIF orientation applied")
             rgb, color_notes = _to_rgb(ImageOps.exif_transpose(whole))
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is too large to decode ({error}); make it smaller") from error
+        raise ImageError(f"{name} is too large to decode ({error}); make it smaller") from error
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{path} is a damaged or truncated image ({error}); use an intact copy") from error
+        raise ImageError(f"{name} is a damaged or truncated image ({error}); use an intact copy") from error
     return SourceImage(image=rgb, notes=(*notes, *color_notes))
 
 
@@ -173,25 +175,30 @@ def _identify(path: Path, file: Path | io.BytesIO) -> tuple[bytes, type[ImageFil
         raise ImageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except ValueError as error:
         raise ImageError(f"{_shortened(path)!r} is no name of a file ({error}); check it") from error
+    return _format_of(str(path), head)
+
+
+def _format_of(name: str, head: bytes) -> tuple[bytes, type[ImageFile.ImageFile]]:
+    """The first bytes of a file and the reader for its content."""
     if not head:
-        raise ImageError(f"{path} is an empty file; give an image")
+        raise ImageError(f"{name} is an empty file; give an image")
     for signature, reader in _READERS.items():
         if signature.match(head):
             return head, reader
     raise ImageError(
-        f"{path} is not a PNG, JPEG or WebP image (it starts with {head[:8]!r}); convert it to one of these formats"
+        f"{name} is not a PNG, JPEG or WebP image (it starts with {head[:8]!r}); convert it to one of these formats"
     )
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(name: str, width: int, height: int, pixels_max: int) -> None:
+    if width * height > pixels_max:
         raise ImageError(
-            f"{path} has {width:,} x {height:,} pixels, {width * height / 1e6:,.0f} megapixels, expected at most "
-            f"{MAX_PIXELS / 1e6:,.0f} megapixels; make it smaller"
+            f"{name} has {width:,} x {height:,} pixels, {width * height / 1e6:,.0f} megapixels, expected at most "
+            f"{pixels_max / 1e6:,.0f} megapixels; make it smaller"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
-            f"{path} has {width:,} x {height:,} pixels, expected a side of at most {MAX_ASPECT} times the other; "
+            f"{name} has {width:,} x {height:,} pixels, expected a side of at most {MAX_ASPECT} times the other; "
             "crop it"
         )
 
@@ -259,54 +266,6 @@ def _from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
         return None
 
 
-def output_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) of about ``area`` square pixels at the aspect of ``image_size`` (width, height); multiples of 32.
-
-    For the last image of an edit and the model's ``vae_area``, this is the default size of the result (diffusers
-    pipeline_qwenimage_edit_plus.py, ``__call__``; its further rounding to multiples of 16 changes nothing).
-
-    Raises:
-        ImageError: a side would be rounded to 0.
-    """
-    size = calculate_dimensions(area, image_size[0] / image_size[1])
-    if not (size.width and size.height):
-        raise ImageError(
-            f"an image of {image_size[0]} x {image_size[1]} pixels is too narrow for this model, which resizes images "
-            f"to {area} square pixels; crop it"
-        )
-    return size.width, size.height
-
-
-def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image at another size in pixels, by Lanczos (diffusers image_processor.py, ``VaeImageProcessor.resize``)."""
-    return image.resize((width, height), resample=Image.Resampling.LANCZOS)
-
-
-def to_uint8_HWC(image: Image.Image) -> NDArray[np.uint8]:
-    """An image of mode RGB as its own array: uint8 [H, W, 3]."""
-    return np.array(image, dtype=np.uint8)
-
-
-def prepare(image: Image.Image, areas: Areas, *, size: Size | None = None) -> Prepared:
-    """The vision tower's and the VAE's copy of an image, as the model's pipeline makes them.
-
-    Edit-Plus resizes the original twice; Edit uses one copy for both.
-
-    Args:
-        image: mode RGB.
-        areas: of the copies in square pixels.
-        size: of the VAE's copy; None for its area at the aspect of the image.
-
-    Raises:
-        ImageError: the image is too narrow for an area.
-    """
-    vae = resize(image, *(output_size(image.size, areas.vae_area) if size is None else (size.width, size.height)))
-    vision = vae
-    if areas.condition_area is not None:
-        vision = resize(image, *output_size(image.size, areas.condition_area))
-    return Prepared(vision=vision, vae=to_uint8_HWC(vae))
-
-
 def check_output(path: Path) -> None:
     """Check that an image can be written to ``path``, before work is spent on it.
 
@@ -354,6 +313,20 @@ def save_image(image: Image.Image, path: Path, *, overwrite: bool = True) -> Non
         raise
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written ({error}); choose another path or format", option="out") from error
+
+
+def encode_image(image: Image.Image, suffix: str, **options: Any) -> bytes:
+    """The bytes of the file that ``save_image`` writes for ``suffix``, such as ".png".
+
+    Args:
+        image: mode RGB.
+        suffix: of the file.
+        options: of Pillow's writer, in place of those of ``save_image``.
+    """
+    format_name, defaults = _WRITERS[suffix]
+    file = io.BytesIO()
+    image.save(file, format=format_name, **(defaults | options))
+    return file.getvalue()
 
 
 def _shortened(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pocket.data.examples import Example, Mention
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.engines.bundle.specs import Areas, PromptSpec
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.vision import smart_resize
 

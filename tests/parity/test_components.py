@@ -5,8 +5,8 @@ import pytest
 
 from qie.compiler.metrics.error import relative_l2
 from qie.engines.inputs.feeds import transformer_feed
-from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.vision import vision_inputs
 from tests.support.parity import CASES, MANY, SideOf, images

@@ -12,11 +12,11 @@ from qie.compiler.validation.golden.file import CaseRecord, GoldenCase, GoldenRe
 from qie.engines.bundle.bundle import Bundle
 from qie.engines.editing.conditioning import condition
 from qie.engines.editing.denoise import Denoiser, upload_schedule
-from qie.engines.editing.edit import start_noise, table_dtype
+from qie.engines.editing.edit import row_of, start_noise, table_dtype
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
-from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import modulation_tables
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs
@@ -42,12 +42,8 @@ def own_case(
         with editor.stages.session("transformer") as session:
             denoiser = Denoiser.start(
                 session,
+                [row_of(conditioning, settings, noise, 0)],
                 schedule=upload_schedule(session, schedule, tables),
-                noise_BNC=noise,
-                reference_1RC=conditioning.reference,
-                prompt_BLD=conditioning.prompts[0],
-                negative_1LD=conditioning.negative,
-                guidance=guidance,
                 rotary=editor.model.rotary,
                 grids=conditioning.grids,
             )

@@ -16,7 +16,10 @@ from qie.engines.sessions.tensorrt.session import TensorRtSession
 
 Arrays = dict[str, NDArray[Any]]
 DECODER = {"batch": 1, "rows": 4, "columns": 6}
-TRANSFORMER = {"batch": 1, "noise_tokens": 16, "reference_tokens": 20, "text_tokens": 9, "tokens": 45}
+TRANSFORMER = {
+    "batch": 1, "noise_tokens": 16, "reference_tokens": 20, "text_tokens": 9, "tokens": 45,
+    "steps": 4, "steps_of_blocks": 8,
+}  # fmt: skip
 
 
 def record_of(folder: Path, component: Component) -> EngineRecord:

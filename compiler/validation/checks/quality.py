@@ -17,7 +17,7 @@ from qie.compiler.validation.golden.file import png
 from qie.compiler.validation.report import CaseImages, Measurement
 from qie.compiler.validation.subject import Subject
 from qie.engines.errors import BackendMissingError, QieError, RequestError
-from qie.engines.inputs.image import resize
+from qie.engines.inputs.prepare import resize
 
 __all__ = ["SPECS", "failed"]
 

@@ -15,7 +15,8 @@ from qie.compiler.recipe.toml import Matching, Within, build, flatten
 from qie.engines.bundle.specs import DEFAULT_NEGATIVE, SIDE_MULTIPLE
 from qie.engines.errors import GoldenError, ImageError, RecipeError
 from qie.engines.files import read_regular
-from qie.engines.inputs.image import MAX_ASPECT, MAX_PIXELS, load_image, output_size
+from qie.engines.inputs.image import MAX_ASPECT, MAX_PIXELS, load_image
+from qie.engines.inputs.prepare import output_size
 
 __all__ = ["CASES_FILE", "PUBLISHED", "Case", "CaseTable", "find_cases", "read_cases", "shipped_cases", "waves"]
 

@@ -26,6 +26,7 @@ from tests.support.tensorrt_sessions import Arrays, run, same, values
 SIZES = {
     "transformer": {
         "batch": 2, "noise_tokens": 16, "reference_tokens": 20, "latent_tokens": 36, "text_tokens": 9, "tokens": 45,
+        "steps": 4, "steps_of_blocks": 20,
     },
     "language": {"batch": 2, "prompt_tokens": 80, "image_tokens": 5, "text_tokens": 16},
 }  # fmt: skip

@@ -68,12 +68,11 @@ def test_a_residual_is_part_of_the_product_before_it() -> None:
     assert reserved(body, 2) == 3 + 3 + 3 + 1  # what is added, the operand, the sum
 
 
-def test_a_choice_is_written_only_if_it_is_part_of_a_product() -> None:
-    """Which it is if it is as large as the product."""
+def test_a_choice_is_made_again_where_it_is_read() -> None:
+    """Also if it is as large as the product before its reader."""
 
     def body(op: Any, x: ir.Value, gates: ir.Value) -> list[ir.Value]:
         gate = op.Where(op.Less(gates, op.Neg(gates)), gates, op.Neg(gates))
         return [op.Sigmoid(op.Mul(gate, product(op, op.Sigmoid(product(op, x, "a", 2, 3)), "b", 3, 4)))]
 
-    assert reserved(body, 2, 1) == 4 + 3 + 1
-    assert reserved(body, 2, 4) == 4 + 4 + 3 + 1
+    assert reserved(body, 2, 1) == reserved(body, 2, 4) == 4 + 3 + 1

@@ -29,6 +29,7 @@ P, V, S = 32, 8, 74
 ROWS, COLUMNS = 4, 2
 SIZES = {
     "batch": B, "noise_tokens": N, "reference_tokens": R, "text_tokens": L, "tokens": N + R + L,
+    "steps": 1, "steps_of_blocks": TINY.num_layers,
     "patches": P, "image_tokens": V, "prompt_tokens": S,
     "rows": ROWS, "columns": COLUMNS, "height": 16 * ROWS, "width": 16 * COLUMNS,
 }  # fmt: skip

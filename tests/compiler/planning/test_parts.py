@@ -13,7 +13,8 @@ from qie.compiler.graphs.components import GRAPHS
 from qie.compiler.graphs.graph import Graph
 from qie.compiler.graphs.parts import balanced, block_bytes
 from qie.compiler.planning import parts as module
-from qie.compiler.planning.estimate import estimate, refusal
+from qie.compiler.planning.estimate import estimate
+from qie.compiler.planning.fit import refusal
 from qie.compiler.planning.keys import graph_keys
 from qie.compiler.planning.parts import HOST_BASE, build_bytes, divided, host_memory
 from qie.compiler.planning.plan import Plan, PlannedComponent

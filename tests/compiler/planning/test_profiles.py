@@ -15,7 +15,7 @@ from qie.compiler.recipe.schema import Range, Recipe
 from qie.compiler.synthetic.architecture import ARCHITECTURES
 from qie.compiler.synthetic.checkpoint import write_checkpoint
 from qie.engines.bundle.manifest import COMPONENTS, Component, ProfileRecord
-from qie.engines.inputs.image import output_size
+from qie.engines.inputs.prepare import output_size
 from qie.engines.inputs.sizes import resolve_size
 from qie.engines.inputs.vision import smart_resize
 
@@ -45,7 +45,10 @@ def shapes(component: Component, recipe: Recipe, model: Model) -> dict[str, Prof
 
 def test_the_published_transformer(model_of: Of) -> None:
     found = shapes("transformer", load_recipe("l40s"), model_of("qwen-image-edit-2511"))
-    assert list(found) == ["latents", "reference", "prompt_embeds", "rotary_cos", "rotary_sin", "negative_velocity"]
+    assert list(found) == [
+        "latents", "reference", "prompt_embeds", "rotary_cos", "rotary_sin", "modulation", "modulation_out", "dsigma",
+        "step", "negative_velocity", "guidance",
+    ]  # fmt: skip
     # 1024 x 1024 pixels are 4096 tokens, 128 x 128 are 64; the largest bucket has a few more than the first.
     latents, reference, prompt, cos = (found[name] for name in ("latents", "reference", "prompt_embeds", "rotary_cos"))
     most = load_recipe("l40s").shape_limits(1024 * 1024).max_area // 256
@@ -54,6 +57,10 @@ def test_the_published_transformer(model_of: Of) -> None:
     assert 3 * 4096 <= reference.max[1] <= 3 * 4096 * 1.05
     assert (prompt.min, prompt.opt, prompt.max) == ((1, 8, 3584), (1, 256, 3584), (4, 2560, 3584))
     assert cos.opt == (4096 + 4096 + 256, 64)
+    # A step is one row of the tables of all 60 blocks; the schedule may have any number of them.
+    modulation, step = found["modulation"], found["step"]
+    assert (modulation.min[0], modulation.opt[0], modulation.max[0]) == (60, 40 * 60, 1000 * 60)
+    assert (step.min, step.opt, step.max) == ((1,), (1,), (4,))
     assert cos.max == (latents.max[1] + reference.max[1] + prompt.max[1], 64)
     assert cos.min == (latents.min[1] + reference.min[1] + prompt.min[1], 64)
 

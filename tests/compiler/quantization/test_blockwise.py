@@ -19,7 +19,8 @@ from qie.engines.errors import CalibrationError
 
 SIZES = {
     "batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25, "patches": 16,
-    "image_tokens": 4, "prompt_tokens": 70, "height": 64, "width": 32, "rows": 4, "columns": 2,
+    "steps": 1, "steps_of_blocks": 2, "image_tokens": 4, "prompt_tokens": 70, "height": 64, "width": 32, "rows": 4,
+    "columns": 2,
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_what_is_seen_is_what_the_reference_computes(
             reference.prompt_embeds([sample.image], sample.text), prompt[0], rtol=1e-3, atol=1e-4
         )
     steps = transformer_values(tiny_checkpoint, readers, samples, prompts, quiet)
-    from qie.engines.inputs.image import prepare
+    from qie.engines.inputs.prepare import prepare
 
     for sample, values in zip(samples, steps, strict=True):
         expected = reference.encode_image(prepare(sample.image, tiny_checkpoint.model.areas).vae).reshape(
@@ -351,7 +351,7 @@ def test_scales_are_those_of_modelopt(
 
 def grid_of(tiny_checkpoint: Checkpoint, sample: CalibrationSample) -> tuple[int, int]:
     """(height, width) in tokens."""
-    from qie.engines.inputs.image import prepare
+    from qie.engines.inputs.prepare import prepare
 
     height, width, _ = prepare(sample.image, tiny_checkpoint.model.areas).vae.shape
     return height // 16, width // 16

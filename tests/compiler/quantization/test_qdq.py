@@ -39,7 +39,8 @@ def inputs(graph: Graph, seed: int = 0) -> Values:
             lengths=(70,),
         )
         return language_feed(tokens, rng.standard_normal((4, graph.inputs[1].dims[1])).astype(np.float32))
-    sizes = {"batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25}
+    sizes = {"batch": 1, "noise_tokens": 12, "reference_tokens": 8, "text_tokens": 5, "tokens": 25,
+             "steps": 1, "steps_of_blocks": ARCHITECTURES["tiny"].num_layers}  # fmt: skip
     drawn = {spec.name: rng.standard_normal(spec.shape(sizes)).astype(np.float32) for spec in graph.inputs}
     return transformer_feed(
         latents_BNC=drawn["latents"],
@@ -48,7 +49,7 @@ def inputs(graph: Graph, seed: int = 0) -> Values:
         rotary=RotarySpec(axes_dims=ARCHITECTURES["tiny"].axes_dims_rope),
         grids=[(3, 4), (2, 4)],
         modulation_YM=drawn["modulation"] * np.float32(0.3),
-        modulation_out_O=drawn["modulation_out"],
+        modulation_out_O=drawn["modulation_out"][0],
         dsigma=drawn["dsigma"][0],
     )
 

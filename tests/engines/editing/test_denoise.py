@@ -1,6 +1,7 @@
 """The denoiser: a step as a unit, latents that are set from outside, and both velocities."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from qie.engines.editing.conditioning import Conditioning, condition
 from qie.engines.editing.denoise import Denoiser, StepState, denoise, upload_schedule
-from qie.engines.editing.edit import start_noise
+from qie.engines.editing.edit import row_of, start_noise
 from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.settings import resolve
@@ -57,14 +58,12 @@ def start(editor: Editor, conditioning: Conditioning, noise: np.ndarray, *, guid
     schedule = sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=tokens)
     tables = modulation_tables(editor.bundle, schedule)
     with editor.stages.session("transformer") as session:
+        settings = resolve(REQUEST, editor.bundle.manifest)
+        rows = [row_of(conditioning, settings, noise, sample) for sample in range(len(noise))]
         return Denoiser.start(
             session,
+            rows if guided else [replace(row, negative=None) for row in rows],
             schedule=upload_schedule(session, schedule, tables),
-            noise_BNC=noise,
-            reference_1RC=conditioning.reference,
-            prompt_BLD=np.repeat(conditioning.prompts[0], len(noise), axis=0),
-            negative_1LD=conditioning.negative if guided else None,
-            guidance=4.0,
             rotary=editor.model.rotary,
             grids=conditioning.grids,
         )
@@ -115,7 +114,7 @@ def test_denoisers_take_turns(editor: Editor, conditioning: Conditioning, noise:
     assert np.array_equal(second.latents(), alone[1])
 
 
-def test_a_step_is_a_run_of_the_ten_inputs(editor: Editor, conditioning: Conditioning, noise: np.ndarray) -> None:
+def test_a_step_is_a_run_of_the_eleven_inputs(editor: Editor, conditioning: Conditioning, noise: np.ndarray) -> None:
     denoiser = start(editor, conditioning, noise, guided=False)
     denoiser.step()
     assert denoiser.negative_velocity() is None
@@ -155,3 +154,34 @@ def test_a_skipped_step_runs_nothing(
     denoiser.step()
     assert np.array_equal(denoiser.velocity(), states[2].velocity)
     assert np.array_equal(denoiser.latents(), states[3].latents)
+
+
+def test_each_image_of_a_batch_may_be_at_a_step_of_its_own(
+    editor: Editor, conditioning: Conditioning, noise: np.ndarray, states: list[StepState]
+) -> None:
+    """An image joins at its own first step, and its bits are those of the edit in which all are at one step."""
+    settings = resolve(REQUEST, editor.bundle.manifest)
+    schedule = sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=noise.shape[1])
+    rows = [
+        replace(row_of(conditioning, settings, noise, 0), latents=states[2].latents[0], step=2),
+        row_of(conditioning, settings, noise, 1),
+    ]
+    with editor.stages.session("transformer") as session:
+        denoiser = Denoiser.start(
+            session,
+            rows,
+            schedule=upload_schedule(session, schedule, modulation_tables(editor.bundle, schedule)),
+            rotary=editor.model.rotary,
+            grids=conditioning.grids,
+        )
+    assert denoiser.steps == STEPS - 2
+    for done in range(1, 3):
+        denoiser.step()
+        latents = denoiser.latents()
+        after = [
+            states[n].latents if n < STEPS else denoise(start(editor, conditioning, noise)) for n in (2 + done, done)
+        ]
+        assert np.array_equal(latents[0], after[0][0])
+        assert np.array_equal(latents[1], after[1][1])
+    with pytest.raises(AssertionError):
+        denoiser.step()

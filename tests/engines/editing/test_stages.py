@@ -14,7 +14,7 @@ from qie.engines.editing.editor import Editor
 from qie.engines.editing.request import Request
 from qie.engines.editing.stages import Stages
 from qie.engines.errors import BundleError, EngineError, EngineMismatchError
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.vision import vision_inputs
 from tests.support.editors import uncached_editor

@@ -10,19 +10,20 @@ from qie.compiler.checkpoint.model import Model
 from qie.compiler.graphs.components import GRAPHS
 from qie.engines.bundle.manifest import COMPONENTS, Component, TensorSpec
 from qie.engines.inputs.feeds import (
-    STEP_INPUTS,
+    SCHEDULE_INPUTS,
     Feed,
     decoder_feed,
     encoder_feed,
     guidance_feed,
     language_feed,
     latents_feed,
+    schedule_feed,
     step_feed,
     text_feed,
     transformer_feed,
     vision_feed,
 )
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import PromptTokens
 from qie.engines.inputs.rotary import rotary_tables
 from qie.engines.inputs.vision import vision_inputs
@@ -45,15 +46,15 @@ def inputs_of(model: Model, component: Component) -> dict[str, TensorSpec]:
 
 def transformer(model: Model, negative: np.ndarray | None = None, guidance: float = 1.0) -> Feed:
     specs = inputs_of(model, "transformer")
-    blocks, values = (int(dim) for dim in specs["modulation"].dims)
+    values, of_output = (int(specs[name].dims[1]) for name in ("modulation", "modulation_out"))
     return transformer_feed(
         latents_BNC=LATENTS,
         reference_BRC=REFERENCES,
         prompt_BLD=np.zeros((BATCH, TEXT, int(specs["prompt_embeds"].dims[-1])), np.float32),
         rotary=model.rotary,
         grids=GRIDS,
-        modulation_YM=np.zeros((blocks, values), np.float32),
-        modulation_out_O=np.zeros(specs["modulation_out"].shape({}), np.float32),
+        modulation_YM=np.zeros((model.transformer.layers, values), np.float32),
+        modulation_out_O=np.zeros(of_output, np.float32),
         dsigma=-0.25,
         negative_velocity_BNC=negative,
         guidance=guidance,
@@ -93,18 +94,19 @@ def test_a_feed_is_what_the_graph_reads(model: Model, component: Component) -> N
             assert size == expected, f"{dim} of {name}"
 
 
-def test_the_transformers_ten_inputs_are_the_four_parts(model: Model) -> None:
+def test_the_transformers_eleven_inputs_are_the_five_parts(model: Model) -> None:
     feed = transformer(model)
     prompt = feed["prompt_embeds"]
     parts = (
         latents_feed(LATENTS, REFERENCES),
         text_feed(prompt, model.rotary, GRIDS),
-        step_feed(feed["modulation"], feed["modulation_out"], -0.25),
-        guidance_feed(LATENTS, 1.0),
+        schedule_feed(feed["modulation"][None], feed["modulation_out"], feed["dsigma"]),
+        step_feed([0] * BATCH),
+        guidance_feed(LATENTS, [1.0] * BATCH),
     )
     assert [name for part in parts for name in part] == list(feed)
-    assert len(feed) == 10
-    assert tuple(parts[2]) == STEP_INPUTS
+    assert len(feed) == 11
+    assert tuple(parts[2]) == SCHEDULE_INPUTS
 
 
 def test_the_rotary_tables_follow_the_prompt(model: Model) -> None:
@@ -117,11 +119,11 @@ def test_the_rotary_tables_follow_the_prompt(model: Model) -> None:
 def test_a_pass_without_guidance_gets_zeros_and_one(model: Model) -> None:
     feed = transformer(model)
     assert not feed["negative_velocity"].any() and feed["negative_velocity"].shape == LATENTS.shape
-    assert feed["guidance"].tolist() == [1.0]
+    assert feed["guidance"].tolist() == [1.0] * BATCH
     assert feed["dsigma"].tolist() == [-0.25]
 
 
 def test_a_guided_pass_gets_the_negative_velocity_and_the_scale(model: Model) -> None:
     feed = transformer(model, NEGATIVE, 4.0)
     assert np.array_equal(feed["negative_velocity"], NEGATIVE)
-    assert feed["guidance"].tolist() == [4.0]
+    assert feed["guidance"].tolist() == [4.0] * BATCH

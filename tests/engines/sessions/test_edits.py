@@ -117,12 +117,12 @@ def test_the_loop_touches_nothing_of_the_hosts(folder: Path, gpu: Gpu, graphs: b
     allowed |= {"serialize cache"}  # after the first run
     assert set(done) <= allowed, done
     assert done["queue run transformer"] == 6 * (2 if guidance > 1 else 1)
-    assert done["queue copy on device"] == 5 * 4  # latents, two tables of modulation, the step's length
+    assert done["queue copy on device"] == 5 * 2  # latents, and which step it is
     assert gpu.starved == 0
     assert gpu.deepest == 2
 
 
-def test_what_a_step_brings_is_uploaded_once_an_edit(folder: Path, gpu: Gpu) -> None:
+def test_a_step_brings_its_number_alone(folder: Path, gpu: Gpu) -> None:
     editor = editor_of(folder)
 
     def uploads(steps: int, batches: int) -> int:
@@ -130,8 +130,8 @@ def test_what_a_step_brings_is_uploaded_once_an_edit(folder: Path, gpu: Gpu) -> 
         editor.edit(request(seeds=list(range(4 * batches)), steps=steps))
         return gpu.log.count(("queue", "copy to device"))
 
-    assert uploads(8, 1) - uploads(2, 1) == 3 * 6
-    assert uploads(8, 3) - uploads(2, 3) == 3 * 6  # further batches do not bring it again
+    assert uploads(8, 1) - uploads(2, 1) == 6
+    assert uploads(8, 3) - uploads(2, 3) == 3 * 6  # of each batch; the schedule is uploaded once for all
 
 
 def test_a_schedule_stays_on_the_gpu_for_the_next_edit(
@@ -173,7 +173,7 @@ def test_tables_in_bfloat16_go_to_the_gpu_as_they_are_stored(
         edit = editor.edit(request())
         uploaded = editor.stages.schedule(sigmas(editor.model.scheduler, steps=STEPS, noise_tokens=edit.size.tokens))
         assert uploaded is not None
-        assert {tensor.dtype.name for name, tensor in uploaded.bound.items() if name != "dsigma"} == {"uint16"}
+        assert {tensor.dtype.name for name, tensor in uploaded.inputs.items() if name != "dsigma"} == {"uint16"}
         uploaded = None
     inner = edit_module.modulation_tables
     monkeypatch.setattr(edit_module, "modulation_tables", rounded)

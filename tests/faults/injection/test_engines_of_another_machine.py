@@ -21,8 +21,8 @@ precision = "float32"
 CHANGES = {
     "graph": Change(
         module="compiler.graphs.transformer",
-        old="op.Add(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))",
-        new="op.Sub(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))",
+        old="op.Add(latents_BNC, op.Mul(dsigma_B11, rescaled_BNC))",
+        new="op.Sub(latents_BNC, op.Mul(dsigma_B11, rescaled_BNC))",
     ),
     "quantized linears": Change(
         module="compiler.quantization.qdq",

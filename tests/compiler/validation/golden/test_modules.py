@@ -28,8 +28,8 @@ from qie.engines.inputs.feeds import (
     transformer_feed,
     vision_feed,
 )
-from qie.engines.inputs.image import prepare
 from qie.engines.inputs.modulation import compute_tables, split_tables
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import encode
 from qie.engines.inputs.vision import vision_inputs
 
@@ -84,7 +84,7 @@ def values_of(proto: onnx.ModelProto) -> dict[str, str]:
         nodes.setdefault(".".join(filter(None, ast.literal_eval(scopes))), []).append(node)
     values = {name: of_module[-1].output[0] for name, of_module in nodes.items()}
     for name in [name for name in nodes if f"{name}.txt_mlp.net.2" in nodes]:
-        *_, image, text = (node.output[0] for node in nodes[name] if node.op_type == "Add")
+        *_, image, _, text = (node.output[0] for node in nodes[name] if node.op_type == "Add")  # a norm between
         values |= {name: image, name + TEXT: text}
     return values
 

@@ -13,8 +13,8 @@ from qie.compiler.checkpoint.tokenizer import load_tokenizer
 from qie.compiler.metrics.error import psnr_db
 from qie.compiler.validation.golden.cases import CASES_FILE, read_cases
 from qie.compiler.validation.golden.file import GOLDEN_FILE, Golden, GoldenCase
-from qie.engines.inputs.image import prepare, resize
 from qie.engines.inputs.noise import standard_normal
+from qie.engines.inputs.prepare import prepare, resize
 from qie.engines.inputs.prompt import PREFIX_TOKENS, encode
 from qie.engines.inputs.schedule import sigmas
 from qie.engines.inputs.vision import vision_inputs

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qie.engines.bundle.bundle import open_bundle
 from qie.engines.editing.conditioning import open_tokenizer
-from qie.engines.inputs.image import prepare
+from qie.engines.inputs.prepare import prepare
 from qie.engines.inputs.prompt import PromptTokens, encode
 from qie.engines.inputs.vision import VisionInputs, vision_inputs
 from qie.engines.sessions.vllm.engine import ENVIRONMENT

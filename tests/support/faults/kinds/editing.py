@@ -26,13 +26,13 @@ FAULTS = {
     "negative prompt of an edit": edit(
         "conditioning",
         "the negative pass reads the instruction",
-        "negative=embeds[-1] if settings.guided else None",
-        "negative=embeds[0] if settings.guided else None",
+        "negative=embeds[-1] if inputs.guided else None",
+        "negative=embeds[0] if inputs.guided else None",
     ),
     "grid of references": edit(
         "conditioning",
         "rows and columns of reference images are in each other's place",
-        "latents_hwC.shape[0], latents_hwC.shape[1]",
-        "latents_hwC.shape[1], latents_hwC.shape[0]",
+        "*(each.vae.shape[:2] for each in self.copies)",
+        "*(each.vae.shape[1::-1] for each in self.copies)",
     ),
 }

@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "epsilon of the norms": transformer(
         "the epsilon of LayerNorm is 1e-2 in place of 1e-6",
-        "op.LayerNormalization(x_BSD, gain_D, shift_D, axis=-1, epsilon=EPS)",
-        "op.LayerNormalization(x_BSD, gain_D, shift_D, axis=-1, epsilon=1e-2)",
+        "op.LayerNormalization(x_BSD, self._one_D, axis=-1, epsilon=EPS)",
+        "op.LayerNormalization(x_BSD, self._one_D, axis=-1, epsilon=1e-2)",
     ),
     "exact GELU": transformer(
         "GELU by the error function in place of tanh",
@@ -89,13 +89,13 @@ FAULTS = {
     ),
     "shift of the output as gain": transformer(
         "shift and gain of the output norm are in each other's place",
-        "gain_D, shift_D = split(op, modulation_out_2D, 2, axis=0)",
-        "shift_D, gain_D = split(op, modulation_out_2D, 2, axis=0)",
+        "gain_B1D, shift_B1D = split(op, steps.of_images(op, modulation_out_PO), 2, axis=2)",
+        "shift_B1D, gain_B1D = split(op, steps.of_images(op, modulation_out_PO), 2, axis=2)",
     ),
     "modulation of another block": transformer(
         "every block reads the modulation of block 0",
-        'op.Gather(modulation_KM, constant(op, self.number, "int64"), axis=0)',
-        'op.Gather(modulation_KM, constant(op, 0, "int64"), axis=0)',
+        "steps.of_block(op, self.number)",
+        "steps.of_block(op, 0)",
     ),
     "guidance without rescaling": step(
         "the guided velocity keeps its norm",
@@ -104,13 +104,13 @@ FAULTS = {
     ),
     "no guidance": step(
         "the negative pass does not guide",
-        "op.Add(negative_velocity_BNC, op.Mul(guidance_1, difference_BNC))",
+        "op.Add(negative_velocity_BNC, op.Mul(guidance_B11, difference_BNC))",
         "velocity_BNC",
     ),
     "sign of the step": step(
         "the Euler step subtracts",
-        "op.Add(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))",
-        "op.Sub(latents_BNC, op.Mul(dsigma_1, rescaled_BNC))",
+        "op.Add(latents_BNC, op.Mul(dsigma_B11, rescaled_BNC))",
+        "op.Sub(latents_BNC, op.Mul(dsigma_B11, rescaled_BNC))",
     ),
     "attention scale": Fault(
         how="attention is scaled by 1 / K in place of 1 / sqrt(K)",

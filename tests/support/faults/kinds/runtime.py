@@ -62,7 +62,7 @@ FAULTS = {
         "np.linspace(1.0, 1e-3, steps)",
     ),
     "resampling of references": inputs(
-        "image",
+        "prepare",
         "reference images are resized by bicubic interpolation",
         "resample=Image.Resampling.LANCZOS",
         "resample=Image.Resampling.BICUBIC",
@@ -131,24 +131,24 @@ FAULTS = {
         how="every step takes the size of the next",
         runs=Change(
             module="engines.editing.denoise",
-            old="dsigma_S = np.diff(schedule)",
-            new="dsigma_S = np.roll(np.diff(schedule), -1)",
+            old="np.diff(schedule).astype(np.float32)",
+            new="np.roll(np.diff(schedule), -1).astype(np.float32)",
         ),
     ),
     "guidance scale": Fault(
         how="the guidance scale is 1 larger",
         runs=Change(
             module="engines.inputs.feeds",
-            old="np.full(1, guidance, np.float32)",
-            new="np.full(1, guidance + (guidance != 1), np.float32)",
+            old="np.array(guidance_B, np.float32)",
+            new="np.array([scale + (scale != 1) for scale in guidance_B], np.float32)",
         ),
     ),
     "negative pass with the instruction": Fault(
         how="the negative pass reads the instruction",
         runs=Change(
             module="engines.editing.denoise",
-            old="np.repeat(negative_1LD, batch, axis=0)",
-            new="np.repeat(prompt_BLD[:1], batch, axis=0)",
+            old="np.stack(negatives)",
+            new="np.stack([row.prompt for row in rows])",
         ),
     ),
     "formula of the timestep": Fault(
