@@ -13,7 +13,10 @@
     ├── BackendMissingError       a required package is not installed                                (2, 503)
     ├── RequestError              an option or instruction of an edit cannot be used                 (2, 400)
     │   └── ImageError            an image or image file cannot be read, used or written             (2, 400)
-    └── EngineError               a backend failed or memory ran out while an engine ran             (2, 503)
+    ├── EngineError               a backend failed or memory ran out while an engine ran             (2, 503)
+    ├── BusyError                 too many edits wait, or the service ends                           (2, 429)
+    ├── LateError                 an edit was not done within its time                               (2, 504)
+    └── CancelledError            an edit was cancelled                                              (2, 503)
 
 ``RequestError`` is the caller's mistake, ``EngineError`` a limit of the machine. A contract that qie breaks is an
 ``AssertionError``, outside this tree.
@@ -28,13 +31,16 @@ __all__ = [
     "BackendMissingError",
     "BuildError",
     "BundleError",
+    "BusyError",
     "CalibrationError",
+    "CancelledError",
     "CheckpointError",
     "EngineError",
     "EngineMismatchError",
     "ExportError",
     "GoldenError",
     "ImageError",
+    "LateError",
     "QieError",
     "RecipeError",
     "RequestError",
@@ -110,6 +116,33 @@ class ImageError(RequestError):
 
 class EngineError(QieError):
     """A backend failed or memory ran out while an engine ran."""
+
+    http_status: ClassVar[int] = 503
+
+
+class BusyError(QieError):
+    """Too many edits wait, or the service ends."""
+
+    http_status: ClassVar[int] = 429
+
+    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
+        """
+        Args:
+            message: for a person to read.
+            retry_seconds: after which there may be room; an attribute too.
+        """
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class LateError(QieError):
+    """An edit was not done within its time."""
+
+    http_status: ClassVar[int] = 504
+
+
+class CancelledError(QieError):
+    """An edit was cancelled."""
 
     http_status: ClassVar[int] = 503
 
