@@ -28,12 +28,23 @@ class RunCommand(TyperCommand):
 def run(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE... INSTRUCTION", help="One to three images, then the instruction in quotes."),
+        typer.Argument(
+            metavar="IMAGE... INSTRUCTION",
+            help="One to three images, or any number with --each, then the instruction in quotes.",
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp.", show_default="IMAGE-edited.png"),
+        typer.Option(
+            "-o",
+            "--out",
+            help="File to write: .png, .jpg or .webp; with --each, a folder.",
+            show_default="IMAGE-edited.png",
+        ),
     ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Edit every image by itself, in batches; skips those that are done.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="random")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the recipe's")] = None,
     cfg: Annotated[
@@ -70,6 +81,27 @@ def run(
             "as `qie run --help` shows"
         )
     requested_size = parse_size(size)
+    if each:
+        from qie.engines.cli.each import run_each
+
+        return run_each(
+            [Path(path) for path in paths],
+            instruction,
+            out,
+            count=num_images,
+            bundle=bundle,
+            device=device,
+            vllm_url=vllm_url,
+            as_json=as_json,
+            options={
+                "seeds": None if seed is None else [seed],
+                "negative": negative,
+                "steps": steps,
+                "guidance": cfg,
+                "size": requested_size,
+                "match_input": match_input,
+            },
+        )
 
     from qie.engines.cache import encoder_cache_on_disk
     from qie.engines.cli.results import Results
@@ -101,7 +133,7 @@ def run(
                 say(str(path))  # what is complete stays, whatever stopped the rest
             raise
     notes = [f"{path}: {note}" for path, s in zip(paths, sources, strict=True) for note in s.notes] + list(edit.notes)
-    _report_run(editor, edit, [results.paths[n] for n in range(num_images)], notes, negative, as_json)
+    return _report_run(editor, edit, [results.paths[n] for n in range(num_images)], notes, negative, as_json)
 
 
 def _is_file(text: str) -> bool:
