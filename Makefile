@@ -16,7 +16,8 @@ CONSTRAINTS := --constraint .ci/constraints.txt
 SOAK := tests/faults tests/parity/test_mutants.py tests/engines/cli/test_results.py tests/pocket/test_training.py \
 	tests/compiler/backends/tensorrt/test_full_width.py tests/compiler/backends/tensorrt/test_memory.py \
 	tests/compiler/planning/test_estimate.py tests/compiler/planning/test_memory.py tests/docs/test_ci.py \
-	tests/compiler/quantization/test_sensitivity.py tests/engines/sessions/test_gpu_suite.py
+	tests/compiler/quantization/test_sensitivity.py tests/engines/sessions/test_gpu_suite.py \
+	tests/engines/serving/http/test_fuzz.py tests/engines/serving/http/test_leaving.py
 
 .PHONY: demo test test-soak test-gpu test-gpu-trtllm test-vllm pocket check format clean FORCE
 

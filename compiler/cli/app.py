@@ -26,13 +26,14 @@ from qie.engines.cli.bundles import inspect, list_bundles, rm
 from qie.engines.cli.clean import clean
 from qie.engines.cli.options import examples
 from qie.engines.cli.run import RunCommand, run
+from qie.engines.cli.serve import serve
 from qie.engines.terminal import say
 
 __all__ = ["ARGUMENTS", "SECTIONS", "app"]
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Build": ("plan", "calibrate", "build", "export", "recipes", "synthesize"),
-    "Edit": ("run",),
+    "Edit": ("run", "serve"),
     "Validate": ("validate", "golden", "diff", "bench"),
     "Bundles": ("list", "inspect", "add-schedule", "rm", "clean"),
     "This machine": ("doctor", "selftest"),
@@ -111,6 +112,7 @@ _needs_arguments(
         'qie run person.jpg jacket.jpg "put the jacket on the person" --seed 7',
     ),
 )(run)
+app.command(epilog=examples("qie serve pocket-cpu", "qie serve pocket-cpu --port 9000 --api-keys keys.txt"))(serve)
 _needs_arguments(
     epilog=examples("qie validate pocket-cpu", "qie validate pocket-l40s --level structure --junit report.xml"),
 )(validate)

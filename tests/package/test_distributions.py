@@ -114,8 +114,8 @@ def packaged() -> dict[str, bytes]:
     recipes = [*(ROOT / "recipes").glob("*.toml"), ROOT / "recipes" / "README.md"]
     for folder in ("calibration", "pocket"):
         recipes += [path for path in (ROOT / "recipes" / folder).rglob("*") if path.is_file()]
-    styles = list((ROOT / "compiler").rglob("*.css"))
-    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes, *styles]}
+    pages = [*(ROOT / "compiler").rglob("*.css"), *(ROOT / "engines" / "serving" / "http" / "static").iterdir()]
+    files = {f"qie/{path.relative_to(ROOT)}": path.read_bytes() for path in [*SOURCES, *recipes, *pages]}
     return files | {f"qie/{name}": (ROOT / "src" / "qie" / name).read_bytes() for name in ("__init__.py", "py.typed")}
 
 
@@ -130,7 +130,7 @@ def metadata(distributions: Distributions) -> Message:
     return email.message_from_string(dist_info(distributions.wheel, "METADATA"))
 
 
-def test_the_wheel_holds_sources_styles_and_recipes_and_nothing_else(distributions: Distributions) -> None:
+def test_the_wheel_holds_sources_pages_and_recipes_and_nothing_else(distributions: Distributions) -> None:
     held = {name: content for name, content in distributions.wheel.items() if ".dist-info/" not in name}
     assert sorted(held) == sorted(packaged())
     assert held == packaged()

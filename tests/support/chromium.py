@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Opened", "content_width", "open_page"]
+__all__ = ["Opened", "chromium", "content_width", "open_page"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -49,11 +49,17 @@ class Opened:
     requests: list[str]
 
 
-def open_page(page: Path, *, width: int = 1440, height: int = 1000) -> Opened:
-    """Open a file in a window of this size, in pixels; skips where Chromium is not installed."""
+def chromium() -> str:
+    """The program; skips where Chromium is not installed."""
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip("Chromium is not installed; run `apt-get install chromium`")
+    return program
+
+
+def open_page(page: Path, *, width: int = 1440, height: int = 1000) -> Opened:
+    """Open a file in a window of this size, in pixels; skips where Chromium is not installed."""
+    program = chromium()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as folder:
         log = Path(folder) / "network.json"
         command = [program, *OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={folder}/profile"]
