@@ -110,12 +110,12 @@ class EventStream(StreamingResponse):
         try:
             async for happened in self._running.events():
                 yield await self._told(happened, submission)
+                if self._images == len(submission.settings.samples):  # all was sent, whatever the client does now
+                    self._problem = None
             submission.result(0)
         except QieError as problem:
             self._problem = problem
             yield event({"type": "error", "error": error(problem)})
-        else:
-            self._problem = None
 
     async def _told(self, happened: Event, submission: Submission) -> bytes:
         match happened:

@@ -56,7 +56,7 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:  # a part of a head
             self._watch()
         else:
             self._stop()

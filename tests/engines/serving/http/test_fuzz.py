@@ -39,7 +39,7 @@ MANY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[Process]:
-    with serving_process(bundle) as server:
+    with serving_process(bundle, "--timeout", "5") as server:  # what the schema allows may be an edit of 1,000 steps
         yield server
         server.process.terminate()
         _, log = server.ended()
@@ -48,7 +48,8 @@ def server(bundle: Path) -> Iterator[Process]:
 
 @pytest.fixture
 def http(server: Process) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    once = httpx.Limits(max_keepalive_connections=0)  # the server closes what is idle while examples are drawn
+    with httpx.Client(base_url=server.url, timeout=60, limits=once) as http:
         yield http
         files = {"image": IMAGES[0]}
         assert http.post(EDITS, data={"prompt": "make it red", "steps": "1"}, files=files).status_code == 200
@@ -77,7 +78,7 @@ class Watch:
     def see(self, status: int, text: str, kind: str) -> None:
         """Check an answer."""
         self.answers[status] += 1
-        assert status < 500, text
+        assert status < 500 or status == 504, text
         assert "Traceback" not in text and 'File "' not in text
         if status >= 400:
             assert kind == "application/json" and text.startswith('{"error":'), text
@@ -176,7 +177,7 @@ def ask(operation: Any, cases: st.SearchStrategy[Any], server: Process, watch: W
     @settings(max_examples=TRIES.get(operation.path, 50), **MANY)
     @given(cases)
     def check(case: Any) -> None:
-        answer = case.call(base_url=server.url)
+        answer = case.call(base_url=server.url, timeout=60)
         kind = answer.headers.get("content-type", [""])[0]
         watch.see(answer.status_code, answer.text, kind)
         assert str(answer.status_code) in known, (answer.status_code, operation.path)
